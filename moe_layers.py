@@ -1,0 +1,512 @@
+"""The Mixture-of-Experts layer, its configuration, and the way from a checkpoint directory to a model.
+
+Nothing to run here; the scripts import it. To read it: `SimplifiedLLaMAMoE` is the definition in twenty
+lines, `MoE` computes the same (outputs and every gradient) without a host round trip for each expert.
+
+Parameters carry LitGPT's names and shapes (`gate`, `experts.{e}.fc_1/fc_2/proj`, `shared_experts`), so
+LitGPT's own initialisation, `litgpt generate`, `litgpt.LLM.load` and its converters read our checkpoints.
+
+Shapes: B batch, T position, N = B*T tokens, C n_embd, E n_expert, K n_expert_per_token, F
+moe_intermediate_size, R = N*K routed rows (one per token and choice). A tensor's name ends in its axes:
+`router_logits_NE` is (N, E).
+"""
+
+import difflib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from litgpt.config import Config
+from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
+
+CHECKPOINT_FILE = "lit_model.pth"
+CONFIG_FILE = "model_config.yaml"
+
+
+# --- configuration ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MoEConfig(Config):
+    """LitGPT's `Config` whose MoE layer is ours, and whose mistakes are all told at once, with the way out.
+
+    It has LitGPT's keys and no more: what `litgpt.utils.save_config` writes is read by stock LitGPT.
+    """
+
+    def __post_init__(self) -> None:
+        problems = config_problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        super().__post_init__()
+
+    @classmethod
+    def from_file(cls, path: str | Path, **kwargs: Any) -> "MoEConfig":
+        """Return the configuration in the YAML file `path`, keys in `kwargs` replaced.
+
+        Raises:
+            ValueError: with one line per problem, each naming the file, the key and the way out.
+            OSError: when the file cannot be read.
+        """
+        values = _typed({**_read_mapping(Path(path)), **kwargs}, Path(path))
+        try:
+            return cls(**values)
+        except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
+            lines = str(error).splitlines() or ["LitGPT refuses these values"]
+            raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+    @property
+    def mlp_class(self) -> type:
+        # Block builds `config.mlp_class(config)`. The *name* stays LLaMAMoE, so a saved config is LitGPT's.
+        return MoE if self.mlp_class_name == "LLaMAMoE" else super().mlp_class
+
+
+def config_problems(config: Config) -> list[str]:
+    """Return one sentence per value of `config` that LitGPT would fail on later, or silently ignore."""
+    problems = []
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "intermediate_size"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            problems.append(f"{key} is {value}; choose 1 or more")
+    if problems:
+        return problems
+    if config.head_size is None and config.n_embd % config.n_head:
+        problems.append(
+            f"n_embd is {config.n_embd}, which n_head {config.n_head} does not divide; change either"
+        )
+    groups = config.n_query_groups
+    if groups is not None and (groups < 1 or config.n_head % groups):
+        problems.append(f"n_query_groups is {groups}, which does not divide n_head {config.n_head}")
+    if not 0.0 <= config.rotary_percentage <= 1.0:
+        problems.append(f"rotary_percentage is {config.rotary_percentage}; choose 0.0 to 1.0")
+    if config.mlp_class_name == "LLaMAMoE":
+        problems += _expert_problems(config)
+    elif config.n_expert or config.first_k_dense_replace is not None:
+        problems.append(
+            f"mlp_class_name is {config.mlp_class_name}, which has no experts; "
+            "set mlp_class_name: LLaMAMoE or remove n_expert and first_k_dense_replace"
+        )
+    return problems
+
+
+def _expert_problems(config: Config) -> list[str]:
+    n_expert, top_k, width = config.n_expert, config.n_expert_per_token, config.moe_intermediate_size
+    if n_expert < 1:
+        return [
+            f"n_expert is {n_expert}; an LLaMAMoE model needs 1 or more (LitGPT would run without any MLP)"
+        ]
+    problems = []
+    if not 1 <= top_k <= n_expert:
+        problems.append(f"n_expert_per_token is {top_k} but n_expert is {n_expert}; choose 1 to {n_expert}")
+    if width is None or width < 1:
+        problems.append(f"moe_intermediate_size is {width}; give the width inside one expert, 1 or more")
+    if (config.n_shared_expert or 0) < 0:
+        problems.append(f"n_shared_expert is {config.n_shared_expert}; choose 0 or more")
+    dense = config.first_k_dense_replace
+    if dense is not None and not 0 <= dense <= config.n_layer:
+        problems.append(
+            f"first_k_dense_replace is {dense} but n_layer is {config.n_layer}; choose 0 to n_layer"
+        )
+    if config.n_expert_groups:
+        problems += _group_problems(config)
+    elif config.n_topk_groups is not None or config.n_topk_scores_per_group is not None:
+        problems.append(
+            "n_topk_groups and n_topk_scores_per_group are ignored without n_expert_groups; remove them"
+        )
+    # Weights normalised over one choice are the constant 1: the router would never get a gradient.
+    if top_k == 1 and n_expert > 1 and (not config.n_expert_groups or config.norm_topk_prob):
+        problems.append(
+            "n_expert_per_token is 1 and weights are normalised after top-k, so the router gets no gradient; "
+            "choose 2 or more, or expert groups (n_expert_groups) with norm_topk_prob: false"
+        )
+    return problems
+
+
+def _group_problems(config: Config) -> list[str]:
+    n_groups, n_expert = config.n_expert_groups, config.n_expert
+    if n_groups < 2 or n_expert % n_groups:
+        return [f"n_expert_groups is {n_groups}, which must be 2 or more and divide n_expert {n_expert}"]
+    problems, size = [], n_expert // n_groups
+    if config.n_topk_groups is None or not 1 <= config.n_topk_groups <= n_groups:
+        problems.append(f"n_topk_groups is {config.n_topk_groups}; choose 1 to n_expert_groups {n_groups}")
+    elif config.n_expert_per_token > config.n_topk_groups * size:
+        reach = config.n_topk_groups * size
+        problems.append(
+            f"n_expert_per_token is {config.n_expert_per_token} but the chosen groups hold {reach}"
+        )
+    if config.n_topk_scores_per_group is None or not 1 <= config.n_topk_scores_per_group <= size:
+        problems.append(
+            f"n_topk_scores_per_group is {config.n_topk_scores_per_group}; "
+            f"choose 1 to the experts per group {size}"
+        )
+    return problems
+
+
+def _typed(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return `values` as `Config` types them: plain YAML reads 1e-5 as text, jsonargparse as a number."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    try:
+        typed = parser.parse_object(values)
+        return {key: typed[key] for key in values}
+    except ArgumentError:  # tells the first problem only: ask for each key
+        problems = [_key_problem(parser, key, value) for key, value in values.items()]
+        raise ValueError("\n".join(f"{path}: {text}" for text in problems if text)) from None
+
+
+def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
+    annotations = {field.name: field.type for field in fields(Config) if field.init}
+    if key not in annotations:
+        near = difflib.get_close_matches(str(key), annotations, n=1)
+        return (
+            f"unknown key {key!r}; {f'did you mean {near[0]}?' if near else 'see litgpt.Config for the keys'}"
+        )
+    try:
+        parser.parse_object({key: value})
+    except ArgumentError:
+        kind = annotations[key]
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        return f"{key} is {value!r}; it must be {wanted}"
+    return None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no `key: value` lines; write LitGPT Config keys into it")
+    return values
+
+
+# --- the layer ----------------------------------------------------------------------------------------------
+
+
+class SimplifiedLLaMAMoE(LLaMAMoE):
+    """The MoE layer as its definition reads: each token's K best experts, weighted by a softmax.
+
+    Mixtral of Experts, section 2.1 (arxiv.org/abs/2401.04088). Slow on purpose; `MoE` is tested against it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum of the chosen experts' outputs, (B, T, C) like `x`."""
+        x_NC = x.reshape(-1, x.size(-1))
+        topk_logits_NK, topk_indices_NK = self.gate(x_NC).topk(self.config.n_expert_per_token, dim=1)
+        topk_weights_NK = topk_logits_NK.softmax(dim=1, dtype=torch.float).to(x.dtype)
+        topk_weights_NK = topk_weights_NK * self.config.routed_scaling_factor
+        y_NC = torch.zeros_like(x_NC)
+        for e, expert in enumerate(self.experts):
+            token, choice = torch.where(topk_indices_NK == e)
+            y_NC = y_NC.index_add(0, token, topk_weights_NK[token, choice, None] * expert(x_NC[token]))
+        if self.config.n_shared_expert:
+            y_NC = y_NC + self.shared_experts(x_NC)
+        return y_NC.view_as(x)
+
+
+class MoE(LLaMAMoE):
+    """LitGPT's `LLaMAMoE`, same parameters, outputs and gradients, computed on rows sorted by expert.
+
+    `forward` = route -> sort rows by expert -> experts on their slices -> unsort, weight, sum -> shared.
+    Experts without a token get a zero gradient, not none, so that every process updates the same parameters.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.n_expert_groups:
+            self.gate = GroupedRouter(config)
+        self.count_load = False
+        self.register_buffer(
+            "tokens_per_expert", torch.zeros(config.n_expert, dtype=torch.int64), persistent=False
+        )
+
+    def reset_parameters(self) -> None:
+        """Zero what `init_module(empty_init=True)` left unset here; the submodules reset their own."""
+        self.tokens_per_expert.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, (B, T, C) like `x`."""
+        x_NC = x.reshape(-1, x.size(-1))
+        topk_weights_NK, topk_indices_NK = self._route(x_NC)
+        if self.config.routed_scaling_factor != 1.0:
+            topk_weights_NK = topk_weights_NK * self.config.routed_scaling_factor
+        topk_weights_NK = topk_weights_NK.to(x.dtype)
+        if _is_decoding(x_NC):
+            y_NC = self._run_chosen(x_NC, topk_weights_NK, topk_indices_NK)
+        else:
+            y_NC = self._run_sorted(x_NC, topk_weights_NK, topk_indices_NK)
+        if self.config.n_shared_expert:
+            y_NC = y_NC + self.shared_experts(x_NC)
+        return y_NC.view_as(x)
+
+    def _route(self, x_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each token's K weights and the K experts they belong to."""
+        if self.config.n_expert_groups:
+            return self.gate(x_NC)  # float32
+        with _no_autocast(x_NC):
+            # float32: bf16 rounds close logits to ties, and top-k then picks by position. float64 stays.
+            dtype = torch.promote_types(x_NC.dtype, torch.float32)
+            router_logits_NE = F.linear(x_NC.to(dtype), self.gate.weight.to(dtype))
+            topk_logits_NK, topk_indices_NK = router_logits_NE.topk(self.config.n_expert_per_token, dim=1)
+            topk_weights_NK = topk_logits_NK.softmax(dim=1, dtype=torch.float)  # float, as LitGPT's
+        return topk_weights_NK.to(x_NC.dtype), topk_indices_NK
+
+    def _run_sorted(
+        self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
+    ) -> torch.Tensor:
+        n_tokens, top_k = indices_NK.shape
+        # int16 sorts several times faster than int64 on CPU, and n_expert stays far below 32,768
+        expert_R, order_R = indices_NK.flatten().to(torch.int16).sort(stable=True)
+        ends_E = torch.searchsorted(expert_R, self._expert_ids(expert_R), right=True)
+        inverse_R = torch.empty_like(order_R).scatter_(
+            0, order_R, torch.arange(order_R.numel(), device=x_NC.device)
+        )
+        if self.count_load:
+            self.tokens_per_expert += ends_E.diff(prepend=ends_E.new_zeros(1))
+        x_RC = _Dispatch.apply(x_NC, order_R, inverse_R, top_k)
+        y_RC = self._run_experts(x_RC, ends_E)
+        y_NKC = _Permute.apply(y_RC, inverse_R, order_R).view(n_tokens, top_k, -1)
+        return torch.einsum("nk,nkc->nc", weights_NK.to(y_NKC.dtype), y_NKC).to(x_NC.dtype)
+
+    def _expert_ids(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.arange(self.config.n_expert, dtype=like.dtype, device=like.device)
+
+    def _run_experts(self, x_RC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+        """Return each sorted row's expert output, (R, C); expert e owns the rows up to `ends_E[e]`."""
+        if x_RC.is_meta:
+            # LitGPT counts FLOPs on meta, where no load is known: every row meets one expert, whichever.
+            return self.experts[0](x_RC)
+        if not self.config.bias and has_fast_grouped_mm(x_RC.device, _compute_dtype(x_RC)):
+            return _grouped_mm_experts(x_RC, ends_E.to(torch.int32), self.experts)
+        return _segment_experts(x_RC, ends_E, self.experts)
+
+    def _run_chosen(
+        self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the same for a handful of tokens, without sorting: decoding touches K experts' weights."""
+        if self.count_load:
+            self.tokens_per_expert += torch.bincount(indices_NK.flatten(), minlength=self.config.n_expert)
+        rows = []
+        for x_1C, weights_K, indices in zip(x_NC.split(1), weights_NK, indices_NK.tolist(), strict=True):
+            y_KC = torch.cat([self.experts[e](x_1C) for e in indices])
+            rows.append(weights_K @ y_KC)
+        return torch.stack(rows)
+
+
+class GroupedRouter(GroupedTopkRouter):
+    """LitGPT's sigmoid router with expert groups (DeepSeek-V3), and the initialisation that it lacks."""
+
+    def reset_parameters(self) -> None:
+        # the same variance as LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
+        nn.init.normal_(self.weight, mean=0.0, std=(2.0 / 5 / self.config.n_embd) ** 0.5)
+        self.e_score_correction_bias.zero_()
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows gathered in sorted order; backward gathers too, as autograd's `index_put` is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int):
+        ctx.save_for_backward(inverse_R)
+        ctx.top_k = top_k
+        return x_NC[order_R.div(top_k, rounding_mode="floor")]
+
+    @staticmethod
+    def backward(ctx: Any, grad_RC: torch.Tensor):
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RC[inverse_R].view(-1, ctx.top_k, grad_RC.size(-1)).sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """`x[index]` for a permutation `index` with inverse `inverse`; backward is the gather with `inverse`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RC: torch.Tensor, index_R: torch.Tensor, inverse_R: torch.Tensor):
+        ctx.save_for_backward(inverse_R)
+        return x_RC[index_R]
+
+    @staticmethod
+    def backward(ctx: Any, grad_RC: torch.Tensor):
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RC[inverse_R], None, None
+
+
+@torch.compiler.disable  # row counts are data: compiling would specialise on each and recompile for ever
+def _segment_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
+    """Return the expert outputs by a loop over contiguous slices: one host round trip for the layer."""
+    ends = ends_E.tolist()
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    rows = zip(x_RC.split(counts), experts, strict=True)
+    # without gradients an idle expert can be skipped; with them it must get its zero
+    return torch.cat([expert(x_SC) for x_SC, expert in rows if x_SC.size(0) or torch.is_grad_enabled()])
+
+
+def _grouped_mm_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
+    """Return the expert outputs by three grouped GEMMs, no round trip. `ends_E` is int32."""
+    dtype = _compute_dtype(x_RC)  # grouped_mm knows no autocast
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.stack([getattr(expert, name).weight for expert in experts]).to(dtype).transpose(-2, -1)
+
+    x_RC = x_RC.to(dtype)
+    gate_RF = F.grouped_mm(x_RC, stacked("fc_1"), offs=ends_E)
+    up_RF = F.grouped_mm(x_RC, stacked("fc_2"), offs=ends_E)
+    return F.grouped_mm(F.silu(gate_RF) * up_RF, stacked("proj"), offs=ends_E)
+
+
+@torch.compiler.assume_constant_result  # a device does not change under a compiled graph
+def has_fast_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `F.grouped_mm` is one kernel: bf16 on SM90/SM100; elsewhere torch loops on the host."""
+    # torch 2.10, aten/src/ATen/native/cuda/GroupedBlas.cpp
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
+
+
+def experts_path(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Return, in words, how the experts would be run on this device in this dtype."""
+    fast = has_fast_grouped_mm(torch.device(device), dtype)
+    return "grouped GEMM" if fast else "loop over sorted slices (one round trip a layer)"
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _no_autocast(x: torch.Tensor) -> AbstractContextManager:
+    # is_autocast_enabled("meta") raises, and nothing is cast there
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _is_decoding(x_NC: torch.Tensor) -> bool:
+    # Up to four tokens (measured on CPU) sorting costs more than it saves. CUDA would wait for the indices.
+    return x_NC.size(0) <= 4 and x_NC.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+# --- what the layers of a model add up to --------------------------------------------------------------------------------------------
+
+
+def moe_layers(model: nn.Module) -> dict[int, MoE]:
+    """Return the model's MoE layers by their block's index (dense blocks are left out)."""
+    blocks = enumerate(model.transformer.h)
+    return {index: block.mlp for index, block in blocks if isinstance(block.mlp, MoE)}
+
+
+def count_expert_load(model: nn.Module, enabled: bool) -> None:
+    """Switch the counting of tokens per expert on or off, and set the counters to zero."""
+    for layer in moe_layers(model).values():
+        layer.count_load = enabled
+        layer.tokens_per_expert.zero_()
+
+
+def expert_load(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Return block index -> tokens each expert got since counting began, (E,) float64 on the host."""
+    return {index: layer.tokens_per_expert.double().cpu() for index, layer in moe_layers(model).items()}
+
+
+def count_parameters(config: Config) -> tuple[int, int]:
+    """Return (total_params, active_params): all parameters, and those that one token meets."""
+    with torch.device("meta"):
+        model = GPT(config)
+    total = sum(p.numel() for p in model.parameters())
+    in_experts = sum(p.numel() for layer in moe_layers(model).values() for p in layer.experts.parameters())
+    idle = in_experts * (config.n_expert - config.n_expert_per_token) // max(config.n_expert, 1)
+    return total, total - idle
+
+
+# --- checkpoint -> model ------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint directory that `path` means: itself, its `final/`, or its newest whole `step-*`.
+
+    Raises:
+        FileNotFoundError: naming what was looked for.
+    """
+    if path.is_file() and path.name == CHECKPOINT_FILE:
+        path = path.parent
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
+    steps = sorted(path.glob("step-*"), reverse=True)
+    for candidate in (path, path / "final", *steps):
+        if (candidate / CHECKPOINT_FILE).is_file() and (candidate / CONFIG_FILE).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{path} holds no {CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
+    )
+
+
+def load_model(
+    checkpoint_dir: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> GPT:
+    """Return the checkpoint's model in eval mode on `device`, in `dtype` (default: as it was saved).
+
+    Only the weights are read into memory, not the optimizer state that lies in the same file.
+
+    Raises:
+        ValueError: the configuration or the weights are damaged, or do not belong together.
+        OSError: a file cannot be read.
+    """
+    config = MoEConfig.from_file(checkpoint_dir / CONFIG_FILE)
+    weights = read_weights(checkpoint_dir / CHECKPOINT_FILE)
+    with torch.device("meta"):
+        model = GPT(config)
+    _check_weights(checkpoint_dir, weights, model.state_dict())
+    # clone: the weights leave the mapped file, which a running training may replace
+    weights = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    model.cos, model.sin = model.rope_cache(device=torch.device(device))
+    for layer in moe_layers(model).values():
+        layer.tokens_per_expert = torch.zeros(config.n_expert, dtype=torch.int64, device=device)
+    return model.requires_grad_(False).eval()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what the file `path` holds, tensors memory-mapped; never runs code (`weights_only`).
+
+    Raises:
+        ValueError: the file is damaged, or no checkpoint.
+        OSError: it cannot be read.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises pickle, zip, runtime or key errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint ({reason[:120]}); use another one"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no checkpoint; give one that run_train.py or LitGPT wrote")
+    return state
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the model's state dict in the file `path`, memory-mapped. Raises as `read_state`."""
+    state = read_state(path)
+    weights = state.get("model", state)
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise ValueError(
+            f"{path} holds no model weights; give a checkpoint that run_train.py or LitGPT wrote"
+        )
+    return weights
+
+
+def _check_weights(
+    checkpoint_dir: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    where = f"{checkpoint_dir}: {CHECKPOINT_FILE} and {CONFIG_FILE} are not of one model:"
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"{where} the weights lack {missing[0]} ({len(missing)} missing)")
+    if extra := [name for name in weights if name not in expected]:
+        raise ValueError(f"{where} the weights have an unexpected {extra[0]} ({len(extra)} too many)")
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, the configuration wants {tuple(tensor.shape)}"
+            raise ValueError(f"{where} {name} is {shapes}")

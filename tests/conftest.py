@@ -1,0 +1,153 @@
+"""Fixtures shared by the tests: a tiny tokenizer, config and checkpoint, made here in seconds, no network."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+
+SENTENCES = [
+    f"{name} had a {colour} {thing}. {name} went to the {place} and saw a big {animal}. They were happy."
+    for name, colour, thing, place, animal in [
+        ("Tom", "red", "ball", "park", "dog"),
+        ("Lily", "blue", "kite", "hill", "cat"),
+        ("Ben", "green", "boat", "lake", "duck"),
+        ("Mia", "yellow", "hat", "garden", "bird"),
+        ("Sam", "small", "cup", "house", "mouse"),
+    ]
+]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real stories and the real tokenizer beside the checkout; skips where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data beside the checkout ({folder.name}/ is absent)")
+    return folder
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """One thread, fixed seed and no compilation: compiling a whole model takes minutes on two cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama-style BPE of at most 512 pieces with byte fallback, trained in-process."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", behavior="merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    document = json.loads(tokenizer.to_str())
+    # byte pieces are part of the vocabulary but not special: text that spells "<0x41>" must not become one
+    document["added_tokens"] = [t for t in document["added_tokens"] if t["id"] < 3]
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    generation = {"bos_token_id": 1, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    return folder
+
+
+TINY_CONFIG = {
+    "name": "MoE-tiny",
+    "block_size": 64,
+    "vocab_size": 512,
+    "padded_vocab_size": 512,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "rotary_percentage": 1.0,
+    "parallel_residual": False,
+    "bias": False,
+    "norm_class_name": "RMSNorm",
+    "mlp_class_name": "LLaMAMoE",
+    "moe_intermediate_size": 8,
+    "n_expert": 4,
+    "n_expert_per_token": 2,
+}
+
+
+@pytest.fixture
+def tiny_config():
+    """A MoEConfig of two layers, C=16, E=4, K=2, T=64 and 512 words."""
+    from moe_layers import MoEConfig
+
+    return MoEConfig(**TINY_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
+    """A whole checkpoint directory with seeded random weights."""
+    import torch
+    from litgpt.model import GPT
+    from litgpt.utils import copy_config_files, save_config
+
+    from moe_layers import MoEConfig
+
+    config = MoEConfig(**TINY_CONFIG)
+    torch.manual_seed(1)
+    model = GPT(config)
+    folder = tmp_path_factory.mktemp("checkpoints") / "final"
+    folder.mkdir()
+    torch.save({"model": model.state_dict()}, folder / "lit_model.pth")
+    save_config(config, folder)
+    copy_config_files(tiny_tokenizer_dir, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., subprocess.CompletedProcess]:
+    """A function that runs one of our scripts as a user would, in a process of its own, offline."""
+
+    def run(script: str, *args: object, env: dict[str, str] | None = None, cwd: Path | None = None, **kwargs):
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, args)],
+            env={**os.environ, **OFFLINE, **(env or {})},
+            cwd=cwd or ROOT,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=240,
+            **kwargs,
+        )
+
+    return run

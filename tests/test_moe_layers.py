@@ -1,0 +1,335 @@
+"""The MoE layer against stock LitGPT and against its definition; configuration checks; checkpoint -> model."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY_CONFIG
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.throughput import measure_flops
+from litgpt.model import GPT, LLaMAMLP, LLaMAMoE
+from litgpt.pretrain import initialize_weights
+
+import moe_layers
+from moe_layers import MoE, MoEConfig, SimplifiedLLaMAMoE
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+GROUPS = {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
+VARIANTS = {
+    "plain": {},
+    "all experts": {"n_expert_per_token": 4},
+    "shared": {"n_shared_expert": 2},
+    "scaled": {"routed_scaling_factor": 2.5},
+    "bias": {"bias": True},
+    "groups": GROUPS,
+    "groups, normalised and scaled": {**GROUPS, "norm_topk_prob": True, "routed_scaling_factor": 1.7},
+    "groups, one expert": {**GROUPS, "n_expert_per_token": 1, "norm_topk_prob": False},
+}
+
+
+def pair(stock_class: type, dtype: torch.dtype, **overrides: object) -> tuple[torch.nn.Module, MoE]:
+    """A stock-shaped layer and ours with the same random weights."""
+    config = MoEConfig(**{**TINY_CONFIG, **overrides})
+    stock, ours = stock_class(config).to(dtype), MoE(config).to(dtype)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def run(layer: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The layer's output, and every gradient by name, for a loss that weighs each output differently."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_(True)
+    y = layer(x)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    (y * weight).sum().backward()
+    return {"y": y.detach(), "x.grad": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+
+
+def naive_moe(layer: MoE, x: torch.Tensor) -> torch.Tensor:
+    """The definition, per token and per choice."""
+    rows = []
+    for token in x.reshape(-1, x.size(-1)):
+        values, experts = (layer.gate.weight @ token).topk(layer.config.n_expert_per_token)
+        weights = values.softmax(0, dtype=torch.float).to(x.dtype)
+        rows.append(sum(w * layer.experts[int(e)](token) for w, e in zip(weights, experts, strict=True)))
+    return torch.stack(rows).view_as(x)
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+def test_moe_gives_stock_outputs_and_every_gradient_in_float64(overrides: dict) -> None:
+    stock, ours = pair(LLaMAMoE, torch.float64, **overrides)
+    x = torch.randn(3, 7, 16, dtype=torch.float64)
+    expected, got = run(stock, x), run(ours, x)
+    assert expected.keys() == got.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_moe_follows_the_definition_written_per_token() -> None:
+    _, ours = pair(LLaMAMoE, torch.float64)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), naive_moe(ours, x), rtol=1e-12, atol=1e-12)
+
+
+def test_simplified_layer_gives_stock_outputs_and_gradients() -> None:
+    simple, _ = pair(SimplifiedLLaMAMoE, torch.float64, n_shared_expert=1)
+    stock = LLaMAMoE(simple.config).double()
+    stock.load_state_dict(simple.state_dict())
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    expected, got = run(stock, x), run(simple, x)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 4, 5])
+def test_decoding_without_gradients_gives_the_sorted_path_s_output(n_tokens: int) -> None:
+    _, ours = pair(LLaMAMoE, torch.float64, n_shared_expert=1)
+    x = torch.randn(1, n_tokens, 16, dtype=torch.float64)
+    with torch.no_grad():
+        got = ours(x)
+    torch.testing.assert_close(got, ours(x).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_grouped_gemm_gives_the_loop_s_outputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = pair(LLaMAMoE, torch.float32)
+    x = torch.randn(4, 16, 16)
+    expected = run(ours, x)
+    monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", lambda device, dtype: True)
+    got = run(ours, x)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
+    _, ours = pair(LLaMAMoE, torch.float32)
+    with torch.no_grad():
+        ours.gate.weight.zero_()
+        ours.gate.weight[:2, 0] = 5.0  # a token with a positive first coordinate goes to experts 0 and 1
+    grads = run(ours, torch.rand(1, 8, 16) + 0.1)
+    assert torch.equal(grads["experts.3.fc_1.weight"], torch.zeros(8, 16))
+    assert grads["experts.0.fc_1.weight"].abs().sum() > 0
+
+
+def test_router_works_in_float32_when_the_model_is_bf16() -> None:
+    _, ours = pair(LLaMAMoE, torch.bfloat16)
+    with torch.no_grad():
+        ours.gate.weight.zero_()
+        ours.gate.weight[:, 0] = torch.tensor([1.0, 1.0, 1.0, 1.0])
+        ours.gate.weight[3, 1] = 2**-7  # 1 + 2**-7 * 2**-7 is not a bf16 number: bf16 logits would tie
+    x = torch.zeros(1, 16, dtype=torch.bfloat16)
+    x[0, :2] = torch.tensor([1.0, 2**-7])
+    _, indices_NK = ours._route(x)
+    assert indices_NK[0, 0] == 3
+
+
+def test_autocast_leaves_the_router_in_float32() -> None:
+    _, ours = pair(LLaMAMoE, torch.float32)
+    x = torch.randn(6, 16)
+    expected, _ = ours._route(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = ours._route(x)
+    assert torch.equal(got, expected)
+
+
+def test_training_under_autocast_stays_near_float32() -> None:
+    _, ours = pair(LLaMAMoE, torch.float32)
+    x = torch.randn(2, 8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(ours, x)
+    torch.testing.assert_close(got["y"].float(), run(ours, x)["y"], rtol=0.05, atol=0.05)
+
+
+def test_flops_on_meta_are_the_active_ones() -> None:
+    config = MoEConfig(**{**TINY_CONFIG, "n_expert": 8, "n_shared_expert": 1})
+    with torch.device("meta"):
+        layer, x = MoE(config), torch.randn(2, 32, 16, requires_grad=True)
+    flops = measure_flops(layer, lambda: layer(x))
+    expert, gate, combine = 3 * 16 * 8, 16 * 8, 2 * 16  # multiply-adds a token: fc_1, fc_2, proj; router; sum
+    assert flops == 2 * 64 * (2 * expert + expert + gate + combine)
+
+
+def test_meta_forward_and_backward_count_three_times_the_forward() -> None:
+    config = MoEConfig(**TINY_CONFIG)
+    with torch.device("meta"):
+        model, x = GPT(config), torch.randint(0, 1, (2, 64))
+    forward = measure_flops(model, lambda: model(x))
+    both = measure_flops(model, lambda: model(x), lambda y: y.float().mean())
+    assert 2.5 < both / forward <= 3.0  # the embedding's gradient needs no matrix product
+
+
+def test_expert_load_counts_each_choice_once_and_only_while_it_is_on(tiny_config: MoEConfig) -> None:
+    model = GPT(tiny_config)
+    tokens = torch.randint(0, 512, (2, 10))
+    model(tokens)
+    moe_layers.count_expert_load(model, True)
+    model(tokens)
+    with torch.no_grad():
+        model(tokens[:1, :2])
+    load = moe_layers.expert_load(model)
+    assert [int(load[layer].sum()) for layer in (0, 1)] == [2 * (20 + 2)] * 2
+    moe_layers.count_expert_load(model, False)
+    model(tokens)
+    assert moe_layers.expert_load(model)[0].sum() == 0
+
+
+def test_every_parameter_is_initialised_under_empty_init() -> None:
+    config = MoEConfig(**{**TINY_CONFIG, **GROUPS, "n_shared_expert": 1, "first_k_dense_replace": 1})
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with fabric.init_module(empty_init=True):
+        model = GPT(config)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(77)
+    initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
+    left = [name for name, tensor in model.named_parameters() if (tensor == 77).any()]
+    left += [name for name, tensor in model.named_buffers() if (tensor == 77).any()]
+    assert left == []
+    gate = model.transformer.h[1].mlp.gate
+    assert gate.weight.std().item() == pytest.approx(math.sqrt(2 / 5 / 16), rel=0.3)
+
+
+def test_first_k_dense_replace_makes_the_first_blocks_dense() -> None:
+    model = GPT(MoEConfig(**{**TINY_CONFIG, "first_k_dense_replace": 1, "intermediate_size": 24}))
+    assert isinstance(model.transformer.h[0].mlp, LLaMAMLP)
+    assert list(moe_layers.moe_layers(model)) == [1]
+
+
+def test_one_small_layer_compiles_and_agrees_with_eager() -> None:
+    torch.compiler.set_stance("default")
+    _, ours = pair(LLaMAMoE, torch.float32)
+    x = torch.randn(1, 12, 16)
+    compiled = torch.compile(ours, backend="aot_eager")
+    for n_tokens in (12, 12):
+        torch.testing.assert_close(compiled(x[:, :n_tokens]), ours(x[:, :n_tokens]))
+
+
+BAD_VALUES = {
+    "n_expert_per_token": (8, "n_expert_per_token is 8 but n_expert is 4; choose 1 to 4"),
+    "n_expert": (0, "n_expert is 0"),
+    "moe_intermediate_size": (None, "moe_intermediate_size is None"),
+    "n_head": (3, "n_embd is 16, which n_head 3 does not divide"),
+    "n_query_groups": (4, "n_query_groups is 4, which does not divide n_head 2"),
+    "n_layer": (0, "n_layer is 0; choose 1 or more"),
+    "mlp_class_name": ("LLaMAMLP", "mlp_class_name is LLaMAMLP, which has no experts"),
+    "n_expert_groups": (3, "n_expert_groups is 3, which must be 2 or more and divide n_expert 4"),
+    "n_topk_groups": (1, "ignored without n_expert_groups"),
+    "n_layers": (2, "unknown key 'n_layers'; did you mean n_layer?"),
+    "bias": ("perhaps", "bias is 'perhaps'; it must be bool"),
+    "norm_class_name": ("BatchNorm", "norm_class_name is 'BatchNorm'; it must be Literal"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_VALUES)
+def test_a_bad_value_is_named_with_file_key_and_way_out(key: str, tmp_path: Path) -> None:
+    value, message = BAD_VALUES[key]
+    path = tmp_path / "model_config.yaml"
+    path.write_text(yaml.dump({**TINY_CONFIG, key: value}), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        MoEConfig.from_file(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_all_bad_values_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "model_config.yaml"
+    values = {**TINY_CONFIG, "n_expert_per_token": 9, "moe_intermediate_size": -1, "n_head": 3}
+    path.write_text(yaml.dump(values), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        MoEConfig.from_file(path)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_one_expert_per_token_without_router_gradient_is_refused() -> None:
+    with pytest.raises(ValueError, match="router gets no gradient"):
+        MoEConfig(**{**TINY_CONFIG, "n_expert_per_token": 1})
+
+
+def test_a_number_that_plain_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "model_config.yaml"
+    path.write_text(yaml.dump(TINY_CONFIG) + "norm_eps: 1e-6\n", encoding="utf-8")
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["norm_eps"] == "1e-6"
+    assert MoEConfig.from_file(path).norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "n_layer: [1\n", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model_config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"model_config\.yaml"):
+        MoEConfig.from_file(path)
+
+
+def test_a_loaded_checkpoint_gives_stock_litgpt_s_logits(tiny_checkpoint: Path) -> None:
+    from litgpt.config import Config
+
+    stock = GPT(Config.from_checkpoint(tiny_checkpoint))
+    stock.load_state_dict(
+        torch.load(tiny_checkpoint / "lit_model.pth", weights_only=True)["model"], strict=True
+    )
+    model = moe_layers.load_model(tiny_checkpoint)
+    tokens = torch.randint(0, 512, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), stock(tokens), rtol=1e-5, atol=1e-6)
+    assert isinstance(model.transformer.h[0].mlp, MoE)
+    assert not model.training
+
+
+def test_a_model_is_loaded_in_the_dtype_asked_for(tiny_checkpoint: Path) -> None:
+    model = moe_layers.load_model(tiny_checkpoint, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
+
+
+def copy_checkpoint(source: Path, target: Path) -> Path:
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_a_truncated_checkpoint_is_told_in_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_checkpoint(tiny_checkpoint, tmp_path / "final")
+    weights = folder / "lit_model.pth"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"lit_model\.pth is damaged") as caught:
+        moe_layers.load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_checkpoint(tiny_checkpoint, tmp_path / "final")
+    wider = {**TINY_CONFIG, "moe_intermediate_size": 12}
+    (folder / "model_config.yaml").write_text(yaml.dump(wider), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"not of one model: .*experts\.0\.fc_1\.weight"):
+        moe_layers.load_model(folder)
+
+
+def test_a_checkpoint_is_found_by_its_folder_its_parent_or_its_newest_step(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in ("step-00000100", "step-00000900"):
+        copy_checkpoint(tiny_checkpoint, tmp_path / name)
+    assert moe_layers.find_checkpoint(tmp_path / "step-00000100") == tmp_path / "step-00000100"
+    assert moe_layers.find_checkpoint(tmp_path / "step-00000100" / "lit_model.pth").name == "step-00000100"
+    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "step-00000900"
+    (tmp_path / "step-00000900" / "lit_model.pth").unlink()
+    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "step-00000100"
+    copy_checkpoint(tiny_checkpoint, tmp_path / "final")
+    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "final"
+
+
+def test_no_checkpoint_is_told_with_the_place(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no lit_model"):
+        moe_layers.find_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
+        moe_layers.find_checkpoint(tmp_path / "absent")
+
+
+def test_grouped_gemm_is_not_called_fast_on_the_cpu() -> None:
+    assert not moe_layers.has_fast_grouped_mm(torch.device("cpu"), torch.bfloat16)

@@ -1,0 +1,133 @@
+"""Lock the packages with every address on one public mirror. Run: uv run python tools/lock.py (seconds).
+
+`uv lock` writes the addresses of whatever index this machine uses; committed, they would bind the project to
+that machine. This tool locks, rewrites the hosts by pattern (the path behind `/packages/` is the same on
+every mirror), and checks the result. To check only, with no network:
+uv run --no-project python tools/lock.py --check
+(a plain `uv run` would re-lock with this machine's index before the tool starts).
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MIRROR_SIMPLE = "https://mirrors.aliyun.com/pypi/simple"
+MIRROR_PACKAGES = "https://mirrors.aliyun.com/pypi/packages/"
+WHEELS_OF_FLAT_INDEX = "https://download.pytorch.org/whl/"  # what tools/torch-cu128.html links
+
+# the folders named by hash are what mirrors share; a proxy with other paths must not be guessed at
+HASHED_PATH = r"[0-9a-f]{2}/[0-9a-f]{2}/[0-9a-f]{60}/[^/\"]+"
+REGISTRY = re.compile(r'registry = "(?:https?|file)://[^"]*/simple/?"')
+ARCHIVE = re.compile(rf'url = "[a-z]+://[^"]*?/packages/({HASHED_PATH})"')
+SOURCE = re.compile(r'\bsource = \{ (\w+) = "([^"]*)"')
+URL = re.compile(r'\{ url = "([^"]*)"')
+
+
+def rewrite(lock_text: str) -> str:
+    """Return the lock file's text with every registry address on the mirror; local and torch links stay."""
+    lock_text = REGISTRY.sub(f'registry = "{MIRROR_SIMPLE}"', lock_text)
+    return ARCHIVE.sub(rf'url = "{MIRROR_PACKAGES}\1"', lock_text)
+
+
+def find_problems(lock_text: str) -> list[str]:
+    """Return one sentence for each line that works on some machines only; [] for a good lock file."""
+    problems = []
+    for number, line in enumerate(lock_text.splitlines(), start=1):
+        problem = _line_problem(line)
+        if problem:
+            problems.append(f"uv.lock:{number}: {problem}")
+    return problems
+
+
+def _line_problem(line: str) -> str:
+    for kind, place in SOURCE.findall(line):
+        is_flat_index = "://" not in place and not Path(place).is_absolute()
+        if kind == "registry" and (place == MIRROR_SIMPLE or is_flat_index):
+            continue
+        if kind != "virtual":
+            return f"source {place} is neither {MIRROR_SIMPLE} nor the local flat index; run tools/lock.py"
+    for url in URL.findall(line):
+        on_mirror = re.fullmatch(re.escape(MIRROR_PACKAGES) + HASHED_PATH, url)
+        if not on_mirror and not url.startswith(WHEELS_OF_FLAT_INDEX):
+            return f"{url} is not an address of the mirror ({MIRROR_PACKAGES}...); run tools/lock.py"
+    # uv makes the `index` of a requirement absolute (astral-sh/uv issue 15055): it holds in one folder only
+    if "file://" in line:
+        return (
+            "a path of this machine; list the flat index under tool.uv.find-links instead of tool.uv.sources"
+        )
+    return ""
+
+
+def matches_pyproject() -> bool:
+    """Return whether the lock file is what uv would lock with the mirror as its index; asks uv, offline."""
+    other_indexes = {"UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_NO_INDEX"}
+    env = {name: value for name, value in os.environ.items() if name not in other_indexes}
+    env["UV_DEFAULT_INDEX"] = MIRROR_SIMPLE
+    # a lock file that holds is accepted from its own metadata; only a stale one makes uv look for packages
+    return _uv(["lock", "--check", "--offline", "--quiet"], env, capture_output=True).returncode == 0
+
+
+def _uv(
+    args: list[str], env: dict[str, str], capture_output: bool = False
+) -> subprocess.CompletedProcess[bytes]:
+    uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` tells its own path in UV
+    if uv is None:
+        raise FileNotFoundError("uv is not on PATH; install it with: pip install uv")
+    return subprocess.run([uv, *args], cwd=ROOT, env=env, capture_output=capture_output, check=False)
+
+
+def lock(upgrade: bool) -> list[str]:
+    """Lock, rewrite and return the problems left; with any, uv.lock stays as it was."""
+    path = ROOT / "uv.lock"
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    if _uv(["lock", *(["--upgrade"] if upgrade else [])], dict(os.environ)).returncode != 0:
+        return ["uv lock failed; its message is above"]
+    after = rewrite(path.read_text(encoding="utf-8"))
+    problems = find_problems(after)
+    if not problems:
+        _write_whole(path, after)
+    elif before is not None:
+        _write_whole(path, before)
+    return problems
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Lock (or only check) and return 0 when uv.lock is fit to commit, 1 when not."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="check uv.lock, change nothing, use no network")
+    parser.add_argument(
+        "--upgrade", action="store_true", help="take the newest allowed version of every package"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.check:
+            problems = find_problems((ROOT / "uv.lock").read_text(encoding="utf-8"))
+        else:
+            problems = lock(args.upgrade)
+        if not problems and not matches_pyproject():
+            problems = ["uv.lock does not match pyproject.toml; run: uv run python tools/lock.py"]
+    except OSError as error:
+        problems = [str(error)]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        print(f"error: {problems[0]}{more}", file=sys.stderr)
+        return 1
+    print(f"uv.lock is fit to commit: packages from {MIRROR_SIMPLE}, in step with pyproject.toml")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
