@@ -453,10 +453,9 @@ def load_model(
         OSError: a file cannot be read.
     """
     config = MoEConfig.from_file(checkpoint_dir / CONFIG_FILE)
-    weights = read_weights(checkpoint_dir / CHECKPOINT_FILE)
+    weights = check_weights(checkpoint_dir, config)
     with torch.device("meta"):
         model = GPT(config)
-    _check_weights(checkpoint_dir, weights, model.state_dict())
     # clone: the weights leave the mapped file, which a running training may replace
     weights = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
@@ -475,9 +474,11 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises pickle, zip, runtime or key errors
+    except (
+        Exception
+    ) as error:  # a damaged file raises pickle, zip, runtime, key or (seeking too far) OS errors
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path} is damaged or not a checkpoint ({reason[:120]}); use another one"
@@ -498,15 +499,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_weights(
-    checkpoint_dir: Path, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> None:
-    where = f"{checkpoint_dir}: {CHECKPOINT_FILE} and {CONFIG_FILE} are not of one model:"
+def check_weights(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:
+    """Return the weights in `checkpoint_dir`, memory-mapped. ValueError if they are not a model of `config`."""
+    weights = read_weights(checkpoint_dir / CHECKPOINT_FILE)
+    with torch.device("meta"):
+        expected = GPT(config).state_dict()
+    where = f"{checkpoint_dir}: the weights do not fit the model config {config.name}:"
     if missing := [name for name in expected if name not in weights]:
-        raise ValueError(f"{where} the weights lack {missing[0]} ({len(missing)} missing)")
+        raise ValueError(f"{where} they lack {missing[0]} ({len(missing)} missing)")
     if extra := [name for name in weights if name not in expected]:
-        raise ValueError(f"{where} the weights have an unexpected {extra[0]} ({len(extra)} too many)")
+        raise ValueError(f"{where} they have an unexpected {extra[0]} ({len(extra)} too many)")
     for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, the configuration wants {tuple(tensor.shape)}"
+            shapes = f"{tuple(weights[name].shape)}, the config wants {tuple(tensor.shape)}"
             raise ValueError(f"{where} {name} is {shapes}")
+    return weights

@@ -151,3 +151,24 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
+    """A prepared data directory: about 6,000 training tokens in 300 different stories, and a val split."""
+    import prepare_data
+
+    folder = tmp_path_factory.mktemp("data") / "custom_text"
+    names = [f"{a}{b}" for a in ("Al", "Bo", "Ce", "Da", "El", "Fi") for b in ("na", "ra", "lo", "mi", "ke")]
+    stories = [
+        f"{sentence} {name} liked that."
+        for i, name in enumerate(names)
+        for sentence in (SENTENCES if i % 2 else SENTENCES[::-1])
+    ]
+    for split, part in (("train", stories[:120]), ("val", stories[120:])):
+        (folder / split).mkdir(parents=True)
+        text = "".join(f"{story}\n<|endoftext|>\n" for story in part)
+        (folder / split / "stories.txt").write_text(text, encoding="utf-8")
+    settings = prepare_data.PrepareSettings(data_dir=folder, tokenizer_dir=tiny_tokenizer_dir, workers=1)
+    prepare_data.prepare(settings)
+    return folder

@@ -306,7 +306,7 @@ def test_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: P
     folder = copy_checkpoint(tiny_checkpoint, tmp_path / "final")
     wider = {**TINY_CONFIG, "moe_intermediate_size": 12}
     (folder / "model_config.yaml").write_text(yaml.dump(wider), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"not of one model: .*experts\.0\.fc_1\.weight"):
+    with pytest.raises(ValueError, match=r"do not fit the model config MoE-tiny: .*experts\.0\.fc_1\.weight"):
         moe_layers.load_model(folder)
 
 

@@ -1,0 +1,903 @@
+"""Pretrain a Mixture-of-Experts model with LitGPT's own loop and tell a story with it.
+
+Run: uv run python run_train.py     (under 5 minutes on two CPU cores: demo model, demo stories)
+
+With CUDA it takes model_config.yaml and train_config.yaml, without it the demo settings in configs/. Settings:
+flag > environment variable > YAML > default. `--train.max_tokens 1000000` overrides any key by its dotted name.
+"""
+
+import csv
+import difflib
+import errno
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+import prepare_data
+import wandb_dataset
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from moe_layers import MoEConfig
+
+ROOT = Path(__file__).resolve().parent
+DEMO_MODEL, DEMO_TRAIN = ROOT / "configs/demo_model.yaml", ROOT / "configs/demo_train.yaml"
+DEMO_VOCAB = 2048  # as padded_vocab_size in demo_model.yaml
+FLAG_TO_KEY = {
+    "micro_batch_size": "train.micro_batch_size",
+    "global_batch_size": "train.global_batch_size",
+    "max_tokens": "train.max_tokens",
+    "max_seq_length": "train.max_seq_length",
+    "train_config": "config",
+    "wandb_dataset_artifact": "wandb_dataset",
+}
+CLASS_KEYS = ("data", "optimizer")  # each a class_path with init_args
+VARIABLES = (
+    "RESUME",
+    "WANDB_DATASET_ARTIFACT",
+    "WANDB_ARTIFACTS_DIR",
+    "DATASET_DIR",
+    "MICRO_BATCH_SIZE",
+    "GLOBAL_BATCH_SIZE",
+    "MAX_TOKENS",
+    "MAX_SEQ_LENGTH",
+)
+
+
+def _litgpt_args() -> Any:
+    """LitGPT's argument dataclasses, from litgpt/args.py alone: its package loads torch, seconds before --help."""
+    folder = importlib.util.find_spec("litgpt").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("litgpt_args", Path(folder) / "args.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+litgpt_args = _litgpt_args()
+
+
+@dataclass
+class Settings:
+    """What one run needs; the keys of train_config.yaml."""
+
+    config: Path | None = None
+    """YAML with these settings (default: train_config.yaml with CUDA, configs/demo_train.yaml without)."""
+    model_config: Path | None = None
+    """YAML with LitGPT Config keys (default: model_config.yaml with CUDA, configs/demo_model.yaml without)."""
+    out_dir: Path = Path("checkpoints")
+    """Directory for step-*/, final/ and logs/."""
+    overwrite: bool = False
+    """Delete an earlier run in out_dir instead of refusing to touch it."""
+    resume: str | bool = False
+    """auto: the newest step-* in out_dir, or a fresh start; true: the newest, or an error; or a checkpoint path."""
+    initial_checkpoint_dir: Path | None = None
+    """Checkpoint whose weights to start from; not together with resume."""
+    data: dict = field(default_factory=lambda: {"class_path": "prepare_data.TextShards"})
+    """class_path and init_args of a LitGPT data module."""
+    dataset_dir: Path | None = None
+    """Data directory (with train/ and val/) that replaces the one in data.init_args."""
+    tokenizer_dir: Path = Path("data/tokenizer")
+    """Directory with tokenizer.json, copied into every checkpoint (dataset_dir/tokenizer goes before it)."""
+    wandb_dataset: str | None = None
+    """W&B artifact to train on: entity/project/name:alias, or project/name:alias with WANDB_ENTITY."""
+    wandb_artifacts_dir: Path = Path("artifacts")
+    """Directory for downloaded artifacts."""
+    precision: str | None = None
+    """bf16-true, bf16-mixed, 16-mixed, 16-true or 32-true (default: bf16-true where CUDA has it, else 32-true)."""
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
+    """Kind of device."""
+    devices: int | str = "auto"
+    """Devices on this machine; auto is every GPU, or one CPU process."""
+    num_nodes: int = 1
+    """Machines."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto compiles on CUDA where Triton is installed, and runs eager elsewhere."""
+    seed: int = 42
+    """Seed of the weights and the order of the data."""
+    optimizer: dict = field(default_factory=lambda: {"class_path": "torch.optim.AdamW"})
+    """class_path and init_args of an optimizer."""
+    logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """Logger beside logs/csv/metrics.csv, which is always written."""
+    progress: bool = True
+    """Show a live bar on a terminal; otherwise LitGPT's line for each log step."""
+    train: litgpt_args.TrainArgs = field(default_factory=lambda: litgpt_args.TrainArgs(max_norm=1.0))
+    """Training."""
+    eval: litgpt_args.EvalArgs = field(default_factory=litgpt_args.EvalArgs)
+    """Validation."""
+    log: litgpt_args.LogArgs = field(default_factory=litgpt_args.LogArgs)
+    """Names for the W&B logger."""
+
+
+# --- settings: flag > environment variable > YAML > default ---------------------------------------------------
+
+
+def build_parser() -> Any:
+    """Return the jsonargparse parser of `Settings`: types, defaults and help, all read from the dataclass."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="run_train.py", description=__doc__, exit_on_error=False)
+    parser.add_class_arguments(Settings)
+    return parser
+
+
+def read_flags(argv: list[str]) -> dict[str, tuple[Any, str]]:
+    """Return dotted key -> (text, place) for `--key value`, `--key=value`, `--flag` and `--no_flag`."""
+    switches = {f.name for f in fields(Settings) if f.type is bool}
+    given: dict[str, tuple[Any, str]] = {}
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            raise ValueError(f"{token!r} is not a flag; write --key value (see --help)")
+        name, equals, value = token[2:].partition("=")
+        key = FLAG_TO_KEY.get(name, name)
+        if not equals and name.removeprefix("no_") in switches:
+            key, value = name.removeprefix("no_"), str(not name.startswith("no_"))
+        elif not equals:
+            value = next(tokens, None)
+            if value is None:
+                raise ValueError(f"--{name} needs a value (see --help)")
+        group, _, rest = key.partition(".")
+        if group in CLASS_KEYS and rest:
+            # --optimizer.lr means --optimizer.init_args.lr, as on LitGPT's command line
+            key = f"{group}.{rest}" if rest == "class_path" else f"{group}.init_args.{rest.split('.')[-1]}"
+            value = yaml.safe_load(value)
+        given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
+    return given
+
+
+def read_variables() -> dict[str, tuple[Any, str]]:
+    """Return dotted key -> (text, place) for the environment variables that are set and not empty."""
+    present = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    return {FLAG_TO_KEY.get(n.lower(), n.lower()): (value, f"${n}") for n, value in present.items()}
+
+
+def read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
+    """Return dotted key -> (value, place) for a train_config.yaml."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no `key: value` lines")
+    groups = (*CLASS_KEYS, *(f"{key}.init_args" for key in CLASS_KEYS), "train", "eval", "log")
+    flat: dict[str, tuple[Any, str]] = {}
+
+    def flatten(prefix: str, mapping: dict[Any, Any]) -> None:
+        for name, value in mapping.items():
+            key = f"{prefix}{name}"
+            if key in groups and isinstance(value, dict):
+                flatten(f"{key}.", value)
+            else:
+                flat[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, str(path))
+
+    flatten("", values)
+    return flat
+
+
+def load_settings(argv: list[str]) -> Settings:
+    """Return the typed settings.
+
+    Raises:
+        ValueError: one line per problem, naming the place, the key, the value and the way out.
+        OSError: a configuration file cannot be read.
+    """
+    from jsonargparse import ArgumentError, Namespace
+
+    given = {**read_variables(), **read_flags(argv)}
+    config, model_config = choose_configs(given)
+    given = {**read_yaml(config), **given}
+    given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
+    parser = build_parser()
+    types = {action.dest: action for action in parser._actions}
+    values, problems = Namespace(), []
+    for key, (value, place) in given.items():
+        if key.split(".")[0] in CLASS_KEYS:  # typed in build_classes, where torch and litgpt are loaded
+            values[key] = value
+            continue
+        try:
+            values[key] = parser.parse_object(Namespace({key: value}).as_dict())[key]
+        except ArgumentError:
+            problems.append(f"{place}: {_wrong(key, value, types)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    try:
+        typed = parser.instantiate_classes(parser.parse_object(values.as_dict()))
+    except (ArgumentError, ValueError) as error:  # TrainArgs checks its warm-up itself
+        raise ValueError(f"{config}: {' '.join(str(error).split())}") from error
+    return Settings(**{f.name: typed[f.name] for f in fields(Settings)})
+
+
+def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
+    if key not in types:
+        near = difflib.get_close_matches(key, types, n=1)
+        return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
+    kind = getattr(types[key], "_typehint", None) or types[key].type
+    name = kind.__name__ if isinstance(kind, type) else str(kind)
+    return f"{key} is {value!r}; it must be {name.replace('typing.', '').replace('NoneType', 'null')}"
+
+
+def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
+    """Return the two YAML files of this run, and say on stderr when the demo's are taken."""
+    config = Path(given["config"][0]) if "config" in given else None
+    model_config = Path(given["model_config"][0]) if "model_config" in given else None
+    if config and not model_config and (config.parent / "model_config.yaml").is_file():
+        model_config = config.parent / "model_config.yaml"  # a checkpoint's own, or the pair at the top
+    if model_config is None and not _has_cuda():
+        model_config, demo = DEMO_MODEL, True
+        print(
+            "No CUDA and no model config named: training the small demo model on the CPU "
+            "(MoE-200M all the same: --model_config model_config.yaml).",
+            file=sys.stderr,
+        )
+    else:
+        model_config, demo = model_config or ROOT / "model_config.yaml", False
+    return config or (DEMO_TRAIN if demo else ROOT / "train_config.yaml"), model_config
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# --- checks: everything that can be known before the first file is written --------------------------------------
+
+
+@dataclass
+class Run:
+    """A checked run: what `train` hands to LitGPT."""
+
+    settings: Settings
+    config: "MoEConfig"
+    data: Any  # a LitGPT data module, of whatever class the settings name
+    optimizer: dict[str, Any]
+    precision: str
+    devices: int
+    resume: Path | None = None
+    """The lit_model.pth to continue from."""
+    initial: Path | None = None
+    """The lit_model.pth whose weights to start from."""
+    start_step: int = 0
+    demo_data: bool = False
+    """Whether there is no text at all yet, so that the demo stories are to be written."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.train.global_batch_size * self.block_size
+
+    @property
+    def block_size(self) -> int:
+        return self.settings.train.max_seq_length or self.config.block_size
+
+    @property
+    def is_demo_vocabulary(self) -> bool:
+        return self.config.padded_vocab_size == DEMO_VOCAB
+
+
+def check_run(settings: Settings) -> Run:
+    """Return the run that the settings describe.
+
+    Raises:
+        ValueError: every problem at once, one line each.
+    """
+    from moe_layers import MoEConfig
+
+    problems: list[str] = []
+    config = _collect(problems, MoEConfig.from_file, settings.model_config)
+    precision, devices = _collect(problems, choose_device, settings) or (None, 1)
+    problems += train_problems(settings, config.block_size if config else None, devices * settings.num_nodes)
+    data, optimizer = _collect(problems, build_classes, settings) or (None, None)
+    resume = _collect(problems, find_resume, settings)
+    if problems:
+        raise ValueError("\n".join(problems))
+    initial = _collect(problems, find_initial, settings, config)
+    run = Run(settings, config, data, optimizer, precision, devices, resume, initial)
+    if is_own_data(data):
+        data.tokenizer_dir = settings.tokenizer_dir
+        run.demo_data = not has_text(data)
+    problems += tokenizer_problems(run) + out_dir_problems(run)
+    if resume:
+        run.start_step = _collect(problems, resume_step, resume) or 0
+    if problems:
+        raise ValueError("\n".join(problems))
+    return run
+
+
+def _collect(problems: list[str], function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)`, or None with its message added to `problems`."""
+    try:
+        return function(*args)
+    except (ValueError, OSError) as error:
+        problems.extend(str(error).splitlines())
+        return None
+
+
+def choose_device(settings: Settings) -> tuple[str, int]:
+    """Return the precision and the number of devices on this machine."""
+    import torch
+
+    kind = settings.accelerator
+    cuda = torch.cuda.is_available() and kind in ("auto", "cuda", "gpu")
+    if kind in ("cuda", "gpu") and not cuda:
+        raise ValueError(f"accelerator is {kind} but this torch sees no CUDA device; use accelerator: cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("accelerator is mps but this machine has none; use accelerator: cpu")
+    present = torch.cuda.device_count() if cuda else None
+    devices = settings.devices
+    devices = (present or 1) if devices in ("auto", "-1", -1) else devices
+    if not str(devices).isdecimal() or int(devices) < 1:
+        raise ValueError(f"devices is {settings.devices!r}; choose auto or a number of 1 or more")
+    if present is not None and int(devices) > present:
+        raise ValueError(f"devices is {devices} but this machine has {present} CUDA device(s)")
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = settings.precision or ("bf16-true" if has_bf16 else "32-true")
+    choices = ("32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true")
+    if precision not in choices:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(choices)}")
+    if precision.startswith("16") and not cuda:
+        raise ValueError(f"precision is {precision}, which needs CUDA; use 32-true or bf16-true")
+    if precision.startswith("bf16") and cuda and not has_bf16:
+        raise ValueError(f"precision is {precision}, which this GPU lacks; use 16-mixed or 32-true")
+    return precision, int(devices)
+
+
+def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
+    """Return one sentence per training setting that LitGPT would ignore, round down or fail on later."""
+    train, evaluation = settings.train, settings.eval
+    problems = []
+    for group, args, names in (
+        ("train", train, ("global_batch_size", "micro_batch_size", "log_interval", "save_interval")),
+        ("eval", evaluation, ("interval", "max_iters")),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                problems.append(f"{group}.{name} is {value}; choose 1 or more")
+    refused = {
+        "train.epochs": (train.epochs, "use train.max_tokens"),
+        "train.max_steps": (train.max_steps, "use train.max_tokens"),
+        "train.max_time": (train.max_time, "use train.max_tokens"),
+        "eval.max_new_tokens": (evaluation.max_new_tokens, "pretraining samples no text while it validates"),
+    }
+    problems += [
+        f"{key} is {value}, which LitGPT ignores in pretraining; {hint}"
+        for key, (value, hint) in refused.items()
+        if value is not None
+    ]
+    if settings.num_nodes < 1:
+        problems.append(f"num_nodes is {settings.num_nodes}; choose 1 or more")
+    if train.max_norm is None:
+        problems.append("train.max_norm is null; LitGPT needs a number (1.0 is usual, .inf never clips)")
+    if problems:
+        return problems
+    unit = train.micro_batch_size * world_size
+    if train.global_batch_size % unit:
+        problems.append(
+            f"train.global_batch_size is {train.global_batch_size}, not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} times {world_size} device(s); choose a multiple of {unit}"
+        )
+    length = train.max_seq_length or block_size
+    if length and block_size and not 1 <= length <= block_size:
+        problems.append(f"train.max_seq_length is {length} but the model's block_size is {block_size}")
+    elif length and (train.max_tokens is None or train.max_tokens < train.global_batch_size * length):
+        problems.append(
+            f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x {length} "
+            f"= {train.global_batch_size * length} tokens; raise it or lower train.global_batch_size"
+        )
+    return problems
+
+
+def build_classes(settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """Return the data module, built, and the optimizer's class_path and init_args, typed."""
+    import torch
+    from jsonargparse import ArgumentError, ArgumentParser
+    from litgpt.data import DataModule
+
+    data, optimizer = dict(settings.data), dict(settings.optimizer)
+    if settings.dataset_dir:
+        paths = {f"{split}_data_path": str(settings.dataset_dir / split) for split in prepare_data.SPLITS}
+        data["init_args"] = {**data.get("init_args", {}), **paths}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DataModule, "data")
+    parser.add_subclass_arguments(torch.optim.Optimizer, "optimizer", skip={"params"})
+    problems, typed = [], {}
+    for key, value in (("data", data), ("optimizer", optimizer)):
+        try:
+            typed[key] = parser.parse_object({key: value}, defaults=False)[key]
+        except ArgumentError as error:
+            reason = str(error).splitlines()[-1].strip(" -")
+            problems.append(f"{settings.config}: {key} is not usable as written: {reason}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    named = {name: typed["optimizer"].init_args[name] for name in optimizer.get("init_args", {})}
+    optimizer = {"class_path": typed["optimizer"].class_path, "init_args": named}
+    module = parser.instantiate_classes(parser.parse_object({"data": typed["data"]}))["data"]
+    return module, optimizer
+
+
+def find_resume(settings: Settings) -> Path | None:
+    """Return the lit_model.pth to continue from, or None for a fresh start."""
+    from moe_layers import CHECKPOINT_FILE, find_checkpoint
+
+    resume = str(settings.resume)
+    if resume.lower() in ("false", "none", ""):
+        return None
+    if settings.initial_checkpoint_dir:
+        raise ValueError("resume and initial_checkpoint_dir exclude each other; drop one")
+    if resume.lower() not in ("auto", "true"):
+        return find_checkpoint(Path(resume)) / CHECKPOINT_FILE
+    # final/ is saved with the data one batch further on (litgpt 0.5.13): only step-* resume exactly
+    steps = sorted(settings.out_dir.glob("step-*"), reverse=True)
+    whole = [step for step in steps if (step / "model_config.yaml").is_file()]  # LitGPT writes it last
+    for step in steps[: steps.index(whole[0])] if whole else steps:
+        print(f"Skipping {step}: it was not written to its end.", file=sys.stderr)
+    if whole:
+        return whole[0] / CHECKPOINT_FILE
+    if resume.lower() == "true":
+        raise FileNotFoundError(
+            f"resume is true but {settings.out_dir} holds no whole step-*; use resume: auto"
+        )
+    print(
+        f"No checkpoint to resume from in {settings.out_dir}: starting from the beginning.", file=sys.stderr
+    )
+    return None
+
+
+def find_initial(settings: Settings, config: "MoEConfig") -> Path | None:
+    """Return the lit_model.pth whose weights to start from, which must fit the model, or None."""
+    from moe_layers import CHECKPOINT_FILE, check_weights, find_checkpoint
+
+    if settings.initial_checkpoint_dir is None:
+        return None
+    checkpoint_dir = find_checkpoint(settings.initial_checkpoint_dir)
+    check_weights(checkpoint_dir, config)
+    return checkpoint_dir / CHECKPOINT_FILE
+
+
+def resume_step(checkpoint: Path) -> int:
+    """Return the optimizer steps done in a checkpoint."""
+    from moe_layers import read_state
+
+    step_count = read_state(checkpoint).get("step_count")
+    if not isinstance(step_count, int):
+        raise ValueError(f"{checkpoint} holds weights alone; start from it with --initial_checkpoint_dir")
+    return step_count
+
+
+def is_own_data(data: Any) -> bool:
+    return type(data).__name__ == "TextShards"
+
+
+def has_text(data: Any) -> bool:
+    """Return whether the data directory holds shards or raw text to make them from."""
+    folder = Path(data.train_data_path)
+    return (folder.parent / prepare_data.MANIFEST).is_file() or any(folder.glob("*.txt"))
+
+
+def tokenizer_problems(run: Run) -> list[str]:
+    """Return a sentence if the tokenizer in place is unusable or has more pieces than the model has rows."""
+    folder, rows = run.settings.tokenizer_dir, run.config.padded_vocab_size
+    if not (folder / "tokenizer.json").is_file():
+        return []  # prepare_data makes or fetches one, or says why it cannot
+    try:
+        size = prepare_data.read_tokenizer(folder).vocab_size
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    if size <= rows:
+        return []
+    return [
+        f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} is {rows}; "
+        "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
+    ]
+
+
+def out_dir_problems(run: Run) -> list[str]:
+    """Return sentences on a place that holds another run, cannot be written, or has no room for a checkpoint."""
+    out_dir = run.settings.out_dir
+    earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
+    if earlier and run.resume is None and not run.settings.overwrite:
+        return [
+            f"{out_dir} already holds a run ({earlier[0].name}); continue it with --resume auto, "
+            "choose another --out_dir, or delete it with --overwrite"
+        ]
+    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        return [f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir"]
+    needed, free = checkpoint_bytes(run), shutil.disk_usage(parent).free
+    if free < needed:
+        return [f"{out_dir}: a checkpoint needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"]
+    return []
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Return the size of one checkpoint: the weights and AdamW's two moments."""
+    from moe_layers import count_parameters
+
+    total, _ = count_parameters(run.config)
+    return 3 * total * (2 if run.precision.endswith("16-true") else 4)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """What Fabric calls as a callback and as a logger: the live bar, logs/csv/metrics.csv, the summary's figures.
+
+    Fabric asks for methods by name, no base class, so that importing this file does not import Lightning.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.step = run.start_step
+        self.first_step_at = self.last_step_at = 0.0
+        self.bar: Any = None
+        self.values: dict[str, str] = {}
+        self.metrics = MetricsFile(run.settings.out_dir / "logs/csv/metrics.csv", run.start_step)
+        self.is_live = (
+            run.settings.progress and sys.stderr.isatty() and int(os.environ.get("LOCAL_RANK", 0)) == 0
+        )
+
+    def on_after_setup(self, fabric: "Fabric", module: Any) -> None:
+        """Load the weights to start from; LitGPT's own way knows only files of bare weights, not checkpoints."""
+        start = self.run.initial
+        from moe_layers import read_state
+
+        if start is not None and "model" in read_state(start):
+            fabric.load(start, {"model": module}, strict=False)  # the optimizer's state stays behind
+        elif start is not None:
+            fabric.load_raw(start, module)
+
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
+        """Advance the bar; Fabric calls it after each optimizer step."""
+        self.step += 1
+        self.last_step_at = time.perf_counter()
+        self.first_step_at = self.first_step_at or self.last_step_at
+        if self.bar is None and self.is_live:
+            from tqdm import tqdm
+
+            total, done = self.run.settings.train.max_tokens, (self.step - 1) * self.run.tokens_per_step
+            self.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True)
+        if self.bar is not None:
+            self.bar.update(self.run.tokens_per_step)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write a row; Fabric's `log_dict` calls it with LitGPT's metrics."""
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        if rank_zero_only.rank != 0:
+            return
+        self.metrics.write({"step": self.step, **{key: float(value) for key, value in metrics.items()}})
+        for key in ("loss", "val_loss"):
+            if key in metrics:
+                self.values[key] = f"{float(metrics[key]):.3f}"
+        if self.bar is not None:
+            self.bar.set_postfix(self.values, refresh=False)
+
+    def print(self, *texts: Any, **_: Any) -> None:
+        """Print a line of LitGPT's on stderr, less those that the bar and our summary replace."""
+        line = " ".join(map(str, texts))
+        # litgpt 0.5.13's summary divides by a clock reading; its step lines are the bar's business
+        if line.startswith(("| ", "-----")) or (self.is_live and line.startswith("Epoch ")):
+            return
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def tokens_per_s(self) -> float | None:
+        """Return the tokens/s from the first to the last step of this process, validation and saving included."""
+        steps = self.step - self.run.start_step - 1
+        seconds = self.last_step_at - self.first_step_at
+        return steps * self.run.tokens_per_step / seconds if steps > 0 and seconds > 0 else None
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class MetricsFile:
+    """One CSV over all resumes; Lightning's CSVLogger opens a new version each time and loses the last rows."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path, self.start_step = path, start_step
+        self.columns: list[str] = []
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append `row`; a new column rewrites the file with a wider header."""
+        new = [key for key in row if key not in self.columns]
+        if new:
+            rows = self._rows()
+            self.columns += [key for key in [*(rows[0] if rows else []), *row] if key not in self.columns]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.path.with_suffix(".tmp")
+            with whole.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            whole.replace(self.path)
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _rows(self) -> list[dict[str, str]]:
+        """The rows to keep: all of this process, and of an earlier one those up to the step resumed from."""
+        if not self.path.is_file() or (not self.columns and not self.start_step):
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return rows if self.columns else [row for row in rows if float(row["step"]) <= self.start_step]
+
+
+def ready_data(run: Run) -> None:
+    """Put the data on disk, fresh; raises ValueError if it is too short for the run."""
+    from litgpt import Tokenizer
+
+    settings = run.settings
+    if not is_own_data(run.data):
+        return
+    folder = Path(run.data.train_data_path).parent
+    has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
+    if run.demo_data:
+        print(f"No data in {folder}: writing the built-in demo stories there.", file=sys.stderr)
+    if run.demo_data or not has_tokenizer:
+        trains_own = not has_tokenizer and (run.demo_data or run.is_demo_vocabulary)
+        prepare_data.prepare(
+            prepare_data.PrepareSettings(
+                data_dir=folder,
+                dataset="demo" if run.demo_data else "custom",
+                tokenizer_dir=settings.tokenizer_dir,
+                train_tokenizer=DEMO_VOCAB if trains_own else None,
+            )
+        )
+    # LitGPT asks for the loaders again; asking here tells of too little text before the model is built
+    run.data.connect(Tokenizer(settings.tokenizer_dir), settings.train.micro_batch_size, run.block_size)
+    run.data.prepare_data()
+    run.data.train_dataloader()
+    run.data.val_dataloader()
+
+
+def will_compile(settings: Settings) -> tuple[bool, str]:
+    """Return whether the model is compiled, and why."""
+    import torch
+
+    if settings.compile != "auto":
+        return settings.compile == "on", f"compile: {settings.compile}"
+    if settings.accelerator == "cpu" or not torch.cuda.is_available():
+        return False, "no CUDA; compiling takes minutes on a CPU"
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed (on Windows: triton-windows)"
+    return True, "CUDA and Triton"
+
+
+def save_settings(settings: Settings, checkpoint_dir: Path) -> None:
+    """Write the settings that ran as train_config.yaml; read back, they give the same run."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return str(value) if isinstance(value, Path) else value
+
+    # which run this was, not what it trained: its own flags when somebody starts from this file
+    left_out = ("config", "model_config", "resume", "overwrite")
+    values = {name: value for name, value in plain(settings).items() if name not in left_out}
+    text = yaml.safe_dump(values, sort_keys=False)
+    (checkpoint_dir / "train_config.yaml").write_text(text, encoding="utf-8")
+
+
+def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
+    """Return the Fabric that LitGPT's loop runs on: one device, DDP on the CPU, FSDP on GPUs."""
+    import lightning as L
+    from lightning.fabric.strategies import FSDPStrategy
+    from litgpt.model import Block
+    from litgpt.utils import choose_logger
+
+    settings = run.settings
+    loggers: list[Any] = [monitor]
+    if settings.logger_name != "csv":
+        name, log_args = f"pretrain-{run.config.name}", asdict(settings.log)
+        loggers.append(
+            choose_logger(
+                settings.logger_name, settings.out_dir, name, log_args=log_args, resume=bool(run.resume)
+            )
+        )
+    strategy: Any = "auto"
+    if run.devices * settings.num_nodes > 1:
+        # as litgpt.pretrain.setup; it knows FSDP alone, which the CPU lacks
+        fsdp = FSDPStrategy(
+            auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD"
+        )
+        strategy = "ddp" if settings.accelerator == "cpu" or not _has_cuda() else fsdp
+    fabric = L.Fabric(
+        accelerator="cuda" if settings.accelerator == "gpu" else settings.accelerator,
+        devices=run.devices,
+        num_nodes=settings.num_nodes,
+        strategy=strategy,
+        precision=run.precision,
+        loggers=loggers,
+        callbacks=[monitor],
+    )
+    fabric.print = lambda *texts, **kwargs: monitor.print(*texts) if fabric.is_global_zero else None
+    return fabric
+
+
+def train(run: Run) -> Monitor:
+    """Run LitGPT's `main` and return the monitor with the run's figures."""
+    import torch
+    from litgpt import Tokenizer, pretrain
+
+    settings = run.settings
+    tokenizer = Tokenizer(settings.tokenizer_dir)
+    compiled, why = will_compile(settings)
+    torch.compiler.set_stance("default" if compiled else "force_eager")  # litgpt 0.5.13 always calls compile
+    # litgpt 0.5.13 re-parses sys.argv here and exits on our flags; drop when main takes the hyperparameters
+    pretrain.save_hyperparameters = lambda _, checkpoint_dir: save_settings(settings, checkpoint_dir)
+    if settings.overwrite and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        for old in (settings.out_dir / "final", settings.out_dir / "logs", *settings.out_dir.glob("step-*")):
+            shutil.rmtree(old, ignore_errors=True)
+    monitor = Monitor(run)
+    fabric = make_fabric(run, monitor)
+    fabric.launch()
+    monitor.print(describe(run, fabric, "compiled" if compiled else "eager", why))
+    try:
+        pretrain.main(
+            fabric=fabric,
+            devices=run.devices,
+            num_nodes=settings.num_nodes,
+            seed=settings.seed,
+            initial_checkpoint_dir=None,  # Monitor.on_after_setup loads it
+            resume=run.resume or False,
+            config=run.config,
+            data=run.data,
+            out_dir=settings.out_dir,
+            tokenizer_dir=settings.tokenizer_dir,
+            tokenizer=tokenizer,
+            train=settings.train,
+            eval=settings.eval,
+            optimizer=run.optimizer,
+        )
+    finally:
+        monitor.close()
+    return monitor
+
+
+def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
+    """Return the lines that say what runs, and on what."""
+    import torch
+
+    from moe_layers import count_parameters, experts_path
+
+    total, active = count_parameters(run.config)
+    dtype = torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
+    steps = run.settings.train.max_tokens // run.tokens_per_step
+    resumed = f", resuming after step {run.start_step} ({run.resume.parent})" if run.resume else ""
+    return (
+        f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
+        f"Device  {fabric.device}, {run.precision}, {mode} ({why}); experts: {experts_path(fabric.device, dtype)}\n"
+        f"Run     {steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
+    )
+
+
+def peak_memory() -> str:
+    """Return the peak memory of this process, of the GPU where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+    if sys.platform == "win32":
+        import psutil
+
+        return f"{psutil.Process().memory_info().peak_wset / 1e9:.2f} GB"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
+def tell_story(checkpoint_dir: Path, prompt: str = "Once upon a time") -> str:
+    """Return a story that the saved checkpoint tells."""
+    import torch
+    from litgpt import Tokenizer
+    from litgpt.generate.base import generate
+
+    from moe_layers import load_model
+
+    model, tokenizer = load_model(checkpoint_dir), Tokenizer(checkpoint_dir)
+    prompt_ids = tokenizer.encode(prompt)
+    length = min(model.max_seq_length, prompt_ids.numel() + 200)
+    if prompt_ids.numel() >= length:
+        return prompt  # a toy model whose context the prompt fills
+    torch.manual_seed(1)
+    model.max_seq_length = length
+    model.set_kv_cache(batch_size=1, device="cpu", dtype=next(model.parameters()).dtype)
+    ids = generate(model, prompt_ids, length, temperature=0.7, top_p=0.9, eos_id=tokenizer.eos_id)
+    return tokenizer.decode(ids).strip()
+
+
+def summarize(run: Run, monitor: Monitor) -> None:
+    """Print the run's figures, a story and what to do next, on stdout."""
+    final, rate = run.settings.out_dir / "final", monitor.tokens_per_s()
+    tokens = (monitor.step - run.start_step) * run.tokens_per_step
+    print(
+        f"\nTrained    {tokens:,} tokens in {monitor.step - run.start_step} steps"
+        + (f", {rate:,.0f} tokens/s with validation and saving" if rate else "")
+        + (f"\nLoss       {monitor.values['loss']} in training" if "loss" in monitor.values else "")
+        + (f", {monitor.values['val_loss']} in validation" if "val_loss" in monitor.values else "")
+        + f"\nMemory     {peak_memory()} at its peak\nCheckpoint {final}\nLog        {monitor.metrics.path}"
+    )
+    if is_own_data(run.data):
+        print(f"\nA story from it:\n\n{tell_story(final)}\n")
+    print(
+        "Next:\n"
+        f'  uv run python generate.py --ckpt_dir {final} --prompt "One day, a little dog"\n'
+        f"  uv run python evaluate.py --ckpt_dir {final}"
+    )
+    if run.demo_data:
+        print(
+            "These were the built-in demo stories. For real ones:\n"
+            "  uv run python prepare_data.py --dataset tinystories --data_dir data/tinystories "
+            "--tokenizer_dir data/tinyllama"
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether saving failed for want of room: torch's zip writer tells it as a RuntimeError."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter failed writing" in str(error)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0, or 2 after a message on bad settings, 1 after failed work, 130 after Ctrl-C."""
+    argv = wandb_dataset.normalize_flags(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(argv):
+        build_parser().print_help()
+        return 0
+    if sys.platform == "linux":
+        # Before the first `import torch`, which reads it once: MoE row counts differ from step to step, and without
+        # growing segments the caching allocator keeps a block for each size until memory is in pieces.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    try:
+        settings = load_settings(argv)
+        if settings.wandb_dataset:
+            settings.dataset_dir = wandb_dataset.pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
+        if settings.dataset_dir and (settings.dataset_dir / "tokenizer/tokenizer.json").is_file():
+            settings.tokenizer_dir = settings.dataset_dir / "tokenizer"  # an artifact brings its own
+        run = check_run(settings)
+        ready_data(run)
+    except (wandb_dataset.TransferError, ConnectionError) as error:
+        return _fail(error, 1)
+    except (ValueError, OSError) as error:
+        return _fail(error, 1 if is_disk_full(error) else 2)
+    try:
+        monitor = train(run)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            summarize(run, monitor)
+    except KeyboardInterrupt:
+        return _fail(
+            f"stopped; continue from the last checkpoint in {settings.out_dir} with --resume auto", 130
+        )
+    except (OSError, RuntimeError) as error:
+        if not is_disk_full(error):
+            raise
+        return _fail(f"{settings.out_dir}: the disk is full; make room and continue with --resume auto", 1)
+    return 0
+
+
+def _fail(error: Any, status: int) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+"""What every script shares: help at once, nothing done at import, one-way imports, and YAML that loads."""
+
+import ast
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
+SCRIPTS = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
+CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+MODEL_CONFIGS = [
+    path
+    for path in [ROOT / "model_config.yaml", *CONFIGS]
+    if "\nn_layer:" in path.read_text(encoding="utf-8")
+]
+
+# each of these alone takes longer to import than --help may take
+HEAVY = ("torch", "litgpt", "lightning", "wandb", "transformers", "tensorboard", "bitsandbytes")
+
+# DESIGN.md's table; wandb_dataset owns normalize_flags and is light, so whoever has flags may import it
+OURS = {path.stem for path in ROOT.glob("*.py")}
+MAY_IMPORT = {
+    "moe_layers": set(),
+    "wandb_dataset": set(),
+    "prepare_data": {"wandb_dataset"},
+    "run_train": {"moe_layers", "prepare_data", "wandb_dataset"},
+    "evaluate": {"moe_layers", "prepare_data", "wandb_dataset"},
+    "generate": {"moe_layers", "prepare_data", "wandb_dataset"},
+}
+
+RUN_AND_LIST_MODULES = """
+import runpy, sys
+from pathlib import Path
+script, heavy = sys.argv[1], sys.argv[3:]
+sys.argv = [script, sys.argv[2]]
+sys.path[0] = str(Path(script).parent)
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    loaded = [name for name in heavy if name in sys.modules]
+    print("imported:", *loaded, file=sys.stderr)
+    sys.exit(end.code)
+"""
+
+
+def relative(path: Path) -> str:
+    """A file's name in a test's id."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def run_python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new Python, as a user would run a script: from the root, with no terminal."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUTF8": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=relative)
+def test_help_exits_0_without_importing_anything_heavy(script: Path) -> None:
+    result = run_python(RUN_AND_LIST_MODULES, script, "--help", *HEAVY)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+    assert result.stderr.splitlines()[-1].split() == ["imported:"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=relative)
+def test_importing_a_script_prints_and_parses_nothing(script: Path) -> None:
+    # a script that parsed at import would end with status 2 over this flag
+    module = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+    code = (
+        f"import sys; sys.path[0] = {str(ROOT)!r}; sys.argv = ['script', '--no_such_flag']; import {module}"
+    )
+    result = run_python(code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=relative)
+def test_a_script_has_the_house_main_and_says_how_to_run_it(script: Path) -> None:
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    assert ast.unparse(main.args) == "argv: list[str] | None=None"
+    assert ast.unparse(main.returns) == "int"
+    assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    raise SystemExit(main())"
+    assert f"uv run python {relative(script)}" in (ast.get_docstring(tree) or "")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The first part of every module that the file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_point_one_way(path: Path) -> None:
+    tools = {tool.stem for tool in ROOT.glob("tools/*.py")} | {"tools"}
+    allowed = OURS if path.parent.name == "tools" else MAY_IMPORT[path.stem]
+    assert imported_modules(path) & (OURS | tools) <= allowed
+
+
+def header_of(path: Path) -> str:
+    """The comment that a configuration opens with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_a_config_opens_with_its_command(path: Path) -> None:
+    assert "uv run python" in header_of(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_every_yaml_in_configs_loads(path: Path) -> None:
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=relative)
+def test_every_model_configuration_passes_its_checks(path: Path) -> None:
+    from moe_layers import MoEConfig
+
+    assert MoEConfig.from_file(path).n_expert > 0
+
+
+@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=relative)
+def test_a_model_configuration_has_the_size_its_name_tells(path: Path) -> None:
+    from moe_layers import MoEConfig
+    from tools.count_params import count_params
+
+    count = count_params(MoEConfig.from_file(path))
+    assert count.named_params is None or abs(count.deviation) <= 0.05
+
+
+@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=relative)
+def test_the_header_of_a_model_configuration_tells_its_true_counts(path: Path) -> None:
+    from moe_layers import MoEConfig
+    from tools.count_params import count_params
+
+    count = count_params(MoEConfig.from_file(path))
+    assert f"{count.total_params / 1e6:.1f}M parameters" in header_of(path)
+    assert f"{count.active_params / 1e6:.1f}M of them active" in header_of(path)

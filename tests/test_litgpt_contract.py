@@ -1,0 +1,125 @@
+"""What we rely on in LitGPT 0.5.13 and Lightning, one test a seam: an upgrade fails here with a sentence."""
+
+import inspect
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from litgpt import pretrain
+from litgpt.args import TrainArgs
+from litgpt.config import Config
+from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
+from litgpt.utils import save_config
+
+from moe_layers import MoE, MoEConfig
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def test_main_takes_the_arguments_that_run_train_passes() -> None:
+    expected = (
+        "fabric devices seed initial_checkpoint_dir resume config data out_dir tokenizer_dir tokenizer train eval "
+        "optimizer num_nodes"
+    )
+    assert list(inspect.signature(pretrain.main).parameters) == expected.split(), (
+        "litgpt.pretrain.main has other arguments than the ones run_train.train passes"
+    )
+
+
+def test_save_checkpoint_calls_the_function_that_we_replace() -> None:
+    source = inspect.getsource(pretrain.save_checkpoint)
+    assert "save_hyperparameters(setup, checkpoint_file.parent)" in source, (
+        "save_checkpoint no longer calls save_hyperparameters: see whether run_train.train must still replace it"
+    )
+    assert source.index("fabric.save") < source.index("save_config"), (
+        "model_config.yaml is no longer written last: run_train.find_resume takes it for the mark of a whole one"
+    )
+
+
+def test_block_builds_the_class_that_the_config_names() -> None:
+    model = GPT(MoEConfig(**TINY_CONFIG))
+    assert type(model.transformer.h[0].mlp) is MoE, "Block no longer builds config.mlp_class(config)"
+
+
+def test_a_saved_config_holds_litgpt_keys_alone_and_stock_reads_it(tmp_path: Path) -> None:
+    save_config(MoEConfig(**TINY_CONFIG), tmp_path)
+    stock = Config.from_file(tmp_path / "model_config.yaml")
+    assert asdict(stock) == asdict(Config(**TINY_CONFIG))
+    assert type(GPT(stock).transformer.h[0].mlp) is LLaMAMoE
+
+
+def test_stock_weights_and_ours_have_the_same_names_and_shapes() -> None:
+    stock, ours = GPT(Config(**TINY_CONFIG)).state_dict(), GPT(MoEConfig(**TINY_CONFIG)).state_dict()
+    assert {name: t.shape for name, t in stock.items()} == {name: t.shape for name, t in ours.items()}
+
+
+def test_fabric_calls_a_callback_after_each_optimizer_step() -> None:
+    steps = []
+
+    class Callback:
+        def on_after_optimizer_step(self, strategy: object, optimizer: object) -> None:
+            steps.append(1)
+
+    fabric = L.Fabric(accelerator="cpu", devices=1, callbacks=[Callback()])
+    layer = torch.nn.Linear(2, 2)
+    layer, optimizer = fabric.setup(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    for _ in range(3):
+        fabric.backward(layer(torch.ones(1, 2)).sum())
+        optimizer.step()
+    assert len(steps) == 3, "Fabric no longer calls on_after_optimizer_step"
+
+
+def test_fabric_logs_to_any_object_with_log_metrics() -> None:
+    rows = []
+
+    class Logger:
+        def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+            rows.append((metrics, step))
+
+    L.Fabric(accelerator="cpu", devices=1, loggers=[Logger()]).log_dict({"loss": 1.0}, step=3)
+    assert rows == [({"loss": 1.0}, 3)]
+
+
+def test_stock_moe_cannot_be_counted_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        layer, x = LLaMAMoE(Config(**TINY_CONFIG)), torch.randn(1, 4, 16)
+    with pytest.raises(NotImplementedError):  # when this passes, MoE._run_experts needs no case for meta
+        layer(x)
+
+
+def test_stock_grouped_router_has_no_initialisation() -> None:
+    assert not hasattr(GroupedTopkRouter, "reset_parameters"), (
+        "GroupedRouter in moe_layers is no longer needed"
+    )
+
+
+def test_the_loop_divides_the_loss_but_not_what_a_layer_adds() -> None:
+    source = inspect.getsource(pretrain.fit)
+    assert "fabric.backward(loss / train.gradient_accumulation_iters(devices, num_nodes))" in source
+
+
+def test_the_arguments_that_pretraining_ignores_are_still_ignored() -> None:
+    source = inspect.getsource(pretrain.fit) + inspect.getsource(pretrain.main)
+    for name in ("max_steps", "max_time", "epochs", "max_new_tokens"):
+        assert name not in source, f"LitGPT now reads {name}: run_train.train_problems need not refuse it"
+
+
+def test_a_global_batch_is_rounded_down_in_silence() -> None:
+    args = TrainArgs(global_batch_size=10, micro_batch_size=4)
+    assert args.gradient_accumulation_iters(devices=1) == 2, "LitGPT now checks it: run_train need not"
+
+
+def test_compile_can_be_kept_from_compiling() -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        calls.append(graph)
+        return graph.forward
+
+    torch.compile(torch.nn.Linear(2, 2), backend=backend)(
+        torch.ones(1, 2)
+    )  # the eager fixture sets the stance
+    assert calls == [], 'set_stance("force_eager") no longer keeps LitGPT\'s torch.compile from compiling'

@@ -1,0 +1,391 @@
+"""Training for real with a tiny model: losses, resume, saved settings, and every mistake a user can make."""
+
+import csv
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_CONFIG
+
+import run_train
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+GOLDEN = Path(__file__).parent / "assets" / "golden_losses.json"
+
+
+@pytest.fixture
+def workspace(
+    tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder to run in: model and train settings for the tiny data, eight steps of 4 x 64 tokens."""
+    monkeypatch.chdir(tmp_path)
+    for name in run_train.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "model_config.yaml").write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
+    settings = {
+        "out_dir": "out",
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "tokenizer_dir": str(tiny_tokenizer_dir),
+        "data": {
+            "class_path": "prepare_data.TextShards",
+            "init_args": {
+                "train_data_path": str(tiny_data / "train"),
+                "val_data_path": str(tiny_data / "val"),
+            },
+        },
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_tokens": 8 * 4 * 64,
+            "max_norm": 1.0,
+            "min_lr": 1e-4,
+            "lr_warmup_steps": 2,
+            "save_interval": 4,
+        },
+        "eval": {"interval": 4, "max_iters": 2},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}},
+    }
+    (tmp_path / "train_config.yaml").write_text(yaml.dump(settings), encoding="utf-8")
+    return tmp_path
+
+
+def run(*flags: object) -> int:
+    return run_train.main(["--config", "train_config.yaml", *map(str, flags)])
+
+
+def rows(out_dir: str = "out") -> list[dict[str, str]]:
+    with Path(out_dir, "logs/csv/metrics.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(out_dir: str = "out") -> list[float]:
+    return [float(row["loss"]) for row in rows(out_dir) if row["loss"]]
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return torch.load(Path(folder, "lit_model.pth"), weights_only=True)["model"]
+
+
+def edit_yaml(path: str, key: str, value: object) -> None:
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    *groups, last = key.split(".")
+    target = values
+    for group in groups:
+        target = target.setdefault(group, {})
+    target[last] = value
+    Path(path).write_text(yaml.dump(values), encoding="utf-8")
+
+
+def test_eight_steps_give_the_golden_losses(workspace: Path) -> None:
+    assert run() == 0
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    # 1e-4: another CPU sums in another order; a change of method moves the loss far more
+    assert losses() == pytest.approx(golden["losses"], abs=1e-4)
+    assert float(rows()[-1]["val_loss"]) == pytest.approx(golden["val_loss"], abs=1e-4)
+
+
+def test_a_checkpoint_is_complete(workspace: Path) -> None:
+    run()
+    for name in ("step-00000004", "step-00000008", "final"):
+        files = {path.name for path in Path("out", name).iterdir()}
+        assert files == {
+            "lit_model.pth",
+            "model_config.yaml",
+            "train_config.yaml",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+        }
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(workspace: Path) -> None:
+    # 13 sequences a step's share of the data is used up after about 7 steps: the resumed run crosses an epoch
+    assert run("--out_dir", "whole", "--max_tokens", 40 * 256) == 0
+    assert run("--out_dir", "parts", "--max_tokens", 40 * 256) == 0
+    for step in ("final", *(f"step-{n:08d}" for n in range(24, 44, 4))):
+        shutil.rmtree(Path("parts", step))
+    assert run("--out_dir", "parts", "--max_tokens", 40 * 256, "--resume", "auto") == 0
+    whole, parts = weights("whole/final"), weights("parts/final")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert losses("parts") == losses("whole")
+    assert [row["step"] for row in rows("parts")] == [row["step"] for row in rows("whole")]
+    assert any(float(row["epoch"] or 0) >= 1 for row in rows("whole"))
+
+
+def test_the_saved_settings_are_read_back_as_they_ran(workspace: Path) -> None:
+    run("--train.min_lr", "2e-4", "--seed", 7)
+    first = run_train.load_settings(
+        ["--config", "train_config.yaml", "--train.min_lr", "2e-4", "--seed", "7"]
+    )
+    again = run_train.load_settings(["--config", "out/final/train_config.yaml"])
+    assert again.model_config == Path("out/final/model_config.yaml")
+    again.config, again.model_config = first.config, first.model_config
+    assert again == first
+
+
+def test_a_flag_beats_the_environment_and_both_beat_the_yaml(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MICRO_BATCH_SIZE", "1")
+    monkeypatch.setenv("MAX_TOKENS", "1024")
+    settings = run_train.load_settings(["--config", "train_config.yaml", "--max_tokens", "512"])
+    assert (settings.train.micro_batch_size, settings.train.max_tokens) == (1, 512)
+    assert settings.train.global_batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "key", "text", "value"),
+    [
+        ("--micro-batch-size", "train.micro_batch_size", "1", 1),
+        ("--global_batch_size", "train.global_batch_size", "8", 8),
+        ("--max-tokens", "train.max_tokens", "4096", 4096),
+        ("--max-seq-length", "train.max_seq_length", "32", 32),
+        ("--resume", "resume", "auto", "auto"),
+        ("--dataset-dir", "dataset_dir", "elsewhere", Path("elsewhere")),
+        ("--wandb-dataset", "wandb_dataset", "me/p/n:v1", "me/p/n:v1"),
+        ("--wandb-artifacts-dir", "wandb_artifacts_dir", "arts", Path("arts")),
+        ("--train.min_lr", "train.min_lr", "1e-5", 1e-5),
+    ],
+)
+def test_a_flag_sets_its_key(workspace: Path, flag: str, key: str, text: str, value: object) -> None:
+    argv = run_train.wandb_dataset.normalize_flags(["--config", "train_config.yaml", flag, text])
+    settings: object = run_train.load_settings(argv)
+    for name in key.split("."):
+        settings = getattr(settings, name)
+    assert settings == value
+
+
+@pytest.mark.parametrize("name", run_train.VARIABLES)
+def test_each_variable_of_the_design_sets_what_its_flag_sets(
+    workspace: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "2" if "SIZE" in name or "MAX" in name else "auto"
+    monkeypatch.setenv(name, text)
+    by_variable = run_train.load_settings(["--config", "train_config.yaml"])
+    monkeypatch.delenv(name)
+    flag = "--" + name.lower().replace("wandb_dataset_artifact", "wandb_dataset")
+    assert by_variable == run_train.load_settings(["--config", "train_config.yaml", flag, text])
+
+
+def test_progress_can_be_switched_off(workspace: Path) -> None:
+    assert run_train.load_settings(["--config", "train_config.yaml"]).progress is True
+    assert run_train.load_settings(["--config", "train_config.yaml", "--no_progress"]).progress is False
+
+
+BAD_TRAIN_VALUES = {
+    "train.micro_batch_size": (3, "train.global_batch_size is 4, not a multiple of train.micro_batch_size 3"),
+    "train.global_batch_size": (0, "train.global_batch_size is 0; choose 1 or more"),
+    "train.max_tokens": (100, "train.max_tokens is 100, less than one step of 4 x 64 = 256 tokens"),
+    "train.max_seq_length": (65, "train.max_seq_length is 65 but the model's block_size is 64"),
+    "train.max_steps": (5, "train.max_steps is 5, which LitGPT ignores in pretraining; use train.max_tokens"),
+    "train.epochs": (1, "train.epochs is 1, which LitGPT ignores"),
+    "train.max_norm": (None, "train.max_norm is null"),
+    "train.log_interval": ("often", "train.log_interval is 'often'; it must be int"),
+    "train.max_token": (5, "unknown key train.max_token; did you mean train.max_tokens?"),
+    "train.lr_warmup_fraction": (0.5, "Can't provide both"),
+    "eval.interval": (0, "eval.interval is 0; choose 1 or more"),
+    "eval.max_new_tokens": (5, "eval.max_new_tokens is 5"),
+    "precision": ("8-true", "precision is '8-true'; choose one of 32-true"),
+    "accelerator": ("tpu", "accelerator is 'tpu'; it must be Literal['auto', 'cpu'"),
+    "devices": (0, "devices is 0; choose auto or a number of 1 or more"),
+    "num_nodes": (0, "num_nodes is 0"),
+    "logger_name": ("paper", "logger_name is 'paper'; it must be Literal"),
+    "optimizer.class_path": ("torch.optim.AdamX", "optimizer is not usable as written"),
+    "optimizer.init_args.lr": ("fast", "optimizer is not usable as written"),
+    "optimizer.init_args.momentumm": (0.9, "optimizer is not usable as written"),
+    "data.class_path": ("nowhere.Data", "data is not usable as written"),
+    "data.init_args.train_path": ("x", "data is not usable as written"),
+    "sed": (1, "unknown key sed; did you mean seed?"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_TRAIN_VALUES)
+def test_a_bad_setting_ends_in_one_message_and_writes_nothing(
+    workspace: Path, key: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    value, message = BAD_TRAIN_VALUES[key]
+    edit_yaml("train_config.yaml", key, value)
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert all(line.startswith("error: ") for line in error.splitlines() if message in line)
+    assert "Traceback" not in error
+    assert sorted(path.name for path in Path().iterdir()) == ["model_config.yaml", "train_config.yaml"]
+
+
+def test_all_problems_of_both_files_are_told_at_once(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_yaml("model_config.yaml", "n_expert_per_token", 8)
+    edit_yaml("train_config.yaml", "train.micro_batch_size", 3)
+    edit_yaml("train_config.yaml", "precision", "8-true")
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert "n_expert_per_token is 8 but n_expert is 4" in error
+    assert "not a multiple" in error
+    assert "precision is '8-true'" in error
+
+
+@pytest.mark.parametrize("text", ["train: [", "just text", "\x00"])
+def test_a_settings_file_that_is_no_yaml_mapping_is_refused(
+    workspace: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("train_config.yaml").write_text(text, encoding="utf-8")
+    assert run() == 2
+    assert "error: train_config.yaml" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_yaml("model_config.yaml", "padded_vocab_size", 100)
+    edit_yaml("model_config.yaml", "vocab_size", 100)
+    assert run() == 2
+    assert "pieces but padded_vocab_size in model_config.yaml is 100" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_an_earlier_run_is_not_written_over(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    before = Path("out/final/lit_model.pth").read_bytes()
+    assert run() == 2
+    assert "out already holds a run" in capsys.readouterr().err
+    assert Path("out/final/lit_model.pth").read_bytes() == before
+    assert run("--overwrite", "--max_tokens", 256) == 0
+    assert not Path("out/step-00000008").exists()
+
+
+def test_resume_true_without_a_checkpoint_is_an_error_and_auto_starts_afresh(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--resume", "true") == 2
+    assert "resume is true but out holds no whole step-*" in capsys.readouterr().err
+    assert run("--resume", "auto", "--max_tokens", 256) == 0
+    assert "No checkpoint to resume from in out" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    shutil.rmtree("out/final")
+    Path("out/step-00000008/model_config.yaml").unlink()  # LitGPT writes it last
+    assert run("--resume", "auto") == 0
+    error = capsys.readouterr().err
+    assert "Skipping out/step-00000008: it was not written to its end." in error.replace("\\", "/")
+    assert "resuming after step 4" in error
+
+
+def test_a_damaged_checkpoint_named_by_hand_is_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    path = Path("out/step-00000004/lit_model.pth")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run("--resume", "out/step-00000004", "--out_dir", "more") == 2
+    assert "is damaged or not a checkpoint" in capsys.readouterr().err
+    assert not Path("more").exists()
+
+
+def test_training_starts_from_the_weights_of_another_checkpoint(workspace: Path) -> None:
+    run("--max_tokens", 256)
+    flags = ("--out_dir", "more", "--max_tokens", 256, "--micro_batch_size", 4)
+    assert run(*flags, "--initial_checkpoint_dir", "out/final") == 0  # one iteration, at learning rate 0
+    first, more = weights("out/final"), weights("more/final")
+    assert all(torch.equal(first[name], more[name]) for name in first)
+
+
+def test_too_little_text_for_one_batch_is_told_before_anything_is_written(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--micro_batch_size", 4096, "--global_batch_size", 4096, "--max_tokens", 4096 * 64) == 2
+    assert "micro_batch_size" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_without_a_tokenizer_and_the_hub_the_two_ways_on_are_named(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run("--tokenizer_dir", "absent") == 1
+    error = capsys.readouterr().err
+    assert "--tokenizer_dir" in error and "--train_tokenizer" in error
+    assert not Path("out").exists() and not Path("absent").exists()
+
+
+def test_weights_that_do_not_fit_the_model_are_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--max_tokens", 256)
+    edit_yaml("model_config.yaml", "n_expert", 8)
+    assert run("--out_dir", "more", "--initial_checkpoint_dir", "out/final") == 2
+    assert "do not fit the model config MoE-tiny" in capsys.readouterr().err
+    assert not Path("more").exists()
+
+
+def test_missing_data_of_the_user_s_own_is_told_with_its_place(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine/train").mkdir(parents=True)
+    Path("mine/train/a.txt").touch()
+    assert run("--dataset_dir", "mine") == 2
+    assert "mine" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_in_one_sentence_with_status_1(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lightning.fabric.Fabric.save", save)
+    assert run() == 1
+    assert "error: out: the disk is full" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_before_training(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert run() == 2
+    assert "a checkpoint needs" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_the_metrics_file_keeps_its_rows_when_a_new_column_comes(tmp_path: Path) -> None:
+    metrics = run_train.MetricsFile(tmp_path / "logs/metrics.csv", start_step=0)
+    metrics.write({"step": 1, "loss": 3.0})
+    metrics.write({"step": 1, "val_loss": 2.5})
+    metrics.write({"step": 2, "loss": 2.0})
+    text = (tmp_path / "logs/metrics.csv").read_text(encoding="utf-8").split()
+    assert text == ["step,loss,val_loss", "1,3.0,", "1,,2.5", "2,2.0,"]
+
+
+def test_the_summary_gives_true_figures(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    output = capsys.readouterr()
+    assert "Trained    2,048 tokens in 8 steps" in output.out
+    assert "A story from it:" in output.out
+    assert "Tok/sec" not in output.err
+    step_4, step_8 = (Path("out", f"step-{n:08d}").stat().st_mtime for n in (4, 8))
+    assert step_8 > step_4
+
+
+def test_the_stories_settings_of_the_repository_are_valid() -> None:
+    for config, model in (
+        ("train_config.yaml", "model_config.yaml"),
+        ("configs/demo_train.yaml", "configs/demo_model.yaml"),
+    ):
+        flags = ["--config", str(ROOT / config), "--model_config", str(ROOT / model)]
+        settings = run_train.load_settings(flags)
+        block_size = yaml.safe_load((ROOT / model).read_text(encoding="utf-8"))["block_size"]
+        assert run_train.train_problems(settings, block_size, 1) == []

@@ -1,0 +1,179 @@
+"""Time generate.py beside stock `litgpt generate`: one prompt, float32, same weights, same tokens.
+
+Run: uv run python tools/benchmark_generate.py --config configs/moe_200m.yaml
+(1 min on 2 CPU cores; seeded random weights unless --ckpt_dir names a checkpoint)
+
+Stock is `litgpt.generate.base.generate_fn` on a stock `litgpt.GPT` with `LLaMAMoE` layers, ours is
+`generate.generate` on the model that generate.py loads. Rounds alternate, and medians are compared.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a tool runs from anywhere; the scripts lie one up
+
+from wandb_dataset import normalize_flags
+
+if TYPE_CHECKING:
+    from litgpt.model import GPT
+
+
+def build_models(config_file: Path, ckpt_dir: Path | None, seed: int) -> "tuple[GPT, GPT]":
+    """Return the stock model and ours, on the CPU in float32, with equal weights."""
+    import torch
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    from generate import lay_out_for_decoding
+    from moe_layers import MoEConfig, load_model
+
+    torch.manual_seed(seed)
+    stock = GPT(Config.from_file(config_file)).requires_grad_(False).eval()
+    if ckpt_dir is None:
+        stock.apply(stock._init_weights)  # LitGPT's own; torch's default makes all logits nearly equal
+        ours = GPT(MoEConfig.from_file(config_file)).requires_grad_(False).eval()
+        ours.load_state_dict(stock.state_dict())
+    else:
+        ours = load_model(ckpt_dir, "cpu", torch.float32)
+        stock.load_state_dict(ours.state_dict())
+    lay_out_for_decoding(ours)
+    return stock, ours
+
+
+def stock_tokens(model: "GPT", prompt_ids: list[int], n_tokens: int) -> list[int]:
+    """Return the greedy continuation by stock LitGPT, called as `litgpt generate` calls it."""
+    import torch
+    from litgpt.generate.base import generate_fn
+
+    total = len(prompt_ids) + n_tokens
+    model.max_seq_length = total
+    model.set_kv_cache(batch_size=1)
+    prompt = torch.tensor(prompt_ids)
+    steps = generate_fn(model, prompt, total, temperature=0.0, include_prompt=False, include_eos=True)
+    return [int(token) for token in steps]
+
+
+def our_tokens(model: "GPT", prompt_ids: list[int], n_tokens: int) -> list[int]:
+    """Return the greedy continuation by generate.py."""
+    from generate import Sampling, generate
+
+    return list(generate(model, prompt_ids, n_tokens, Sampling(temperature=0.0)))
+
+
+def timed(work: Callable[[], list[int]]) -> tuple[list[int], float]:
+    """Return what `work` returns, and how many tokens of it a second gave."""
+    started = time.perf_counter()
+    tokens = work()
+    return tokens, len(tokens) / (time.perf_counter() - started)
+
+
+def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, rounds: int) -> dict:
+    """Return the tokens/s of both in alternating rounds, their medians, ratio, and whether tokens agree."""
+    rates: dict[str, list[float]] = {"stock": [], "ours": []}
+    equal = True
+    for number in range(rounds + 1):
+        stock_ids, stock_rate = timed(lambda: stock_tokens(stock, prompt_ids, n_tokens))
+        our_ids, our_rate = timed(lambda: our_tokens(ours, prompt_ids, n_tokens))
+        equal = equal and stock_ids == our_ids
+        if number:  # the first round warms up
+            rates["stock"].append(stock_rate)
+            rates["ours"].append(our_rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "tokens_per_s": rates,
+        "median_tokens_per_s": medians,
+        "ratio": medians["ours"] / medians["stock"],
+        "tokens_equal": equal,
+    }
+
+
+def machine() -> dict[str, str | int]:
+    """Return what the figures depend on: processor, threads and versions."""
+    from importlib.metadata import version
+
+    import torch
+
+    names = (line for line in _cpu_info() if line.startswith("model name"))
+    cpu = next(names, platform.processor()).split(":")[-1].strip()
+    versions = {name: version(name) for name in ("torch", "litgpt")}
+    return {
+        "device": "cpu",
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    } | versions
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(description="Time generate.py beside stock litgpt generate.")
+    add = parser.add_argument
+    add(
+        "--config",
+        type=Path,
+        default=Path("configs/moe_200m.yaml"),
+        help="model config (default %(default)s)",
+    )
+    add("--ckpt_dir", type=Path, help="trained checkpoint to take instead (default: seeded random weights)")
+    add("--prompt_tokens", type=int, default=16, help="tokens in the prompt (default %(default)s)")
+    add("--max_tokens", type=int, default=64, help="new tokens in a round (default %(default)s)")
+    add("--rounds", type=int, default=5, help="timed rounds, after one to warm up (default %(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    add("--seed", type=int, default=0, help="seed of the weights and the prompt (default %(default)s)")
+    add("--json", type=Path, help="file for the figures (default: none is written)")
+    return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Return the benchmark's figures with the settings and the machine."""
+    import torch
+
+    from moe_layers import find_checkpoint
+
+    if min(args.prompt_tokens, args.max_tokens, args.rounds) < 1:
+        raise ValueError("prompt_tokens, max_tokens and rounds must be 1 or more")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    ckpt_dir = None if args.ckpt_dir is None else find_checkpoint(args.ckpt_dir)
+    config = args.config if ckpt_dir is None else ckpt_dir / "model_config.yaml"
+    stock, ours = build_models(config, ckpt_dir, args.seed)
+    draw = torch.Generator().manual_seed(args.seed)
+    prompt_ids = torch.randint(stock.config.vocab_size, (args.prompt_tokens,), generator=draw).tolist()
+    settings = {"config": str(config), "prompt_tokens": args.prompt_tokens, "max_tokens": args.max_tokens}
+    return settings | machine() | benchmark(stock, ours, prompt_ids, args.max_tokens, args.rounds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; return 0, 1 when the tokens differ, 2 for bad settings."""
+    args = parse_args(argv)
+    try:
+        figures = run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{figures['config']}, {figures['cpu']}, {figures['threads']} threads, torch {figures['torch']}")
+    for name, rate in figures["median_tokens_per_s"].items():
+        print(f"{name:6} {rate:8.1f} tokens/s")
+    print(f"ratio  {figures['ratio']:8.2f}    tokens equal: {'yes' if figures['tokens_equal'] else 'NO'}")
+    if args.json:
+        text = json.dumps(figures, indent=2) + "\n"
+        partial = args.json.with_suffix(".tmp")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(args.json)
+    return 0 if figures["tokens_equal"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

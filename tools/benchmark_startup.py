@@ -1,0 +1,188 @@
+"""Time what a user waits for: `--help` of each script, and the way to the first training step, beside stock.
+
+Run: uv run python tools/benchmark_startup.py (4 min on 2 CPU cores; with --help_only 30 s)
+
+A new process for each measurement, ours and stock in turn, medians in seconds, one JSON object on stdout.
+"First step" is the time from starting Python to the first optimizer step: imports, settings, data, model,
+LitGPT's look at the validation data, its count of FLOPs, one micro-batch. Stock is `litgpt pretrain`, on the
+same shards by our data module (its own needs litdata), eager (compiling costs it a minute more), dense with
+the width of the experts one token meets: stock LitGPT 0.5.13 cannot start a run with MoE layers (its count of
+FLOPs raises in `LLaMAMoE` on the meta device).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+
+from wandb_dataset import normalize_flags  # noqa: E402
+
+HELP_GOAL_S = 1.0
+VOCABULARY = 512
+REACHED = 77  # exit status of a run that came to its first optimizer step
+
+# Both runs end inside their first optimizer step, at once: saving and clean-up are not start-up.
+STOP_AT_FIRST_STEP = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+register_optimizer_step_pre_hook(lambda *_: os._exit({REACHED}))
+torch.compiler.set_stance("force_eager")
+"""
+OURS = STOP_AT_FIRST_STEP + "import run_train; sys.exit(run_train.main(sys.argv[1:]))"
+STOCK = STOP_AT_FIRST_STEP + "from litgpt.__main__ import main; sys.exit(main())"
+
+MODEL = {
+    "name": "startup",
+    "block_size": 64,
+    "vocab_size": VOCABULARY,
+    "padded_vocab_size": VOCABULARY,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "rotary_percentage": 1.0,
+    "parallel_residual": False,
+    "bias": False,
+    "norm_class_name": "RMSNorm",
+}
+EXPERTS = {
+    "mlp_class_name": "LLaMAMoE",
+    "moe_intermediate_size": 32,
+    "n_expert": 8,
+    "n_expert_per_token": 2,
+}
+DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 64}
+
+
+def scripts() -> list[Path]:
+    """Return the scripts that a user starts, those that are there."""
+    names = ("prepare_data", "run_train", "evaluate", "generate", "wandb_dataset")
+    paths = [*(ROOT / f"{name}.py" for name in names), *sorted(ROOT.glob("tools/*.py"))]
+    return [path for path in paths if path.exists()]
+
+
+def timed(command: list[str], expected_status: int, folder: Path) -> float:
+    """Return the seconds that the command took.
+
+    Raises:
+        RuntimeError: it ended with another status; the message carries the end of what it said.
+    """
+    started = time.perf_counter()
+    result = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False
+    )
+    seconds = time.perf_counter() - started
+    if result.returncode != expected_status:
+        said = (result.stderr or result.stdout).strip()[-1500:]
+        raise RuntimeError(f"{command[-1]} ended with status {result.returncode}: {said}")
+    return seconds
+
+
+def benchmark_help(rounds: int) -> dict[str, float]:
+    """Return the median seconds of each script's --help; the scripts take turns."""
+    seconds: dict[str, list[float]] = {path.relative_to(ROOT).as_posix(): [] for path in scripts()}
+    for _ in range(rounds):
+        for name, values in seconds.items():
+            values.append(timed([sys.executable, str(ROOT / name), "--help"], 0, ROOT))
+    return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
+
+
+def write_inputs(folder: Path) -> dict[str, list[str]]:
+    """Prepare a small data directory and both runs' settings; return the command of each run."""
+    import prepare_data
+
+    data, tokenizer = folder / "data", folder / "tokenizer"
+    for split, stories in (("train", 400), ("val", 100)):
+        (data / split).mkdir(parents=True)
+        lines = [
+            f"Once there was story {i} of {split}, and number {i * i} was in it." for i in range(stories)
+        ]
+        text = "\n<|endoftext|>\n".join(lines)
+        (data / split / "stories.txt").write_text(text, encoding="utf-8")
+    prepare_data.prepare(
+        prepare_data.PrepareSettings(data_dir=data, tokenizer_dir=tokenizer, train_tokenizer=VOCABULARY)
+    )
+    shards = {
+        "train_data_path": str(data / "train"),
+        "val_data_path": str(data / "val"),
+        "tokenizer_dir": str(tokenizer),
+    }
+    settings = {
+        "out_dir": str(folder / "out"),
+        "precision": "32-true",
+        "tokenizer_dir": str(tokenizer),
+        "data": {"class_path": "prepare_data.TextShards", "init_args": shards},
+        "train": {"global_batch_size": 4, "micro_batch_size": 4, "max_tokens": 25600, "lr_warmup_steps": 2},
+        "eval": {"interval": 100, "max_iters": 1},
+        "devices": 1,
+        "logger_name": "csv",
+    }
+    model = folder / "model.yaml"
+    _write_yaml(model, MODEL | EXPERTS)
+    _write_yaml(folder / "ours.yaml", settings)
+    _write_yaml(folder / "stock.yaml", settings | {"model_name": "startup", "model_config": MODEL | DENSE})
+    ours = ["--config", str(folder / "ours.yaml"), "--model_config", str(model), "--no_progress"]
+    return {
+        "ours": [sys.executable, "-c", OURS, *ours],
+        "stock": [sys.executable, "-c", STOCK, "pretrain", "--config", str(folder / "stock.yaml")],
+    }
+
+
+def _write_yaml(path: Path, values: dict) -> None:
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def benchmark_first_step(rounds: int) -> dict[str, object]:
+    """Return the median seconds to the first optimizer step, of ours and of stock, and their ratio."""
+    seconds: dict[str, list[float]] = {"ours": [], "stock": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        commands = write_inputs(Path(scratch))
+        for number in range(rounds + 1):
+            for name, values in seconds.items():
+                took = timed(commands[name], REACHED, Path(scratch))
+                print(f"first step, round {number}: {name} {took:.1f} s", file=sys.stderr)
+                if number:  # the first round reads the libraries from disk
+                    values.append(took)
+    ours, stock = statistics.median(seconds["ours"]), statistics.median(seconds["stock"])
+    return {"ours_s": round(ours, 2), "stock_s": round(stock, 2), "stock_over_ours": round(stock / ours, 3)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the figures as JSON; 1 when a run failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each, whose median counts (default 5)")
+    parser.add_argument("--help_only", action="store_true", help="time --help alone, start no training")
+    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    try:
+        help_s = benchmark_help(args.rounds)
+        report: dict[str, object] = {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "rounds": args.rounds,
+            "help_s": help_s,
+            "help_goal_met": max(help_s.values()) < HELP_GOAL_S,
+        }
+        if not args.help_only:
+            report["first_step"] = benchmark_first_step(args.rounds)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,135 @@
+"""Count a configuration's parameters and FLOPs. Run: uv run python tools/count_params.py (20 s, no memory).
+
+With no argument it counts model_config.yaml and those in configs/. The models are built on the meta device,
+so a size that would not fit is counted all the same. A name such as MoE-200M must be true within 5%, or the
+status is 1.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+
+from wandb_dataset import normalize_flags  # noqa: E402
+
+if TYPE_CHECKING:
+    from moe_layers import MoEConfig
+
+TOLERANCE = 0.05  # of the size a name tells
+BYTES_WEIGHTS = 4  # float32
+BYTES_TRAINING = 16  # float32 weights, gradients and the two moments of AdamW
+UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """What one configuration costs."""
+
+    name: str
+    total_params: int
+    active_params: int
+    """Parameters one token meets: the experts it is not sent to are left out."""
+    embedding_params: int
+    """Token embedding and output head."""
+    flops_per_token: int
+    """Forward and backward, at the full context length."""
+    named_params: int | None
+    """The size the name tells, None where it tells none."""
+
+    @property
+    def deviation(self) -> float:
+        """Relative error of the name, 0.0 where it tells no size."""
+        return self.total_params / self.named_params - 1 if self.named_params else 0.0
+
+
+def count_params(config: "MoEConfig") -> ParamCount:
+    """Return the counts of the model that `config` describes, built on the meta device."""
+    import torch
+    from litgpt.model import GPT
+
+    from moe_layers import count_parameters
+
+    with torch.device("meta"):
+        model = GPT(config)
+    total, active = count_parameters(config)
+    look_up = model.transformer.wte.weight  # it multiplies nothing, nor do norms and biases
+    matmul = active - sum(p.numel() for p in model.parameters() if p.dim() < 2 or p is look_up)
+    # PaLM, appendix B (arxiv.org/abs/2204.02311): 6 a weight, 12 L H Q T for attention without its mask
+    attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+    embedding = look_up.numel() + model.lm_head.weight.numel()
+    return ParamCount(
+        config.name, total, active, embedding, 6 * matmul + attention, size_in_name(config.name)
+    )
+
+
+def size_in_name(name: str) -> int | None:
+    """Return the parameters that a name such as MoE-200M or moe-1.5b promises, None where it does not."""
+    match = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([KMB])(?![A-Za-z0-9])", name, re.IGNORECASE)
+    return round(float(match[1]) * UNITS[match[2].upper()]) if match else None
+
+
+def default_configs() -> list[Path]:
+    """Return the model configurations of the project, those that there are."""
+    in_configs = [*sorted(ROOT.glob("configs/moe_*.yaml")), ROOT / "configs/demo_model.yaml"]
+    return [path for path in (ROOT / "model_config.yaml", *in_configs) if path.exists()]
+
+
+def format_table(counts: Iterable[tuple[Path, ParamCount]]) -> str:
+    """Return the counts as aligned text, one line per configuration."""
+    head = f"{'name':<16} {'total':>14} {'active':>14} {'embedding':>9} {'MFLOPs/token':>12}"
+    lines = [f"{head} {'name off by':>11} {'weights':>9} {'AdamW':>9}  file"]
+    for path, count in counts:
+        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        off = f"{count.deviation:+.1%}" if count.named_params else "-"
+        lines.append(
+            f"{count.name:<16} {count.total_params:>14,} {count.active_params:>14,}"
+            f" {count.embedding_params / count.total_params:>9.1%} {count.flops_per_token / 1e6:>12,.1f}"
+            f" {off:>11} {_gigabytes(count.total_params * BYTES_WEIGHTS):>9}"
+            f" {_gigabytes(count.total_params * BYTES_TRAINING):>9}  {shown}"
+        )
+    lines.append("active: per token. weights: float32. AdamW: weights, gradients and moments in float32.")
+    return "\n".join(lines)
+
+
+def _gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the counts; 1 when a name lies by more than 5%, 2 when a configuration cannot be read."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="*", type=Path, help="model configurations (default: ours)")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
+    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    from moe_layers import MoEConfig
+
+    try:
+        paths = args.configs or default_configs()
+        if not paths:
+            raise FileNotFoundError(f"{ROOT} holds no model_config.yaml; name a configuration")
+        counts = [(path, count_params(MoEConfig.from_file(path))) for path in paths]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps([{"path": str(path), **asdict(count)} for path, count in counts], indent=2))
+    else:
+        print(format_table(counts))
+    liars = [(path, count) for path, count in counts if abs(count.deviation) > TOLERANCE]
+    for path, count in liars:
+        fact = f"{count.total_params:,} parameters, {count.deviation:+.1%} off its name"
+        print(f"error: {path}: {count.name} has {fact}; rename it or resize it to within 5%", file=sys.stderr)
+    return 1 if liars else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,245 @@
+"""Check this machine before the first run: packages, device, disk, and what training would use.
+
+Run: uv run python tools/env_sanity_check.py (10 to 30 s, most of it imports)
+
+The last line is a verdict. Status 0: ready. 1: something is broken.
+SKIP_BNB_RUNTIME=1 leaves bitsandbytes alone.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+
+from wandb_dataset import normalize_flags  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+
+MODULES = {"pyyaml": "yaml"}  # where the package's name is not the module's, hyphens aside
+GIGABYTE = 1e9
+DISK_WANTED = 5 * GIGABYTE  # two checkpoints of MoE-200M with AdamW's state, 12 bytes a parameter
+MATMUL_SIZE = 256
+# bf16 keeps 8 bits: each rounded input is off by 2^-9 relative, and the errors of 256 products average out
+MATMUL_TOLERANCE = 0.02
+
+
+class Check(NamedTuple):
+    """One line of the report."""
+
+    state: str
+    """One of ok, note (works, but worth knowing) and BROKEN."""
+    subject: str
+    detail: str
+
+
+def check_python(project: dict) -> Iterator[Check]:
+    """Yield whether this Python is one that pyproject.toml allows."""
+    from packaging.specifiers import SpecifierSet
+
+    wanted, version = project["requires-python"], platform.python_version()
+    fits = version in SpecifierSet(wanted)
+    detail = f"{version} on {platform.system()} {platform.machine()}"
+    yield Check("ok" if fits else "BROKEN", "python", detail if fits else f"{detail}, but {wanted} is needed")
+
+
+def check_packages(project: dict) -> Iterator[Check]:
+    """Yield for each package that pyproject.toml names whether it imports, in a version that is allowed."""
+    from packaging.requirements import Requirement
+
+    for line in project["dependencies"]:
+        requirement = Requirement(line)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Check("BROKEN", requirement.name, "is not installed; run: uv sync")
+            continue
+        try:
+            importlib.import_module(_module_of(requirement.name))
+        except Exception as error:  # whatever a broken binary package raises is what this line is for
+            yield Check("BROKEN", requirement.name, f"{version} does not import: {_first_line(error)}")
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        detail = (
+            version if fits else f"{version}, but pyproject.toml wants {requirement.specifier}; run: uv sync"
+        )
+        yield Check("ok" if fits else "BROKEN", requirement.name, detail)
+
+
+def check_extras(project: dict) -> Iterator[Check]:
+    """Yield which optional packages are there; bitsandbytes is imported only here, and only if allowed."""
+    for extra, lines in project.get("optional-dependencies", {}).items():
+        for name in (re.split(r"[<>=!~;\[ ]", line)[0] for line in lines):
+            try:
+                version = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                yield Check("note", name, f"not installed (optional: uv sync --extra {extra})")
+                continue
+            yield check_bitsandbytes(version) if name == "bitsandbytes" else Check("ok", name, version)
+
+
+def check_bitsandbytes(version: str) -> Check:
+    """Return whether 8-bit AdamW works: one real step where CUDA is there, the import elsewhere."""
+    if os.environ.get("SKIP_BNB_RUNTIME") == "1":
+        return Check("note", "bitsandbytes", f"{version}, not tried (SKIP_BNB_RUNTIME=1)")
+    import torch
+
+    try:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+        if not torch.cuda.is_available():
+            return Check("note", "bitsandbytes", f"{version} imports; 8-bit AdamW was not tried without CUDA")
+        weight = torch.nn.Parameter(torch.ones(128, 128, device="cuda"))
+        weight.grad = torch.ones_like(weight)
+        bitsandbytes.optim.AdamW8bit([weight], lr=0.1).step()
+    except Exception as error:  # a wrong CUDA library shows as OSError, RuntimeError or AttributeError
+        return Check("BROKEN", "bitsandbytes", f"{version} fails: {_first_line(error)}")
+    moved = bool((weight < 1).all())
+    return Check(
+        "ok" if moved else "BROKEN",
+        "bitsandbytes",
+        f"{version}, 8-bit AdamW step {'works' if moved else 'did nothing'}",
+    )
+
+
+def check_device() -> Iterator[Check]:
+    """Yield the device and whether a real bf16 kernel on it agrees with float32 on the CPU."""
+    import torch
+
+    yield matmul_check("cpu", torch.bfloat16)
+    if not torch.cuda.is_available():
+        build = (
+            f"this torch was built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else "torch has no CUDA"
+        )
+        yield Check("note", "cuda", f"no device; {build}. Training runs on the CPU, with the demo settings")
+        return
+    for index in range(torch.cuda.device_count()):
+        try:
+            gpu = torch.cuda.get_device_properties(index)
+            detail = f"{gpu.name}, {gpu.total_memory / GIGABYTE:.0f} GB, SM{gpu.major}{gpu.minor}"
+            yield Check("ok", f"cuda:{index}", f"{detail}, CUDA {torch.version.cuda}")
+            yield matmul_check(f"cuda:{index}", torch.bfloat16)
+        except Exception as error:  # a driver too old, a card too new: each has its own exception
+            yield Check("BROKEN", f"cuda:{index}", _first_line(error))
+
+
+def matmul_check(device: str, dtype: "torch.dtype") -> Check:
+    """Return whether a matrix product on `device` in `dtype` agrees with float32 on the CPU."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, generator=generator) for _ in range(2))
+    exact = a @ b
+    got = (a.to(device, dtype) @ b.to(device, dtype)).float().cpu()
+    error = ((got - exact).norm() / exact.norm()).item()
+    fine = error < MATMUL_TOLERANCE  # False for NaN
+    name = str(dtype).removeprefix("torch.")
+    detail = f"{name} matmul is off by {error:.1e} from float32 (limit {MATMUL_TOLERANCE})"
+    return Check("ok" if fine else "BROKEN", f"{device} kernel", detail)
+
+
+def check_disk() -> Iterator[Check]:
+    """Yield the space that is free where checkpoints go."""
+    free = shutil.disk_usage(ROOT).free
+    detail = f"{free / GIGABYTE:.1f} GB free at {ROOT}"
+    if free < DISK_WANTED:
+        yield Check("note", "disk", f"{detail}; a long run of MoE-200M wants {DISK_WANTED / GIGABYTE:.0f} GB")
+    else:
+        yield Check("ok", "disk", detail)
+
+
+def check_plan() -> Iterator[Check]:
+    """Yield what training would use here, by run_train's own choice, unless a flag says otherwise."""
+    import torch
+
+    from moe_layers import experts_path
+    from run_train import Settings, choose_device, will_compile
+
+    precision, n_devices = choose_device(Settings())
+    compiles, why = will_compile(Settings())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    triton = importlib.util.find_spec("triton")
+    yield Check("ok" if triton else "note", "triton", "present" if triton else "absent, nothing is compiled")
+    yield Check("ok", "device", f"{device} ({n_devices})")
+    yield Check("ok", "precision", precision)
+    yield Check("ok", "attention", f"scaled_dot_product_attention, {attention_path(device, dtype)}")
+    yield Check("ok", "experts", experts_path(device, dtype))
+    yield Check("ok", "compile", f"{'compiled' if compiles else 'eager'} ({why})")
+
+
+def attention_path(device: str, dtype: "torch.dtype") -> str:
+    """Return the kernel that torch picks for causal attention, by asking torch."""
+    import torch
+
+    if device == "cpu":
+        return "fused CPU kernel"
+    query = torch.empty(1, 4, 128, 64, device=device, dtype=dtype)
+    params = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, True, False)
+    if torch.backends.cuda.can_use_flash_attention(params):
+        return "flash"
+    return "memory-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "math (slow)"
+
+
+def _module_of(package: str) -> str:
+    return MODULES.get(package, package.replace("-", "_"))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def run_checks(project: dict) -> list[Check]:
+    """Return every check's line; a check that breaks off is a broken line, and the others still run."""
+    checks: dict[str, Callable[[], Iterator[Check]]] = {
+        "python": lambda: check_python(project),
+        "packages": lambda: check_packages(project),
+        "extras": lambda: check_extras(project),
+        "device": check_device,
+        "disk": check_disk,
+        "plan": check_plan,
+    }
+    lines: list[Check] = []
+    for name, check in checks.items():
+        try:
+            lines += check()
+        except Exception as error:  # without torch, say, the later checks cannot work: say so and go on
+            lines.append(Check("BROKEN", name, _first_line(error)))
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report and its verdict; 0 when training can start, 1 when something is broken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = run_checks(project)
+    width = max(len(line.subject) for line in lines)
+    for line in lines:
+        print(f"{line.state:<7} {line.subject:<{width}}  {line.detail}")
+    broken = [line.subject for line in lines if line.state == "BROKEN"]
+    print(
+        f"verdict: broken: {', '.join(broken)}"
+        if broken
+        else "verdict: ready, uv run python run_train.py can start"
+    )
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

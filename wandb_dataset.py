@@ -1,0 +1,349 @@
+"""Keep a prepared data directory as a Weights & Biases artifact: push it, pull it, verify it.
+
+Run: uv run python wandb_dataset.py push --data_dir data/custom_text
+(5 s and the upload; with WANDB_MODE=offline nothing is sent until `wandb sync`)
+
+The artifact holds manifest.json, the texts and token shards that it lists, and the tokenizer's files
+under tokenizer/, so a pulled directory trains as it is. The way back: pull entity/project/name:alias.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import wandb
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+DEFAULT_PROJECT = "litgpt-moe"
+CONNECT_SECONDS = 30  # W&B's own 90 is long to wait for the news that there is no network
+REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
+FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
+
+
+class TransferError(OSError):
+    """W&B could not be reached, refused us, or sent something that must not be used."""
+
+
+def normalize_flags(argv: list[str]) -> list[str]:
+    """Return `argv` with hyphens in flag names made underscores; values stay as they are."""
+    return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_manifest(data_dir: Path) -> dict:
+    """Return the parsed manifest; whether the files agree with it is for `verify` to say."""
+    path = data_dir / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        listed_files(manifest)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; run prepare_data.py on that folder first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged; run prepare_data.py again to rewrite it") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return manifest
+
+
+def check_inside(name: str) -> str:
+    """Return `name` if it stays inside the folder that it is relative to, on Linux and on Windows."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if not name or posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
+        raise ValueError(f"the entry {name!r} would lie outside its folder; refusing it")
+    return name
+
+
+def entries(manifest: dict) -> Iterator[dict]:
+    """Yield the manifest's entry of each text and shard, with at least `path` and `sha256`."""
+    for split in manifest["splits"].values():
+        yield from split.get("text", [])
+        yield from split["shards"]
+
+
+def listed_files(manifest: dict) -> dict[str, str]:
+    """Return POSIX path (relative to the data directory) -> SHA-256 of each text and shard listed."""
+    return {check_inside(entry["path"]): entry["sha256"] for entry in entries(manifest)}
+
+
+def manifest_fingerprint(manifest: dict) -> str:
+    """Return the fingerprint from the hashes that the manifest records, without reading the data."""
+    # Not in it: times, counts and options. Contents imply the counts, and an option that changed no shard
+    # made the same data set. The tokenizer is in it because ids mean nothing without it.
+    facts = {key: manifest.get(key) for key in ("format_version", "dtype")}
+    facts["tokenizer"] = manifest.get("tokenizer", {}).get("sha256")
+    facts["files"] = sorted(listed_files(manifest).items())
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def verify(data_dir: Path) -> list[str]:
+    """Return a sentence for each text or shard that is missing or not as the manifest says; [] is whole."""
+    problems = []
+    for name, expected in sorted(listed_files(load_manifest(data_dir)).items()):
+        path = data_dir / name
+        if not path.is_file():
+            problems.append(f"{path}: listed in {MANIFEST} but not there")
+        elif sha256_file(path) != expected:
+            problems.append(f"{path}: its content is not what {MANIFEST} recorded")
+    return problems
+
+
+def fingerprint(data_dir: Path) -> str:
+    """Return the SHA-256 over a data directory's contents, equal on every machine and at every time.
+
+    Every file is read; one that is not as recorded is an error, because then no fingerprint is true.
+    """
+    if problems := verify(data_dir):
+        raise ValueError(f"{problems[0]}; run prepare_data.py again")
+    return manifest_fingerprint(load_manifest(data_dir))
+
+
+def resolve_artifact(reference: str, entity: str | None) -> str:
+    """Return "entity/project/name:alias"; `entity` fills in where the reference has none."""
+    parts = reference.split("/")
+    if len(parts) == 2 and entity:
+        parts = [entity, *parts]
+    words = [*parts[:-1], *parts[-1].split(":")]
+    if len(parts) != 3 or len(words) != 4 or not all(re.fullmatch(r"(?!\.+$)[^\\#?%\s]+", w) for w in words):
+        raise ValueError(f"{reference!r} is not a W&B data set; {REFERENCE_FORM}")
+    return "/".join(parts)
+
+
+def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
+    """Return the folder of the tokenizer that made the shards: the one named, else inside or beside."""
+    wanted = load_manifest(data_dir).get("tokenizer", {}).get("sha256")
+    inside = data_dir / TOKENIZER
+    folder = tokenizer_dir or (inside if inside.is_dir() else data_dir.parent / TOKENIZER)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; name the tokenizer's folder with --tokenizer_dir")
+    if sha256_file(path) != wanted:
+        raise ValueError(f"{path}: not the one that made {data_dir}; name that one with --tokenizer_dir")
+    return folder
+
+
+def without_times(node: object) -> object:
+    """Return parsed JSON with every `mtime_ns` zero, so that equal data makes an equal artifact."""
+    if isinstance(node, dict):
+        return {key: 0 if key == "mtime_ns" else without_times(value) for key, value in node.items()}
+    return [without_times(value) for value in node] if isinstance(node, list) else node
+
+
+def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: str) -> "wandb.Artifact":
+    """Return the artifact of a data directory that `verify` found whole."""
+    import wandb
+
+    manifest = load_manifest(data_dir)
+    counts = ("n_stories", "n_tokens", "n_bytes")
+    metadata = {
+        "fingerprint": manifest_fingerprint(manifest),
+        "format_version": manifest.get("format_version"),
+        "tokenizer": manifest.get("tokenizer"),
+        "splits": {s: {key: split.get(key) for key in counts} for s, split in manifest["splits"].items()},
+    }
+    artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
+    with artifact.new_file(MANIFEST, encoding="utf-8") as file:
+        file.write(json.dumps(without_times(manifest), indent=1, sort_keys=True))
+    for path in sorted(listed_files(manifest)):
+        artifact.add_file(str(data_dir / path), name=path, policy=policy)
+    for path in filter(Path.is_file, (tokenizer_dir / file for file in TOKENIZER_FILES)):
+        artifact.add_file(str(path), name=f"{TOKENIZER}/{path.name}", policy=policy)
+    return artifact
+
+
+def push(
+    data_dir: Path,
+    project: str | None = None,
+    entity: str | None = None,
+    artifact: str | None = None,
+    aliases: list[str] | None = None,
+    tags: list[str] | None = None,
+    run_name: str | None = None,
+    tokenizer_dir: Path | None = None,
+) -> str:
+    """Log a data directory as an artifact and return the sentence that says where it is and what is next."""
+    tokenizer_dir = find_tokenizer(data_dir, tokenizer_dir)
+    fingerprint(data_dir)  # hashes all, so that damaged data is never pushed
+    name = artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
+    import wandb
+
+    options = {"project": project or DEFAULT_PROJECT, "entity": entity, "name": run_name, "tags": tags}
+    try:
+        # console="off": otherwise W&B would take this command's own output for a training log
+        settings = wandb.Settings(console="off", init_timeout=CONNECT_SECONDS)
+        run = wandb.init(job_type="push", settings=settings, **options)
+        try:
+            return log_artifact(run, data_dir, tokenizer_dir, name, aliases)
+        finally:
+            run.finish()
+    except wandb.errors.Error as error:
+        raise TransferError(f"could not push {data_dir} to W&B: {first_line(error)}") from error
+
+
+def log_artifact(
+    run: "wandb.Run", data_dir: Path, tokenizer_dir: Path, name: str, aliases: list[str] | None
+) -> str:
+    """Log the artifact to an open run and return what `push` returns."""
+    if run.disabled:
+        raise TransferError("WANDB_MODE=disabled sends nothing; set it to online or offline")
+    # offline, the files are copied: they may change before `wandb sync` reads them
+    policy = "mutable" if run.offline else "immutable"
+    logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
+    if run.offline:
+        return f"{name}: recorded; send it with: wandb sync {Path(run.dir).parent}"
+    logged.wait()
+    return f"{logged.source_qualified_name}: uploaded; run_train.py --wandb_dataset takes that name"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, which for W&B's errors is the whole reason."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def fetch(reference: str, artifacts_dir: Path) -> Path:
+    """Return the folder of an artifact, downloaded and checked unless its digest is there already."""
+    import wandb
+
+    source = wandb.Api().artifact(reference)
+    for path, entry in source.manifest.entries.items():
+        check_inside(path)
+        if entry.ref:  # a reference could copy any file of this machine into the folder
+            raise ValueError(f"the entry {path!r} is a link to {entry.ref}; refusing it")
+    name = reference.rsplit("/", 1)[-1].partition(":")[0]
+    target = artifacts_dir / f"{name}-{re.sub(r'[^0-9A-Za-z]', '', source.digest)[:32]}"
+    if target.is_dir():
+        return target
+    artifacts_dir.mkdir(parents=True, exist_ok=True)
+    # beside the target, so that the rename is atomic and half a download is never taken for a whole one
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=artifacts_dir))
+    try:
+        source.download(root=str(part))
+        check_download(part)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def check_download(folder: Path) -> None:
+    """Check every hash of a fresh download, then record its files' own times in its manifest."""
+    if links := [path for path in folder.rglob("*") if path.is_symlink()]:
+        raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
+    if problems := verify(folder):
+        raise ValueError(f"{problems[0].removeprefix(str(folder))[1:]}; the download is not used")
+    find_tokenizer(folder, folder / TOKENIZER)
+    manifest = load_manifest(folder)
+    for entry in entries(manifest):
+        if "mtime_ns" in entry:  # so that the check for stale shards need not hash the texts again
+            entry["mtime_ns"] = (folder / entry["path"]).stat().st_mtime_ns
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def pull(reference: str, artifacts_dir: Path) -> Path:
+    """Return the data directory of `entity/project/name:alias` (WANDB_ENTITY fills in), downloaded once."""
+    reference = resolve_artifact(reference, os.environ.get("WANDB_ENTITY"))
+    import wandb
+
+    try:
+        return fetch(reference, artifacts_dir)
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        raise TransferError(f"could not pull {reference}: {first_line(error)}") from error
+
+
+def variable(name: str) -> str | None:
+    """Return an environment variable's value, None where it is unset or empty."""
+    return os.environ.get(name) or None
+
+
+def add_wandb_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of an upload; the default of each is its variable, read now."""
+    add = parser.add_argument
+    add(
+        "--wandb_project",
+        metavar="NAME",
+        default=variable("WANDB_PROJECT"),
+        help=f"default {DEFAULT_PROJECT}",
+    )
+    add("--wandb_entity", metavar="NAME", default=variable("WANDB_ENTITY"), help="default: your W&B default")
+    name = variable("WANDB_DATA_ARTIFACT")
+    add("--wandb_artifact", metavar="NAME", default=name, help="default: the data directory's name")
+    add("--wandb_alias", metavar="NAME", action="append", help="repeatable; WANDB_DATA_ALIASES=a,b")
+    add("--wandb_tag", metavar="NAME", action="append", help="tag of the run, repeatable; WANDB_TAGS=a,b")
+    add(
+        "--wandb_run_name", metavar="NAME", default=variable("WANDB_RUN_NAME"), help="default: made up by W&B"
+    )
+
+
+def push_from_flags(args: argparse.Namespace, data_dir: Path, tokenizer_dir: Path | None) -> str:
+    """Return what `push` returns, called with the flags of `add_wandb_flags`."""
+
+    def words(name: str) -> list[str] | None:
+        return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()] or None
+
+    aliases = args.wandb_alias or words("WANDB_DATA_ALIASES")
+    tags = args.wandb_tag or words("WANDB_TAGS")
+    where = (args.wandb_project, args.wandb_entity, args.wandb_artifact)
+    return push(data_dir, *where, aliases, tags, args.wandb_run_name, tokenizer_dir)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the three commands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("command", nargs="?", choices=("push", "pull", "verify"), default="push", help="default push")
+    add("reference", nargs="?", help=f"what to pull (default WANDB_DATASET_ARTIFACT); {REFERENCE_FORM}")
+    data_dir = Path("data/custom_text")
+    add("--data_dir", metavar="DIR", type=Path, default=data_dir, help="push, verify: default %(default)s")
+    add("--tokenizer_dir", metavar="DIR", type=Path, help="push: default tokenizer/ in or beside --data_dir")
+    artifacts_dir = Path(variable("WANDB_ARTIFACTS_DIR") or "artifacts")
+    add("--wandb_artifacts_dir", metavar="DIR", type=Path, default=artifacts_dir, help="default %(default)s")
+    add_wandb_flags(parser)
+    return parser
+
+
+def run_command(args: argparse.Namespace) -> str:
+    """Return the result of the command as the sentence to print."""
+    if args.command == "pull":
+        folder = pull(args.reference or variable("WANDB_DATASET_ARTIFACT") or "", args.wandb_artifacts_dir)
+        return f"{folder}: whole; train on it with: run_train.py --dataset_dir {folder}"
+    if args.reference:
+        raise ValueError(f"{args.command} takes no {args.reference!r}; name the folder with --data_dir")
+    if args.command == "push":
+        return push_from_flags(args, args.data_dir, args.tokenizer_dir)
+    if problems := verify(args.data_dir):
+        raise TransferError("\nerror: ".join(problems))
+    manifest = load_manifest(args.data_dir)
+    n_files = len(listed_files(manifest))
+    return f"{args.data_dir}: {n_files} files match {MANIFEST}; fingerprint {manifest_fingerprint(manifest)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status: 0, 1 for failed work (no network, damage found), 2 for bad input."""
+    args = build_parser().parse_intermixed_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    try:
+        print(run_command(args))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TransferError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
