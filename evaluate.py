@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = Path("checkpoints")
 RANDOM_WARNING = "Warning: Evaluating random weights!"
-DTYPES = {"32-true": "float32", "bf16-true": "bfloat16", "16-true": "float16"}
 LOGITS_BYTES = 128 << 20  # float32 logits held at once; a whole batch's would be gigabytes at 32,000 words
 
 
@@ -124,23 +123,6 @@ def bytes_of_first(corpus: Corpus, n_tokens: int) -> int:
 
 
 # --- the model ----------------------------------------------------------------------------------------------
-
-
-def pick_device(name: str, precision: str) -> "tuple[torch.device, torch.dtype]":
-    """Return the device and dtype that the flags mean; ValueError when this machine has no such device."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA raises AssertionError
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); choose cpu or auto") from None
-    if precision == "auto":
-        precision = "bf16-true" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
-    return device, getattr(torch, DTYPES[precision])
 
 
 def random_model(config_path: Path, seed: int, device: "torch.device", dtype: "torch.dtype") -> "GPT":
@@ -328,8 +310,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", metavar="N", type=int, default=8, help="windows at a time (%(default)s)")
     add("--max_batches", metavar="N", type=int, help="stop after N batches (score all)")
     add("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    precisions = ["auto", *DTYPES]
-    add("--precision", choices=precisions, default="auto", help="auto: bf16-true on CUDA, else 32-true")
+    add(
+        "--precision",
+        default="auto",
+        help="auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true",
+    )
     add("--seed", type=int, default=42, help="of the random weights (%(default)s)")
     add("--json", action="store_true", help="print JSON, with the load of every expert")
     default = "results.jsonl beside the checkpoint's folder"
@@ -362,9 +347,9 @@ def pick_tokenizer(args: argparse.Namespace, checkpoint: Path | None) -> Path:
 def set_up(args: argparse.Namespace) -> "tuple[GPT, Corpus, dict]":
     """Return the model, the text and what is recorded about both, all checked against each other."""
     check_args(args)
-    device, dtype = pick_device(args.device, args.precision)
-    from moe_layers import load_model
+    from moe_layers import load_model, pick_device
 
+    device, dtype = pick_device(args.device, args.precision)
     folder = pick_checkpoint(args)
     if folder is None:
         print(RANDOM_WARNING, file=sys.stderr)

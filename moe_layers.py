@@ -27,6 +27,7 @@ from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 # --- configuration ------------------------------------------------------------------------------------------
@@ -221,6 +222,7 @@ class MoE(LLaMAMoE):
         if config.n_expert_groups:
             self.gate = GroupedRouter(config)
         self.count_load = False
+        self._packed: dict[str, torch.Tensor] = {}  # see pack_for_decoding
         self.register_buffer(
             "tokens_per_expert", torch.zeros(config.n_expert, dtype=torch.int64), persistent=False
         )
@@ -291,11 +293,52 @@ class MoE(LLaMAMoE):
         """Return the same for a handful of tokens, without sorting: decoding touches K experts' weights."""
         if self.count_load:
             self.tokens_per_expert += torch.bincount(indices_NK.flatten(), minlength=self.config.n_expert)
+        if self._packed and self._is_packed_still():
+            return self._run_packed(x_NC, weights_NK, indices_NK)
         rows = []
         for x_1C, weights_K, indices in zip(x_NC.split(1), weights_NK, indices_NK.tolist(), strict=True):
             y_KC = torch.cat([self.experts[e](x_1C) for e in indices])
             rows.append(weights_K @ y_KC)
         return torch.stack(rows)
+
+    def pack_for_decoding(self) -> None:
+        """Lay the experts' weights out for one-token steps on a CPU; shapes, values and names stay.
+
+        All experts' `fc_1` lie in one tensor, (in, out) in memory, and the parameters become views of it
+        (`fc_2` and `proj` too): no memory is spent twice, and every other path works as before.
+        """
+        if self.config.bias:
+            return
+        for name in ("fc_1", "fc_2", "proj"):
+            layers = [getattr(expert, name) for expert in self.experts]
+            packed_EIO = torch.stack([layer.weight.detach().t() for layer in layers])
+            for layer, weight in zip(layers, packed_EIO, strict=True):
+                layer.weight.data = weight.t()
+            self._packed[name] = packed_EIO.flatten(0, 1)
+
+    def _is_packed_still(self) -> bool:
+        # `.to(...)` gives the parameters memory of their own
+        return self._packed["fc_1"].data_ptr() == self.experts[0].fc_1.weight.data_ptr()
+
+    def _run_packed(
+        self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the same from packed weights, each chosen matrix times its token by one `embedding_bag`.
+
+        That is a matrix-vector product with gathering. It reads the rows in order: 18 GB/s on one core, 26 on
+        two, where MKL's product reaches 10 on weights that are not in the cache (AMD EPYC, torch 2.10).
+        """
+        n_tokens, top_k = indices_NK.shape
+        expert_R1 = indices_NK.view(-1, 1)
+        x_RC = x_NC.repeat_interleave(top_k, dim=0)
+
+        def product(name: str, x_RI: torch.Tensor) -> torch.Tensor:
+            width = x_RI.size(1)
+            rows_RI = expert_R1 * width + torch.arange(width, device=x_RI.device)
+            return F.embedding_bag(rows_RI, self._packed[name], mode="sum", per_sample_weights=x_RI)
+
+        hidden_RF = F.silu(product("fc_1", x_RC)) * product("fc_2", x_RC) * weights_NK.reshape(-1, 1)
+        return product("proj", hidden_RF).view(n_tokens, top_k, -1).sum(dim=1)
 
 
 class GroupedRouter(GroupedTopkRouter):
@@ -388,7 +431,7 @@ def _is_decoding(x_NC: torch.Tensor) -> bool:
     return x_NC.size(0) <= 4 and x_NC.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-# --- what the layers of a model add up to --------------------------------------------------------------------------------------------
+# --- what the layers of a model add up to -------------------------------------------------------------------
 
 
 def moe_layers(model: nn.Module) -> dict[int, MoE]:
@@ -465,6 +508,23 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
+def pick_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Return what a script's --device and --precision mean; ValueError when this machine has no such thing."""
+    if precision not in ("auto", *DTYPES):
+        raise ValueError(f"--precision {precision} is unknown; choose auto, {', '.join(DTYPES)}")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA raises AssertionError
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); choose cpu or auto") from None
+    if precision == "auto":
+        precision = "bf16-true" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+    return device, DTYPES[precision]
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Return what the file `path` holds, tensors memory-mapped; never runs code (`weights_only`).
 
@@ -500,7 +560,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_weights(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:
-    """Return the weights in `checkpoint_dir`, memory-mapped. ValueError if they are not a model of `config`."""
+    """Return the weights in `checkpoint_dir`, memory-mapped. ValueError if they are not of `config`."""
     weights = read_weights(checkpoint_dir / CHECKPOINT_FILE)
     with torch.device("meta"):
         expected = GPT(config).state_dict()

@@ -1,4 +1,4 @@
-"""The MoE layer against stock LitGPT and against its definition; configuration checks; checkpoint -> model."""
+"""The MoE layer against stock LitGPT and its definition; configuration checks; checkpoint -> model."""
 
 import math
 from pathlib import Path
@@ -94,6 +94,28 @@ def test_decoding_without_gradients_gives_the_sorted_path_s_output(n_tokens: int
     with torch.no_grad():
         got = ours(x)
     torch.testing.assert_close(got, ours(x).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_packed_for_decoding_give_the_same_output_and_state_dict() -> None:
+    _, ours = pair(LLaMAMoE, torch.float64, n_shared_expert=1, routed_scaling_factor=1.5)
+    x = torch.randn(1, 3, 16, dtype=torch.float64)
+    expected, before = ours(x).detach(), {name: t.clone() for name, t in ours.state_dict().items()}
+    ours.pack_for_decoding()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours(x).detach(), expected, rtol=1e-12, atol=1e-12)  # the sorted path
+    after = ours.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_packed_weights_are_left_alone_once_the_model_is_converted() -> None:
+    _, ours = pair(LLaMAMoE, torch.float64)
+    ours.pack_for_decoding()
+    ours.float()
+    x = torch.randn(1, 2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), naive_moe(ours, x), rtol=1e-5, atol=1e-6)
 
 
 def test_grouped_gemm_gives_the_loop_s_outputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def benchmark_tokenizing(text: Path, tokenizer_dir: Path, rounds: int) -> dict:
 
     def empty_cache() -> None:
         if ours.pieces is not None:
-            ours.pieces = PieceCache(ours.pieces.tokenizer, ours.facts.dtype)
+            ours.pieces = PieceCache(ours.facts)
 
     times: dict[str, list[float]] = {"stock": [], "ours": [], "ours_warm": []}
     for _ in range(rounds):  # in turns, so that a busy machine is busy for all of them

@@ -1,0 +1,576 @@
+"""generate.py: sampling by hand-worked distributions, decoding by real tokenizers, a real pipe and Ctrl-C."""
+
+import io
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from generate import AsyncTokenStreamer, Sampling, TextDecoder, candidates, generate, main, sample
+
+ROOT = Path(__file__).parents[1]
+SENTENCE = "Lily had a blue kite and saw a big cat."
+EMOJI = [0xF0, 0x9F, 0x98, 0x80]
+GREEDY = Sampling(temperature=0.0)
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+# --- models and tokenizers ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """One thread for the module's fixtures, too: two threads wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def llama_style(tiny_tokenizer_dir: Path) -> HFTokenizer:
+    return HFTokenizer.from_file(str(tiny_tokenizer_dir / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> HFTokenizer:
+    """A GPT-2-style tokenizer, whose pieces are parts of characters without saying so."""
+    tokenizer = HFTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([SENTENCE] * 3, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path) -> torch.nn.Module:
+    from moe_layers import load_model
+
+    return load_model(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(llama_style: HFTokenizer) -> list[int]:
+    return [1, *llama_style.encode("Tom went to the park").ids]
+
+
+@pytest.fixture(scope="module")
+def storyteller(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, llama_style: HFTokenizer
+) -> Path:
+    """A checkpoint overfitted to BOS + SENTENCE + EOS."""
+    from litgpt.model import GPT
+    from litgpt.utils import copy_config_files
+
+    from moe_layers import MoEConfig
+
+    torch.manual_seed(0)
+    model = GPT(MoEConfig.from_checkpoint(tiny_checkpoint))
+    ids = torch.tensor([[1, *llama_style.encode(SENTENCE).ids, 2]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(60):
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("storyteller")
+    torch.save({"model": model.state_dict()}, folder / "lit_model.pth")
+    copy_config_files(tiny_checkpoint, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chatterbox(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A checkpoint with room for 4,096 tokens that never says EOS nor a byte piece."""
+    from litgpt.utils import copy_config_files
+
+    folder = tmp_path_factory.mktemp("chatterbox")
+    copy_config_files(tiny_checkpoint, folder)
+    config = (folder / "model_config.yaml").read_text(encoding="utf-8")
+    (folder / "model_config.yaml").write_text(
+        config.replace("block_size: 64", "block_size: 4096"), encoding="utf-8"
+    )
+    state = torch.load(tiny_checkpoint / "lit_model.pth", weights_only=True)
+    # pieces 0 to 258 are special tokens and bytes; of 253 other logits one is above zero
+    state["model"]["lm_head.weight"][:259] = 0
+    torch.save(state, folder / "lit_model.pth")
+    return folder
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+
+def distribution(probs: list[float], seen: list[bool] | None = None, **options: float) -> list[float]:
+    """Return the probabilities that `sample` draws from when the model's are `probs`."""
+    settings = Sampling(**{"temperature": 1.0, "top_k": 0, **options})
+    occurred = None if seen is None else torch.tensor(seen)
+    weights, ids = candidates(torch.tensor(probs).log(), settings, occurred)
+    whole = torch.zeros(len(probs))
+    whole[torch.arange(len(probs)) if ids is None else ids] = weights / weights.sum()
+    return whole.tolist()
+
+
+def test_without_options_the_models_distribution_is_drawn_from() -> None:
+    assert distribution([0.2, 0.5, 0.3]) == pytest.approx([0.2, 0.5, 0.3])
+
+
+def test_temperature_two_takes_square_roots() -> None:
+    assert distribution([16 / 21, 1 / 21, 4 / 21], temperature=2.0) == pytest.approx([4 / 7, 1 / 7, 2 / 7])
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    assert distribution([0.2, 0.5, 0.3], top_k=2) == pytest.approx([0, 0.625, 0.375])
+
+
+def test_top_k_above_the_vocabulary_keeps_all() -> None:
+    assert distribution([0.2, 0.5, 0.3], top_k=9) == pytest.approx([0.2, 0.5, 0.3])
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
+    assert distribution([0.2, 0.5, 0.3], top_p=0.7) == pytest.approx([0, 0.625, 0.375])
+
+
+def test_a_tiny_top_p_still_keeps_the_likeliest() -> None:
+    assert distribution([0.2, 0.5, 0.3], top_p=1e-9) == pytest.approx([0, 1, 0])
+
+
+def test_top_p_keeps_thousands_of_tokens_where_it_takes_them() -> None:
+    probs = distribution([1 / 4096] * 4096, top_p=0.5)
+    assert sum(p > 0 for p in probs) == 2048
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    assert distribution([0.2, 0.5, 0.3], min_p=0.5) == pytest.approx([0, 0.625, 0.375])
+
+
+def test_temperature_comes_before_top_p() -> None:
+    # squared: 4/38, 25/38, 9/38; 25/38 = 0.66 reaches 0.6, where 0.5 would not have
+    assert distribution([0.2, 0.5, 0.3], temperature=0.5, top_p=0.6) == pytest.approx([0, 1, 0])
+
+
+def test_top_k_comes_before_top_p() -> None:
+    # of the two kept, 0.4 and 0.3, the first has 4/7 = 0.57
+    assert distribution([0.3, 0.4, 0.2, 0.1], top_k=2, top_p=0.5) == pytest.approx([0, 1, 0, 0])
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
+    settings = Sampling(temperature=1.0, top_k=0, repetition_penalty=2.0)
+    logits, seen = torch.tensor([2.0, -1.0, 1.0, -3.0]), torch.tensor([True, True, False, False])
+    probs, _ = candidates(logits, settings, seen)
+    assert torch.allclose(probs, torch.tensor([1.0, -2.0, 1.0, -3.0]).softmax(0))
+
+
+def test_repetition_penalty_holds_for_greedy_too() -> None:
+    settings = Sampling(temperature=0.0, repetition_penalty=2.0)
+    assert sample(torch.tensor([1.5, 1.0]), settings, seen=torch.tensor([True, False])) == 1
+
+
+def test_sample_draws_each_token_as_often_as_its_probability_says() -> None:
+    draw, settings = torch.Generator().manual_seed(0), Sampling(temperature=1.0, top_k=2)
+    logits = torch.tensor([0.1, 0.6, 0.3]).log()
+    ids = [sample(logits, settings, draw) for _ in range(3000)]
+    # two thirds, with a standard deviation of 0.0086
+    assert ids.count(1) / 3000 == pytest.approx(2 / 3, abs=0.035)
+    assert ids.count(0) == 0
+
+
+# --- generating ---------------------------------------------------------------------------------------------
+
+
+def test_greedy_equals_litgpts_generate_token_for_token(
+    model: torch.nn.Module, tiny_checkpoint: Path, prompt_ids: list[int]
+) -> None:
+    from litgpt.config import Config
+    from litgpt.generate.base import generate_fn
+    from litgpt.model import GPT
+
+    stock = GPT(Config.from_checkpoint(tiny_checkpoint)).eval()
+    stock.load_state_dict(model.state_dict())
+    stock.max_seq_length = len(prompt_ids) + 40
+    stock.set_kv_cache(batch_size=1)
+    steps = generate_fn(
+        stock,
+        torch.tensor(prompt_ids),
+        stock.max_seq_length,
+        temperature=0.0,
+        include_prompt=False,
+        include_eos=True,
+    )
+    assert list(generate(model, prompt_ids, 40, GREEDY)) == [int(token) for token in steps]
+
+
+def test_greedy_equals_litgpt_llm_token_for_token(tiny_checkpoint: Path, model: torch.nn.Module) -> None:
+    from litgpt import LLM
+    from litgpt.tokenizer import Tokenizer
+
+    # left alone, LitGPT computes in bfloat16 even on a CPU
+    llm = LLM.load(str(tiny_checkpoint), distribute=None)
+    llm.distribute(accelerator="cpu", precision="32-true")
+    theirs = llm.generate("Tom had", max_new_tokens=30, temperature=0.0, return_as_token_ids=True)
+    tokenizer = Tokenizer(tiny_checkpoint)
+    ours = list(generate(model, tokenizer.encode("Tom had").tolist(), 30, GREEDY, tokenizer.eos_id))
+    assert ours == theirs.tolist()
+
+
+def test_cached_and_uncached_logits_agree(model: torch.nn.Module, prompt_ids: list[int]) -> None:
+    uncached = model(torch.tensor([prompt_ids]))[0]
+    model.set_kv_cache(1, max_seq_length=len(prompt_ids))
+    steps = [
+        model(torch.tensor([[token]]), torch.tensor([place]), input_pos_maxp1=place + 1)[0, 0]
+        for place, token in enumerate(prompt_ids)
+    ]
+    model.clear_kv_cache()
+    assert torch.allclose(torch.stack(steps), uncached, atol=1e-5)
+
+
+def test_the_weights_layout_changes_neither_names_shapes_nor_logits(
+    tiny_checkpoint: Path, model: torch.nn.Module, prompt_ids: list[int]
+) -> None:
+    from generate import lay_out_for_decoding
+    from moe_layers import load_model
+
+    other = load_model(tiny_checkpoint)
+    lay_out_for_decoding(other)
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert list(generate(other, prompt_ids, 40, GREEDY)) == list(generate(model, prompt_ids, 40, GREEDY))
+    ids = torch.tensor([prompt_ids])
+    assert torch.allclose(other(ids), model(ids), atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_tokens(model: torch.nn.Module, prompt_ids: list[int]) -> None:
+    def drawn(seed: int) -> list[int]:
+        return list(generate(model, prompt_ids, 20, generator=torch.Generator().manual_seed(seed)))
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_a_penalty_without_bound_never_repeats_a_token(model: torch.nn.Module, prompt_ids: list[int]) -> None:
+    # the penalised are divided to about 0 or multiplied far below it; most of the others are above
+    settings = Sampling(temperature=0.0, repetition_penalty=1e9)
+    ids = prompt_ids + list(generate(model, prompt_ids, 20, settings))
+    assert len(set(ids[-20:])) == 20
+
+
+def test_generating_leaves_the_callers_gradient_mode_alone(
+    model: torch.nn.Module, prompt_ids: list[int]
+) -> None:
+    steps = generate(model, prompt_ids, 5, GREEDY)
+    next(steps)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    steps.close()
+    assert model.mask_cache is None
+
+
+def test_generating_stops_where_the_context_is_full(model: torch.nn.Module, prompt_ids: list[int]) -> None:
+    assert len(list(generate(model, prompt_ids, 1000, GREEDY))) == 64 - len(prompt_ids)
+
+
+# --- decoding and streaming ---------------------------------------------------------------------------------
+
+
+def streamed(tokenizer: HFTokenizer, ids: list[int]) -> list[str]:
+    decoder = TextDecoder(tokenizer)
+    return [*(decoder.put(token_id) for token_id in ids), decoder.end()]
+
+
+def byte_ids(*values: int) -> list[int]:
+    return [3 + value for value in values]  # the tiny tokenizer's pieces <0x00> to <0xFF>
+
+
+NASTY = {
+    "emoji over four bytes": byte_ids(*EMOJI),
+    "text after an emoji": [*byte_ids(*EMOJI), 300, 301],
+    "an invalid byte after an emoji": [*byte_ids(*EMOJI, 0xFF), 300, 301],
+    "half an emoji at the end": [300, *byte_ids(*EMOJI[:2])],
+    "half an emoji before text": [*byte_ids(*EMOJI[:2]), 300],
+    "special tokens inside an emoji": [*byte_ids(*EMOJI[:2]), 2, 1, *byte_ids(*EMOJI[2:])],
+    "special tokens first": [1, 1, 2, 300],
+    "ids beyond the vocabulary": [300, 5000, 301, 5000],
+    "many invalid bytes": [*byte_ids(*[0xFF] * 40), 300],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_the_pieces_joined_are_the_decoding_of_the_whole(name: str, llama_style: HFTokenizer) -> None:
+    assert "".join(streamed(llama_style, NASTY[name])) == llama_style.decode(NASTY[name])
+
+
+@pytest.mark.parametrize(
+    "text", ["  two  spaces ", " lead", "a\n\n b\n", "naïve 😀😀 日本", "\u2581x", "a \ufffd b", " "]
+)
+@pytest.mark.parametrize("style", ["llama_style", "byte_level"])
+def test_any_text_comes_out_as_it_was_encoded(text: str, style: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(style)
+    ids = tokenizer.encode(text).ids
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("style", ["llama_style", "byte_level"])
+def test_random_tokens_decode_like_the_whole(style: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(style)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        ids = torch.randint(tokenizer.get_vocab_size() + 2, (40,), generator=draw).tolist()
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_real_stories_decode_like_the_whole(shared_data: Path) -> None:
+    tokenizer = HFTokenizer.from_file(str(shared_data / "llama2-tokenizer" / "tokenizer.json"))
+    text = (shared_data / "tinystories" / "val.txt").read_text(encoding="utf-8")[:20_000]
+    ids = tokenizer.encode(text + " 😀 \t 日本語 \x00").ids
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_words_appear_at_once_and_characters_when_complete(byte_level: HFTokenizer) -> None:
+    word, emoji = byte_level.encode("kite").ids, byte_level.encode("😀").ids
+    assert streamed(byte_level, word)[0] != ""
+    assert streamed(byte_level, emoji) == ["", "", "", "😀", ""]
+
+
+@pytest.mark.parametrize("style", ["llama_style", "byte_level"])
+def test_the_work_per_token_does_not_grow_with_the_text(style: str, request: pytest.FixtureRequest) -> None:
+    class Counting:
+        def __init__(self, tokenizer: HFTokenizer) -> None:
+            self.tokenizer, self.decoded = tokenizer, 0
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.tokenizer, name)
+
+        def decode(self, ids: list[int]) -> str:
+            self.decoded += len(ids)
+            return self.tokenizer.decode(ids)
+
+    tokenizer = request.getfixturevalue(style)
+    words = tokenizer.encode(SENTENCE).ids * 50
+    bad_byte = tokenizer.token_to_id("<0xFF>") or tokenizer.encode("😀").ids[0]
+    for ids in (words, [bad_byte] * 1000):
+        counting = Counting(tokenizer)
+        streamed(counting, ids)
+        assert counting.decoded <= 20 * len(ids)
+
+
+def test_the_streamer_writes_everything_before_end_returns(llama_style: HFTokenizer) -> None:
+    out = io.StringIO()
+    streamer = AsyncTokenStreamer(llama_style, out)
+    ids = [*llama_style.encode(SENTENCE).ids, *byte_ids(0xF0, 0x9F)]
+    for token_id in ids:
+        streamer.put(token_id)
+    streamer.end()
+    streamer.end()  # harmless
+    assert out.getvalue() == llama_style.decode(ids)
+
+
+def test_an_interrupted_streamer_still_writes_its_tail(llama_style: HFTokenizer) -> None:
+    out = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), AsyncTokenStreamer(llama_style, out) as streamer:
+        for token_id in llama_style.encode(SENTENCE).ids:
+            streamer.put(token_id)
+        raise KeyboardInterrupt
+    assert out.getvalue() == SENTENCE
+
+
+def test_an_error_of_the_thread_reaches_the_caller(llama_style: HFTokenizer) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), AsyncTokenStreamer(llama_style, Full()) as streamer:
+        streamer.put(300)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_an_overfitted_model_says_its_sentence_and_stops_at_eos(
+    storyteller: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--ckpt-dir", str(storyteller), "--prompt", "Lily", "--temperature", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == SENTENCE + "\n"
+    assert "tokens/s" in captured.err and str(storyteller) in captured.err and "float32" in captured.err
+
+
+def test_samples_are_separated_as_prepare_data_reads_them(
+    storyteller: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["--ckpt_dir", str(storyteller), "--prompt", "Lily", "--num_samples", "2", "--seed", "1"]) == 0
+    )
+    assert capsys.readouterr().out.count("\n<|endoftext|>\n") == 1
+
+
+def test_the_seed_told_repeats_the_run(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ckpt_dir", str(tiny_checkpoint), "--max_tokens", "20", "--prompt", "Tom"]
+    assert main(flags) == 0
+    first = capsys.readouterr()
+    seed = first.err.split("seed ")[1].split()[0]
+    assert main([*flags, "--seed", seed]) == 0
+    assert capsys.readouterr().out == first.out
+
+
+def test_a_full_context_is_told(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ckpt_dir", str(tiny_checkpoint), "--max_tokens", "500", "--seed", "3", "--temperature", "0"]
+    assert main(flags) == 0
+    assert "context of 64 tokens is full" in capsys.readouterr().err
+
+
+def test_the_prompt_comes_from_a_file(
+    storyteller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Lily had\n", encoding="utf-8")
+    flags = [
+        "--ckpt_dir",
+        str(storyteller),
+        "--prompt_file",
+        str(tmp_path / "prompt.txt"),
+        "--temperature",
+        "0",
+    ]
+    assert main(flags) == 0
+    assert capsys.readouterr().out == SENTENCE + "\n"
+
+
+def test_the_prompt_comes_from_standard_input(
+    storyteller: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Lily had a\n")))
+    assert main(["--ckpt_dir", str(storyteller), "--prompt", "-", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == SENTENCE + "\n"
+
+
+BAD = {
+    "--max_tokens=0": "max_tokens is 0",
+    "--num-samples=0": "num_samples is 0",
+    "--seed=-1": "seed is -1",
+    "--temperature=-1": "temperature is -1.0",
+    "--temperature=nan": "temperature is nan",
+    "--top_k=-1": "top_k is -1",
+    "--top_p=0": "top_p is 0.0",
+    "--top-p=1.5": "top_p is 1.5",
+    "--min_p=2": "min_p is 2.0",
+    "--repetition_penalty=0": "repetition_penalty is 0.0",
+    "--device=abacus": "--device abacus",
+    "--ckpt_dir=nowhere": "nowhere",
+    "--prompt_file=nowhere.txt": "nowhere.txt",
+}
+
+
+@pytest.mark.parametrize("flag", BAD)
+def test_a_bad_flag_ends_in_one_sentence_and_status_2(
+    flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--prompt=x", flag] if "prompt" not in flag else [flag]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert BAD[flag] in captured.err
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--ckpt_dir", str(tiny_checkpoint), "--prompt", "Tom went " * 40]) == 2
+    error = capsys.readouterr().err
+    assert "block_size is 64" in error and "63 tokens or fewer" in error
+
+
+def test_a_prompt_file_that_is_not_utf8_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    assert main(["--prompt_file", str(tmp_path / "prompt.txt")]) == 2
+    assert "prompt.txt is not UTF-8 at byte 3" in capsys.readouterr().err
+
+
+def copied(
+    folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+) -> Path:
+    """Return a copy of a checkpoint, with its weights changed."""
+    shutil.copytree(folder, target)
+    if change:
+        state = torch.load(target / "lit_model.pth", weights_only=True)
+        change(state["model"])
+        torch.save(state, target / "lit_model.pth")
+    return target
+
+
+def test_a_damaged_tokenizer_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_checkpoint, tmp_path / "damaged")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "tru', encoding="utf-8")
+    assert main(["--ckpt_dir", str(folder), "--prompt", "Tom"]) == 2
+    error = capsys.readouterr().err
+    assert str(folder) in error and "tokenizer files cannot be read" in error and error.count("\n") == 1
+
+
+def test_the_tokenizer_of_another_model_is_refused(
+    tiny_checkpoint: Path, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(tiny_checkpoint, tmp_path / "mixed")
+    shutil.copyfile(shared_data / "llama2-tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+    assert main(["--ckpt_dir", str(folder), "--prompt", "Once upon a time"]) == 2
+    assert "the tokenizer is not the model's" in capsys.readouterr().err
+
+
+def test_a_model_of_nan_is_told_and_not_sampled(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(weights: dict[str, torch.Tensor]) -> None:
+        weights["transformer.ln_f.weight"].fill_(float("nan"))
+
+    folder = copied(tiny_checkpoint, tmp_path / "diverged", diverge)
+    assert main(["--ckpt_dir", str(folder), "--prompt", "Tom"]) == 1
+    assert "error: the model's logits are NaN" in capsys.readouterr().err
+
+
+# --- real processes -----------------------------------------------------------------------------------------
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    flags = ["--ckpt_dir", folder, "--prompt", "Tom", "--max_tokens", "4000", "--temperature", "0"]
+    command = [sys.executable, ROOT / "generate.py", *flags]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+@pytest.fixture(scope="module")
+def expected(chatterbox: Path, llama_style: HFTokenizer) -> str:
+    """The beginning of what the processes below say."""
+    from moe_layers import load_model
+
+    prompt = [1, *llama_style.encode("Tom").ids]
+    steps: Iterator[int] = generate(load_model(chatterbox), prompt, 4000, GREEDY)
+    return llama_style.decode(prompt + list(itertools.islice(steps, 30)))
+
+
+def test_a_closed_pipe_and_ctrl_c_end_quietly_and_keep_the_text(chatterbox: Path, expected: str) -> None:
+    closed, interrupted = start(chatterbox), start(chatterbox)  # side by side: most of the time is importing
+    assert closed.stdout is not None and closed.stderr is not None and interrupted.stdout is not None
+    assert expected.encode().startswith(closed.stdout.read(20))
+    closed.stdout.close()
+    beginning = b""
+    while len(beginning) < 20:
+        beginning += interrupted.stdout.read(20)
+    if os.name == "posix":
+        interrupted.send_signal(signal.SIGINT)
+    rest, interrupted_log = interrupted.communicate(timeout=60)
+    closed_log = closed.stderr.read()
+    assert closed.wait(timeout=60) == 0
+    assert b"Traceback" not in closed_log + interrupted_log
+    assert b"4000 new tokens" not in closed_log
+    if os.name == "posix":
+        assert interrupted.returncode == 130
+        text, told = (beginning + rest).decode(), int(interrupted_log.split(b" new tokens")[0].split()[-1])
+        assert text.startswith(expected[:20]) and 0 < told < 4000
+        assert len(text) >= told  # no tail is lost: each token is a character or more
