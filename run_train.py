@@ -2,8 +2,8 @@
 
 Run: uv run python run_train.py     (under 5 minutes on two CPU cores: demo model, demo stories)
 
-With CUDA it takes model_config.yaml and train_config.yaml, without it the demo settings in configs/. Settings:
-flag > environment variable > YAML > default. `--train.max_tokens 1000000` overrides any key by its dotted name.
+With CUDA it takes model_config.yaml and train_config.yaml, without it the demo settings in configs/.
+Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 1000000`.
 """
 
 import csv
@@ -54,7 +54,7 @@ VARIABLES = (
 
 
 def _litgpt_args() -> Any:
-    """LitGPT's argument dataclasses, from litgpt/args.py alone: its package loads torch, seconds before --help."""
+    """LitGPT's argument dataclasses, from args.py alone: its package loads torch, seconds before --help."""
     folder = importlib.util.find_spec("litgpt").submodule_search_locations[0]
     spec = importlib.util.spec_from_file_location("litgpt_args", Path(folder) / "args.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -72,13 +72,13 @@ class Settings:
     config: Path | None = None
     """YAML with these settings (default: train_config.yaml with CUDA, configs/demo_train.yaml without)."""
     model_config: Path | None = None
-    """YAML with LitGPT Config keys (default: model_config.yaml with CUDA, configs/demo_model.yaml without)."""
+    """YAML with LitGPT Config keys (default: model_config.yaml with CUDA, else configs/demo_model.yaml)."""
     out_dir: Path = Path("checkpoints")
     """Directory for step-*/, final/ and logs/."""
     overwrite: bool = False
     """Delete an earlier run in out_dir instead of refusing to touch it."""
     resume: str | bool = False
-    """auto: the newest step-* in out_dir, or a fresh start; true: the newest, or an error; or a checkpoint path."""
+    """auto: the newest step-* in out_dir, or a fresh start; true: the newest, or an error; or a path."""
     initial_checkpoint_dir: Path | None = None
     """Checkpoint whose weights to start from; not together with resume."""
     data: dict = field(default_factory=lambda: {"class_path": "prepare_data.TextShards"})
@@ -92,7 +92,7 @@ class Settings:
     wandb_artifacts_dir: Path = Path("artifacts")
     """Directory for downloaded artifacts."""
     precision: str | None = None
-    """bf16-true, bf16-mixed, 16-mixed, 16-true or 32-true (default: bf16-true where CUDA has it, else 32-true)."""
+    """bf16-true, bf16-mixed, 16-mixed, 16-true, 32-true (default: bf16-true where CUDA has it)."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     """Kind of device."""
     devices: int | str = "auto"
@@ -117,7 +117,7 @@ class Settings:
     """Names for the W&B logger."""
 
 
-# --- settings: flag > environment variable > YAML > default ---------------------------------------------------
+# --- settings: flag > environment variable > YAML > default -------------------------------------------------
 
 
 def build_parser() -> Any:
@@ -252,7 +252,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-# --- checks: everything that can be known before the first file is written --------------------------------------
+# --- checks: everything that can be known before the first file is written ----------------------------------
 
 
 @dataclass
@@ -393,8 +393,9 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
         problems.append(f"train.max_seq_length is {length} but the model's block_size is {block_size}")
     elif length and (train.max_tokens is None or train.max_tokens < train.global_batch_size * length):
         problems.append(
-            f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x {length} "
-            f"= {train.global_batch_size * length} tokens; raise it or lower train.global_batch_size"
+            f"train.max_tokens is {train.max_tokens}, less than one step of "
+            f"{train.global_batch_size} x {length} = {train.global_batch_size * length} tokens; "
+            "raise it or lower train.global_batch_size"
         )
     return problems
 
@@ -498,13 +499,14 @@ def tokenizer_problems(run: Run) -> list[str]:
     if size <= rows:
         return []
     return [
-        f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} is {rows}; "
+        f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} "
+        f"is {rows}; "
         "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
     ]
 
 
 def out_dir_problems(run: Run) -> list[str]:
-    """Return sentences on a place that holds another run, cannot be written, or has no room for a checkpoint."""
+    """Return a sentence if the place holds another run, cannot be written, or is too full."""
     out_dir = run.settings.out_dir
     earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
     if earlier and run.resume is None and not run.settings.overwrite:
@@ -529,11 +531,11 @@ def checkpoint_bytes(run: Run) -> int:
     return 3 * total * (2 if run.precision.endswith("16-true") else 4)
 
 
-# --- the run ----------------------------------------------------------------------------------------------------
+# --- the run ------------------------------------------------------------------------------------------------
 
 
 class Monitor:
-    """What Fabric calls as a callback and as a logger: the live bar, logs/csv/metrics.csv, the summary's figures.
+    """What Fabric calls as callback and as logger: the live bar, logs/csv/metrics.csv, the summary's figures.
 
     Fabric asks for methods by name, no base class, so that importing this file does not import Lightning.
     """
@@ -550,7 +552,7 @@ class Monitor:
         )
 
     def on_after_setup(self, fabric: "Fabric", module: Any) -> None:
-        """Load the weights to start from; LitGPT's own way knows only files of bare weights, not checkpoints."""
+        """Load the weights to start from; LitGPT's own way knows files of bare weights, not checkpoints."""
         start = self.run.initial
         from moe_layers import read_state
 
@@ -597,7 +599,7 @@ class Monitor:
             print(line, file=sys.stderr, flush=True)
 
     def tokens_per_s(self) -> float | None:
-        """Return the tokens/s from the first to the last step of this process, validation and saving included."""
+        """Return tokens/s from the first to the last step of this process, validation and saving included."""
         steps = self.step - self.run.start_step - 1
         seconds = self.last_step_at - self.first_step_at
         return steps * self.run.tokens_per_step / seconds if steps > 0 and seconds > 0 else None
@@ -609,7 +611,7 @@ class Monitor:
 
 
 class MetricsFile:
-    """One CSV over all resumes; Lightning's CSVLogger opens a new version each time and loses the last rows."""
+    """One CSV over all resumes; Lightning's CSVLogger opens a new one each time and loses the last rows."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         self.path, self.start_step = path, start_step
@@ -784,7 +786,8 @@ def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
     resumed = f", resuming after step {run.start_step} ({run.resume.parent})" if run.resume else ""
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
-        f"Device  {fabric.device}, {run.precision}, {mode} ({why}); experts: {experts_path(fabric.device, dtype)}\n"
+        f"Device  {fabric.device}, {run.precision}, {mode} ({why})\n"
+        f"Experts {experts_path(fabric.device, dtype)}\n"
         f"Run     {steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
     )
 
@@ -863,8 +866,8 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().print_help()
         return 0
     if sys.platform == "linux":
-        # Before the first `import torch`, which reads it once: MoE row counts differ from step to step, and without
-        # growing segments the caching allocator keeps a block for each size until memory is in pieces.
+        # Before the first `import torch`, which reads it once: MoE row counts differ from step to step, and
+        # without segments that grow the caching allocator keeps a block for each until memory is in pieces.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         settings = load_settings(argv)

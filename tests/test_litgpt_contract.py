@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 def test_main_takes_the_arguments_that_run_train_passes() -> None:
     expected = (
-        "fabric devices seed initial_checkpoint_dir resume config data out_dir tokenizer_dir tokenizer train eval "
-        "optimizer num_nodes"
+        "fabric devices seed initial_checkpoint_dir resume config data out_dir tokenizer_dir tokenizer "
+        "train eval optimizer num_nodes"
     )
     assert list(inspect.signature(pretrain.main).parameters) == expected.split(), (
         "litgpt.pretrain.main has other arguments than the ones run_train.train passes"
@@ -32,10 +32,10 @@ def test_main_takes_the_arguments_that_run_train_passes() -> None:
 def test_save_checkpoint_calls_the_function_that_we_replace() -> None:
     source = inspect.getsource(pretrain.save_checkpoint)
     assert "save_hyperparameters(setup, checkpoint_file.parent)" in source, (
-        "save_checkpoint no longer calls save_hyperparameters: see whether run_train.train must still replace it"
+        "save_checkpoint no longer calls save_hyperparameters: must run_train.train still replace it?"
     )
     assert source.index("fabric.save") < source.index("save_config"), (
-        "model_config.yaml is no longer written last: run_train.find_resume takes it for the mark of a whole one"
+        "model_config.yaml is no longer written last: run_train.find_resume takes it for the mark of a whole"
     )
 
 

@@ -1,0 +1,1270 @@
+"""Turn text into token shards that training reads directly, and hold the reader of those shards.
+
+Run: uv run python prepare_data.py --dataset demo --train_tokenizer 2048      (3 s on two cores)
+
+Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many stories, split by a line
+<|endoftext|> (or --separator); a file without that line is one story. Every story becomes BOS + ids + EOS
+in a flat array of ids; manifest.json says what made it, and shards that no longer match are made again.
+"""
+
+import argparse
+import bisect
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import yaml
+from tokenizers import Regex, Tokenizer
+from tqdm import tqdm
+
+from wandb_dataset import add_wandb_flags, normalize_flags, push_from_flags, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+    from litgpt.data import TextFiles
+    from torch.utils.data import DataLoader
+
+SPLITS = ("train", "val")
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+RUN_AGAIN = "run prepare_data.py on that folder"
+SHARD_BYTES = 8 << 20  # text per shard: the unit of work, of resuming, and of a worker's memory
+BLOCK_BYTES = 4 << 20  # text read at once
+MAX_STORY_CHARS = 1 << 20  # a longer story is cut at a paragraph, or it would have to fit in memory
+MAX_REPORTS = 10  # lines of bad UTF-8 shown of one file
+BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
+OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # what we may delete
+
+SPACE = "\u2581"  # how Llama's tokenizer writes a space
+LLAMA_NORMALIZER = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+SPLIT_AT_SPACES = {
+    "type": "Split",
+    "pattern": {"String": SPACE},
+    "behavior": "MergedWithNext",
+    "invert": False,
+}
+BYTE_PIECES = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}  # ids where LitGPT's decoder expects them
+NOT_PLAIN_BPE = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+# what BPE can encode one by one: a word with the spaces before it, spaces at the end, a newline
+PIECE = r" *[^ \n]+| +|\n"
+PIECE_OF_SPLIT = r" ?[^ \n]+| |\n"  # after SPLIT_AT_SPACES: with one space at most
+WORD = (
+    rf"{SPACE}?\p{{L}}+(?:['\u2019]\p{{L}}+)?|{SPACE}?\p{{N}}|{SPACE}?[^{SPACE}\s\p{{L}}\p{{N}}]+|{SPACE}|\n"
+)
+MAX_CACHED_PIECES = 100_000  # some 20 MB a worker
+MAX_CACHED_CHARS = 40
+STORIES_PER_WRITE = 1_000
+MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
+MAX_TRAINING_BYTES = 100 << 20  # of text for a tokenizer; more hardly changes it
+
+DATASETS = ("custom", "tinystories", "demo")
+ON_BAD_UTF8 = ("replace", "refuse")
+TINYSTORIES = ("roneneldan/TinyStories", {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"})
+TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+GRAMMAR = Path(__file__).parent / "configs" / "demo_stories.yaml"
+
+
+@dataclass
+class PrepareSettings:
+    """What one run prepares; the flags of the command line are these fields."""
+
+    data_dir: Path = Path("data/custom_text")
+    """folder with train/*.txt and, if wanted, val/*.txt; shards and manifest.json go there too"""
+    dataset: str = "custom"
+    """custom: your own text; tinystories: download it (2.2 GB); demo: write the built-in stories"""
+    tokenizer_dir: Path = Path("data/tokenizer")
+    """folder of tokenizer.json; TinyLlama's is downloaded into it if it has none"""
+    train_tokenizer: int | None = None
+    """pieces of a BPE tokenizer to train on the text (default: train none)"""
+    separator: str = "<|endoftext|>"
+    """line between two stories; '' splits at blank lines"""
+    on_bad_utf8: str = "replace"
+    """replace bytes that are not UTF-8 by U+FFFD, or refuse them; both report file and line"""
+    val_fraction: float = 0.01
+    """share of the stories for the val split if there is no val/*.txt"""
+    workers: int = 0
+    """processes that tokenize, about 100 MB each (0: one per core)"""
+    demo_stories: int = 9_000
+    """stories to write with --dataset demo (0.7 KB each)"""
+    seed: int = 42
+    """seed of the demo stories"""
+    overwrite: bool = False
+    """replace another tokenizer in tokenizer_dir, or an edited demo.txt"""
+
+
+def check_settings(settings: PrepareSettings) -> None:
+    """ValueError with all that is wrong with the settings, before anything is written."""
+    vocab = settings.train_tokenizer
+    rules = (
+        ("dataset", settings.dataset in DATASETS, f"one of {', '.join(DATASETS)}"),
+        ("on_bad_utf8", settings.on_bad_utf8 in ON_BAD_UTF8, f"one of {', '.join(ON_BAD_UTF8)}"),
+        ("val_fraction", 0 < settings.val_fraction <= 0.5, "a number above 0, at most 0.5"),
+        ("train_tokenizer", vocab is None or vocab >= MIN_VOCAB, f"{MIN_VOCAB} pieces or more"),
+        ("workers", settings.workers >= 0, "0 (one per core) or more"),
+        ("demo_stories", settings.demo_stories >= 2, "2 or more"),
+        ("separator", len(settings.separator.splitlines()) <= 1, "the text of one line"),
+    )
+    problems = [f"{name} is {getattr(settings, name)!r}; choose {rule}" for name, ok, rule in rules if not ok]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def say(text: str) -> None:
+    """Print progress to stderr, without breaking a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file whole."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- text -> stories ---------------------------------------------------------------------------------------
+
+
+def list_text(data_dir: Path) -> dict[str, list[Path]]:
+    """Return the text files of both splits; ValueError where there is nothing to train on."""
+    if not data_dir.is_dir():
+        raise FileNotFoundError(
+            f"{data_dir}: no such folder; put UTF-8 text into {data_dir / 'train'}/*.txt, "
+            "or use --dataset demo or --dataset tinystories"
+        )
+    text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
+    if not text["train"]:
+        raise ValueError(
+            f"{data_dir / 'train'}: no .txt file there; put UTF-8 text into it, "
+            "or use --dataset demo or --dataset tinystories"
+        )
+    for path in [path for paths in text.values() for path in paths]:
+        if path.stat().st_size < 1 << 16 and not path.read_bytes().strip():
+            raise ValueError(f"{path}: empty; put text into it or remove it")
+    if (data_dir / "train" / "demo.json").is_file() and len(text["train"]) > 1:
+        raise ValueError(
+            f"{data_dir / 'train'}: the demo corpus (demo.txt, demo.json) is beside other text; "
+            "remove those two files, or use another --data_dir"
+        )
+    return text
+
+
+def cut_block(data: bytes) -> int:
+    """Return where to cut bytes so that no line, else no word, else no character is torn."""
+    end = data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
+    if end:
+        return end
+    starts = [i for i in range(len(data) - 1, max(len(data) - 5, -1), -1) if data[i] & 0xC0 != 0x80]
+    return starts[0] if starts else len(data)
+
+
+def cut_story(text: str) -> int:
+    """Return where to cut an overlong story: at a paragraph, a line, a word, or anywhere."""
+    ends = (text.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in ("\n\n", "\n", " "))
+    return next((end for end in ends if end > 0), MAX_STORY_CHARS)
+
+
+class TextReader:
+    """A text file read in blocks, as lists of whole stories; counts what was wrong with it."""
+
+    def __init__(
+        self, path: Path, separator: str, on_bad_utf8: str, report: Callable[[str], None] = say
+    ) -> None:
+        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, report
+        line = re.escape(separator) + r"[ \t]*" if separator else ""
+        self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
+        self.stat = path.stat()
+        self.sha256 = hashlib.sha256()
+        self.n_replaced_bytes = self.n_bad_lines = self.n_lines = self.n_cuts = 0
+
+    def story_lists(self, progress: tqdm) -> Iterator[list[str]]:
+        """Yield the stories in order, stripped and never empty, some megabytes at a time."""
+        carry = "\n"
+        for block in self._blocks(progress):
+            *stories, carry = self.separator.split(carry + block)
+            while len(carry) > MAX_STORY_CHARS:
+                end = cut_story(carry)
+                stories.append(carry[:end])
+                carry = carry[end:]
+                self.n_cuts += 1
+            yield [story for story in map(str.strip, stories) if story]
+        yield [carry.strip()] if carry.strip() else []
+        if self.n_bad_lines > MAX_REPORTS:
+            self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
+        if self.n_cuts:
+            self.report(
+                f"{self.path}: stories of over {MAX_STORY_CHARS:,} characters were cut {self.n_cuts} times"
+            )
+
+    def record(self, data_dir: Path) -> dict:
+        """Return the manifest's entry of the file read; ValueError if it was written to meanwhile."""
+        size, mtime_ns = self.stat.st_size, self.stat.st_mtime_ns
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+            raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
+        name = self.path.relative_to(data_dir).as_posix()
+        return {"path": name, "size": size, "mtime_ns": mtime_ns, "sha256": self.sha256.hexdigest()}
+
+    def _blocks(self, progress: tqdm) -> Iterator[str]:
+        tail = b""
+        with self.path.open("rb") as file:
+            while chunk := file.read(BLOCK_BYTES):
+                if not self.n_lines and not tail and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise ValueError(f"{self.path}: UTF-16 text; save it as UTF-8")
+                self.sha256.update(chunk)
+                progress.update(len(chunk))
+                data = tail + chunk
+                end = cut_block(data)
+                tail = data[end:]
+                yield self._decode(data[:end])
+        yield self._decode(tail) + "\n"
+
+    def _decode(self, data: bytes) -> str:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            text = self._without_bad_bytes(data)
+        if not self.n_lines:
+            text = text.removeprefix("\ufeff")  # the mark that Windows editors put first
+        self.n_lines += data.count(b"\n")
+        return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+    def _without_bad_bytes(self, data: bytes) -> str:
+        text = data.decode("utf-8", "surrogateescape")  # a byte that is not UTF-8 becomes U+DC80 to U+DCFF
+        for number, line in enumerate(text.split("\n"), self.n_lines + 1):
+            if not (bad := BAD_BYTES.findall(line)):
+                continue
+            n_bytes = sum(map(len, bad))
+            where = f"{self.path}:{number}: {n_bytes} bytes are not UTF-8"
+            if self.on_bad_utf8 == "refuse":
+                raise ValueError(f"{where}; mend the file, or replace them with --on_bad_utf8 replace")
+            self.n_replaced_bytes += n_bytes
+            self.n_bad_lines += 1
+            if self.n_bad_lines <= MAX_REPORTS:
+                self.report(f"{where}, replaced by U+FFFD")
+        return BAD_BYTES.sub("\ufffd", text)
+
+
+class SeenStories:
+    """The 64-bit hashes of all stories so far: 8 bytes a story, a false match once in 10^7 at 2 million."""
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []  # sorted, each at least twice as long as the next
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Return which of the hashes are new, as booleans, and remember them."""
+        new = np.zeros(len(hashes), dtype=bool)
+        new[np.unique(hashes, return_index=True)[1]] = True
+        for run in self._runs:
+            at = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            new &= run[at] != hashes
+        if new.any():
+            self._runs.append(np.sort(hashes[new]))
+        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
+            self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]), kind="stable")]
+        return new
+
+
+# --- named data sets: demo, tinystories ---------------------------------------------------------------------
+
+
+PRONOUNS = {"girl": ("she", "her", "her", "herself"), "boy": ("he", "him", "his", "himself")}
+
+
+class StoryTeller:
+    """Tells stories by the grammar of configs/demo_stories.yaml; the same seed tells the same stories."""
+
+    SLOT = re.compile(r"\{(\w+)\}")
+
+    def __init__(self, grammar: Path, seed: int) -> None:
+        content = yaml.safe_load(grammar.read_text(encoding="utf-8"))
+        self.cast, self.words = content["cast"], content["words"]
+        self.phrases = {name: text.splitlines() for name, text in content["phrases"].items()}
+        self.arcs = [[p.split("\n\n") for p in text.split("\n//\n")] for text in content["arcs"].values()]
+        self._random = random.Random(seed)
+        self._bound: dict[str, str] = {}
+
+    def story(self) -> str:
+        """Return one story, its characters and things the same from start to end."""
+        choose = self._random.choice
+        hero_is, friend_is = choose(("girl", "boy")), choose(("girl", "boy"))
+        self._bound = {"hero": choose(self.cast[hero_is]), "parent": choose(self.cast["parent"])}
+        others = [name for name in self.cast[friend_is] if name != self._bound["hero"]]
+        self._bound["friend"] = choose(others)
+        # one hero in three is an animal; its friends are animals too
+        kinds = self.cast["animal"] if self._random.random() < 1 / 3 else None
+        self._bound["kind"] = choose(kinds) if kinds else hero_is
+        self._bound["friend_kind"] = choose(kinds) if kinds else friend_is
+        parent_is = "girl" if self._bound["parent"] in ("Mom", "Grandma") else "boy"
+        for prefix, is_ in (("", hero_is), ("friend_", friend_is), ("parent_", parent_is)):
+            for slot, word in zip(PRONOUNS["boy"], PRONOUNS[is_], strict=True):
+                self._bound[prefix + slot] = word
+        paragraphs = (
+            [self._fill(choose(lines.strip().split("\n"))) for lines in p] for p in choose(self.arcs)
+        )
+        text = "\n".join(" ".join(filter(None, sentences)) for sentences in paragraphs)
+        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+    def _fill(self, line: str) -> str:
+        return "" if line == "-" else self.SLOT.sub(lambda slot: self._value(slot[1]), line)
+
+    def _value(self, slot: str) -> str:
+        name = slot[0].lower() + slot[1:]
+        if name in self.phrases:
+            value = self._fill(self._random.choice(self.phrases[name]))
+        else:
+            value = self._bound.get(name) or self._draw(name)
+        return value[0].upper() + value[1:] if slot[0].isupper() and value else value
+
+    def _draw(self, name: str) -> str:
+        words = self.words[name.rstrip("2")]
+        value = self._fill(self._random.choice(words))
+        while value in (self._bound.get(name.rstrip("2")), self._bound.get(name.rstrip("2") + "2")):
+            value = self._fill(self._random.choice(words))
+        self._bound[name] = value
+        return value
+
+
+def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
+    """ValueError if the folders of a named data set hold other text, which would be mixed with it."""
+    for split in SPLITS:
+        others = [path for path in sorted((data_dir / split).glob("*.txt")) if path.name != own.get(split)]
+        if others:
+            raise ValueError(
+                f"{others[0]}: other text is there already; give --dataset {dataset} a folder of its own "
+                "with --data_dir, or leave --dataset out to use that text"
+            )
+
+
+def write_demo_corpus(
+    data_dir: Path, n_stories: int = PrepareSettings.demo_stories, seed: int = 42, overwrite: bool = False
+) -> Path:
+    """Return train/demo.txt with that many stories; written if it is not there as asked for."""
+    path, about = data_dir / "train" / "demo.txt", data_dir / "train" / "demo.json"
+    refuse_other_text(data_dir, "demo", {"train": path.name})
+    asked = {"n_stories": n_stories, "seed": seed, "grammar_sha256": sha256_file(GRAMMAR)}
+    if path.is_file():
+        written = read_json(about)
+        same = path.stat().st_size == written.get("size") and sha256_file(path) == written.get("sha256")
+        if same and all(written.get(key) == value for key, value in asked.items()):
+            return path
+        if not same and not overwrite:
+            raise ValueError(f"{path}: edited since it was written; --overwrite writes the demo stories anew")
+    say(f"writing {n_stories:,} stories to {path}")
+    teller = StoryTeller(GRAMMAR, seed)
+    text = "".join(f"{teller.story()}\n<|endoftext|>\n" for _ in range(n_stories))
+    data = text.encode("utf-8")
+    path.unlink(missing_ok=True)  # in this order a run that is killed here leaves nothing that looks edited
+    write_json(about, {**asked, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    write_whole(path, text)
+    return path
+
+
+def download(repo: str, name: str, repo_type: str, folder: Path) -> None:
+    """Fetch one file of a hub repository into `folder`; an interrupted download goes on where it stopped."""
+    import httpx
+    from huggingface_hub import constants, hf_hub_download  # read HF_ENDPOINT, HF_HUB_OFFLINE when imported
+
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / ".download"
+    try:
+        path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        # RuntimeError: huggingface_hub 1.3 tries again with a closed client where the connection is refused
+        if not any(part.rglob("*.incomplete")):  # nothing to go on from
+            shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if it is empty
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
+        raise ConnectionError(f"{where} ({reason})") from error
+    Path(path).replace(folder / name)
+    shutil.rmtree(part)
+
+
+def download_tinystories(data_dir: Path) -> None:
+    """Fetch the two text files of TinyStories that are not there yet."""
+    repo, names = TINYSTORIES
+    refuse_other_text(data_dir, "tinystories", names)
+    for split, name in names.items():
+        if not (data_dir / split / name).is_file():
+            say(f"downloading {name} of {repo} to {data_dir / split}")
+            try:
+                download(repo, name, "dataset", data_dir / split)
+            except ConnectionError as error:
+                raise ConnectionError(
+                    f"{error}; run again to go on where it stopped, set HF_ENDPOINT to a mirror, "
+                    f"or put text of your own into {data_dir / 'train'} and leave out --dataset"
+                ) from error
+
+
+# --- tokenizer ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the shards and the processes that write them need to know of a tokenizer."""
+
+    folder: Path
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    special_pieces: tuple[str, ...]
+    piece: str | None
+    """Regular expression of the pieces of text that can be encoded one by one, if there is one."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest little-endian type that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+
+def tokenizer_sha256(tokenizer_dir: Path) -> str:
+    """Return the SHA-256 of tokenizer.json."""
+    path = tokenizer_dir / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; name a folder that has it with --tokenizer_dir")
+    return sha256_file(path)
+
+
+def read_json(path: Path) -> dict:
+    """Return the content of a JSON file, {} if there is none; ValueError if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); replace the file") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; replace the file")
+    return content
+
+
+def read_tokenizer(tokenizer_dir: Path) -> TokenizerFacts:
+    """Return the facts as litgpt.Tokenizer finds them; ValueError where LitGPT would trip."""
+    sha256 = tokenizer_sha256(tokenizer_dir)
+    path, config_path = tokenizer_dir / "tokenizer.json", tokenizer_dir / "tokenizer_config.json"
+    spec, config = read_json(path), read_json(config_path)
+    generation = read_json(tokenizer_dir / "generation_config.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer ({error}); replace the file") from None
+    if config_path.is_file() and "tokenizer_class" not in config:
+        raise ValueError(f"{config_path}: no tokenizer_class, which LitGPT needs; add it")
+    ids = {}
+    for key in ("bos", "eos"):
+        token = config.get(f"{key}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        ids[key] = generation.get(f"{key}_token_id") if token is None else tokenizer.token_to_id(token)
+        if not isinstance(ids[key], int):
+            raise ValueError(
+                f"{config_path}: no {key.upper()} id; {key}_token must name a piece of {path.name}"
+            )
+    special_pieces = tuple(token["content"] for token in spec["added_tokens"])
+    bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    added = (bare, [ids["bos"], *bare], [ids["bos"], *bare, ids["eos"]])
+    pattern = PIECE_OF_SPLIT if spec["pre_tokenizer"] else PIECE
+    piece = pattern if can_split_at_spaces(spec) and whole in added else None
+    size = tokenizer.get_vocab_size()
+    return TokenizerFacts(tokenizer_dir, sha256, size, ids["bos"], ids["eos"], special_pieces, piece)
+
+
+def can_split_at_spaces(spec: dict) -> bool:
+    """Return whether BPE gives the same ids when the text is first split before spaces and around newlines.
+
+    True for Llama's tokenizer: spaces become "\u2581", and no merge makes a piece with "\u2581" after another
+    character or with a newline in it, so no merge ever joins the two sides of such a place.
+    """
+    model = spec["model"]
+    plain = model["type"] == "BPE" and not any(model.get(key) for key in NOT_PLAIN_BPE)
+    if not plain or spec.get("truncation") or spec.get("padding"):
+        return False
+    if spec["normalizer"] != LLAMA_NORMALIZER or spec["pre_tokenizer"] not in (None, SPLIT_AT_SPACES):
+        return False
+    vocab = model["vocab"]
+    if not model.get("byte_fallback") or not BYTE_PIECES.keys() <= vocab.keys():
+        return False  # unknown characters side by side would become one
+    if any(SPACE in token["content"] or " " in token["content"] for token in spec["added_tokens"]):
+        return False
+    return not any(SPACE in piece.lstrip(SPACE) or ("\n" in piece and piece != "\n") for piece in vocab)
+
+
+class PieceCache(dict[str, bytes]):
+    """The bytes of a piece's ids; what is missing is encoded."""
+
+    def __init__(self, facts: TokenizerFacts) -> None:
+        # the model alone, without normalizer and the rest, takes half of the time
+        self.model = Tokenizer.from_file(str(facts.folder / "tokenizer.json")).model
+        self.code = "H" if facts.dtype.itemsize == 2 else "I"
+
+    def __missing__(self, piece: str) -> bytes:
+        ids = [token.id for token in self.model.tokenize(piece.replace(" ", SPACE))]
+        packed = struct.pack(f"<{len(ids)}{self.code}", *ids)
+        if len(piece) <= MAX_CACHED_CHARS:
+            if len(self) >= MAX_CACHED_PIECES:
+                self.clear()  # the frequent pieces are back after a moment
+            self[piece] = packed
+        return packed
+
+
+class StoryEncoder:
+    """Text -> ids exactly as litgpt.Tokenizer.encode(text, bos=True, eos=True), many times as fast.
+
+    One difference: a text that itself ends with EOS keeps it, where LitGPT drops it.
+    """
+
+    def __init__(self, facts: TokenizerFacts) -> None:
+        self.facts = facts
+        self._bos, self._eos = (np.array([i], facts.dtype).tobytes() for i in (facts.bos_id, facts.eos_id))
+        self._find_pieces = re.compile(facts.piece or "").findall
+        self.pieces = PieceCache(facts) if facts.piece else None
+
+    @functools.cached_property  # most text never needs it
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(self.facts.folder / "tokenizer.json"))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of one text, BOS first and EOS last."""
+        return np.frombuffer(b"".join(self.pack([text])), self.facts.dtype).astype(np.int64)
+
+    def pack(self, stories: list[str]) -> list[bytes]:
+        """Return the ids of each story as the bytes of a shard."""
+        if self.pieces is None:
+            return self._pack_whole(stories)
+        # a special piece spelled in the text is cut out before normalization; rare, so left to the library
+        special = self.facts.special_pieces
+        is_rare = [not story or any(piece in story for piece in special) for story in stories]
+        return [
+            self._pack_whole([story])[0] if rare else self._pack_pieces(story)
+            for story, rare in zip(stories, is_rare, strict=True)
+        ]
+
+    def _pack_pieces(self, text: str) -> bytes:
+        # the space in front is the one that the normalizer prepends; it maps "\u2581" and " " to the same
+        pieces = self._find_pieces(" " + (text.replace(SPACE, " ") if SPACE in text else text))
+        return b"".join([self._bos, *map(self.pieces.__getitem__, pieces), self._eos])
+
+    def _pack_whole(self, stories: list[str]) -> list[bytes]:
+        bos, eos = [self.facts.bos_id], [self.facts.eos_id]
+        packed = []
+        for encoding in self._tokenizer.encode_batch_fast(stories):
+            ids = encoding.ids if encoding.ids[:1] == bos else bos + encoding.ids
+            ids = ids if len(ids) > 1 and ids[-1:] == eos else ids + eos
+            packed.append(np.array(ids, self.facts.dtype).tobytes())
+        return packed
+
+
+TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the size that was asked for
+
+
+def train_tokenizer(settings: PrepareSettings, paths: list[Path]) -> None:
+    """Write a Llama-style BPE tokenizer of the text: byte fallback, so that any text encodes."""
+    from tokenizers import decoders, models, normalizers, trainers
+    from tokenizers.pre_tokenizers import Split
+
+    vocab_size = settings.train_tokenizer
+    total = sum(path.stat().st_size for path in paths)
+    every = 1 + total // MAX_TRAINING_BYTES  # every n-th story is enough to count pairs, and bounds memory
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    prefix = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    tokenizer.normalizer = normalizers.Sequence(prefix)
+    tokenizer.pre_tokenizer = Split(Regex(WORD), behavior="isolated")
+    suffix = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
+    tokenizer.decoder = decoders.Sequence(suffix)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
+        limit_alphabet=max(64, (vocab_size - 259) // 4),
+        show_progress=False,
+    )
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
+        readers = (TextReader(path, settings.separator, "replace", lambda _: None) for path in paths)
+        stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
+        tokenizer.train_from_iterator(itertools.islice(stories, 0, None, every), trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["pre_tokenizer"] = None  # as Llama's: the merges alone decide
+    # a byte is a piece but no special token: text that spells "<0x41>" must stay text
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 3]
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", TRAINED_BY_US: vocab_size}
+    write_json(settings.tokenizer_dir / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    write_json(settings.tokenizer_dir / "tokenizer_config.json", config)
+    write_whole(settings.tokenizer_dir / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
+
+
+def ensure_tokenizer(settings: PrepareSettings, text: dict[str, list[Path]]) -> TokenizerFacts:
+    """Return the facts of the tokenizer in tokenizer_dir, trained or downloaded first where asked."""
+    folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
+    there = (folder / "tokenizer.json").is_file()
+    if wanted is not None:
+        trained = read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) if there else None
+        if there and trained != wanted and not settings.overwrite:
+            raise ValueError(
+                f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names "
+                "another folder, and without --train_tokenizer it is used"
+            )
+        if not there or settings.overwrite:
+            say(f"training a tokenizer of {wanted:,} pieces into {folder}")
+            train_tokenizer(settings, text["train"])
+    elif not there:
+        say(f"{folder}: no tokenizer there; downloading {TOKENIZER_REPO}")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: with it the folder counts as whole
+                download(TOKENIZER_REPO, name, "model", folder)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}; name a folder that has tokenizer.json with --tokenizer_dir, "
+                "or train one on the text with --train_tokenizer 4096"
+            ) from error
+    return read_tokenizer(folder)
+
+
+# --- shards and manifest -----------------------------------------------------------------------------------
+
+
+def read_manifest(data_dir: Path) -> dict:
+    """Return the manifest, after a check that every shard that it lists is there with the right size."""
+    path = data_dir / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; {RUN_AGAIN}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, width = manifest["format_version"], np.dtype(manifest["dtype"]).itemsize
+        splits = [manifest["splits"][split] for split in SPLITS]
+        sizes = {data_dir / shard["path"]: shard["n_tokens"] * width for x in splits for shard in x["shards"]}
+        _ = manifest["tokenizer"]["sha256"], manifest["options"], [split["text"] for split in splits]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: damaged; {RUN_AGAIN}") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version is {version}, not {FORMAT_VERSION}; {RUN_AGAIN}")
+    for shard, size in sizes.items():
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard}: listed in {MANIFEST} but not there; {RUN_AGAIN}")
+        if shard.stat().st_size != size:
+            raise ValueError(f"{shard}: {shard.stat().st_size} bytes, {MANIFEST} says {size}; {RUN_AGAIN}")
+    return manifest
+
+
+def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = None) -> list[str]:
+    """Return why the shards no longer match text, tokenizer, options or format; [] if they do.
+
+    Sizes and time stamps decide; a file is only hashed if its time stamp alone differs. A directory whose
+    text was removed altogether (to save space) is judged by its tokenizer.
+    """
+    try:
+        manifest = read_manifest(data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        return [str(error)]
+    reasons = []
+    facts = read_tokenizer(tokenizer_dir)
+    if any(getattr(facts, key) != manifest["tokenizer"].get(key) for key in ("sha256", "bos_id", "eos_id")):
+        reasons.append(f"{tokenizer_dir / 'tokenizer.json'}: not the tokenizer that made the shards")
+    for key, value in (options or {}).items():
+        if (before := manifest["options"].get(key)) != value:
+            reasons.append(f"{key} is {value!r}, was {before!r}")
+    recorded = {entry["path"]: entry for split in SPLITS for entry in manifest["splits"][split]["text"]}
+    present = {p.relative_to(data_dir).as_posix(): p for x in SPLITS for p in (data_dir / x).glob("*.txt")}
+    if present:
+        for name in sorted(recorded | present):
+            if name not in present:
+                reasons.append(f"{data_dir / name}: removed")
+            elif name not in recorded:
+                reasons.append(f"{data_dir / name}: new")
+            elif has_changed(present[name], recorded[name]):
+                reasons.append(f"{data_dir / name}: changed")
+    return reasons
+
+
+def has_changed(path: Path, recorded: dict) -> bool:
+    """Return whether a text file is another than the one recorded; equal size and time mean no."""
+    stat = path.stat()
+    if stat.st_size != recorded["size"]:
+        return True
+    return stat.st_mtime_ns != recorded["mtime_ns"] and sha256_file(path) != recorded["sha256"]
+
+
+@functools.lru_cache(maxsize=1)  # a worker makes many shards with one tokenizer
+def story_encoder(facts: TokenizerFacts) -> StoryEncoder:
+    """Return the encoder of a tokenizer, made once in each process."""
+    return StoryEncoder(facts)
+
+
+def write_shard(path: Path, stories: list[str], facts: TokenizerFacts, record: dict) -> dict:
+    """Write one shard whole, a journal entry beside it, and return `record` with what was counted."""
+    encoder = story_encoder(facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    sha256, n_bytes = hashlib.sha256(), 0
+    try:
+        with part.open("wb") as file:
+            for start in range(0, len(stories), STORIES_PER_WRITE):
+                data = b"".join(encoder.pack(stories[start : start + STORIES_PER_WRITE]))
+                sha256.update(data)
+                n_bytes += file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # a shard with its final name is whole, even after a power cut
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk alone names no file
+    finally:
+        part.unlink(missing_ok=True)
+    record |= {"n_tokens": n_bytes // facts.dtype.itemsize, "sha256": sha256.hexdigest()}
+    write_json(path.with_suffix(".json"), record)
+    return record
+
+
+def start_worker() -> None:
+    """Prepare a worker process: Ctrl-C is for the parent to handle, and it ends when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+class ShardMaker:
+    """Turns lists of stories into shards, side by side where there is much text; remembers finished ones."""
+
+    def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int) -> None:
+        self.data_dir, self.facts, self.workers = data_dir, facts, workers
+        self.n_reused_bytes = 0
+        self.shards: dict[str, list[dict | Future]] = {split: [] for split in SPLITS}
+        self._known = {shard["key"]: shard for shard in known_shards(data_dir, facts.dtype.itemsize)}
+        self._pool: ProcessPoolExecutor | None = None
+        self._running: deque[Future] = deque()
+
+    def __enter__(self) -> "ShardMaker":
+        if self.workers > 1:
+            # spawn: the only way on Windows, and safe beside threads; workers import no torch
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=start_worker)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def add(self, split: str, stories: list[str], hashes: np.ndarray, n_bytes: int) -> None:
+        """Make the next shard of a split, or take the one made of the same stories by the same tokenizer."""
+        facts = self.facts
+        made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
+        key = hashlib.blake2b(hashes.tobytes() + made_by.encode(), digest_size=8).hexdigest()
+        shards = self.shards[split]
+        if key in self._known:
+            self.n_reused_bytes += n_bytes
+            shards.append(self._known[key])
+            return
+        # the key in the name: a new shard never overwrites one that the manifest in place lists
+        name = f"{split}/{split}/{len(shards):05d}-{key}.bin"
+        record = {"path": name, "n_stories": len(stories), "n_bytes": n_bytes, "key": key}
+        arguments = (self.data_dir / name, stories, facts, record)
+        if not self._pool:
+            shards.append(write_shard(*arguments))
+            return
+        while len(self._running) >= self.workers:  # no more text in memory than is worked on
+            self._running.popleft().result()
+        self._running.append(self._pool.submit(write_shard, *arguments))
+        shards.append(self._running[-1])
+
+    def finish(self) -> dict[str, list[dict]]:
+        """Return the records of all shards once they are written."""
+        wanted = self.shards.items()
+        return {x: [s.result() if isinstance(s, Future) else s for s in shards] for x, shards in wanted}
+
+
+def known_shards(data_dir: Path, width: int) -> list[dict]:
+    """Return the records of whole shards: those of the manifest, and those an interrupted run journalled."""
+    records = []
+    for path in [data_dir / MANIFEST, *data_dir.glob("*/*/*.json")]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == MANIFEST:
+                records += [shard for split in SPLITS for shard in content["splits"][split]["shards"]]
+            elif OWN_FILE.fullmatch(path.name):
+                records.append(content)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged or not ours: the shard is made again
+
+    def is_whole(record: dict) -> bool:
+        path = data_dir / record["path"]
+        return path.is_file() and path.stat().st_size == record["n_tokens"] * width
+
+    return [record for record in records if {"key", "path", "n_tokens"} <= record.keys() and is_whole(record)]
+
+
+class SplitWriter:
+    """Deals stories out to the splits: drops duplicates, cuts the val split, fills shards."""
+
+    def __init__(self, maker: ShardMaker, val_every: int | None) -> None:
+        self.maker, self.val_every = maker, val_every
+        self.n_duplicates = dict.fromkeys(SPLITS, 0)
+        self._seen = SeenStories()
+        self._n_new = 0
+        self._waiting: dict[str, tuple[list[str], list[int], list[int]]] = {x: ([], [], []) for x in SPLITS}
+
+    def add(self, split: str, stories: list[str]) -> None:
+        """Take stories read from the text of one split."""
+        encoded = [story.encode("utf-8") for story in stories]
+        digests = b"".join([hashlib.blake2b(data, digest_size=8).digest() for data in encoded])
+        hashes = np.frombuffer(digests, dtype="<u8")
+        new = self._seen.add(hashes).tolist()
+        for story, data, hash_, is_new in zip(stories, encoded, hashes.tolist(), new, strict=True):
+            if not is_new:
+                self.n_duplicates[split] += 1
+                continue
+            # the first story of each val_every, so that the smallest corpus has a val story too
+            to_val = self.val_every is not None and self._n_new % self.val_every == 0
+            self._n_new += 1
+            waiting = self._waiting["val" if to_val else split]
+            for items, item in zip(waiting, (story, hash_, len(data)), strict=True):
+                items.append(item)
+        for name, waiting in self._waiting.items():
+            if sum(waiting[2]) >= SHARD_BYTES:
+                self._flush(name)
+
+    def finish(self) -> dict[str, list[dict]]:
+        """Return the records of all shards, the last ones included."""
+        for split in SPLITS:
+            self._flush(split)
+        return self.maker.finish()
+
+    def _flush(self, split: str) -> None:
+        stories, hashes, sizes = self._waiting[split]
+        if stories:
+            self._waiting[split] = ([], [], [])
+            self.maker.add(split, stories, np.array(hashes, dtype="<u8"), sum(sizes))
+
+
+def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: TokenizerFacts) -> dict:
+    """Return the manifest's entry of each split after its shards are written."""
+    total = sum(path.stat().st_size for paths in text.values() for path in paths)
+    # starting a process costs as much as some megabytes of text
+    workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
+    val_every = None if text["val"] else max(2, round(1 / settings.val_fraction))
+    splits = {split: {"n_replaced_bytes": 0, "text": []} for split in SPLITS}
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    with ShardMaker(settings.data_dir, facts, workers) as maker, bar as progress:
+        writer = SplitWriter(maker, val_every)
+        for split in reversed(SPLITS):  # val first, so that what is in both is dropped from train
+            for path in text[split]:
+                reader = TextReader(path, settings.separator, settings.on_bad_utf8)
+                for stories in reader.story_lists(progress):
+                    writer.add(split, stories)
+                splits[split]["text"].append(reader.record(settings.data_dir))
+                splits[split]["n_replaced_bytes"] += reader.n_replaced_bytes
+        shards = writer.finish()
+    for split, entry in splits.items():
+        if not shards[split]:
+            raise ValueError(
+                f"{settings.data_dir}: no story for the {split} split; give more text, or end each story by "
+                f"a line {settings.separator!r} (--separator names another, '' splits at blank lines)"
+            )
+        entry |= {key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")}
+        entry |= {"n_duplicates": writer.n_duplicates[split], "shards": shards[split]}
+    if maker.n_reused_bytes:
+        say(f"{maker.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
+    return splits
+
+
+def clean(data_dir: Path, manifest: dict) -> None:
+    """Remove our own files that the manifest does not list: old shards, journals, parts of killed runs."""
+    listed = {shard["path"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
+    for split in SPLITS:
+        for path in (data_dir / split / split).glob("*"):
+            if OWN_FILE.fullmatch(path.name) and path.relative_to(data_dir).as_posix() not in listed:
+                with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
+                    path.unlink()
+
+
+def prepare(settings: PrepareSettings) -> dict:
+    """Return the manifest of a data directory whose shards match its text, tokenizer and options.
+
+    Does only what is missing: text (demo, tinystories), tokenizer, stale shards. Raises ValueError for bad
+    settings or text, OSError for a missing folder, a full disk or an unreachable hub; what was there stays.
+    """
+    check_settings(settings)
+    data_dir = settings.data_dir
+    if settings.dataset == "demo":
+        write_demo_corpus(data_dir, settings.demo_stories, settings.seed, settings.overwrite)
+    elif settings.dataset == "tinystories":
+        download_tinystories(data_dir)
+    text = list_text(data_dir)
+    facts = ensure_tokenizer(settings, text)
+    options = {"separator": settings.separator, "on_bad_utf8": settings.on_bad_utf8}
+    options["val_fraction"] = None if text["val"] else settings.val_fraction
+    reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
+    if not reasons:
+        say(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
+        return note_times(data_dir)
+    for reason in reasons:
+        say(f"tokenizing: {reason.removesuffix(f'; {RUN_AGAIN}')}")
+    manifest = {"format_version": FORMAT_VERSION, "dtype": facts.dtype.name, "options": options}
+    manifest["tokenizer"] = {key: getattr(facts, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
+    try:
+        manifest["splits"] = write_splits(settings, text, facts)
+    except BrokenProcessPool as error:
+        raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
+    write_json(data_dir / MANIFEST, manifest)
+    clean(data_dir, manifest)
+    return manifest
+
+
+def note_times(data_dir: Path) -> dict:
+    """Return the manifest of fresh data; notes new time stamps of equal text, so that it is hashed once."""
+    manifest = read_manifest(data_dir)
+    entries = [entry for split in SPLITS for entry in manifest["splits"][split]["text"]]
+    times = [(data_dir / entry["path"]).stat().st_mtime_ns for entry in entries]
+    if times != [entry["mtime_ns"] for entry in entries]:
+        for entry, mtime_ns in zip(entries, times, strict=True):
+            entry["mtime_ns"] = mtime_ns
+        write_json(data_dir / MANIFEST, manifest)
+    return manifest
+
+
+# --- shards -> batches -------------------------------------------------------------------------------------
+
+
+def allow_open_files(n_files: int) -> None:
+    """Raise the limit of open files (1,024 on most Linux) where mapped shards would exceed it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < n_files + 256:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(n_files + 256, hard), hard))
+
+
+class TokenStream:
+    """The token ids of a split as one long array; its shards stay on disk and are read where needed."""
+
+    def __init__(self, data_dir: Path, split: str) -> None:
+        manifest = read_manifest(data_dir)
+        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        shards = [shard for shard in manifest["splits"][split]["shards"] if shard["n_tokens"]]
+        allow_open_files(2 * len(shards))
+        # a plain array over the mapped file: slicing a memmap itself is several times slower
+        self._shards = [np.asarray(np.memmap(data_dir / s["path"], dtype, mode="r")) for s in shards]
+        self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the ids from `start` up to `stop` as int64."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop} of {len(self)}")
+        ids = np.empty(stop - start, dtype=np.int64)
+        self.read_into(ids, start)
+        return ids
+
+    def read_into(self, ids: np.ndarray, start: int) -> None:
+        """Fill `ids` with the tokens from `start` on."""
+        index, filled = bisect.bisect_right(self._ends, start), 0
+        while filled < len(ids):
+            shard = self._shards[index]
+            offset = start + filled - (self._ends[index] - len(shard))
+            part = shard[offset : offset + len(ids) - filled]
+            ids[filled : filled + len(part)] = part
+            filled += len(part)
+            index += 1
+
+
+class TokenBatches:
+    """Batches of T + 1 token ids: sequence i is tokens i*T to i*T + T, so each token is predicted once.
+
+    With a seed (training): all sequences in a new order each epoch, dealt out to the ranks so that the same
+    sequences make up a step whatever the number of ranks; a last, smaller batch is dropped. Iterating goes on
+    where the last iteration or `load_state_dict` left off, and an epoch that is used up starts the next.
+    Without (validation): in order and to the end, the same on every rank, since LitGPT logs rank 0's loss.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_size: int,
+        block_size: int,
+        seed: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.stream, self.block_size, self.seed = stream, block_size, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.n_sequences = max(0, len(stream) - 1) // block_size
+        self.epoch = self.n_used = 0  # sequences of this epoch that all ranks together have had
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return -(-self.n_sequences // self.batch_size)
+        return self.n_sequences // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> "Iterator[torch.Tensor]":
+        if self.seed is None:
+            for start in range(0, self.n_sequences, self.batch_size):
+                yield self._load(range(start, min(start + self.batch_size, self.n_sequences)))
+            return
+        step = self.batch_size * self.world_size
+        if self.n_used + step > self.n_sequences:
+            self.epoch, self.n_used = self.epoch + 1, 0
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_sequences)
+        while self.n_used + step <= self.n_sequences:
+            start = self.n_used + self.rank * self.batch_size
+            self.n_used += step  # before the batch is out: a checkpoint made after it does not repeat it
+            yield self._load(order[start : start + self.batch_size].tolist())
+
+    def _load(self, sequences: "list[int] | range") -> "torch.Tensor":
+        import torch
+
+        ids = np.empty((len(sequences), self.block_size + 1), dtype=np.int64)
+        for row, sequence in zip(ids, sequences, strict=True):
+            self.stream.read_into(row, sequence * self.block_size)
+        return torch.from_numpy(ids)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position; it holds for another batch size or number of ranks too."""
+        return {"epoch": self.epoch, "n_used": self.n_used, "n_sequences": self.n_sequences}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a position; with other data or another block size, at the start of the next epoch."""
+        self.epoch, self.n_used = state["epoch"], state["n_used"]
+        if state["n_sequences"] != self.n_sequences:
+            say(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: new epoch")
+            self.epoch, self.n_used = self.epoch + 1, 0
+
+
+def make_loader(batches: TokenBatches) -> "DataLoader":
+    """Return a DataLoader over `batches` that LitGPT's checkpoints save and restore."""
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class Sequences(IterableDataset):  # so that Fabric leaves the order alone
+        def __iter__(self) -> "Iterator[torch.Tensor]":
+            return iter(batches)
+
+        def __len__(self) -> int:
+            return len(batches)
+
+    class ShardLoader(DataLoader):
+        def __iter__(self) -> "Iterator[torch.Tensor]":
+            return iter(batches)  # DataLoader's own draws from the global random state, and takes 50 us
+
+        def state_dict(self) -> dict[str, int]:
+            return batches.state_dict()
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            batches.load_state_dict(state)
+
+    return ShardLoader(Sequences(), batch_size=None, num_workers=0)
+
+
+def refresh(data_dir: Path, tokenizer_dir: Path) -> None:
+    """Make the shards again, with the options that they were made with, if they are stale."""
+    if not stale_reasons(data_dir, tokenizer_dir):
+        return
+    try:
+        options = json.loads((data_dir / MANIFEST).read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        options = {}
+    names = ("separator", "on_bad_utf8", "val_fraction")
+    known = {name: options[name] for name in names if options.get(name) is not None}
+    prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **known))
+
+
+def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
+    """Return the loader of a split; ValueError if its text is too short for one batch (val: one sequence)."""
+    from torch import distributed
+
+    ranked = seed is not None and distributed.is_available() and distributed.is_initialized()
+    ranks = (distributed.get_rank(), distributed.get_world_size()) if ranked else (0, 1)
+    stream = TokenStream(data.data_dir, split)
+    batches = TokenBatches(stream, data.batch_size, data.max_seq_length - 1, seed, *ranks)
+    n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
+    if batches.n_sequences < n_wanted:
+        raise ValueError(
+            f"{data.data_dir}: the {split} split has {len(stream):,} tokens, {batches.n_sequences} sequences "
+            f"of {batches.block_size}, but {n_wanted} are needed; choose a smaller micro_batch_size or "
+            "max_seq_length, or give more text (val: or prepare with a larger --val_fraction)"
+        )
+    return make_loader(batches)
+
+
+@functools.cache
+def text_shards_class() -> type:
+    """Return TextShards, which can only be defined once torch and LitGPT are imported."""
+    from litgpt.data import TextFiles
+
+    @dataclass
+    class TextShards(TextFiles):
+        """LitGPT's TextFiles on our shards: stories with BOS and EOS, exact resume, no litdata."""
+
+        train_data_path: Path = Path("data/custom_text/train")
+        """Folder of the training text; its parent is the data directory with manifest.json."""
+        val_data_path: Path | None = None
+        """Folder of the validation text: val beside train_data_path, and nothing else."""
+        seed: int = 42
+        """Seed of the order of the training sequences."""
+        num_workers: int = 0
+        """Must be 0: reading a batch takes less time than asking another process for it."""
+        tokenizer_dir: Path = Path("data/tokenizer")
+        """Folder of the tokenizer that the shards must have been made with."""
+
+        def __post_init__(self) -> None:
+            self.train_data_path = Path(self.train_data_path)
+            super().__post_init__()
+            check_data_arguments(self)
+            self.data_dir = self.train_data_path.parent
+
+        def prepare_data(self) -> None:
+            refresh(self.data_dir, Path(self.tokenizer_dir))
+
+        def train_dataloader(self) -> "DataLoader":
+            return open_split(self, "train", self.seed)
+
+        def val_dataloader(self) -> "DataLoader":
+            return open_split(self, "val", None)
+
+    TextShards.__module__, TextShards.__qualname__ = __name__, "TextShards"
+    return TextShards
+
+
+def check_data_arguments(data: "TextFiles") -> None:
+    """ValueError for init_args that TextShards could not honour."""
+    train, val = data.train_data_path, data.val_data_path
+    if train.name != "train" or (val is not None and Path(val) != train.parent / "val"):
+        raise ValueError(
+            f"data: train_data_path is {train}, val_data_path {val}; choose FOLDER/train and FOLDER/val"
+        )
+    if data.num_workers:
+        raise ValueError(f"data: num_workers is {data.num_workers}; TextShards reads in process, choose 0")
+
+
+def __getattr__(name: str) -> type:
+    if name == "TextShards":
+        return text_shards_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# --- command line ------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; names, types, defaults and help of most flags come from PrepareSettings."""
+    from docstring_parser import parse_from_object  # reads the text under each field
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    helps = {param.arg_name: param.description for param in parse_from_object(PrepareSettings).params}
+    choices = {"dataset": DATASETS, "on_bad_utf8": ON_BAD_UTF8}
+    for setting in fields(PrepareSettings):
+        name, text = f"--{setting.name}", helps[setting.name]
+        if setting.type is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        text += "" if setting.default is None else " (default %(default)s)"
+        type_ = int if setting.default is None else setting.type
+        form = (
+            {"choices": choices[setting.name]}
+            if setting.name in choices
+            else {"metavar": type_.__name__.upper()}
+        )
+        parser.add_argument(name, type=type_, default=setting.default, help=text, **form)
+    on = os.environ.get("WANDB_LOG_DATASET", "").lower() in ("1", "true", "yes", "on")
+    log_help = "upload the data directory to Weights & Biases (default WANDB_LOG_DATASET)"
+    parser.add_argument("--log_to_wandb", action=argparse.BooleanOptionalAction, default=on, help=log_help)
+    add_wandb_flags(parser)
+    return parser
+
+
+def summary(manifest: dict, settings: PrepareSettings, seconds: float | None) -> str:
+    """Return what there is now and what to do next."""
+    lines = []
+    for split, entry in manifest["splits"].items():
+        counts = "{n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text".format(**entry)
+        dropped = (
+            f"{entry['n_duplicates']:,} duplicates dropped, {entry['n_replaced_bytes']:,} bytes replaced"
+        )
+        lines.append(f"{split:5}  {counts} ({dropped}) in {len(entry['shards'])} shards")
+    n_tokens = sum(entry["n_tokens"] for entry in manifest["splits"].values())
+    where = f"{settings.data_dir / MANIFEST}, tokenizer {settings.tokenizer_dir}"
+    lines.append(f"where  {where} ({manifest['tokenizer']['vocab_size']:,} pieces)")
+    if seconds is not None:
+        lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
+    return "\n".join(lines) + "\nnext   uv run python run_train.py"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status: 0, 1 for failed work (full disk, no hub), 2 for bad settings or text."""
+    args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    settings = PrepareSettings(**{item.name: getattr(args, item.name) for item in fields(PrepareSettings)})
+    start, start_ns = time.perf_counter(), time.time_ns()
+    try:
+        manifest = prepare(settings)
+        is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
+        print(summary(manifest, settings, time.perf_counter() - start if is_new else None))
+        if args.log_to_wandb:
+            print(push_from_flags(args, settings.data_dir, settings.tokenizer_dir))
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ConnectionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}; what was finished is kept, run again when that is mended", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept, run again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
