@@ -9,34 +9,33 @@ in a flat array of ids; manifest.json says what made it, and shards that no long
 
 import argparse
 import bisect
+import codecs
 import contextlib
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import yaml
-from tokenizers import Regex, Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from wandb_dataset import add_wandb_flags, normalize_flags, push_from_flags, sha256_file
@@ -55,22 +54,12 @@ BLOCK_BYTES = 4 << 20  # text read at once
 MAX_STORY_CHARS = 1 << 20  # a longer story is cut at a paragraph, or it would have to fit in memory
 MAX_REPORTS = 10  # lines of bad UTF-8 shown of one file
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
+OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # what makes other shards of the same text
 OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # what we may delete
 
 SPACE = "\u2581"  # how Llama's tokenizer writes a space
-LLAMA_NORMALIZER = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-    ],
-}
-SPLIT_AT_SPACES = {
-    "type": "Split",
-    "pattern": {"String": SPACE},
-    "behavior": "MergedWithNext",
-    "invert": False,
-}
+LLAMA_NORMALIZER = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+SPLIT_AT_SPACES = pre_tokenizers.Split(SPACE, "merged_with_next")
 BYTE_PIECES = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}  # ids where LitGPT's decoder expects them
 NOT_PLAIN_BPE = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 # what BPE can encode one by one: a word with the spaces before it, spaces at the end, a newline
@@ -83,6 +72,7 @@ MAX_CACHED_PIECES = 100_000  # some 20 MB a worker
 MAX_CACHED_CHARS = 40
 STORIES_PER_WRITE = 1_000
 MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
+TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the size that was asked for
 MAX_TRAINING_BYTES = 100 << 20  # of text for a tokenizer; more hardly changes it
 
 DATASETS = ("custom", "tinystories", "demo")
@@ -90,6 +80,7 @@ ON_BAD_UTF8 = ("replace", "refuse")
 TINYSTORIES = ("roneneldan/TinyStories", {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"})
 TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+PRONOUNS = {"girl": ("she", "her", "her", "herself"), "boy": ("he", "him", "his", "himself")}
 GRAMMAR = Path(__file__).parent / "configs" / "demo_stories.yaml"
 
 
@@ -123,15 +114,15 @@ class PrepareSettings:
 
 def check_settings(settings: PrepareSettings) -> None:
     """ValueError with all that is wrong with the settings, before anything is written."""
-    vocab = settings.train_tokenizer
+    s, vocab = settings, settings.train_tokenizer
     rules = (
-        ("dataset", settings.dataset in DATASETS, f"one of {', '.join(DATASETS)}"),
-        ("on_bad_utf8", settings.on_bad_utf8 in ON_BAD_UTF8, f"one of {', '.join(ON_BAD_UTF8)}"),
-        ("val_fraction", 0 < settings.val_fraction <= 0.5, "a number above 0, at most 0.5"),
+        ("dataset", s.dataset in DATASETS, f"one of {', '.join(DATASETS)}"),
+        ("on_bad_utf8", s.on_bad_utf8 in ON_BAD_UTF8, f"one of {', '.join(ON_BAD_UTF8)}"),
+        ("val_fraction", 0 < s.val_fraction <= 0.5, "a number above 0, at most 0.5"),
         ("train_tokenizer", vocab is None or vocab >= MIN_VOCAB, f"{MIN_VOCAB} pieces or more"),
-        ("workers", settings.workers >= 0, "0 (one per core) or more"),
-        ("demo_stories", settings.demo_stories >= 2, "2 or more"),
-        ("separator", len(settings.separator.splitlines()) <= 1, "the text of one line"),
+        ("workers", s.workers >= 0, "0 (one per core) or more"),
+        ("demo_stories", s.demo_stories >= 2, "2 or more"),
+        ("separator", len(s.separator.splitlines()) <= 1, "the text of one line"),
     )
     problems = [f"{name} is {getattr(settings, name)!r}; choose {rule}" for name, ok, rule in rules if not ok]
     if problems:
@@ -143,15 +134,27 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file that gets its name once it is complete, even on a power cut, and else is gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    part = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        part.write_text(text, encoding="utf-8", newline="\n")
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk alone names no file
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    with open_whole(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -159,40 +162,35 @@ def write_json(path: Path, content: dict) -> None:
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    """Return the content of a JSON file, {} if there is none; ValueError if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); replace the file") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; replace the file")
+    return content
+
+
 # --- text -> stories ---------------------------------------------------------------------------------------
 
 
 def list_text(data_dir: Path) -> dict[str, list[Path]]:
-    """Return the text files of both splits; ValueError where there is nothing to train on."""
-    if not data_dir.is_dir():
-        raise FileNotFoundError(
-            f"{data_dir}: no such folder; put UTF-8 text into {data_dir / 'train'}/*.txt, "
-            "or use --dataset demo or --dataset tinystories"
-        )
+    """Return the text files of both splits; an error where there is nothing to train on."""
     text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
+    train = data_dir / "train"
     if not text["train"]:
-        raise ValueError(
-            f"{data_dir / 'train'}: no .txt file there; put UTF-8 text into it, "
-            "or use --dataset demo or --dataset tinystories"
-        )
-    for path in [path for paths in text.values() for path in paths]:
+        missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
+        way_out = f"put UTF-8 text into {train}/*.txt, or use --dataset demo or --dataset tinystories"
+        raise FileNotFoundError(f"{missing}; {way_out}")
+    for path in text["train"] + text["val"]:
         if path.stat().st_size < 1 << 16 and not path.read_bytes().strip():
             raise ValueError(f"{path}: empty; put text into it or remove it")
-    if (data_dir / "train" / "demo.json").is_file() and len(text["train"]) > 1:
-        raise ValueError(
-            f"{data_dir / 'train'}: the demo corpus (demo.txt, demo.json) is beside other text; "
-            "remove those two files, or use another --data_dir"
-        )
+    if (train / "demo.json").is_file() and len(text["train"]) > 1:
+        mixed = f"{train}: the demo corpus (demo.txt, demo.json) is beside other text"
+        raise ValueError(f"{mixed}; remove those two files, or use another --data_dir")
     return text
-
-
-def cut_block(data: bytes) -> int:
-    """Return where to cut bytes so that no line, else no word, else no character is torn."""
-    end = data.rfind(b"\n") + 1 or data.rfind(b" ") + 1
-    if end:
-        return end
-    starts = [i for i in range(len(data) - 1, max(len(data) - 5, -1), -1) if data[i] & 0xC0 != 0x80]
-    return starts[0] if starts else len(data)
 
 
 def cut_story(text: str) -> int:
@@ -204,15 +202,13 @@ def cut_story(text: str) -> int:
 class TextReader:
     """A text file read in blocks, as lists of whole stories; counts what was wrong with it."""
 
-    def __init__(
-        self, path: Path, separator: str, on_bad_utf8: str, report: Callable[[str], None] = say
-    ) -> None:
-        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, report
+    def __init__(self, path: Path, separator: str, on_bad_utf8: str, quiet: bool = False) -> None:
+        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, (lambda _: None) if quiet else say
         line = re.escape(separator) + r"[ \t]*" if separator else ""
         self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
         self.stat = path.stat()
         self.sha256 = hashlib.sha256()
-        self.n_replaced_bytes = self.n_bad_lines = self.n_lines = self.n_cuts = 0
+        self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = 0
 
     def story_lists(self, progress: tqdm) -> Iterator[list[str]]:
         """Yield the stories in order, stripped and never empty, some megabytes at a time."""
@@ -229,9 +225,8 @@ class TextReader:
         if self.n_bad_lines > MAX_REPORTS:
             self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
         if self.n_cuts:
-            self.report(
-                f"{self.path}: stories of over {MAX_STORY_CHARS:,} characters were cut {self.n_cuts} times"
-            )
+            long = f"stories of over {MAX_STORY_CHARS:,} characters"
+            self.report(f"{self.path}: {long} were cut {self.n_cuts} times")
 
     def record(self, data_dir: Path) -> dict:
         """Return the manifest's entry of the file read; ValueError if it was written to meanwhile."""
@@ -243,35 +238,29 @@ class TextReader:
         return {"path": name, "size": size, "mtime_ns": mtime_ns, "sha256": self.sha256.hexdigest()}
 
     def _blocks(self, progress: tqdm) -> Iterator[str]:
-        tail = b""
+        # "-sig" drops the mark that Windows editors put first; "surrogateescape" keeps what is not UTF-8
+        decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
+        n_lines = 0
         with self.path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{self.path}: UTF-16 text; save it as UTF-8")
+            file.seek(0)
             while chunk := file.read(BLOCK_BYTES):
-                if not self.n_lines and not tail and chunk.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise ValueError(f"{self.path}: UTF-16 text; save it as UTF-8")
                 self.sha256.update(chunk)
                 progress.update(len(chunk))
-                data = tail + chunk
-                end = cut_block(data)
-                tail = data[end:]
-                yield self._decode(data[:end])
-        yield self._decode(tail) + "\n"
+                text = decode(chunk)
+                yield self._mend(text, n_lines + 1)
+                n_lines += text.count("\n")
+        yield self._mend(decode(b"", final=True), n_lines + 1) + "\n"
 
-    def _decode(self, data: bytes) -> str:
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError:
-            text = self._without_bad_bytes(data)
-        if not self.n_lines:
-            text = text.removeprefix("\ufeff")  # the mark that Windows editors put first
-        self.n_lines += data.count(b"\n")
-        return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-    def _without_bad_bytes(self, data: bytes) -> str:
-        text = data.decode("utf-8", "surrogateescape")  # a byte that is not UTF-8 becomes U+DC80 to U+DCFF
-        for number, line in enumerate(text.split("\n"), self.n_lines + 1):
-            if not (bad := BAD_BYTES.findall(line)):
+    def _mend(self, text: str, first_line: int) -> str:
+        with contextlib.suppress(UnicodeEncodeError):
+            text.encode("utf-8")  # fails on escaped bytes, in a fraction of the time of looking for them
+            return text
+        for number, line in enumerate(text.split("\n"), first_line):
+            if not (n_bytes := sum(map(len, BAD_BYTES.findall(line)))):
                 continue
-            n_bytes = sum(map(len, bad))
             where = f"{self.path}:{number}: {n_bytes} bytes are not UTF-8"
             if self.on_bad_utf8 == "refuse":
                 raise ValueError(f"{where}; mend the file, or replace them with --on_bad_utf8 replace")
@@ -305,9 +294,6 @@ class SeenStories:
 # --- named data sets: demo, tinystories ---------------------------------------------------------------------
 
 
-PRONOUNS = {"girl": ("she", "her", "her", "herself"), "boy": ("he", "him", "his", "himself")}
-
-
 class StoryTeller:
     """Tells stories by the grammar of configs/demo_stories.yaml; the same seed tells the same stories."""
 
@@ -323,24 +309,33 @@ class StoryTeller:
 
     def story(self) -> str:
         """Return one story, its characters and things the same from start to end."""
-        choose = self._random.choice
+        number = self._random.randrange(len(self.arcs))
+        self._bound = self._cast_of(number)
+        told = (
+            [self._fill(self._random.choice(lines.strip().split("\n"))) for lines in part]
+            for part in self.arcs[number]
+        )
+        text = "\n".join(" ".join(filter(None, sentences)) for sentences in told)
+        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+
+    def _cast_of(self, number: int) -> dict[str, str]:
+        """Return the characters' names, kinds and pronouns, always the same ones for an arc.
+
+        A small model learns which story has which heroes within the demo's thousand steps; to carry any name
+        from the first line to the last takes it several times as many.
+        """
+        choose = random.Random(number).choice
         hero_is, friend_is = choose(("girl", "boy")), choose(("girl", "boy"))
-        self._bound = {"hero": choose(self.cast[hero_is]), "parent": choose(self.cast["parent"])}
-        others = [name for name in self.cast[friend_is] if name != self._bound["hero"]]
-        self._bound["friend"] = choose(others)
-        # one hero in three is an animal; its friends are animals too
-        kinds = self.cast["animal"] if self._random.random() < 1 / 3 else None
-        self._bound["kind"] = choose(kinds) if kinds else hero_is
-        self._bound["friend_kind"] = choose(kinds) if kinds else friend_is
-        parent_is = "girl" if self._bound["parent"] in ("Mom", "Grandma") else "boy"
+        hero, parent = choose(self.cast[hero_is]), choose(self.cast["parent"])
+        friend = choose([name for name in self.cast[friend_is] if name != hero])
+        bound = {"hero": hero, "friend": friend, "parent": parent, "kind": hero_is, "friend_kind": friend_is}
+        if number % 3 == 0:  # an animal, and so are its friends
+            bound |= {"kind": choose(self.cast["animal"]), "friend_kind": choose(self.cast["animal"])}
+        parent_is = "girl" if parent in ("Mom", "Grandma") else "boy"
         for prefix, is_ in (("", hero_is), ("friend_", friend_is), ("parent_", parent_is)):
             for slot, word in zip(PRONOUNS["boy"], PRONOUNS[is_], strict=True):
-                self._bound[prefix + slot] = word
-        paragraphs = (
-            [self._fill(choose(lines.strip().split("\n"))) for lines in p] for p in choose(self.arcs)
-        )
-        text = "\n".join(" ".join(filter(None, sentences)) for sentences in paragraphs)
-        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+                bound[prefix + slot] = word
+        return bound
 
     def _fill(self, line: str) -> str:
         return "" if line == "-" else self.SLOT.sub(lambda slot: self._value(slot[1]), line)
@@ -354,23 +349,21 @@ class StoryTeller:
         return value[0].upper() + value[1:] if slot[0].isupper() and value else value
 
     def _draw(self, name: str) -> str:
-        words = self.words[name.rstrip("2")]
-        value = self._fill(self._random.choice(words))
-        while value in (self._bound.get(name.rstrip("2")), self._bound.get(name.rstrip("2") + "2")):
-            value = self._fill(self._random.choice(words))
+        first, value = name.rstrip("2"), None
+        while value in (None, self._bound.get(first), self._bound.get(first + "2")):
+            value = self._fill(self._random.choice(self.words[first]))
         self._bound[name] = value
         return value
 
 
 def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
     """ValueError if the folders of a named data set hold other text, which would be mixed with it."""
-    for split in SPLITS:
-        others = [path for path in sorted((data_dir / split).glob("*.txt")) if path.name != own.get(split)]
-        if others:
-            raise ValueError(
-                f"{others[0]}: other text is there already; give --dataset {dataset} a folder of its own "
-                "with --data_dir, or leave --dataset out to use that text"
-            )
+    text = [path for split in SPLITS for path in sorted((data_dir / split).glob("*.txt"))]
+    if other := next((path for path in text if path.name != own.get(path.parent.name)), None):
+        raise ValueError(
+            f"{other}: other text is there already; give --dataset {dataset} a folder of its own "
+            "with --data_dir, or leave --dataset out to use that text"
+        )
 
 
 def write_demo_corpus(
@@ -381,28 +374,26 @@ def write_demo_corpus(
     refuse_other_text(data_dir, "demo", {"train": path.name})
     asked = {"n_stories": n_stories, "seed": seed, "grammar_sha256": sha256_file(GRAMMAR)}
     if path.is_file():
-        written = read_json(about)
-        same = path.stat().st_size == written.get("size") and sha256_file(path) == written.get("sha256")
-        if same and all(written.get(key) == value for key, value in asked.items()):
+        written, sha256 = read_json(about), sha256_file(path)
+        if written == asked | {"sha256": sha256}:
             return path
-        if not same and not overwrite:
+        if written.get("sha256") != sha256 and not overwrite:
             raise ValueError(f"{path}: edited since it was written; --overwrite writes the demo stories anew")
     say(f"writing {n_stories:,} stories to {path}")
     teller = StoryTeller(GRAMMAR, seed)
     text = "".join(f"{teller.story()}\n<|endoftext|>\n" for _ in range(n_stories))
-    data = text.encode("utf-8")
     path.unlink(missing_ok=True)  # in this order a run that is killed here leaves nothing that looks edited
-    write_json(about, {**asked, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    write_json(about, asked | {"sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()})
     write_whole(path, text)
     return path
 
 
-def download(repo: str, name: str, repo_type: str, folder: Path) -> None:
-    """Fetch one file of a hub repository into `folder`; an interrupted download goes on where it stopped."""
+def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
+    """Fetch a file of a hub repository into `folder`; an interrupted download goes on where it stopped."""
     import httpx
     from huggingface_hub import constants, hf_hub_download  # read HF_ENDPOINT, HF_HUB_OFFLINE when imported
 
-    folder.mkdir(parents=True, exist_ok=True)
+    say(f"downloading {name} of {repo} to {folder}")
     part = folder / ".download"
     try:
         path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
@@ -412,11 +403,11 @@ def download(repo: str, name: str, repo_type: str, folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only if it is empty
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
-        raise ConnectionError(f"{where} ({reason})") from error
+        raise ConnectionError(f"{where} ({reason}); {way_out}") from error
     Path(path).replace(folder / name)
     shutil.rmtree(part)
 
@@ -425,16 +416,13 @@ def download_tinystories(data_dir: Path) -> None:
     """Fetch the two text files of TinyStories that are not there yet."""
     repo, names = TINYSTORIES
     refuse_other_text(data_dir, "tinystories", names)
+    way_out = (
+        "run again to go on where it stopped, set HF_ENDPOINT to a mirror, "
+        f"or put text of your own into {data_dir / 'train'} and leave out --dataset"
+    )
     for split, name in names.items():
         if not (data_dir / split / name).is_file():
-            say(f"downloading {name} of {repo} to {data_dir / split}")
-            try:
-                download(repo, name, "dataset", data_dir / split)
-            except ConnectionError as error:
-                raise ConnectionError(
-                    f"{error}; run again to go on where it stopped, set HF_ENDPOINT to a mirror, "
-                    f"or put text of your own into {data_dir / 'train'} and leave out --dataset"
-                ) from error
+            download(repo, "dataset", name, data_dir / split, way_out)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------
@@ -467,17 +455,6 @@ def tokenizer_sha256(tokenizer_dir: Path) -> str:
     return sha256_file(path)
 
 
-def read_json(path: Path) -> dict:
-    """Return the content of a JSON file, {} if there is none; ValueError if it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); replace the file") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; replace the file")
-    return content
-
-
 def read_tokenizer(tokenizer_dir: Path) -> TokenizerFacts:
     """Return the facts as litgpt.Tokenizer finds them; ValueError where LitGPT would trip."""
     sha256 = tokenizer_sha256(tokenizer_dir)
@@ -496,14 +473,13 @@ def read_tokenizer(tokenizer_dir: Path) -> TokenizerFacts:
         token = token.get("content") if isinstance(token, dict) else token
         ids[key] = generation.get(f"{key}_token_id") if token is None else tokenizer.token_to_id(token)
         if not isinstance(ids[key], int):
-            raise ValueError(
-                f"{config_path}: no {key.upper()} id; {key}_token must name a piece of {path.name}"
-            )
+            way_out = f"{key}_token must name a piece of {path.name}"
+            raise ValueError(f"{config_path}: no {key.upper()} id; {way_out}")
     special_pieces = tuple(token["content"] for token in spec["added_tokens"])
     bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    added = (bare, [ids["bos"], *bare], [ids["bos"], *bare, ids["eos"]])
-    pattern = PIECE_OF_SPLIT if spec["pre_tokenizer"] else PIECE
-    piece = pattern if can_split_at_spaces(spec) and whole in added else None
+    piece = None
+    if can_split_at_spaces(spec) and whole in (bare, [ids["bos"], *bare], [ids["bos"], *bare, ids["eos"]]):
+        piece = PIECE_OF_SPLIT if spec["pre_tokenizer"] else PIECE
     size = tokenizer.get_vocab_size()
     return TokenizerFacts(tokenizer_dir, sha256, size, ids["bos"], ids["eos"], special_pieces, piece)
 
@@ -515,17 +491,17 @@ def can_split_at_spaces(spec: dict) -> bool:
     character or with a newline in it, so no merge ever joins the two sides of such a place.
     """
     model = spec["model"]
-    plain = model["type"] == "BPE" and not any(model.get(key) for key in NOT_PLAIN_BPE)
-    if not plain or spec.get("truncation") or spec.get("padding"):
-        return False
-    if spec["normalizer"] != LLAMA_NORMALIZER or spec["pre_tokenizer"] not in (None, SPLIT_AT_SPACES):
-        return False
-    vocab = model["vocab"]
-    if not model.get("byte_fallback") or not BYTE_PIECES.keys() <= vocab.keys():
-        return False  # unknown characters side by side would become one
-    if any(SPACE in token["content"] or " " in token["content"] for token in spec["added_tokens"]):
-        return False
-    return not any(SPACE in piece.lstrip(SPACE) or ("\n" in piece and piece != "\n") for piece in vocab)
+    return (
+        model["type"] == "BPE"
+        and not any(model.get(key) for key in NOT_PLAIN_BPE)
+        and not (spec.get("truncation") or spec.get("padding"))
+        and spec["normalizer"] == json.loads(LLAMA_NORMALIZER.__getstate__())
+        and spec["pre_tokenizer"] in (None, json.loads(SPLIT_AT_SPACES.__getstate__()))
+        # else unknown characters side by side would become one
+        and bool(model.get("byte_fallback") and BYTE_PIECES.keys() <= model["vocab"].keys())
+        and not any(SPACE in token["content"] or " " in token["content"] for token in spec["added_tokens"])
+        and not any(SPACE in p.lstrip(SPACE) or ("\n" in p and p != "\n") for p in model["vocab"])
+    )
 
 
 class PieceCache(dict[str, bytes]):
@@ -534,11 +510,11 @@ class PieceCache(dict[str, bytes]):
     def __init__(self, facts: TokenizerFacts) -> None:
         # the model alone, without normalizer and the rest, takes half of the time
         self.model = Tokenizer.from_file(str(facts.folder / "tokenizer.json")).model
-        self.code = "H" if facts.dtype.itemsize == 2 else "I"
+        self.dtype = facts.dtype
 
     def __missing__(self, piece: str) -> bytes:
         ids = [token.id for token in self.model.tokenize(piece.replace(" ", SPACE))]
-        packed = struct.pack(f"<{len(ids)}{self.code}", *ids)
+        packed = np.array(ids, self.dtype).tobytes()
         if len(piece) <= MAX_CACHED_CHARS:
             if len(self) >= MAX_CACHED_PIECES:
                 self.clear()  # the frequent pieces are back after a moment
@@ -568,53 +544,35 @@ class StoryEncoder:
 
     def pack(self, stories: list[str]) -> list[bytes]:
         """Return the ids of each story as the bytes of a shard."""
-        if self.pieces is None:
-            return self._pack_whole(stories)
-        # a special piece spelled in the text is cut out before normalization; rare, so left to the library
-        special = self.facts.special_pieces
-        is_rare = [not story or any(piece in story for piece in special) for story in stories]
-        return [
-            self._pack_whole([story])[0] if rare else self._pack_pieces(story)
-            for story, rare in zip(stories, is_rare, strict=True)
-        ]
+        if self.pieces is not None:
+            return [self._pack_pieces(story) for story in stories]
+        return [self._close(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(stories)]
 
     def _pack_pieces(self, text: str) -> bytes:
+        # a special piece spelled in the text is cut out before normalization; rare, so left to the library
+        if not text or any(piece in text for piece in self.facts.special_pieces):
+            return self._close(self._tokenizer.encode(text).ids)
         # the space in front is the one that the normalizer prepends; it maps "\u2581" and " " to the same
         pieces = self._find_pieces(" " + (text.replace(SPACE, " ") if SPACE in text else text))
         return b"".join([self._bos, *map(self.pieces.__getitem__, pieces), self._eos])
 
-    def _pack_whole(self, stories: list[str]) -> list[bytes]:
-        bos, eos = [self.facts.bos_id], [self.facts.eos_id]
-        packed = []
-        for encoding in self._tokenizer.encode_batch_fast(stories):
-            ids = encoding.ids if encoding.ids[:1] == bos else bos + encoding.ids
-            ids = ids if len(ids) > 1 and ids[-1:] == eos else ids + eos
-            packed.append(np.array(ids, self.facts.dtype).tobytes())
-        return packed
-
-
-TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the size that was asked for
+    def _close(self, ids: list[int]) -> bytes:
+        bos, eos = self.facts.bos_id, self.facts.eos_id
+        ids = ids if ids[:1] == [bos] else [bos, *ids]
+        ids = ids if len(ids) > 1 and ids[-1] == eos else [*ids, eos]
+        return np.array(ids, self.facts.dtype).tobytes()
 
 
 def train_tokenizer(settings: PrepareSettings, paths: list[Path]) -> None:
     """Write a Llama-style BPE tokenizer of the text: byte fallback, so that any text encodes."""
-    from tokenizers import decoders, models, normalizers, trainers
-    from tokenizers.pre_tokenizers import Split
-
     vocab_size = settings.train_tokenizer
     total = sum(path.stat().st_size for path in paths)
     every = 1 + total // MAX_TRAINING_BYTES  # every n-th story is enough to count pairs, and bounds memory
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    prefix = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    tokenizer.normalizer = normalizers.Sequence(prefix)
-    tokenizer.pre_tokenizer = Split(Regex(WORD), behavior="isolated")
-    suffix = [
-        decoders.Replace(SPACE, " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ]
-    tokenizer.decoder = decoders.Sequence(suffix)
+    tokenizer.normalizer = LLAMA_NORMALIZER
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    steps = (decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse())
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
@@ -622,7 +580,7 @@ def train_tokenizer(settings: PrepareSettings, paths: list[Path]) -> None:
         show_progress=False,
     )
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
-        readers = (TextReader(path, settings.separator, "replace", lambda _: None) for path in paths)
+        readers = (TextReader(path, settings.separator, "replace", quiet=True) for path in paths)
         stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
         tokenizer.train_from_iterator(itertools.islice(stories, 0, None, every), trainer)
     spec = json.loads(tokenizer.to_str())
@@ -636,35 +594,35 @@ def train_tokenizer(settings: PrepareSettings, paths: list[Path]) -> None:
     write_whole(settings.tokenizer_dir / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
 
 
-def ensure_tokenizer(settings: PrepareSettings, text: dict[str, list[Path]]) -> TokenizerFacts:
-    """Return the facts of the tokenizer in tokenizer_dir, trained or downloaded first where asked."""
+def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerFacts:
+    """Return the facts of the tokenizer in tokenizer_dir, trained on the text or downloaded where asked."""
     folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
-    there = (folder / "tokenizer.json").is_file()
-    if wanted is not None:
-        trained = read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) if there else None
-        if there and trained != wanted and not settings.overwrite:
-            raise ValueError(
-                f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names "
-                "another folder, and without --train_tokenizer it is used"
-            )
-        if not there or settings.overwrite:
-            say(f"training a tokenizer of {wanted:,} pieces into {folder}")
-            train_tokenizer(settings, text["train"])
-    elif not there:
-        say(f"{folder}: no tokenizer there; downloading {TOKENIZER_REPO}")
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: with it the folder counts as whole
-                download(TOKENIZER_REPO, name, "model", folder)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"{error}; name a folder that has tokenizer.json with --tokenizer_dir, "
-                "or train one on the text with --train_tokenizer 4096"
-            ) from error
+    is_there = (folder / "tokenizer.json").is_file()
+    if wanted is not None and (settings.overwrite or not is_there):
+        say(f"training a tokenizer of {wanted:,} pieces into {folder}")
+        train_tokenizer(settings, paths)
+    elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
+        raise ValueError(
+            f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names "
+            "another folder, and without --train_tokenizer it is used"
+        )
+    elif not is_there:
+        say(f"{folder}: no tokenizer there")
+        way_out = (
+            "name a folder that has tokenizer.json with --tokenizer_dir, "
+            "or train one on the text with --train_tokenizer 4096"
+        )
+        for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: with it the folder counts as whole
+            download(TOKENIZER_REPO, "model", name, folder, way_out)
     return read_tokenizer(folder)
 
 
 # --- shards and manifest -----------------------------------------------------------------------------------
+
+
+def listed(manifest: dict, kind: str) -> list[dict]:
+    """Return the entries of both splits' "text" or "shards"."""
+    return [entry for split in SPLITS for entry in manifest["splits"][split][kind]]
 
 
 def read_manifest(data_dir: Path) -> dict:
@@ -673,11 +631,10 @@ def read_manifest(data_dir: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; {RUN_AGAIN}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version, width = manifest["format_version"], np.dtype(manifest["dtype"]).itemsize
-        splits = [manifest["splits"][split] for split in SPLITS]
-        sizes = {data_dir / shard["path"]: shard["n_tokens"] * width for x in splits for shard in x["shards"]}
-        _ = manifest["tokenizer"]["sha256"], manifest["options"], [split["text"] for split in splits]
+        sizes = {data_dir / shard["path"]: shard["n_tokens"] * width for shard in listed(manifest, "shards")}
+        _ = manifest["tokenizer"]["sha256"], manifest["options"], listed(manifest, "text")
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: damaged; {RUN_AGAIN}") from None
     if version != FORMAT_VERSION:
@@ -707,222 +664,174 @@ def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = No
     for key, value in (options or {}).items():
         if (before := manifest["options"].get(key)) != value:
             reasons.append(f"{key} is {value!r}, was {before!r}")
-    recorded = {entry["path"]: entry for split in SPLITS for entry in manifest["splits"][split]["text"]}
-    present = {p.relative_to(data_dir).as_posix(): p for x in SPLITS for p in (data_dir / x).glob("*.txt")}
-    if present:
-        for name in sorted(recorded | present):
-            if name not in present:
-                reasons.append(f"{data_dir / name}: removed")
-            elif name not in recorded:
-                reasons.append(f"{data_dir / name}: new")
-            elif has_changed(present[name], recorded[name]):
-                reasons.append(f"{data_dir / name}: changed")
+    present = {path for split in SPLITS for path in (data_dir / split).glob("*.txt")}
+    recorded = {data_dir / entry["path"]: entry for entry in listed(manifest, "text")}
+    for path in sorted(present | recorded.keys()) if present else ():
+        if path not in present:
+            reasons.append(f"{path}: removed")
+        elif path not in recorded:
+            reasons.append(f"{path}: new")
+        elif has_changed(path, recorded[path]):
+            reasons.append(f"{path}: changed")
     return reasons
 
 
 def has_changed(path: Path, recorded: dict) -> bool:
     """Return whether a text file is another than the one recorded; equal size and time mean no."""
     stat = path.stat()
-    if stat.st_size != recorded["size"]:
-        return True
-    return stat.st_mtime_ns != recorded["mtime_ns"] and sha256_file(path) != recorded["sha256"]
+    if (stat.st_size, stat.st_mtime_ns) == (recorded["size"], recorded["mtime_ns"]):
+        return False
+    return stat.st_size != recorded["size"] or sha256_file(path) != recorded["sha256"]
 
 
-@functools.lru_cache(maxsize=1)  # a worker makes many shards with one tokenizer
-def story_encoder(facts: TokenizerFacts) -> StoryEncoder:
-    """Return the encoder of a tokenizer, made once in each process."""
-    return StoryEncoder(facts)
+story_encoder = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one
 
 
-def write_shard(path: Path, stories: list[str], facts: TokenizerFacts, record: dict) -> dict:
-    """Write one shard whole, a journal entry beside it, and return `record` with what was counted."""
+def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: TokenizerFacts) -> dict:
+    """Return the manifest's entry of a shard, after it is written whole and the entry noted beside it."""
     encoder = story_encoder(facts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    sha256, n_bytes = hashlib.sha256(), 0
-    try:
-        with part.open("wb") as file:
-            for start in range(0, len(stories), STORIES_PER_WRITE):
-                data = b"".join(encoder.pack(stories[start : start + STORIES_PER_WRITE]))
-                sha256.update(data)
-                n_bytes += file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # a shard with its final name is whole, even after a power cut
-        part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk alone names no file
-    finally:
-        part.unlink(missing_ok=True)
-    record |= {"n_tokens": n_bytes // facts.dtype.itemsize, "sha256": sha256.hexdigest()}
-    write_json(path.with_suffix(".json"), record)
-    return record
+    sha256, size = hashlib.sha256(), 0
+    with open_whole(data_dir / name) as file:
+        for some in itertools.batched(stories, STORIES_PER_WRITE):
+            data = b"".join(encoder.pack([story.decode("utf-8") for story in some]))
+            sha256.update(data)
+            size += file.write(data)
+    entry = {"path": name, "n_tokens": size // facts.dtype.itemsize, "n_stories": len(stories)}
+    entry |= {"n_bytes": sum(map(len, stories)), "sha256": sha256.hexdigest()}
+    write_json((data_dir / name).with_suffix(".json"), entry)
+    return entry
+
+
+def finished_shards(data_dir: Path, width: int) -> dict[str, dict]:
+    """Return the entries of whole shards by key: the manifest's, and those an interrupted run noted."""
+    found = {}
+    for path in (data_dir / MANIFEST, *data_dir.glob("*/*/*.json")):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged or not ours: made again
+            content = read_json(path)
+            for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
+                shard, size = data_dir / entry["path"], entry["n_tokens"] * width
+                if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
+                    found[shard.stem[6:]] = entry  # by the key in its name
+    return found
 
 
 def start_worker() -> None:
     """Prepare a worker process: Ctrl-C is for the parent to handle, and it ends when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
-    parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
-        wait([parent.sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-class ShardMaker:
-    """Turns lists of stories into shards, side by side where there is much text; remembers finished ones."""
-
-    def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int) -> None:
-        self.data_dir, self.facts, self.workers = data_dir, facts, workers
-        self.n_reused_bytes = 0
-        self.shards: dict[str, list[dict | Future]] = {split: [] for split in SPLITS}
-        self._known = {shard["key"]: shard for shard in known_shards(data_dir, facts.dtype.itemsize)}
-        self._pool: ProcessPoolExecutor | None = None
-        self._running: deque[Future] = deque()
-
-    def __enter__(self) -> "ShardMaker":
-        if self.workers > 1:
-            # spawn: the only way on Windows, and safe beside threads; workers import no torch
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=start_worker)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def add(self, split: str, stories: list[str], hashes: np.ndarray, n_bytes: int) -> None:
-        """Make the next shard of a split, or take the one made of the same stories by the same tokenizer."""
-        facts = self.facts
-        made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
-        key = hashlib.blake2b(hashes.tobytes() + made_by.encode(), digest_size=8).hexdigest()
-        shards = self.shards[split]
-        if key in self._known:
-            self.n_reused_bytes += n_bytes
-            shards.append(self._known[key])
-            return
-        # the key in the name: a new shard never overwrites one that the manifest in place lists
-        name = f"{split}/{split}/{len(shards):05d}-{key}.bin"
-        record = {"path": name, "n_stories": len(stories), "n_bytes": n_bytes, "key": key}
-        arguments = (self.data_dir / name, stories, facts, record)
-        if not self._pool:
-            shards.append(write_shard(*arguments))
-            return
-        while len(self._running) >= self.workers:  # no more text in memory than is worked on
-            self._running.popleft().result()
-        self._running.append(self._pool.submit(write_shard, *arguments))
-        shards.append(self._running[-1])
-
-    def finish(self) -> dict[str, list[dict]]:
-        """Return the records of all shards once they are written."""
-        wanted = self.shards.items()
-        return {x: [s.result() if isinstance(s, Future) else s for s in shards] for x, shards in wanted}
-
-
-def known_shards(data_dir: Path, width: int) -> list[dict]:
-    """Return the records of whole shards: those of the manifest, and those an interrupted run journalled."""
-    records = []
-    for path in [data_dir / MANIFEST, *data_dir.glob("*/*/*.json")]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if path.name == MANIFEST:
-                records += [shard for split in SPLITS for shard in content["splits"][split]["shards"]]
-            elif OWN_FILE.fullmatch(path.name):
-                records.append(content)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged or not ours: the shard is made again
-
-    def is_whole(record: dict) -> bool:
-        path = data_dir / record["path"]
-        return path.is_file() and path.stat().st_size == record["n_tokens"] * width
-
-    return [record for record in records if {"key", "path", "n_tokens"} <= record.keys() and is_whole(record)]
+def start_pool(workers: int) -> Executor:
+    """Return what makes the shards: processes, or for one at a time a thread, which starts at once."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    # spawn: the only way on Windows, and safe beside threads; workers import no torch
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
 
 class SplitWriter:
-    """Deals stories out to the splits: drops duplicates, cuts the val split, fills shards."""
+    """Deals stories out to the splits: drops duplicates, cuts the val split, has full shards made."""
 
-    def __init__(self, maker: ShardMaker, val_every: int | None) -> None:
-        self.maker, self.val_every = maker, val_every
+    def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int, val_every: int | None) -> None:
+        self.data_dir, self.facts, self.workers, self.val_every = data_dir, facts, workers, val_every
         self.n_duplicates = dict.fromkeys(SPLITS, 0)
+        self.n_new = self.n_reused_bytes = 0
         self._seen = SeenStories()
-        self._n_new = 0
-        self._waiting: dict[str, tuple[list[str], list[int], list[int]]] = {x: ([], [], []) for x in SPLITS}
+        self._finished = finished_shards(data_dir, facts.dtype.itemsize)
+        self._waiting = {split: ([], []) for split in SPLITS}  # stories and their hashes
+        self._shards: dict[str, list[dict | Future]] = {split: [] for split in SPLITS}
+        self._submitted: list[Future] = []
 
-    def add(self, split: str, stories: list[str]) -> None:
+    def add(self, split: str, stories: list[str], pool: Executor) -> None:
         """Take stories read from the text of one split."""
         encoded = [story.encode("utf-8") for story in stories]
-        digests = b"".join([hashlib.blake2b(data, digest_size=8).digest() for data in encoded])
-        hashes = np.frombuffer(digests, dtype="<u8")
-        new = self._seen.add(hashes).tolist()
-        for story, data, hash_, is_new in zip(stories, encoded, hashes.tolist(), new, strict=True):
-            if not is_new:
-                self.n_duplicates[split] += 1
-                continue
+        hashes = [hashlib.blake2b(story, digest_size=8).digest() for story in encoded]
+        is_new = self._seen.add(np.frombuffer(b"".join(hashes), dtype="<u8")).tolist()
+        self.n_duplicates[split] += is_new.count(False)
+        for item in itertools.compress(zip(encoded, hashes, strict=True), is_new):
             # the first story of each val_every, so that the smallest corpus has a val story too
-            to_val = self.val_every is not None and self._n_new % self.val_every == 0
-            self._n_new += 1
-            waiting = self._waiting["val" if to_val else split]
-            for items, item in zip(waiting, (story, hash_, len(data)), strict=True):
-                items.append(item)
-        for name, waiting in self._waiting.items():
-            if sum(waiting[2]) >= SHARD_BYTES:
-                self._flush(name)
+            to_val = self.val_every is not None and self.n_new % self.val_every == 0
+            self.n_new += 1
+            for waiting, part in zip(self._waiting["val" if to_val else split], item, strict=True):
+                waiting.append(part)
+        for name, (waiting, _) in self._waiting.items():
+            if sum(map(len, waiting)) >= SHARD_BYTES:
+                self._flush(name, pool)
 
-    def finish(self) -> dict[str, list[dict]]:
-        """Return the records of all shards, the last ones included."""
-        for split in SPLITS:
-            self._flush(split)
-        return self.maker.finish()
+    def finish(self, pool: Executor) -> dict[str, list[dict]]:
+        """Return the entries of all shards, the last ones included, once they are written."""
+        for split, (waiting, _) in self._waiting.items():
+            if waiting:
+                self._flush(split, pool)
+        shards = self._shards.items()
+        return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
 
-    def _flush(self, split: str) -> None:
-        stories, hashes, sizes = self._waiting[split]
-        if stories:
-            self._waiting[split] = ([], [], [])
-            self.maker.add(split, stories, np.array(hashes, dtype="<u8"), sum(sizes))
+    def _flush(self, split: str, pool: Executor) -> None:
+        """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
+        stories, hashes = self._waiting[split]
+        self._waiting[split] = ([], [])
+        facts, shards = self.facts, self._shards[split]
+        made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
+        key = hashlib.blake2b(b"".join(hashes) + made_by.encode(), digest_size=8).hexdigest()
+        if key in self._finished:
+            shards.append(self._finished[key])
+            self.n_reused_bytes += self._finished[key]["n_bytes"]
+            return
+        if len(self._submitted) >= self.workers:  # no more text in memory than is worked on
+            self._submitted[-self.workers].result()
+        # the key in the name: a new shard never overwrites one that the manifest in place lists
+        name = f"{split}/{split}/{len(shards):05d}-{key}.bin"
+        self._submitted.append(pool.submit(write_shard, self.data_dir, name, stories, facts))
+        shards.append(self._submitted[-1])
 
 
 def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: TokenizerFacts) -> dict:
     """Return the manifest's entry of each split after its shards are written."""
-    total = sum(path.stat().st_size for paths in text.values() for path in paths)
+    data_dir, reading = settings.data_dir, (settings.separator, settings.on_bad_utf8)
+    # val first, so that what is in both is dropped from train
+    readers = {split: [TextReader(path, *reading) for path in text[split]] for split in reversed(SPLITS)}
+    total = sum(reader.stat.st_size for some in readers.values() for reader in some)
     # starting a process costs as much as some megabytes of text
     workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
     val_every = None if text["val"] else max(2, round(1 / settings.val_fraction))
-    splits = {split: {"n_replaced_bytes": 0, "text": []} for split in SPLITS}
+    writer = SplitWriter(data_dir, facts, workers, val_every)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
-    with ShardMaker(settings.data_dir, facts, workers) as maker, bar as progress:
-        writer = SplitWriter(maker, val_every)
-        for split in reversed(SPLITS):  # val first, so that what is in both is dropped from train
-            for path in text[split]:
-                reader = TextReader(path, settings.separator, settings.on_bad_utf8)
-                for stories in reader.story_lists(progress):
-                    writer.add(split, stories)
-                splits[split]["text"].append(reader.record(settings.data_dir))
-                splits[split]["n_replaced_bytes"] += reader.n_replaced_bytes
-        shards = writer.finish()
-    for split, entry in splits.items():
+    with start_pool(workers) as pool, bar as progress:
+        for split in readers:
+            for stories in itertools.chain.from_iterable(r.story_lists(progress) for r in readers[split]):
+                writer.add(split, stories, pool)
+        shards = writer.finish(pool)
+    if writer.n_reused_bytes:
+        say(f"{writer.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
+    splits = {}
+    for split in SPLITS:
         if not shards[split]:
             raise ValueError(
-                f"{settings.data_dir}: no story for the {split} split; give more text, or end each story by "
+                f"{data_dir}: no story for the {split} split; give more text, or end each story by "
                 f"a line {settings.separator!r} (--separator names another, '' splits at blank lines)"
             )
-        entry |= {key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")}
-        entry |= {"n_duplicates": writer.n_duplicates[split], "shards": shards[split]}
-    if maker.n_reused_bytes:
-        say(f"{maker.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
+        entry = {key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")}
+        entry["n_duplicates"] = writer.n_duplicates[split]
+        entry["n_replaced_bytes"] = sum(reader.n_replaced_bytes for reader in readers[split])
+        entry["text"] = [reader.record(data_dir) for reader in readers[split]]
+        splits[split] = entry | {"shards": shards[split]}
     return splits
 
 
 def clean(data_dir: Path, manifest: dict) -> None:
     """Remove our own files that the manifest does not list: old shards, journals, parts of killed runs."""
-    listed = {shard["path"] for split in SPLITS for shard in manifest["splits"][split]["shards"]}
-    for split in SPLITS:
-        for path in (data_dir / split / split).glob("*"):
-            if OWN_FILE.fullmatch(path.name) and path.relative_to(data_dir).as_posix() not in listed:
-                with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
-                    path.unlink()
+    keep = {data_dir / shard["path"] for shard in listed(manifest, "shards")}
+    for path in [path for split in SPLITS for path in (data_dir / split / split).glob("*")]:
+        if OWN_FILE.fullmatch(path.name) and path not in keep:
+            with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
+                path.unlink()
 
 
 def prepare(settings: PrepareSettings) -> dict:
@@ -938,9 +847,9 @@ def prepare(settings: PrepareSettings) -> dict:
     elif settings.dataset == "tinystories":
         download_tinystories(data_dir)
     text = list_text(data_dir)
-    facts = ensure_tokenizer(settings, text)
-    options = {"separator": settings.separator, "on_bad_utf8": settings.on_bad_utf8}
-    options["val_fraction"] = None if text["val"] else settings.val_fraction
+    facts = ensure_tokenizer(settings, text["train"])
+    options = {name: getattr(settings, name) for name in OPTIONS}
+    options |= {"val_fraction": None} if text["val"] else {}
     reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
     if not reasons:
         say(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
@@ -951,7 +860,7 @@ def prepare(settings: PrepareSettings) -> dict:
     manifest["tokenizer"] = {key: getattr(facts, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
     try:
         manifest["splits"] = write_splits(settings, text, facts)
-    except BrokenProcessPool as error:
+    except BrokenExecutor as error:
         raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir, manifest)
@@ -961,11 +870,10 @@ def prepare(settings: PrepareSettings) -> dict:
 def note_times(data_dir: Path) -> dict:
     """Return the manifest of fresh data; notes new time stamps of equal text, so that it is hashed once."""
     manifest = read_manifest(data_dir)
-    entries = [entry for split in SPLITS for entry in manifest["splits"][split]["text"]]
-    times = [(data_dir / entry["path"]).stat().st_mtime_ns for entry in entries]
-    if times != [entry["mtime_ns"] for entry in entries]:
-        for entry, mtime_ns in zip(entries, times, strict=True):
-            entry["mtime_ns"] = mtime_ns
+    texts = {data_dir / entry["path"]: entry for entry in listed(manifest, "text")}
+    if touched := [path for path in texts if path.stat().st_mtime_ns != texts[path]["mtime_ns"]]:
+        for path in touched:
+            texts[path]["mtime_ns"] = path.stat().st_mtime_ns
         write_json(data_dir / MANIFEST, manifest)
     return manifest
 
@@ -989,7 +897,7 @@ class TokenStream:
     def __init__(self, data_dir: Path, split: str) -> None:
         manifest = read_manifest(data_dir)
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        shards = [shard for shard in manifest["splits"][split]["shards"] if shard["n_tokens"]]
+        shards = manifest["splits"][split]["shards"]
         allow_open_files(2 * len(shards))
         # a plain array over the mapped file: slicing a memmap itself is several times slower
         self._shards = [np.asarray(np.memmap(data_dir / s["path"], dtype, mode="r")) for s in shards]
@@ -1018,6 +926,7 @@ class TokenStream:
             index += 1
 
 
+@dataclass
 class TokenBatches:
     """Batches of T + 1 token ids: sequence i is tokens i*T to i*T + T, so each token is predicted once.
 
@@ -1027,23 +936,20 @@ class TokenBatches:
     Without (validation): in order and to the end, the same on every rank, since LitGPT logs rank 0's loss.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        batch_size: int,
-        block_size: int,
-        seed: int | None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.stream, self.block_size, self.seed = stream, block_size, seed
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.n_sequences = max(0, len(stream) - 1) // block_size
+    stream: TokenStream
+    batch_size: int
+    block_size: int
+    seed: int | None
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.n_sequences = max(0, len(self.stream) - 1) // self.block_size
         self.epoch = self.n_used = 0  # sequences of this epoch that all ranks together have had
 
     def __len__(self) -> int:
         if self.seed is None:
-            return -(-self.n_sequences // self.batch_size)
+            return math.ceil(self.n_sequences / self.batch_size)
         return self.n_sequences // (self.batch_size * self.world_size)
 
     def __iter__(self) -> "Iterator[torch.Tensor]":
@@ -1080,46 +986,20 @@ class TokenBatches:
             self.epoch, self.n_used = self.epoch + 1, 0
 
 
-def make_loader(batches: TokenBatches) -> "DataLoader":
-    """Return a DataLoader over `batches` that LitGPT's checkpoints save and restore."""
-    from torch.utils.data import DataLoader, IterableDataset
-
-    class Sequences(IterableDataset):  # so that Fabric leaves the order alone
-        def __iter__(self) -> "Iterator[torch.Tensor]":
-            return iter(batches)
-
-        def __len__(self) -> int:
-            return len(batches)
-
-    class ShardLoader(DataLoader):
-        def __iter__(self) -> "Iterator[torch.Tensor]":
-            return iter(batches)  # DataLoader's own draws from the global random state, and takes 50 us
-
-        def state_dict(self) -> dict[str, int]:
-            return batches.state_dict()
-
-        def load_state_dict(self, state: dict[str, int]) -> None:
-            batches.load_state_dict(state)
-
-    return ShardLoader(Sequences(), batch_size=None, num_workers=0)
-
-
 def refresh(data_dir: Path, tokenizer_dir: Path) -> None:
     """Make the shards again, with the options that they were made with, if they are stale."""
-    if not stale_reasons(data_dir, tokenizer_dir):
-        return
-    try:
-        options = json.loads((data_dir / MANIFEST).read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if stale_reasons(data_dir, tokenizer_dir):
         options = {}
-    names = ("separator", "on_bad_utf8", "val_fraction")
-    known = {name: options[name] for name in names if options.get(name) is not None}
-    prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **known))
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
+            before = read_json(data_dir / MANIFEST)["options"]
+            options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
+        prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options))
 
 
 def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
     """Return the loader of a split; ValueError if its text is too short for one batch (val: one sequence)."""
     from torch import distributed
+    from torch.utils.data import ChainDataset, DataLoader
 
     ranked = seed is not None and distributed.is_available() and distributed.is_initialized()
     ranks = (distributed.get_rank(), distributed.get_world_size()) if ranked else (0, 1)
@@ -1132,7 +1012,18 @@ def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
             f"of {batches.block_size}, but {n_wanted} are needed; choose a smaller micro_batch_size or "
             "max_seq_length, or give more text (val: or prepare with a larger --val_fraction)"
         )
-    return make_loader(batches)
+
+    class ShardLoader(DataLoader):
+        state_dict, load_state_dict = batches.state_dict, batches.load_state_dict  # for LitGPT's checkpoints
+
+        def __iter__(self) -> "Iterator[torch.Tensor]":
+            return iter(batches)  # DataLoader's own draws from the global random state, and takes 50 us
+
+        def __len__(self) -> int:
+            return len(batches)
+
+    # an iterable data set, here an empty one, is what Fabric does not sample anew
+    return ShardLoader(ChainDataset([]), batch_size=None)
 
 
 @functools.cache
@@ -1156,10 +1047,14 @@ def text_shards_class() -> type:
         """Folder of the tokenizer that the shards must have been made with."""
 
         def __post_init__(self) -> None:
-            self.train_data_path = Path(self.train_data_path)
+            train, val = Path(self.train_data_path), self.val_data_path
+            if train.name != "train" or (val is not None and Path(val) != train.parent / "val"):
+                given = f"train_data_path is {train}, val_data_path {val}"
+                raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
+            if n := self.num_workers:
+                raise ValueError(f"data: num_workers is {n}; TextShards reads in process, choose 0")
+            self.train_data_path, self.data_dir = train, train.parent
             super().__post_init__()
-            check_data_arguments(self)
-            self.data_dir = self.train_data_path.parent
 
         def prepare_data(self) -> None:
             refresh(self.data_dir, Path(self.tokenizer_dir))
@@ -1172,17 +1067,6 @@ def text_shards_class() -> type:
 
     TextShards.__module__, TextShards.__qualname__ = __name__, "TextShards"
     return TextShards
-
-
-def check_data_arguments(data: "TextFiles") -> None:
-    """ValueError for init_args that TextShards could not honour."""
-    train, val = data.train_data_path, data.val_data_path
-    if train.name != "train" or (val is not None and Path(val) != train.parent / "val"):
-        raise ValueError(
-            f"data: train_data_path is {train}, val_data_path {val}; choose FOLDER/train and FOLDER/val"
-        )
-    if data.num_workers:
-        raise ValueError(f"data: num_workers is {data.num_workers}; TextShards reads in process, choose 0")
 
 
 def __getattr__(name: str) -> type:
@@ -1202,20 +1086,14 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     helps = {param.arg_name: param.description for param in parse_from_object(PrepareSettings).params}
-    choices = {"dataset": DATASETS, "on_bad_utf8": ON_BAD_UTF8}
     for setting in fields(PrepareSettings):
-        name, text = f"--{setting.name}", helps[setting.name]
+        name, default, text = f"--{setting.name}", setting.default, helps[setting.name]
         if setting.type is bool:
             parser.add_argument(name, action="store_true", help=text)
             continue
-        text += "" if setting.default is None else " (default %(default)s)"
-        type_ = int if setting.default is None else setting.type
-        form = (
-            {"choices": choices[setting.name]}
-            if setting.name in choices
-            else {"metavar": type_.__name__.upper()}
-        )
-        parser.add_argument(name, type=type_, default=setting.default, help=text, **form)
+        text += "" if default is None else " (default %(default)s)"
+        kind = int if default is None else setting.type
+        parser.add_argument(name, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
     on = os.environ.get("WANDB_LOG_DATASET", "").lower() in ("1", "true", "yes", "on")
     log_help = "upload the data directory to Weights & Biases (default WANDB_LOG_DATASET)"
     parser.add_argument("--log_to_wandb", action=argparse.BooleanOptionalAction, default=on, help=log_help)
@@ -1225,13 +1103,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def summary(manifest: dict, settings: PrepareSettings, seconds: float | None) -> str:
     """Return what there is now and what to do next."""
-    lines = []
-    for split, entry in manifest["splits"].items():
-        counts = "{n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text".format(**entry)
-        dropped = (
-            f"{entry['n_duplicates']:,} duplicates dropped, {entry['n_replaced_bytes']:,} bytes replaced"
-        )
-        lines.append(f"{split:5}  {counts} ({dropped}) in {len(entry['shards'])} shards")
+    line = (
+        "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
+        "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced) in {n_shards:,} shards"
+    )
+    splits = manifest["splits"].items()
+    lines = [line.format(split=split, n_shards=len(entry["shards"]), **entry) for split, entry in splits]
     n_tokens = sum(entry["n_tokens"] for entry in manifest["splits"].values())
     where = f"{settings.data_dir / MANIFEST}, tokenizer {settings.tokenizer_dir}"
     lines.append(f"where  {where} ({manifest['tokenizer']['vocab_size']:,} pieces)")

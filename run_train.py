@@ -9,6 +9,7 @@ Precedence: flag > environment variable > YAML > default. Any key is a flag: `--
 import csv
 import difflib
 import errno
+import functools
 import importlib.util
 import os
 import shutil
@@ -278,6 +279,10 @@ class Run:
         return self.settings.train.global_batch_size * self.block_size
 
     @property
+    def n_steps(self) -> int:
+        return self.settings.train.max_tokens // self.tokens_per_step
+
+    @property
     def block_size(self) -> int:
         return self.settings.train.max_seq_length or self.config.block_size
 
@@ -356,46 +361,55 @@ def choose_device(settings: Settings) -> tuple[str, int]:
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
     """Return one sentence per training setting that LitGPT would ignore, round down or fail on later."""
     train, evaluation = settings.train, settings.eval
+    bounds = {  # lowest values
+        "train.global_batch_size": 1,
+        "train.micro_batch_size": 1,
+        "train.log_interval": 1,
+        "train.save_interval": 1,
+        "train.lr_warmup_steps": 0,
+        "train.min_lr": 0,
+        "train.max_norm": 0,
+        "eval.interval": 1,
+        "eval.max_iters": 1,
+        "num_nodes": 1,
+        "seed": 0,
+    }
     problems = []
-    for group, args, names in (
-        ("train", train, ("global_batch_size", "micro_batch_size", "log_interval", "save_interval")),
-        ("eval", evaluation, ("interval", "max_iters")),
-    ):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                problems.append(f"{group}.{name} is {value}; choose 1 or more")
+    for key, lowest in bounds.items():
+        value = functools.reduce(getattr, key.split("."), settings)
+        if value is not None and not value >= lowest:
+            problems.append(f"{key} is {value}; choose {lowest} or more")
     refused = {
         "train.epochs": (train.epochs, "use train.max_tokens"),
         "train.max_steps": (train.max_steps, "use train.max_tokens"),
         "train.max_time": (train.max_time, "use train.max_tokens"),
         "eval.max_new_tokens": (evaluation.max_new_tokens, "pretraining samples no text while it validates"),
     }
-    problems += [
-        f"{key} is {value}, which LitGPT ignores in pretraining; {hint}"
-        for key, (value, hint) in refused.items()
-        if value is not None
-    ]
-    if settings.num_nodes < 1:
-        problems.append(f"num_nodes is {settings.num_nodes}; choose 1 or more")
+    for key, (value, hint) in refused.items():
+        if value is not None:
+            problems.append(f"{key} is {value}, which LitGPT ignores in pretraining; {hint}")
     if train.max_norm is None:
         problems.append("train.max_norm is null; LitGPT needs a number (1.0 is usual, .inf never clips)")
-    if problems:
-        return problems
-    unit = train.micro_batch_size * world_size
+    return problems or batch_problems(train, block_size, world_size)
+
+
+def batch_problems(train: Any, block_size: int | None, world_size: int) -> list[str]:
+    """Return one sentence per size that does not divide or fit another."""
+    problems = []
+    unit, length = train.micro_batch_size * world_size, train.max_seq_length or block_size
     if train.global_batch_size % unit:
         problems.append(
             f"train.global_batch_size is {train.global_batch_size}, not a multiple of train.micro_batch_size "
             f"{train.micro_batch_size} times {world_size} device(s); choose a multiple of {unit}"
         )
-    length = train.max_seq_length or block_size
-    if length and block_size and not 1 <= length <= block_size:
+    if block_size is None:  # the model config has problems of its own
+        return problems
+    if not 1 <= length <= block_size:
         problems.append(f"train.max_seq_length is {length} but the model's block_size is {block_size}")
-    elif length and (train.max_tokens is None or train.max_tokens < train.global_batch_size * length):
+    elif train.max_tokens is None or train.max_tokens < train.global_batch_size * length:
         problems.append(
-            f"train.max_tokens is {train.max_tokens}, less than one step of "
-            f"{train.global_batch_size} x {length} = {train.global_batch_size * length} tokens; "
-            "raise it or lower train.global_batch_size"
+            f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x "
+            f"{length} = {train.global_batch_size * length} tokens; raise it or lower train.global_batch_size"
         )
     return problems
 
@@ -547,18 +561,18 @@ class Monitor:
         self.bar: Any = None
         self.values: dict[str, str] = {}
         self.metrics = MetricsFile(run.settings.out_dir / "logs/csv/metrics.csv", run.start_step)
-        self.is_live = (
-            run.settings.progress and sys.stderr.isatty() and int(os.environ.get("LOCAL_RANK", 0)) == 0
-        )
+        self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
 
     def on_after_setup(self, fabric: "Fabric", module: Any) -> None:
         """Load the weights to start from; LitGPT's own way knows files of bare weights, not checkpoints."""
         start = self.run.initial
+        if start is None:
+            return
         from moe_layers import read_state
 
-        if start is not None and "model" in read_state(start):
+        if "model" in read_state(start):
             fabric.load(start, {"model": module}, strict=False)  # the optimizer's state stays behind
-        elif start is not None:
+        else:
             fabric.load_raw(start, module)
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
@@ -569,7 +583,8 @@ class Monitor:
         if self.bar is None and self.is_live:
             from tqdm import tqdm
 
-            total, done = self.run.settings.train.max_tokens, (self.step - 1) * self.run.tokens_per_step
+            per_step = self.run.tokens_per_step
+            total, done = self.run.n_steps * per_step, (self.step - 1) * per_step
             self.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True)
         if self.bar is not None:
             self.bar.update(self.run.tokens_per_step)
@@ -698,6 +713,17 @@ def save_settings(settings: Settings, checkpoint_dir: Path) -> None:
     (checkpoint_dir / "train_config.yaml").write_text(text, encoding="utf-8")
 
 
+def delete_run(out_dir: Path) -> None:
+    """Remove what an earlier run left in `out_dir`, and nothing else."""
+    for old in (out_dir / "final", out_dir / "logs", *out_dir.glob("step-*")):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that a person started, or the first that torchrun did."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
 def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
     """Return the Fabric that LitGPT's loop runs on: one device, DDP on the CPU, FSDP on GPUs."""
     import lightning as L
@@ -745,9 +771,8 @@ def train(run: Run) -> Monitor:
     torch.compiler.set_stance("default" if compiled else "force_eager")  # litgpt 0.5.13 always calls compile
     # litgpt 0.5.13 re-parses sys.argv here and exits on our flags; drop when main takes the hyperparameters
     pretrain.save_hyperparameters = lambda _, checkpoint_dir: save_settings(settings, checkpoint_dir)
-    if settings.overwrite and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        for old in (settings.out_dir / "final", settings.out_dir / "logs", *settings.out_dir.glob("step-*")):
-            shutil.rmtree(old, ignore_errors=True)
+    if settings.overwrite and is_main_process():
+        delete_run(settings.out_dir)
     monitor = Monitor(run)
     fabric = make_fabric(run, monitor)
     fabric.launch()
@@ -782,13 +807,12 @@ def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
 
     total, active = count_parameters(run.config)
     dtype = torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
-    steps = run.settings.train.max_tokens // run.tokens_per_step
     resumed = f", resuming after step {run.start_step} ({run.resume.parent})" if run.resume else ""
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
         f"Device  {fabric.device}, {run.precision}, {mode} ({why})\n"
         f"Experts {experts_path(fabric.device, dtype)}\n"
-        f"Run     {steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
+        f"Run     {run.n_steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
     )
 
 
@@ -883,7 +907,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 1 if is_disk_full(error) else 2)
     try:
         monitor = train(run)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_main_process():
             summarize(run, monitor)
     except KeyboardInterrupt:
         return _fail(

@@ -1,8 +1,9 @@
 """Write tests/assets/golden_losses.json anew: what eight training steps of the tests' tiny model give.
 
-Run: uv run python tools/make_golden.py     (30 s; after a change that is meant to change results, and only then)
+Run: uv run python tools/make_golden.py     (30 s; only after a change that is meant to change results)
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -14,9 +15,8 @@ TEST = "tests/test_run_train.py::test_eight_steps_give_the_golden_losses"
 
 def main(argv: list[str] | None = None) -> int:
     """Return pytest's status for the golden test, run so that it writes its figures instead of comparing."""
-    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
-        print(__doc__)
-        return 0
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(argv)
     environment = {**os.environ, "WRITE_GOLDEN": "1"}
     return subprocess.run([sys.executable, "-m", "pytest", TEST], cwd=ROOT, env=environment).returncode
 
