@@ -509,7 +509,7 @@ def load_model(
 
 
 def pick_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Return the weights in `checkpoint_dir`, memory-mapped. ValueError if they are no model of `config`."""
+    """Return what a script's --device and --precision mean; ValueError if this machine has no such thing."""
     if precision not in ("auto", *DTYPES):
         raise ValueError(f"--precision {precision} is unknown; choose auto, {', '.join(DTYPES)}")
     if name == "auto":
