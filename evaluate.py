@@ -160,10 +160,10 @@ def pick_checkpoint(args: argparse.Namespace) -> Path | None:
 
 def describe_checkpoint(folder: Path) -> dict:
     """Return what identifies a checkpoint: path, step where it is known, hash of the weights."""
-    import torch
+    from moe_layers import CHECKPOINT_FILE, read_state
 
-    path = folder / "lit_model.pth"
-    step = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("step_count")
+    path = folder / CHECKPOINT_FILE
+    step = read_state(path).get("step_count")
     return {"path": str(folder), "step": step, "sha256": sha256_file(path)}
 
 
@@ -406,6 +406,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
     try:
         model, corpus, identity = set_up(args)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -62,11 +62,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = [
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature < math.inf,
+                "0 (greedy) or 0.001 or more",
+            ),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and up to 1 (off)"),
+            ("top_p", 1e-12 <= self.top_p <= 1, "above 0 and up to 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 = off)"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty < math.inf, "0.001 or more (1 = off)"),
         ]
         problems = [f"{name} is {getattr(self, name)}; choose {rule}" for name, ok, rule in rules if not ok]
         if problems:

@@ -56,9 +56,12 @@ class MoEConfig(Config):
         """
         values = _typed({**_read_mapping(Path(path)), **kwargs}, Path(path))
         try:
-            return cls(**values)
-        except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
-            lines = str(error).splitlines() or ["LitGPT refuses these values"]
+            config = cls(**values)
+            with torch.device("meta"):
+                GPT(config)  # takes no memory, and trips over the values that no check of ours knows
+            return config
+        except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
+            lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
             raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
 
     @property
@@ -179,7 +182,7 @@ def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no `key: value` lines; write LitGPT Config keys into it")
@@ -194,6 +197,11 @@ class SimplifiedLLaMAMoE(LLaMAMoE):
 
     Mixtral of Experts, section 2.1 (arxiv.org/abs/2401.04088). Slow on purpose; `MoE` is tested against it.
     """
+
+    def __init__(self, config: Config) -> None:
+        if config.n_expert_groups:
+            raise ValueError("SimplifiedLLaMAMoE routes by softmax; n_expert_groups needs MoE")
+        super().__init__(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of the chosen experts' outputs, (B, T, C) like `x`."""
@@ -248,9 +256,9 @@ class MoE(LLaMAMoE):
 
     def _route(self, x_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each token's K weights and the K experts they belong to."""
-        if self.config.n_expert_groups:
-            return self.gate(x_NC)  # float32
         with _no_autocast(x_NC):
+            if self.config.n_expert_groups:
+                return self.gate(x_NC)  # it casts to float32 itself
             # float32: bf16 rounds close logits to ties, and top-k then picks by position. float64 stays.
             dtype = torch.promote_types(x_NC.dtype, torch.float32)
             router_logits_NE = F.linear(x_NC.to(dtype), self.gate.weight.to(dtype))
@@ -270,7 +278,8 @@ class MoE(LLaMAMoE):
         )
         if self.count_load:
             self.tokens_per_expert += ends_E.diff(prepend=ends_E.new_zeros(1))
-        x_RC = _Dispatch.apply(x_NC, order_R, inverse_R, top_k)
+        # cast before the gather, which then moves half the bytes
+        x_RC = _Dispatch.apply(x_NC.to(_compute_dtype(x_NC)), order_R, inverse_R, top_k)
         y_RC = self._run_experts(x_RC, ends_E)
         y_NKC = _Permute.apply(y_RC, inverse_R, order_R).view(n_tokens, top_k, -1)
         return torch.einsum("nk,nkc->nc", weights_NK.to(y_NKC.dtype), y_NKC).to(x_NC.dtype)
@@ -283,7 +292,7 @@ class MoE(LLaMAMoE):
         if x_RC.is_meta:
             # LitGPT counts FLOPs on meta, where no load is known: every row meets one expert, whichever.
             return self.experts[0](x_RC)
-        if not self.config.bias and has_fast_grouped_mm(x_RC.device, _compute_dtype(x_RC)):
+        if can_group(self.config, x_RC.device, x_RC.dtype):
             return _grouped_mm_experts(x_RC, ends_E.to(torch.int32), self.experts)
         return _segment_experts(x_RC, ends_E, self.experts)
 
@@ -391,12 +400,11 @@ def _segment_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.Modul
 
 def _grouped_mm_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
     """Return the expert outputs by three grouped GEMMs, no round trip. `ends_E` is int32."""
-    dtype = _compute_dtype(x_RC)  # grouped_mm knows no autocast
+    dtype = x_RC.dtype  # already autocast's: grouped_mm knows none
 
     def stacked(name: str) -> torch.Tensor:
         return torch.stack([getattr(expert, name).weight for expert in experts]).to(dtype).transpose(-2, -1)
 
-    x_RC = x_RC.to(dtype)
     gate_RF = F.grouped_mm(x_RC, stacked("fc_1"), offs=ends_E)
     up_RF = F.grouped_mm(x_RC, stacked("fc_2"), offs=ends_E)
     return F.grouped_mm(F.silu(gate_RF) * up_RF, stacked("proj"), offs=ends_E)
@@ -411,18 +419,26 @@ def has_fast_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
 
-def experts_path(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Return, in words, how the experts would be run on this device in this dtype."""
-    fast = has_fast_grouped_mm(torch.device(device), dtype)
+def can_group(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the grouped GEMM can run these experts: no bias, rows of a multiple of 16 bytes."""
+    is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # bf16
+    return is_aligned and not config.bias and has_fast_grouped_mm(device, dtype)
+
+
+def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Return, in words, how this model's experts would be run on this device in this dtype."""
+    fast = config.n_expert > 0 and can_group(config, torch.device(device), dtype)
     return "grouped GEMM" if fast else "loop over sorted slices (one round trip a layer)"
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    # is_autocast_enabled("meta") raises, and nothing is cast there
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _no_autocast(x: torch.Tensor) -> AbstractContextManager:
-    # is_autocast_enabled("meta") raises, and nothing is cast there
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
@@ -517,11 +533,15 @@ def pick_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA raises AssertionError
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except (RuntimeError, AssertionError, ImportError) as error:  # without CUDA torch raises AssertionError
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); choose cpu or auto") from None
     if precision == "auto":
-        precision = "bf16-true" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+        precision = (
+            "bf16-true" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "32-true"
+        )
     return device, DTYPES[precision]
 
 

@@ -465,16 +465,19 @@ def read_tokenizer(tokenizer_dir: Path) -> TokenizerFacts:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path}: not a tokenizer ({error}); replace the file") from None
-    if config_path.is_file() and "tokenizer_class" not in config:
+    if config_path.is_file() and not isinstance(config.get("tokenizer_class"), str):
         raise ValueError(f"{config_path}: no tokenizer_class, which LitGPT needs; add it")
     ids = {}
     for key in ("bos", "eos"):
         token = config.get(f"{key}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        ids[key] = generation.get(f"{key}_token_id") if token is None else tokenizer.token_to_id(token)
-        if not isinstance(ids[key], int):
+        ids[key] = generation.get(f"{key}_token_id") if token is None else tokenizer.token_to_id(str(token))
+        if type(ids[key]) is not int or not 0 <= ids[key] < tokenizer.get_vocab_size():
             way_out = f"{key}_token must name a piece of {path.name}"
             raise ValueError(f"{config_path}: no {key.upper()} id; {way_out}")
+    for key in ("added_tokens", "pre_tokenizer", "normalizer"):
+        if key not in spec:
+            raise ValueError(f"{path}: no {key}; replace the file by a whole one")
     special_pieces = tuple(token["content"] for token in spec["added_tokens"])
     bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     piece = None
@@ -634,8 +637,8 @@ def read_manifest(data_dir: Path) -> dict:
         manifest = read_json(path)
         version, width = manifest["format_version"], np.dtype(manifest["dtype"]).itemsize
         sizes = {data_dir / shard["path"]: shard["n_tokens"] * width for shard in listed(manifest, "shards")}
-        _ = manifest["tokenizer"]["sha256"], manifest["options"], listed(manifest, "text")
-    except (ValueError, KeyError, TypeError):
+        check_types(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise ValueError(f"{path}: damaged; {RUN_AGAIN}") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version is {version}, not {FORMAT_VERSION}; {RUN_AGAIN}")
@@ -644,7 +647,29 @@ def read_manifest(data_dir: Path) -> dict:
             raise FileNotFoundError(f"{shard}: listed in {MANIFEST} but not there; {RUN_AGAIN}")
         if shard.stat().st_size != size:
             raise ValueError(f"{shard}: {shard.stat().st_size} bytes, {MANIFEST} says {size}; {RUN_AGAIN}")
+    written = path.stat().st_mtime_ns
+    for entry in listed(manifest, "shards"):
+        shard = data_dir / entry["path"]
+        if shard.stat().st_mtime_ns > written and sha256_file(shard) != entry["sha256"]:
+            raise ValueError(f"{shard}: altered since it was made; {RUN_AGAIN}")
     return manifest
+
+
+def check_types(manifest: dict) -> None:
+    """TypeError or KeyError if a manifest lacks something or holds another kind of value."""
+
+    def check(mapping: dict, kind: type, *keys: str) -> None:
+        wrong = [key for key in keys if type(mapping[key]) is not kind]
+        if wrong:
+            raise TypeError(f"{wrong[0]} is not {kind.__name__}")
+
+    check(manifest, dict, "tokenizer", "options", "splits")
+    check(manifest["tokenizer"], str, "sha256")
+    check(manifest["tokenizer"], int, "vocab_size", "bos_id", "eos_id")
+    for split in SPLITS:
+        check(manifest["splits"][split], int, "n_stories", "n_tokens", "n_bytes", "n_duplicates")
+    for entry in [*listed(manifest, "text"), *listed(manifest, "shards")]:
+        check(entry, str, "path", "sha256")
 
 
 def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = None) -> list[str]:

@@ -12,6 +12,7 @@ import errno
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import time
@@ -93,7 +94,7 @@ class Settings:
     wandb_artifacts_dir: Path = Path("artifacts")
     """Directory for downloaded artifacts."""
     precision: str | None = None
-    """bf16-true, bf16-mixed, 16-mixed, 16-true, 32-true (default: bf16-true where CUDA has it)."""
+    """bf16-true, bf16-mixed or 32-true (default: bf16-true where CUDA has it, else 32-true)."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     """Kind of device."""
     devices: int | str = "auto"
@@ -137,7 +138,7 @@ def read_flags(argv: list[str]) -> dict[str, tuple[Any, str]]:
     given: dict[str, tuple[Any, str]] = {}
     tokens = iter(argv)
     for token in tokens:
-        if not token.startswith("--"):
+        if not re.fullmatch(r"--\w+(\.\w+)*(=.*)?", token, re.DOTALL):
             raise ValueError(f"{token!r} is not a flag; write --key value (see --help)")
         name, equals, value = token[2:].partition("=")
         key = FLAG_TO_KEY.get(name, name)
@@ -150,10 +151,21 @@ def read_flags(argv: list[str]) -> dict[str, tuple[Any, str]]:
         group, _, rest = key.partition(".")
         if group in CLASS_KEYS and rest:
             # --optimizer.lr means --optimizer.init_args.lr, as on LitGPT's command line
-            key = f"{group}.{rest}" if rest == "class_path" else f"{group}.init_args.{rest.split('.')[-1]}"
-            value = yaml.safe_load(value)
+            key = (
+                f"{group}.{rest}"
+                if rest == "class_path"
+                else f"{group}.init_args.{rest.removeprefix('init_args.')}"
+            )
+            value = _scalar(name, value)
         given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
     return given
+
+
+def _scalar(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--{name}: {text!r} is not readable as a YAML value; quote it") from None
 
 
 def read_variables() -> dict[str, tuple[Any, str]]:
@@ -168,7 +180,7 @@ def read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no `key: value` lines")
@@ -178,6 +190,10 @@ def read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
     def flatten(prefix: str, mapping: dict[Any, Any]) -> None:
         for name, value in mapping.items():
             key = f"{prefix}{name}"
+            if key in groups[2:] and not isinstance(value, dict):
+                raise ValueError(
+                    f"{path}: {key} is {value!r}; write `key: value` lines under it, or remove it"
+                )
             if key in groups and isinstance(value, dict):
                 flatten(f"{key}.", value)
             else:
@@ -209,6 +225,8 @@ def load_settings(argv: list[str]) -> Settings:
             continue
         try:
             values[key] = parser.parse_object(Namespace({key: value}).as_dict())[key]
+            if value is None and "None" not in _type_name(types[key]):  # jsonargparse lets null pass
+                raise ArgumentError(None, "null")
         except ArgumentError:
             problems.append(f"{place}: {_wrong(key, value, types)}")
     if problems:
@@ -224,17 +242,24 @@ def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1)
         return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
-    kind = getattr(types[key], "_typehint", None) or types[key].type
+    return f"{key} is {value!r}; it must be {_type_name(types[key]).replace('None', 'null')}"
+
+
+def _type_name(action: Any) -> str:
+    kind = getattr(action, "_typehint", None) or action.type
     name = kind.__name__ if isinstance(kind, type) else str(kind)
-    return f"{key} is {value!r}; it must be {name.replace('typing.', '').replace('NoneType', 'null')}"
+    return name.replace("typing.", "").replace("NoneType", "None").replace("Optional", "None or ")
 
 
 def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
     """Return the two YAML files of this run, and say on stderr when the demo's are taken."""
     config = Path(given["config"][0]) if "config" in given else None
     model_config = Path(given["model_config"][0]) if "model_config" in given else None
-    if config and not model_config and (config.parent / "model_config.yaml").is_file():
-        model_config = config.parent / "model_config.yaml"  # a checkpoint's own, or the pair at the top
+    # a checkpoint's own two, the pair at the top, the demo's pair
+    if config and not model_config:
+        model_config = _twin(config, "train", "model")
+    elif model_config and not config:
+        config = _twin(model_config, "model", "train")
     if model_config is None and not _has_cuda():
         model_config, demo = DEMO_MODEL, True
         print(
@@ -244,7 +269,14 @@ def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
         )
     else:
         model_config, demo = model_config or ROOT / "model_config.yaml", False
-    return config or (DEMO_TRAIN if demo else ROOT / "train_config.yaml"), model_config
+    config = config or (DEMO_TRAIN if demo else ROOT / "train_config.yaml")
+    print(f"Settings from {config} and {model_config}.", file=sys.stderr)
+    return config, model_config
+
+
+def _twin(path: Path, word: str, other: str) -> Path | None:
+    twin = path.with_name(path.name.replace(word, other))
+    return twin if twin != path and twin.is_file() else None
 
 
 def _has_cuda() -> bool:
@@ -310,13 +342,18 @@ def check_run(settings: Settings) -> Run:
     initial = _collect(problems, find_initial, settings, config)
     run = Run(settings, config, data, optimizer, precision, devices, resume, initial)
     if is_own_data(data):
-        data.tokenizer_dir = settings.tokenizer_dir
-        run.demo_data = not has_text(data)
+        problems += share_with_data(settings, data)
+        # only where nobody named a folder: a mistyped one must not be filled with stories
+        is_default = Path(data.train_data_path) == Path("data/custom_text/train")
+        run.demo_data = is_default and settings.dataset_dir is None and not has_text(data)
     problems += tokenizer_problems(run) + out_dir_problems(run)
     if resume:
-        run.start_step = _collect(problems, resume_step, resume) or 0
+        run.start_step = _collect(problems, resume_step, run) or 0
     if problems:
         raise ValueError("\n".join(problems))
+    # what runs is what is saved: whole steps, and the device's own precision
+    settings.train.max_tokens = run.n_steps * run.tokens_per_step
+    settings.precision, settings.devices = precision, devices
     return run
 
 
@@ -348,20 +385,19 @@ def choose_device(settings: Settings) -> tuple[str, int]:
         raise ValueError(f"devices is {devices} but this machine has {present} CUDA device(s)")
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = settings.precision or ("bf16-true" if has_bf16 else "32-true")
-    choices = ("32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true")
+    # no fp16: LitGPT's fused AdamW and its clipping do not work with the loss scaling that fp16 needs
+    choices = ("32-true", "bf16-true", "bf16-mixed")
     if precision not in choices:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(choices)}")
-    if precision.startswith("16") and not cuda:
-        raise ValueError(f"precision is {precision}, which needs CUDA; use 32-true or bf16-true")
     if precision.startswith("bf16") and cuda and not has_bf16:
-        raise ValueError(f"precision is {precision}, which this GPU lacks; use 16-mixed or 32-true")
+        raise ValueError(f"precision is {precision}, which this GPU lacks; use 32-true")
     return precision, int(devices)
 
 
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
     """Return one sentence per training setting that LitGPT would ignore, round down or fail on later."""
     train, evaluation = settings.train, settings.eval
-    bounds = {  # lowest values
+    bounds = {  # lowest values; none may be above 10**15
         "train.global_batch_size": 1,
         "train.micro_batch_size": 1,
         "train.log_interval": 1,
@@ -369,6 +405,8 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
         "train.lr_warmup_steps": 0,
         "train.min_lr": 0,
         "train.max_norm": 0,
+        "train.max_seq_length": 1,
+        "train.max_tokens": 1,
         "eval.interval": 1,
         "eval.max_iters": 1,
         "num_nodes": 1,
@@ -377,8 +415,12 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     problems = []
     for key, lowest in bounds.items():
         value = functools.reduce(getattr, key.split("."), settings)
-        if value is not None and not value >= lowest:
-            problems.append(f"{key} is {value}; choose {lowest} or more")
+        highest = 2**32 - 1 if key == "seed" else 10**15
+        if value is not None and not lowest <= value <= highest and value != float("inf"):
+            problems.append(
+                f"{key} is {value}; choose {lowest} or more"
+                + (f", up to {highest}" if value > lowest else "")
+            )
     refused = {
         "train.epochs": (train.epochs, "use train.max_tokens"),
         "train.max_steps": (train.max_steps, "use train.max_tokens"),
@@ -388,8 +430,17 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     for key, (value, hint) in refused.items():
         if value is not None:
             problems.append(f"{key} is {value}, which LitGPT ignores in pretraining; {hint}")
-    if train.max_norm is None:
-        problems.append("train.max_norm is null; LitGPT needs a number (1.0 is usual, .inf never clips)")
+    if evaluation.evaluate_example != "first":
+        problems.append("eval.evaluate_example is for finetuning; remove it")
+    is_wandb = settings.logger_name == "wandb"
+    for name, value in asdict(settings.log).items():
+        read = is_wandb and name in ("project", "run", "group")
+        if value != getattr(litgpt_args.LogArgs(), name) and not read:
+            problems.append(f"log.{name} is {value}, which logger_name {settings.logger_name} does not read")
+    if not train.max_norm:
+        problems.append(
+            "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
+        )
     return problems or batch_problems(train, block_size, world_size)
 
 
@@ -415,31 +466,52 @@ def batch_problems(train: Any, block_size: int | None, world_size: int) -> list[
 
 
 def build_classes(settings: Settings) -> tuple[Any, dict[str, Any]]:
-    """Return the data module, built, and the optimizer's class_path and init_args, typed."""
+    """Return the data module, built, and the optimizer's class_path and init_args, typed and tried out."""
     import torch
-    from jsonargparse import ArgumentError, ArgumentParser
     from litgpt.data import DataModule
 
-    data, optimizer = dict(settings.data), dict(settings.optimizer)
+    data = dict(settings.data)
     if settings.dataset_dir:
         paths = {f"{split}_data_path": str(settings.dataset_dir / split) for split in prepare_data.SPLITS}
-        data["init_args"] = {**data.get("init_args", {}), **paths}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DataModule, "data")
-    parser.add_subclass_arguments(torch.optim.Optimizer, "optimizer", skip={"params"})
-    problems, typed = [], {}
-    for key, value in (("data", data), ("optimizer", optimizer)):
-        try:
-            typed[key] = parser.parse_object({key: value}, defaults=False)[key]
-        except ArgumentError as error:
-            reason = str(error).splitlines()[-1].strip(" -")
-            problems.append(f"{settings.config}: {key} is not usable as written: {reason}")
+        data["init_args"] = {**(data.get("init_args") or {}), **paths}
+    problems: list[str] = []
+    module = _collect(problems, _build, "data", data, DataModule)
+    # tried on one weight, so that a value it refuses is told before anything is written
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = _collect(problems, _build, "optimizer", settings.optimizer, torch.optim.Optimizer, weight)
     if problems:
-        raise ValueError("\n".join(problems))
-    named = {name: typed["optimizer"].init_args[name] for name in optimizer.get("init_args", {})}
-    optimizer = {"class_path": typed["optimizer"].class_path, "init_args": named}
-    module = parser.instantiate_classes(parser.parse_object({"data": typed["data"]}))["data"]
-    return module, optimizer
+        raise ValueError("\n".join(f"{settings.config} or a flag: {problem}" for problem in problems))
+    kind, values = type(optimizer), settings.optimizer.get("init_args") or {}
+    init_args = {name: optimizer.defaults.get(name, value) for name, value in values.items()}
+    return module, {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init_args}
+
+
+def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
+    """Return the object that a class_path and its init_args describe; ValueError names the wrong one."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
+    package = {"optimizer": "torch.optim", "data": "litgpt.data"}[key]
+    module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module_name), name)
+        if not issubclass(kind, base):
+            raise TypeError(f"not a {base.__name__}")
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{key}.class_path is {path}, which cannot be used: {error}") from None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip={"params"} if args else set())
+    types = {action.dest: action for action in parser._actions}
+    typed = {}
+    for name, value in init_args.items():
+        try:
+            typed[name] = parser.parse_object({name: value}, defaults=False)[name]
+        except ArgumentError:
+            raise ValueError(f"{key}.init_args: {_wrong(name, value, types)}") from None
+    try:
+        return kind(*args, **typed)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{key}: {path} does not take these init_args: {error}") from None
 
 
 def find_resume(settings: Settings) -> Path | None:
@@ -449,12 +521,15 @@ def find_resume(settings: Settings) -> Path | None:
     resume = str(settings.resume)
     if resume.lower() in ("false", "none", ""):
         return None
+    if settings.overwrite:
+        raise ValueError("resume and overwrite exclude each other; drop one")
     if settings.initial_checkpoint_dir:
         raise ValueError("resume and initial_checkpoint_dir exclude each other; drop one")
-    if resume.lower() not in ("auto", "true"):
-        return find_checkpoint(Path(resume)) / CHECKPOINT_FILE
+    out_dir = settings.out_dir if resume.lower() in ("auto", "true") else Path(resume)
     # final/ is saved with the data one batch further on (litgpt 0.5.13): only step-* resume exactly
-    steps = sorted(settings.out_dir.glob("step-*"), reverse=True)
+    steps = sorted(out_dir.glob("step-*"), reverse=True)
+    if out_dir is not settings.out_dir and not steps:
+        return find_checkpoint(out_dir) / CHECKPOINT_FILE
     whole = [step for step in steps if (step / "model_config.yaml").is_file()]  # LitGPT writes it last
     for step in steps[: steps.index(whole[0])] if whole else steps:
         print(f"Skipping {step}: it was not written to its end.", file=sys.stderr)
@@ -481,18 +556,47 @@ def find_initial(settings: Settings, config: "MoEConfig") -> Path | None:
     return checkpoint_dir / CHECKPOINT_FILE
 
 
-def resume_step(checkpoint: Path) -> int:
-    """Return the optimizer steps done in a checkpoint."""
-    from moe_layers import read_state
+def resume_step(run: Run) -> int:
+    """Return the optimizer steps done in the checkpoint; ValueError if this run cannot continue it."""
+    from moe_layers import check_weights, read_state
 
-    step_count = read_state(checkpoint).get("step_count")
-    if not isinstance(step_count, int):
-        raise ValueError(f"{checkpoint} holds weights alone; start from it with --initial_checkpoint_dir")
+    check_weights(run.resume.parent, run.config)
+    train, state = run.settings.train, read_state(run.resume)
+    step_count, iter_num = state.get("step_count"), state.get("iter_num")
+    if not isinstance(step_count, int) or not isinstance(iter_num, int):
+        raise ValueError(f"{run.resume} holds weights alone; start from it with --initial_checkpoint_dir")
+    then = read_yaml(run.resume.parent / "train_config.yaml")
+    for key in ("train.global_batch_size", "train.max_seq_length"):
+        now = functools.reduce(getattr, key.split("."), run.settings)
+        if key in then and then[key][0] != now:
+            raise ValueError(
+                f"{run.resume.parent}: {key} was {then[key][0]}, now {now}; resume with what it was"
+            )
+    if iter_num != step_count * train.gradient_accumulation_iters(run.devices, run.settings.num_nodes):
+        raise ValueError(
+            f"{run.resume.parent}: {step_count} steps took {iter_num} micro-batches a device, which "
+            f"train.micro_batch_size {train.micro_batch_size} on {run.devices} device(s) does not give; "
+            "resume with the batch sizes and devices that it was made with"
+        )
     return step_count
 
 
 def is_own_data(data: Any) -> bool:
-    return type(data).__name__ == "TextShards"
+    return isinstance(data, prepare_data.TextShards)
+
+
+def share_with_data(settings: Settings, data: Any) -> list[str]:
+    """Give our data module the run's tokenizer and seed; return a sentence if it names another tokenizer."""
+    named = settings.data.get("init_args", {})
+    if "seed" not in named:
+        data.seed = settings.seed
+    given = Path(named.get("tokenizer_dir", settings.tokenizer_dir))
+    data.tokenizer_dir = settings.tokenizer_dir
+    if given == settings.tokenizer_dir:
+        return []
+    return [
+        f"data.init_args.tokenizer_dir is {given} but tokenizer_dir is {settings.tokenizer_dir}; drop one"
+    ]
 
 
 def has_text(data: Any) -> bool:
@@ -522,6 +626,10 @@ def tokenizer_problems(run: Run) -> list[str]:
 def out_dir_problems(run: Run) -> list[str]:
     """Return a sentence if the place holds another run, cannot be written, or is too full."""
     out_dir = run.settings.out_dir
+    if run.initial and run.settings.overwrite and out_dir.resolve() in run.initial.resolve().parents:
+        return [
+            f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
+        ]
     earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
     if earlier and run.resume is None and not run.settings.overwrite:
         return [
@@ -534,6 +642,13 @@ def out_dir_problems(run: Run) -> list[str]:
     needed, free = checkpoint_bytes(run), shutil.disk_usage(parent).free
     if free < needed:
         return [f"{out_dir}: a checkpoint needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"]
+    whole = needed * (1 + (run.n_steps - run.start_step) // (run.settings.train.save_interval or run.n_steps))
+    if free < whole:
+        print(
+            f"Warning: all checkpoints of this run need {whole / 1e9:.1f} GB but {free / 1e9:.1f} GB are "
+            f"free in {out_dir}; raise train.save_interval or make room.",
+            file=sys.stderr,
+        )
     return []
 
 
@@ -654,7 +769,10 @@ class MetricsFile:
             return []
         with self.path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return rows if self.columns else [row for row in rows if float(row["step"]) <= self.start_step]
+        if self.columns:
+            return rows
+        # the last row may be torn, if the machine stopped while it was written
+        return [row for row in rows if row["step"] and float(row["step"]) <= self.start_step]
 
 
 def ready_data(run: Run) -> None:
@@ -698,8 +816,8 @@ def will_compile(settings: Settings) -> tuple[bool, str]:
     return True, "CUDA and Triton"
 
 
-def save_settings(settings: Settings, checkpoint_dir: Path) -> None:
-    """Write the settings that ran as train_config.yaml; read back, they give the same run."""
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings as YAML and loggers take them."""
 
     def plain(value: Any) -> Any:
         if is_dataclass(value):
@@ -708,8 +826,12 @@ def save_settings(settings: Settings, checkpoint_dir: Path) -> None:
 
     # which run this was, not what it trained: its own flags when somebody starts from this file
     left_out = ("config", "model_config", "resume", "overwrite")
-    values = {name: value for name, value in plain(settings).items() if name not in left_out}
-    text = yaml.safe_dump(values, sort_keys=False)
+    return {name: value for name, value in plain(settings).items() if name not in left_out}
+
+
+def save_settings(settings: Settings, checkpoint_dir: Path) -> None:
+    """Write the settings that ran as train_config.yaml; read back, they give the same run."""
+    text = yaml.safe_dump(plain_settings(settings), sort_keys=False)
     (checkpoint_dir / "train_config.yaml").write_text(text, encoding="utf-8")
 
 
@@ -720,8 +842,10 @@ def delete_run(out_dir: Path) -> None:
 
 
 def is_main_process() -> bool:
-    """Return whether this is the process that a person started, or the first that torchrun did."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    """Return whether this is the process that a person started, or the first that a launcher did."""
+    # torchrun and Slurm give the rank; Fabric's own launcher the node's and the device's
+    ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ][:1]
+    return all(int(rank) == 0 for rank in ranks or map(os.environ.get, ("NODE_RANK", "LOCAL_RANK"), "00"))
 
 
 def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
@@ -734,7 +858,8 @@ def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
     settings = run.settings
     loggers: list[Any] = [monitor]
     if settings.logger_name != "csv":
-        name, log_args = f"pretrain-{run.config.name}", asdict(settings.log)
+        name = f"pretrain-{run.config.name}"
+        log_args = {key: value for key, value in asdict(settings.log).items() if value is not None}
         loggers.append(
             choose_logger(
                 settings.logger_name, settings.out_dir, name, log_args=log_args, resume=bool(run.resume)
@@ -766,17 +891,19 @@ def train(run: Run) -> Monitor:
     from litgpt import Tokenizer, pretrain
 
     settings = run.settings
-    tokenizer = Tokenizer(settings.tokenizer_dir)
     compiled, why = will_compile(settings)
     torch.compiler.set_stance("default" if compiled else "force_eager")  # litgpt 0.5.13 always calls compile
     # litgpt 0.5.13 re-parses sys.argv here and exits on our flags; drop when main takes the hyperparameters
     pretrain.save_hyperparameters = lambda _, checkpoint_dir: save_settings(settings, checkpoint_dir)
-    if settings.overwrite and is_main_process():
-        delete_run(settings.out_dir)
     monitor = Monitor(run)
     fabric = make_fabric(run, monitor)
     fabric.launch()
-    monitor.print(describe(run, fabric, "compiled" if compiled else "eager", why))
+    tokenizer = Tokenizer(settings.tokenizer_dir)
+    if settings.overwrite and fabric.is_global_zero:
+        delete_run(settings.out_dir)
+    for logger in fabric.loggers[1:]:
+        logger.log_hyperparams(plain_settings(settings))
+    fabric.print(describe(run, fabric, "compiled" if compiled else "eager", why))
     try:
         pretrain.main(
             fabric=fabric,
@@ -811,7 +938,7 @@ def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
         f"Device  {fabric.device}, {run.precision}, {mode} ({why})\n"
-        f"Experts {experts_path(fabric.device, dtype)}\n"
+        f"Experts {experts_path(run.config, fabric.device, dtype)}\n"
         f"Run     {run.n_steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
     )
 
@@ -883,8 +1010,36 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter failed writing" in str(error)
 
 
+def explain(error: Exception, out_dir: Path) -> str | None:
+    """Return what to tell of a failure in training, None for one that only a bug can cause."""
+    if is_disk_full(error):
+        return f"{out_dir}: the disk is full; make room and continue with --resume auto"
+    if "non-finite" in str(error):  # litgpt 0.5.13 clips with error_if_nonfinite
+        return (
+            "the loss or its gradient is no longer a number; lower optimizer.init_args.lr, "
+            "and continue from an earlier checkpoint with --resume PATH"
+        )
+    return f"{error}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
+
+
+def set_up(argv: list[str]) -> Run:
+    """Return the checked run with its data on disk. ValueError and OSError tell what is wrong."""
+    settings = load_settings(argv)
+    if settings.wandb_dataset:
+        settings.dataset_dir = wandb_dataset.pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
+    if settings.dataset_dir and (settings.dataset_dir / "tokenizer/tokenizer.json").is_file():
+        settings.tokenizer_dir = settings.dataset_dir / "tokenizer"  # an artifact brings its own
+    run = check_run(settings)
+    if is_main_process():  # the others wait for it when the process group forms
+        ready_data(run)
+    return run
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 2 after a message on bad settings, 1 after failed work, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # a story may hold what a Windows code page lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     argv = wandb_dataset.normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         build_parser().print_help()
@@ -894,29 +1049,25 @@ def main(argv: list[str] | None = None) -> int:
         # without segments that grow the caching allocator keeps a block for each until memory is in pieces.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
-        settings = load_settings(argv)
-        if settings.wandb_dataset:
-            settings.dataset_dir = wandb_dataset.pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
-        if settings.dataset_dir and (settings.dataset_dir / "tokenizer/tokenizer.json").is_file():
-            settings.tokenizer_dir = settings.dataset_dir / "tokenizer"  # an artifact brings its own
-        run = check_run(settings)
-        ready_data(run)
-    except (wandb_dataset.TransferError, ConnectionError) as error:
-        return _fail(error, 1)
+        run = set_up(argv)
+    except KeyboardInterrupt:
+        return _fail("stopped before training began; the same command goes on", 130)
     except (ValueError, OSError) as error:
-        return _fail(error, 1 if is_disk_full(error) else 2)
+        is_work = isinstance(error, wandb_dataset.TransferError | ConnectionError) or is_disk_full(error)
+        return _fail(error, 1 if is_work else 2)
+    out_dir = run.settings.out_dir
     try:
         monitor = train(run)
         if is_main_process():
             summarize(run, monitor)
     except KeyboardInterrupt:
-        return _fail(
-            f"stopped; continue from the last checkpoint in {settings.out_dir} with --resume auto", 130
-        )
+        return _fail(f"stopped; continue from the last checkpoint in {out_dir} with --resume auto", 130)
+    except BrokenPipeError:  # whoever read the summary has gone; the model is saved
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, RuntimeError) as error:
-        if not is_disk_full(error):
+        if (reason := explain(error, out_dir)) is None:
             raise
-        return _fail(f"{settings.out_dir}: the disk is full; make room and continue with --resume auto", 1)
+        return _fail(reason, 1)
     return 0
 
 

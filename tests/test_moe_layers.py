@@ -150,8 +150,9 @@ def test_router_works_in_float32_when_the_model_is_bf16() -> None:
     assert indices_NK[0, 0] == 3
 
 
-def test_autocast_leaves_the_router_in_float32() -> None:
-    _, ours = pair(LLaMAMoE, torch.float32)
+@pytest.mark.parametrize("overrides", [{}, GROUPS], ids=["plain", "groups"])
+def test_autocast_leaves_the_router_in_float32(overrides: dict) -> None:
+    _, ours = pair(LLaMAMoE, torch.float32, **overrides)
     x = torch.randn(6, 16)
     expected, _ = ours._route(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -225,10 +226,28 @@ def test_first_k_dense_replace_makes_the_first_blocks_dense() -> None:
 def test_one_small_layer_compiles_and_agrees_with_eager() -> None:
     torch.compiler.set_stance("default")
     _, ours = pair(LLaMAMoE, torch.float32)
-    x = torch.randn(1, 12, 16)
     compiled = torch.compile(ours, backend="aot_eager")
-    for n_tokens in (12, 12):
-        torch.testing.assert_close(compiled(x[:, :n_tokens]), ours(x[:, :n_tokens]))
+    for n_tokens in (12, 20):
+        x = torch.randn(1, n_tokens, 16)
+        expected, got = run(ours, x), run(compiled, x)
+        torch.testing.assert_close(got["y"], expected["y"])
+        torch.testing.assert_close(got["x.grad"], expected["x.grad"])
+
+
+def test_the_grouped_gemm_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.set_stance("default")
+    monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", lambda device, dtype: True)
+    _, ours = pair(LLaMAMoE, torch.bfloat16)
+    x = torch.randn(1, 12, 16, dtype=torch.bfloat16)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled, x)["y"], run(ours, x)["y"], rtol=0.05, atol=0.05)
+
+
+def test_experts_of_unaligned_width_are_not_sent_to_the_grouped_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", lambda device, dtype: True)
+    wide, narrow = (MoEConfig(**{**TINY_CONFIG, "moe_intermediate_size": width}) for width in (16, 12))
+    assert moe_layers.can_group(wide, torch.device("cpu"), torch.bfloat16)
+    assert not moe_layers.can_group(narrow, torch.device("cpu"), torch.bfloat16)
 
 
 BAD_VALUES = {

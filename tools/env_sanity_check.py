@@ -165,9 +165,10 @@ def check_plan() -> Iterator[Check]:
     """Yield what training would use here, by run_train's own choice, unless a flag says otherwise."""
     import torch
 
-    from moe_layers import experts_path
+    from moe_layers import MoEConfig, experts_path
     from run_train import Settings, choose_device, will_compile
 
+    config = MoEConfig.from_file(ROOT / "model_config.yaml")
     precision, n_devices = choose_device(Settings())
     compiles, why = will_compile(Settings())
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,7 +178,7 @@ def check_plan() -> Iterator[Check]:
     yield Check("ok", "device", f"{device} ({n_devices})")
     yield Check("ok", "precision", precision)
     yield Check("ok", "attention", f"scaled_dot_product_attention, {attention_path(device, dtype)}")
-    yield Check("ok", "experts", experts_path(device, dtype))
+    yield Check("ok", "experts", experts_path(config, device, dtype))
     yield Check("ok", "compile", f"{'compiled' if compiles else 'eager'} ({why})")
 
 
