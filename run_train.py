@@ -785,7 +785,11 @@ def ready_data(run: Run) -> None:
     folder = Path(run.data.train_data_path).parent
     has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
     if run.demo_data:
-        print(f"No data in {folder}: writing the built-in demo stories there.", file=sys.stderr)
+        print(
+            f"No data in {folder}: writing the built-in demo stories there "
+            "(real ones: prepare_data.py --dataset tinystories).",
+            file=sys.stderr,
+        )
     if run.demo_data or not has_tokenizer:
         trains_own = not has_tokenizer and (run.demo_data or run.is_demo_vocabulary)
         prepare_data.prepare(
@@ -969,7 +973,7 @@ def tell_story(checkpoint_dir: Path, prompt: str = "Once upon a time") -> str:
 
     model, tokenizer = load_model(checkpoint_dir), Tokenizer(checkpoint_dir)
     prompt_ids = tokenizer.encode(prompt)
-    length = min(model.max_seq_length, prompt_ids.numel() + 200)
+    length = min(model.max_seq_length, prompt_ids.numel() + 300)
     if prompt_ids.numel() >= length:
         return prompt  # a toy model whose context the prompt fills
     torch.manual_seed(1)
