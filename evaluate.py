@@ -297,7 +297,7 @@ def load_row(layer: int, tokens_E: np.ndarray) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each default is written here and nowhere else."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--ckpt_dir", metavar="DIR", type=Path, help="checkpoint, or folder of final/, step-*/ (checkpoints)")
     add("--random_weights", action="store_true", help="score --model_config as before training")

@@ -162,8 +162,7 @@ def generate(
     sampling = sampling or Sampling()
     count = room_for(prompt_ids, max_tokens, model.max_seq_length)
     weight = model.lm_head.weight
-    device = weight.device
-    ids = torch.tensor([list(prompt_ids)], device=device)
+    device, ids = weight.device, torch.tensor([list(prompt_ids)], device=weight.device)
     position = torch.arange(ids.size(1), device=device)
     seen = None
     if sampling.repetition_penalty != 1.0:
@@ -308,6 +307,7 @@ class AsyncTokenStreamer:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags, hyphens and underscores alike; an unknown one ends with status 2."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="Continue a text with a trained checkpoint.",
         usage="%(prog)s [--prompt TEXT | --prompt_file FILE] [options]",
         epilog="stdout carries prompt and continuation, a line <|endoftext|> between samples.",

@@ -1108,7 +1108,7 @@ def build_parser() -> argparse.ArgumentParser:
     from docstring_parser import parse_from_object  # reads the text under each field
 
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     helps = {param.arg_name: param.description for param in parse_from_object(PrepareSettings).params}
     for setting in fields(PrepareSettings):

@@ -53,6 +53,21 @@ VARIABLES = (
     "MAX_TOKENS",
     "MAX_SEQ_LENGTH",
 )
+LOWEST = {  # the lowest value that makes sense; 0 switches off where it is allowed
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.max_tokens": 1,
+    "train.max_seq_length": 1,
+    "train.log_interval": 1,
+    "train.save_interval": 1,
+    "train.lr_warmup_steps": 0,
+    "train.min_lr": 0,
+    "train.max_norm": 0,
+    "eval.interval": 1,
+    "eval.max_iters": 1,
+    "num_nodes": 1,
+    "seed": 0,
+}
 
 
 def _litgpt_args() -> Any:
@@ -395,53 +410,44 @@ def choose_device(settings: Settings) -> tuple[str, int]:
 
 
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
-    """Return one sentence per training setting that LitGPT would ignore, round down or fail on later."""
-    train, evaluation = settings.train, settings.eval
-    bounds = {  # lowest values; none may be above 10**15
-        "train.global_batch_size": 1,
-        "train.micro_batch_size": 1,
-        "train.log_interval": 1,
-        "train.save_interval": 1,
-        "train.lr_warmup_steps": 0,
-        "train.min_lr": 0,
-        "train.max_norm": 0,
-        "train.max_seq_length": 1,
-        "train.max_tokens": 1,
-        "eval.interval": 1,
-        "eval.max_iters": 1,
-        "num_nodes": 1,
-        "seed": 0,
-    }
+    """Return one sentence per training setting that is out of range, ignored by LitGPT, or does not fit."""
     problems = []
-    for key, lowest in bounds.items():
+    for key, lowest in LOWEST.items():
         value = functools.reduce(getattr, key.split("."), settings)
         highest = 2**32 - 1 if key == "seed" else 10**15
         if value is not None and not lowest <= value <= highest and value != float("inf"):
-            problems.append(
-                f"{key} is {value}; choose {lowest} or more"
-                + (f", up to {highest}" if value > lowest else "")
-            )
-    refused = {
+            above = f", up to {highest}" if value > highest else ""
+            problems.append(f"{key} is {value}; choose {lowest} or more{above}")
+    if not settings.train.max_norm:
+        problems.append(
+            "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
+        )
+    problems += ignored_problems(settings)
+    return problems or batch_problems(settings.train, block_size, world_size)
+
+
+def ignored_problems(settings: Settings) -> list[str]:
+    """Return one sentence per setting that LitGPT takes and then never reads in pretraining."""
+    train, evaluation = settings.train, settings.eval
+    unread = {
         "train.epochs": (train.epochs, "use train.max_tokens"),
         "train.max_steps": (train.max_steps, "use train.max_tokens"),
         "train.max_time": (train.max_time, "use train.max_tokens"),
         "eval.max_new_tokens": (evaluation.max_new_tokens, "pretraining samples no text while it validates"),
     }
-    for key, (value, hint) in refused.items():
-        if value is not None:
-            problems.append(f"{key} is {value}, which LitGPT ignores in pretraining; {hint}")
+    problems = [
+        f"{key} is {value}, which LitGPT ignores in pretraining; {hint}"
+        for key, (value, hint) in unread.items()
+        if value is not None
+    ]
     if evaluation.evaluate_example != "first":
         problems.append("eval.evaluate_example is for finetuning; remove it")
     is_wandb = settings.logger_name == "wandb"
     for name, value in asdict(settings.log).items():
-        read = is_wandb and name in ("project", "run", "group")
-        if value != getattr(litgpt_args.LogArgs(), name) and not read:
+        is_read = is_wandb and name in ("project", "run", "group")
+        if value != getattr(litgpt_args.LogArgs(), name) and not is_read:
             problems.append(f"log.{name} is {value}, which logger_name {settings.logger_name} does not read")
-    if not train.max_norm:
-        problems.append(
-            "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
-        )
-    return problems or batch_problems(train, block_size, world_size)
+    return problems
 
 
 def batch_problems(train: Any, block_size: int | None, world_size: int) -> list[str]:

@@ -304,7 +304,7 @@ def push_from_flags(args: argparse.Namespace, data_dir: Path, tokenizer_dir: Pat
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the three commands."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("command", nargs="?", choices=("push", "pull", "verify"), default="push", help="default push")

@@ -104,7 +104,7 @@ def test_the_loop_divides_the_loss_but_not_what_a_layer_adds() -> None:
 def test_the_arguments_that_pretraining_ignores_are_still_ignored() -> None:
     source = inspect.getsource(pretrain.fit) + inspect.getsource(pretrain.main)
     for name in ("max_steps", "max_time", "epochs", "max_new_tokens"):
-        assert name not in source, f"LitGPT now reads {name}: run_train.train_problems need not refuse it"
+        assert name not in source, f"LitGPT now reads {name}: run_train.ignored_problems need not refuse it"
 
 
 def test_a_global_batch_is_rounded_down_in_silence() -> None:
