@@ -54,7 +54,7 @@ class MoEConfig(Config):
             ValueError: with one line per problem, each naming the file, the key and the way out.
             OSError: when the file cannot be read.
         """
-        values = _typed({**_read_mapping(Path(path)), **kwargs}, Path(path))
+        values = _typed({**read_mapping(Path(path)), **kwargs}, Path(path))
         try:
             config = cls(**values)
             with torch.device("meta"):
@@ -179,13 +179,26 @@ def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
     return None
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+class UniqueKeyLoader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice; plain YAML lets the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]} is given twice; keep one of them")
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the `key: value` lines of a YAML file. Raises ValueError or OSError, naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no `key: value` lines; write LitGPT Config keys into it")
+        raise ValueError(f"{path} holds no `key: value` lines; write some into it")
     return values
 
 

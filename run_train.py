@@ -191,14 +191,8 @@ def read_variables() -> dict[str, tuple[Any, str]]:
 
 def read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
     """Return dotted key -> (value, place) for a train_config.yaml."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no `key: value` lines")
+    from moe_layers import read_mapping
+
     groups = (*CLASS_KEYS, *(f"{key}.init_args" for key in CLASS_KEYS), "train", "eval", "log")
     flat: dict[str, tuple[Any, str]] = {}
 
@@ -214,7 +208,7 @@ def read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
             else:
                 flat[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, str(path))
 
-    flatten("", values)
+    flatten("", read_mapping(path))
     return flat
 
 

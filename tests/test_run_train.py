@@ -249,7 +249,7 @@ def test_all_problems_of_both_files_are_told_at_once(
     assert "precision is '8-true'" in error
 
 
-@pytest.mark.parametrize("text", ["train: [", "just text", "\x00"])
+@pytest.mark.parametrize("text", ["train: [", "just text", "\x00", "seed: 1\nseed: 2\n"])
 def test_a_settings_file_that_is_no_yaml_mapping_is_refused(
     workspace: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
