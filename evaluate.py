@@ -395,9 +395,13 @@ def record(result: dict, args: argparse.Namespace) -> None:
     checkpoint = result["checkpoint"]
     beside = Path(checkpoint["path"]).parent if checkpoint else CHECKPOINTS
     path = Path(args.results_file or beside / "results.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise EvaluationError(f"{path}: not recorded ({reason}); name another --results_file") from error
     print(f"appended to {path}", file=sys.stderr)
 
 

@@ -383,3 +383,13 @@ def test_bfloat16_differs_little_from_float32(evaluated):
     exact, rounded = evaluated(), evaluated("--precision", "bf16-true")
     assert rounded["settings"]["dtype"] == "bfloat16"
     assert rounded["loss"] != exact["loss"] and rounded["loss"] == pytest.approx(exact["loss"], abs=0.02)
+
+
+def test_a_results_file_that_cannot_be_written_is_named(data_dir, tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "results.jsonl"
+    flags = ("--ckpt_dir", tiny_checkpoint, "--data_dir", data_dir, "--results_file", place)
+    assert main([str(flag) for flag in flags]) == 1
+    output = capsys.readouterr()
+    assert f"error: {place}: not recorded" in output.err
+    assert "perplexity" in output.out  # the figures are not lost

@@ -18,7 +18,7 @@ LOCK = f"""version = 1
 [[package]]
 name = "six"
 version = "1.17.0"
-source = {{ registry = "https://index.example/root/simple/" }}
+source = {{ registry = "https://index.example/team/simple/" }}
 wheels = [
     {{ url = "https://files.example/some/{HASHED}", hash = "sha256:00", size = 1 }},
 ]
@@ -64,7 +64,7 @@ def test_lock_finds_nothing_wrong_with_what_it_wrote() -> None:
 
 
 def test_lock_names_the_line_of_another_index() -> None:
-    assert lock.find_problems(LOCK)[0].startswith("uv.lock:6: source https://index.example/root/simple/ ")
+    assert lock.find_problems(LOCK)[0].startswith("uv.lock:6: source https://index.example/team/simple/ ")
 
 
 @pytest.mark.parametrize(
@@ -305,3 +305,14 @@ def test_sanity_check_leaves_bitsandbytes_alone_when_told(monkeypatch: pytest.Mo
     monkeypatch.setenv("SKIP_BNB_RUNTIME", "1")
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
     assert env_sanity_check.check_bitsandbytes("0.45.0").state == "note"
+
+
+def test_inspect_tells_a_damaged_tokenizer_file_in_one_sentence(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "final"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "tokenizer_config.json").write_text("[]", encoding="utf-8")
+    assert inspect_checkpoint.main([str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1

@@ -197,6 +197,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # JSON or YAML of another shape than it should have
+        print(f"error: {folder}: a tokenizer or settings file is damaged ({error!r})", file=sys.stderr)
+        return 1
     for problem in problems:
         print(f"incomplete: {problem}")
     if not problems:
