@@ -535,13 +535,9 @@ def find_resume(settings: Settings) -> Path | None:
         print(f"Skipping {step}: it was not written to its end.", file=sys.stderr)
     if whole:
         return whole[0] / CHECKPOINT_FILE
-    if resume.lower() == "true":
-        raise FileNotFoundError(
-            f"resume is true but {settings.out_dir} holds no whole step-*; use resume: auto"
-        )
-    print(
-        f"No checkpoint to resume from in {settings.out_dir}: starting from the beginning.", file=sys.stderr
-    )
+    if resume.lower() != "auto":  # somebody counts on a checkpoint that is not there
+        raise FileNotFoundError(f"resume is {resume} but {out_dir} holds no whole step-*; use resume: auto")
+    print(f"No checkpoint to resume from in {out_dir}: starting from the beginning.", file=sys.stderr)
     return None
 
 
@@ -632,8 +628,13 @@ def out_dir_problems(run: Run) -> list[str]:
         ]
     earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
     if earlier and run.resume is None and not run.settings.overwrite:
+        # final/ alone cannot be resumed exactly, only its weights taken up
+        has_step = any(path.name.startswith("step-") for path in earlier)
+        way_on = (
+            "--resume auto" if has_step else f"--initial_checkpoint_dir {earlier[0]} and another --out_dir"
+        )
         return [
-            f"{out_dir} already holds a run ({earlier[0].name}); continue it with --resume auto, "
+            f"{out_dir} already holds a run ({earlier[0].name}); continue it with {way_on}, "
             "choose another --out_dir, or delete it with --overwrite"
         ]
     parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
