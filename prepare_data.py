@@ -1139,7 +1139,10 @@ def summary(manifest: dict, settings: PrepareSettings, seconds: float | None) ->
     lines.append(f"where  {where} ({manifest['tokenizer']['vocab_size']:,} pieces)")
     if seconds is not None:
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
-    return "\n".join(lines) + "\nnext   uv run python run_train.py"
+    flags = {"dataset_dir": settings.data_dir, "tokenizer_dir": settings.tokenizer_dir}
+    defaults = {"dataset_dir": PrepareSettings.data_dir, "tokenizer_dir": PrepareSettings.tokenizer_dir}
+    named = "".join(f" --{flag} {path}" for flag, path in flags.items() if path != defaults[flag])
+    return "\n".join(lines) + f"\nnext   uv run python run_train.py{named}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 DEMO_MODEL, DEMO_TRAIN = ROOT / "configs/demo_model.yaml", ROOT / "configs/demo_train.yaml"
+DATA_DIR = prepare_data.PrepareSettings.data_dir
 DEMO_VOCAB = 2048  # as padded_vocab_size in demo_model.yaml
 FLAG_TO_KEY = {
     "micro_batch_size": "train.micro_batch_size",
@@ -353,7 +354,7 @@ def check_run(settings: Settings) -> Run:
     if is_own_data(data):
         problems += share_with_data(settings, data)
         # only where nobody named a folder: a mistyped one must not be filled with stories
-        is_default = Path(data.train_data_path) == Path("data/custom_text/train")
+        is_default = Path(data.train_data_path).parent == DATA_DIR
         run.demo_data = is_default and settings.dataset_dir is None and not has_text(data)
     problems += tokenizer_problems(run) + out_dir_problems(run)
     if resume:
@@ -997,10 +998,12 @@ def summarize(run: Run, monitor: Monitor) -> None:
     )
     if is_own_data(run.data):
         print(f"\nA story from it:\n\n{tell_story(final)}\n")
+    folder = Path(run.data.train_data_path).parent if is_own_data(run.data) else DATA_DIR
+    data_flag = "" if folder == DATA_DIR else f" --data_dir {folder}"
     print(
         "Next:\n"
         f'  uv run python generate.py --ckpt_dir {final} --prompt "One day, a little dog"\n'
-        f"  uv run python evaluate.py --ckpt_dir {final}"
+        f"  uv run python evaluate.py --ckpt_dir {final}{data_flag}"
     )
     if run.demo_data:
         print(

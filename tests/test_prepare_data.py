@@ -928,7 +928,8 @@ def test_the_script_says_what_it_made_and_what_is_next(
     assert prepare_data.main(arguments) == 0
     stdout = capsys.readouterr().out
     assert "train  200 stories" in stdout and "0 duplicates" in stdout and "tokens/s" in stdout
-    assert "uv run python run_train.py" in stdout
+    flags = f"--dataset_dir {settings.data_dir} --tokenizer_dir {settings.tokenizer_dir}"
+    assert f"uv run python run_train.py {flags}" in stdout
     assert prepare_data.main(arguments) == 0
     captured = capsys.readouterr()
     assert "nothing to do" in captured.err and "tokens/s" not in captured.out

@@ -287,6 +287,35 @@ def test_resume_true_without_a_checkpoint_is_an_error_and_auto_starts_afresh(
     assert "No checkpoint to resume from in out" in capsys.readouterr().err
 
 
+def test_a_run_that_left_only_its_end_is_not_sent_to_resume(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--max_tokens", 256)  # shorter than save_interval: no step-*
+    capsys.readouterr()
+    for flags in ([], ["--resume", "auto"]):
+        assert run(*flags) == 2
+        error = capsys.readouterr().err
+        assert "--initial_checkpoint_dir" in error and "continue it with --resume auto" not in error
+
+
+def test_a_named_run_without_a_whole_step_is_not_started_afresh(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--max_tokens", 1024)
+    Path("out/step-00000004/model_config.yaml").unlink()
+    assert run("--resume", "out", "--out_dir", "more") == 2
+    assert "out holds no whole step-*" in capsys.readouterr().err
+    assert not Path("more").exists()
+
+
+def test_the_command_to_measure_names_the_data_of_the_run(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("--max_tokens", 256)
+    final = Path("out/final")
+    assert f"evaluate.py --ckpt_dir {final} --data_dir {tiny_data}" in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
