@@ -87,7 +87,7 @@ def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int
 def describe_settings(settings: dict[str, Any]) -> list[str]:
     """Return lines on the settings of the run that train_config.yaml keeps."""
     lines = [f"  {key}: {settings[key]}" for key in SETTINGS if key in settings]
-    for section in ("train", "moe", "optimizer", "data"):
+    for section in ("train", "optimizer", "data"):
         if settings.get(section):
             lines.append(f"  {section}: {settings[section]}")
     return lines or ["  none recorded"]
