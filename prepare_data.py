@@ -928,6 +928,11 @@ class TokenStream:
         self._shards = [np.asarray(np.memmap(data_dir / s["path"], dtype, mode="r")) for s in shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
 
+        self._place = (data_dir, split)
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return TokenStream, self._place  # a worker process maps the files itself
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
@@ -955,9 +960,9 @@ class TokenStream:
 class TokenBatches:
     """Batches of T + 1 token ids: sequence i is tokens i*T to i*T + T, so each token is predicted once.
 
-    With a seed (training): all sequences in a new order each epoch, dealt out to the ranks so that the same
-    sequences make up a step whatever the number of ranks; a last, smaller batch is dropped. Iterating goes on
-    where the last iteration or `load_state_dict` left off, and an epoch that is used up starts the next.
+    With a seed (training): an endless flow of all sequences, in a new order each epoch, dealt out to the
+    ranks so that the same sequences make up a step whatever the number of ranks; a batch may reach into the
+    next epoch. Iterating goes on where the last iteration or `load_state_dict` left off.
     Without (validation): in order and to the end, the same on every rank, since LitGPT logs rank 0's loss.
     """
 
@@ -967,6 +972,7 @@ class TokenBatches:
     seed: int | None
     rank: int = 0
     world_size: int = 1
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         self.n_sequences = max(0, len(self.stream) - 1) // self.block_size
@@ -978,18 +984,34 @@ class TokenBatches:
         return self.n_sequences // (self.batch_size * self.world_size)
 
     def __iter__(self) -> "Iterator[torch.Tensor]":
-        if self.seed is None:
-            for start in range(0, self.n_sequences, self.batch_size):
-                yield self._load(range(start, min(start + self.batch_size, self.n_sequences)))
-            return
-        step = self.batch_size * self.world_size
-        if self.n_used + step > self.n_sequences:
-            self.epoch, self.n_used = self.epoch + 1, 0
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_sequences)
-        while self.n_used + step <= self.n_sequences:
-            start = self.n_used + self.rank * self.batch_size
-            self.n_used += step  # before the batch is out: a checkpoint made after it does not repeat it
-            yield self._load(order[start : start + self.batch_size].tolist())
+        return self._in_order() if self.seed is None else self._endless()
+
+    def _in_order(self) -> "Iterator[torch.Tensor]":
+        for start in range(0, self.n_sequences, self.batch_size):
+            yield self._load(range(start, min(start + self.batch_size, self.n_sequences)))
+
+    def _endless(self) -> "Iterator[torch.Tensor]":
+        plan = self._plan(self.epoch * self.n_sequences + self.n_used)
+        for batch in _read_ahead(self, plan) if self.num_workers else map(self._load, plan):
+            # before the batch is out: a checkpoint made after it does not repeat it
+            used = self.n_used + self.batch_size * self.world_size
+            self.epoch, self.n_used = self.epoch + used // self.n_sequences, used % self.n_sequences
+            yield batch
+
+    def _plan(self, start: int) -> Iterator[list[int]]:
+        """Yield this rank's sequences for each batch, from the `start`-th of the endless flow on."""
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        while True:
+            sequences = []
+            for place in range(
+                start + self.rank * self.batch_size, start + (self.rank + 1) * self.batch_size
+            ):
+                if place // self.n_sequences != epoch:
+                    epoch = place // self.n_sequences
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.n_sequences)
+                sequences.append(int(order[place % self.n_sequences]))
+            yield sequences
+            start += self.batch_size * self.world_size
 
     def _load(self, sequences: "list[int] | range") -> "torch.Tensor":
         import torch
@@ -998,6 +1020,8 @@ class TokenBatches:
         for row, sequence in zip(ids, sequences, strict=True):
             self.stream.read_into(row, sequence * self.block_size)
         return torch.from_numpy(ids)
+
+    __getitem__ = _load  # what a worker process asks a data set for
 
     def state_dict(self) -> dict[str, int]:
         """Return the position; it holds for another batch size or number of ranks too."""
@@ -1009,6 +1033,20 @@ class TokenBatches:
         if state["n_sequences"] != self.n_sequences:
             say(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: new epoch")
             self.epoch, self.n_used = self.epoch + 1, 0
+
+
+def _read_ahead(batches: TokenBatches, plan: Iterator[list[int]]) -> "Iterator[torch.Tensor]":
+    """Yield the batches of `plan`, read by worker processes."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    # a generator of its own: the default one is the run's, whose state must not depend on num_workers
+    generator = torch.Generator().manual_seed(0)
+    return iter(
+        DataLoader(
+            batches, batch_size=None, sampler=plan, num_workers=batches.num_workers, generator=generator
+        )
+    )
 
 
 def refresh(data_dir: Path, tokenizer_dir: Path) -> None:
@@ -1029,7 +1067,9 @@ def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
     ranked = seed is not None and distributed.is_available() and distributed.is_initialized()
     ranks = (distributed.get_rank(), distributed.get_world_size()) if ranked else (0, 1)
     stream = TokenStream(data.data_dir, split)
-    batches = TokenBatches(stream, data.batch_size, data.max_seq_length - 1, seed, *ranks)
+    batches = TokenBatches(
+        stream, data.batch_size, data.max_seq_length - 1, seed, *ranks, num_workers=data.num_workers
+    )
     n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
     if batches.n_sequences < n_wanted:
         raise ValueError(
@@ -1067,7 +1107,7 @@ def text_shards_class() -> type:
         seed: int = 42
         """Seed of the order of the training sequences."""
         num_workers: int = 0
-        """Must be 0: reading a batch takes less time than asking another process for it."""
+        """Processes that read ahead. 0 is fastest on a local disk: reading takes less than asking another."""
         tokenizer_dir: Path = Path("data/tokenizer")
         """Folder of the tokenizer that the shards must have been made with."""
 
@@ -1076,8 +1116,8 @@ def text_shards_class() -> type:
             if train.name != "train" or (val is not None and Path(val) != train.parent / "val"):
                 given = f"train_data_path is {train}, val_data_path {val}"
                 raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
-            if n := self.num_workers:
-                raise ValueError(f"data: num_workers is {n}; TextShards reads in process, choose 0")
+            if self.num_workers < 0:
+                raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
             self.train_data_path, self.data_dir = train, train.parent
             super().__post_init__()
 

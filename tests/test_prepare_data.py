@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import prepare_data
 from prepare_data import PrepareSettings, StoryEncoder, TokenBatches, TokenStream, prepare, read_tokenizer
@@ -807,33 +809,51 @@ def test_the_stream_reads_across_shards(settings: PrepareSettings, monkeypatch: 
 
 def test_an_epoch_predicts_every_token_once_in_a_new_order() -> None:
     batches = TokenBatches(Counting(10 * 12 + 1), batch_size=3, block_size=10, seed=42)
-    epochs = [np.concatenate([batch.numpy() for batch in batches]) for _ in range(2)]
+    epochs = [np.concatenate([batch.numpy() for batch in islice(batches, 4)]) for _ in range(2)]
     assert len(batches) == 4
     for rows in epochs:
         assert rows.shape == (12, 11) and sorted(rows[:, 1:].ravel().tolist()) == list(range(1, 121))
         assert (np.diff(rows) == 1).all()
     assert epochs[0].tolist() != epochs[1].tolist()
     again = TokenBatches(Counting(121), batch_size=3, block_size=10, seed=42)
-    assert np.concatenate([batch.numpy() for batch in again]).tolist() == epochs[0].tolist()
+    assert np.concatenate([batch.numpy() for batch in islice(again, 4)]).tolist() == epochs[0].tolist()
 
 
-def test_a_last_smaller_batch_is_dropped_in_training_and_kept_in_validation() -> None:
+def test_a_batch_reaches_into_the_next_epoch_in_training_and_ends_short_in_validation() -> None:
     train = TokenBatches(Counting(112), batch_size=4, block_size=10, seed=0)
     val = TokenBatches(Counting(112), batch_size=4, block_size=10, seed=None)
-    assert [len(batch) for batch in train] == [4, 4] and len(train) == 2
+    flow = [start for batch in islice(train, 6) for start in batch[:, 0].tolist()]
+    assert sorted(flow[:11]) == sorted(flow[11:22]) == list(range(0, 110, 10))
     assert [len(batch) for batch in val] == [4, 4, 3] and len(val) == 3
     assert [row[0].item() for batch in val for row in batch] == list(range(0, 110, 10))
 
 
-def test_ranks_share_out_the_same_steps_as_one_rank() -> None:
-    one = TokenBatches(Counting(241), batch_size=4, block_size=10, seed=0)
-    ranks = [TokenBatches(Counting(241), 2, 10, 0, rank, 2) for rank in range(2)]
-    steps = zip(one, *ranks, strict=True)
-    n_steps = 0
-    for whole, *parts in steps:
+def test_ranks_share_out_the_same_steps_as_one_rank_over_epoch_ends() -> None:
+    one = TokenBatches(Counting(231), batch_size=4, block_size=10, seed=0)
+    ranks = [TokenBatches(Counting(231), 2, 10, 0, rank, 2) for rank in range(2)]
+    for whole, *parts in islice(zip(one, *ranks, strict=True), 20):
         assert whole.tolist() == [row for part in parts for row in part.tolist()]
-        n_steps += 1
-    assert n_steps == 6
+    assert one.state_dict() == ranks[0].state_dict() == ranks[1].state_dict()
+    assert one.epoch == 3
+
+
+def test_worker_processes_give_the_batches_that_one_process_gives_from_any_position(
+    settings: PrepareSettings,
+) -> None:
+    prepare(settings)
+
+    def batches(num_workers: int) -> TokenBatches:
+        stream = TokenStream(settings.data_dir, "train")
+        return TokenBatches(stream, batch_size=3, block_size=32, seed=1, num_workers=num_workers)
+
+    alone, read_ahead = batches(0), batches(2)
+    before = torch.random.get_rng_state()
+    for n_batches in (5, len(alone), 3):  # each goes on where the last left off, the second over an epoch end
+        pairs = zip(islice(alone, n_batches), islice(read_ahead, n_batches), strict=True)
+        assert all(one.equal(other) for one, other in pairs)
+        assert alone.state_dict() == read_ahead.state_dict()
+    assert alone.epoch == 1
+    assert before.equal(torch.random.get_rng_state())
 
 
 def test_resume_is_bitwise_equal_across_an_epoch_end(
@@ -956,8 +976,8 @@ def test_the_data_directory_goes_to_weights_and_biases_on_request(
 def test_data_arguments_that_could_not_be_honoured_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="choose FOLDER/train and FOLDER/val"):
         prepare_data.TextShards(tmp_path / "train", tmp_path / "other" / "val")
-    with pytest.raises(ValueError, match="num_workers is 4; TextShards reads in process, choose 0"):
-        prepare_data.TextShards(tmp_path / "train", num_workers=4)
+    with pytest.raises(ValueError, match="num_workers is -1; choose 0 or more"):
+        prepare_data.TextShards(tmp_path / "train", num_workers=-1)
 
 
 def test_a_killed_run_is_not_taken_for_an_edited_demo_corpus(
