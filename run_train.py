@@ -6,20 +6,33 @@ With CUDA it takes model_config.yaml and train_config.yaml, without it the demo 
 Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 1000000`.
 """
 
+import contextlib
 import csv
 import difflib
 import errno
 import functools
+import hashlib
 import importlib.util
+import itertools
+import json
+import math
 import os
+import random
 import re
+import shlex
 import shutil
+import signal
+import socket
+import statistics
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import yaml
 
@@ -27,6 +40,7 @@ import prepare_data
 import wandb_dataset
 
 if TYPE_CHECKING:
+    import torch
     from lightning.fabric import Fabric
 
     from moe_layers import MoEConfig
@@ -44,6 +58,14 @@ FLAG_TO_KEY = {
     "wandb_dataset_artifact": "wandb_dataset",
 }
 CLASS_KEYS = ("data", "optimizer")  # each a class_path with init_args
+GROUPS = (
+    "train",
+    "schedule",
+    "checkpoints",
+    "guard",
+    "eval",
+    "log",
+)  # keys with `key: value` lines under them
 VARIABLES = (
     "RESUME",
     "WANDB_DATASET_ARTIFACT",
@@ -64,6 +86,13 @@ LOWEST = {  # the lowest value that makes sense; 0 switches off where it is allo
     "train.lr_warmup_steps": 0,
     "train.min_lr": 0,
     "train.max_norm": 0,
+    "train.max_time": 1,
+    "schedule.warmup_tokens": 0,
+    "schedule.decay_fraction": 0,
+    "checkpoints.keep_last": 1,
+    "checkpoints.keep_every": 1,
+    "guard.max_skipped_steps": 1,
+    "guard.spike_sigma": 0,
     "eval.interval": 1,
     "eval.max_iters": 1,
     "num_nodes": 1,
@@ -81,6 +110,40 @@ def _litgpt_args() -> Any:
 
 
 litgpt_args = _litgpt_args()
+
+
+@dataclass
+class ScheduleArgs:
+    """The learning rate over the run, from optimizer.init_args.lr down to train.min_lr."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: half a period; wsd: constant, then down at the end; constant: never down."""
+    warmup_tokens: int | None = None
+    """Tokens of linear warm-up, in place of train.lr_warmup_steps (null: as those say)."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd goes down (0.2: arxiv.org/abs/2405.18392)."""
+
+
+@dataclass
+class CheckpointArgs:
+    """Which checkpoints stay, and what a full disk means."""
+
+    keep_last: int | None = None
+    """Newest step-* to keep; older ones are deleted after a save (null: all stay)."""
+    keep_every: int | None = None
+    """Steps; step-* that are multiples of it stay beside keep_last (null: none)."""
+    on_full_disk: Literal["continue", "stop"] = "continue"
+    """continue: go on training, the next save may succeed; stop: end the run with status 1."""
+
+
+@dataclass
+class GuardArgs:
+    """What a loss that is no number, or suddenly far too high, leads to."""
+
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite loss and gradient, each skipped, after which the run ends."""
+    spike_sigma: float = 6.0
+    """Standard deviations above the last 128 losses from which a step is in logs/spikes.csv (0: off)."""
 
 
 @dataclass
@@ -128,7 +191,13 @@ class Settings:
     progress: bool = True
     """Show a live bar on a terminal; otherwise LitGPT's line for each log step."""
     train: litgpt_args.TrainArgs = field(default_factory=lambda: litgpt_args.TrainArgs(max_norm=1.0))
-    """Training."""
+    """Training. max_time counts from the start of the command; the run then saves and ends in time."""
+    schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
+    """Learning rate."""
+    checkpoints: CheckpointArgs = field(default_factory=CheckpointArgs)
+    """Checkpoints."""
+    guard: GuardArgs = field(default_factory=GuardArgs)
+    """Numerical guard."""
     eval: litgpt_args.EvalArgs = field(default_factory=litgpt_args.EvalArgs)
     """Validation."""
     log: litgpt_args.LogArgs = field(default_factory=litgpt_args.LogArgs)
@@ -194,7 +263,7 @@ def read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
     """Return dotted key -> (value, place) for a train_config.yaml."""
     from moe_layers import read_mapping
 
-    groups = (*CLASS_KEYS, *(f"{key}.init_args" for key in CLASS_KEYS), "train", "eval", "log")
+    groups = (*CLASS_KEYS, *(f"{key}.init_args" for key in CLASS_KEYS), *GROUPS)
     flat: dict[str, tuple[Any, str]] = {}
 
     def flatten(prefix: str, mapping: dict[Any, Any]) -> None:
@@ -315,6 +384,8 @@ class Run:
     start_step: int = 0
     demo_data: bool = False
     """Whether there is no text at all yet, so that the demo stories are to be written."""
+    started: float = field(default_factory=time.monotonic)
+    """When the command began, on the clock of time.monotonic; train.max_time counts from there."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -417,6 +488,10 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
         problems.append(
             "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
         )
+    if settings.schedule.decay_fraction > 1:
+        problems.append(f"schedule.decay_fraction is {settings.schedule.decay_fraction}; choose 0 to 1")
+    if settings.schedule.warmup_tokens is not None and settings.train.lr_warmup_fraction:
+        problems.append("schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one")
     problems += ignored_problems(settings)
     return problems or batch_problems(settings.train, block_size, world_size)
 
@@ -427,7 +502,6 @@ def ignored_problems(settings: Settings) -> list[str]:
     unread = {
         "train.epochs": (train.epochs, "use train.max_tokens"),
         "train.max_steps": (train.max_steps, "use train.max_tokens"),
-        "train.max_time": (train.max_time, "use train.max_tokens"),
         "eval.max_new_tokens": (evaluation.max_new_tokens, "pretraining samples no text while it validates"),
     }
     problems = [
@@ -517,7 +591,7 @@ def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
 
 def find_resume(settings: Settings) -> Path | None:
     """Return the lit_model.pth to continue from, or None for a fresh start."""
-    from moe_layers import CHECKPOINT_FILE, find_checkpoint
+    from moe_layers import CHECKPOINT_FILE, find_checkpoint, verify_checkpoint
 
     resume = str(settings.resume)
     if resume.lower() in ("false", "none", ""):
@@ -527,18 +601,31 @@ def find_resume(settings: Settings) -> Path | None:
     if settings.initial_checkpoint_dir:
         raise ValueError("resume and initial_checkpoint_dir exclude each other; drop one")
     out_dir = settings.out_dir if resume.lower() in ("auto", "true") else Path(resume)
-    # final/ is saved with the data one batch further on (litgpt 0.5.13): only step-* resume exactly
     steps = sorted(out_dir.glob("step-*"), reverse=True)
     if out_dir is not settings.out_dir and not steps:
-        return find_checkpoint(out_dir) / CHECKPOINT_FILE
-    whole = [step for step in steps if (step / "model_config.yaml").is_file()]  # LitGPT writes it last
-    for step in steps[: steps.index(whole[0])] if whole else steps:
-        print(f"Skipping {step}: it was not written to its end.", file=sys.stderr)
-    if whole:
-        return whole[0] / CHECKPOINT_FILE
+        verify_checkpoint(checkpoint_dir := find_checkpoint(out_dir))
+        return checkpoint_dir / CHECKPOINT_FILE
+    for step in steps:
+        if (flaw := checkpoint_flaw(step)) is None:
+            return step / CHECKPOINT_FILE
+        print(f"Skipping {step}: {flaw}", file=sys.stderr)
     if resume.lower() != "auto":  # somebody counts on a checkpoint that is not there
         raise FileNotFoundError(f"resume is {resume} but {out_dir} holds no whole step-*; use resume: auto")
     print(f"No checkpoint to resume from in {out_dir}: starting from the beginning.", file=sys.stderr)
+    return None
+
+
+def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from, None if it is whole."""
+    from moe_layers import CHECKPOINT_FILE, read_state, verify_checkpoint
+
+    if not (checkpoint_dir / "model_config.yaml").is_file():  # LitGPT, which has no digests, writes it last
+        return "it was not written to its end"
+    try:
+        verify_checkpoint(checkpoint_dir)
+        read_state(checkpoint_dir / CHECKPOINT_FILE)
+    except (ValueError, OSError) as error:
+        return str(error)
     return None
 
 
@@ -557,25 +644,32 @@ def resume_step(run: Run) -> int:
     """Return the optimizer steps done in the checkpoint; ValueError if this run cannot continue it."""
     from moe_layers import check_weights, read_state
 
-    check_weights(run.resume.parent, run.config)
-    train, state = run.settings.train, read_state(run.resume)
-    step_count, iter_num = state.get("step_count"), state.get("iter_num")
-    if not isinstance(step_count, int) or not isinstance(iter_num, int):
+    checkpoint_dir = run.resume.parent
+    check_weights(checkpoint_dir, run.config)
+    step = read_state(run.resume).get("step_count")
+    if not isinstance(step, int):
         raise ValueError(f"{run.resume} holds weights alone; start from it with --initial_checkpoint_dir")
-    then = read_yaml(run.resume.parent / "train_config.yaml")
-    for key in ("train.global_batch_size", "train.max_seq_length"):
-        now = functools.reduce(getattr, key.split("."), run.settings)
-        if key in then and then[key][0] != now:
-            raise ValueError(
-                f"{run.resume.parent}: {key} was {then[key][0]}, now {now}; resume with what it was"
-            )
-    if iter_num != step_count * train.gradient_accumulation_iters(run.devices, run.settings.num_nodes):
-        raise ValueError(
-            f"{run.resume.parent}: {step_count} steps took {iter_num} micro-batches a device, which "
-            f"train.micro_batch_size {train.micro_batch_size} on {run.devices} device(s) does not give; "
-            "resume with the batch sizes and devices that it was made with"
+    then = {key: value for key, (value, _) in read_yaml(checkpoint_dir / "train_config.yaml").items()}
+    train = run.settings.train
+    for key, value in (
+        ("train.global_batch_size", train.global_batch_size),
+        ("train.max_seq_length", train.max_seq_length),
+        ("optimizer.class_path", run.optimizer["class_path"]),
+    ):
+        # a class has several paths: torch.optim.AdamW is torch.optim.adamw.AdamW too
+        names = [str(text).rpartition(".")[2] for text in (then.get(key, value), value)]
+        if names[0] != names[1]:
+            raise ValueError(f"{checkpoint_dir}: {key} was {then[key]}, now {value}; resume with what it was")
+    if step > run.n_steps:
+        raise ValueError(f"{checkpoint_dir} is past the {run.n_steps} steps of train.max_tokens; raise that")
+    total = then.get("train.max_tokens", 0)
+    if total != run.n_steps * run.tokens_per_step and run.settings.schedule.name != "constant":
+        print(
+            f"Warning: train.max_tokens was {total:,} in {checkpoint_dir} and set the learning rates so far; "
+            "the rest follows the new total.",
+            file=sys.stderr,
         )
-    return step_count
+    return step
 
 
 def is_own_data(data: Any) -> bool:
@@ -623,35 +717,45 @@ def tokenizer_problems(run: Run) -> list[str]:
 def out_dir_problems(run: Run) -> list[str]:
     """Return a sentence if the place holds another run, cannot be written, or is too full."""
     out_dir = run.settings.out_dir
+    if is_main_process() and (live := RunLock(out_dir).problem()):
+        return [live]
     if run.initial and run.settings.overwrite and out_dir.resolve() in run.initial.resolve().parents:
         return [
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
         ]
     earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
     if earlier and run.resume is None and not run.settings.overwrite:
-        # final/ alone cannot be resumed exactly, only its weights taken up
-        has_step = any(path.name.startswith("step-") for path in earlier)
-        way_on = (
-            "--resume auto" if has_step else f"--initial_checkpoint_dir {earlier[0]} and another --out_dir"
-        )
-        return [
-            f"{out_dir} already holds a run ({earlier[0].name}); continue it with {way_on}, "
-            "choose another --out_dir, or delete it with --overwrite"
-        ]
+        return [_way_on(out_dir, earlier)]
     parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         return [f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir"]
     needed, free = checkpoint_bytes(run), shutil.disk_usage(parent).free
     if free < needed:
         return [f"{out_dir}: a checkpoint needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"]
-    whole = needed * (1 + (run.n_steps - run.start_step) // (run.settings.train.save_interval or run.n_steps))
+    n_saves = 1 + (run.n_steps - run.start_step) // (run.settings.train.save_interval or run.n_steps)
+    whole = needed * min(n_saves, (run.settings.checkpoints.keep_last or n_saves) + 2)
     if free < whole:
         print(
             f"Warning: all checkpoints of this run need {whole / 1e9:.1f} GB but {free / 1e9:.1f} GB are "
-            f"free in {out_dir}; raise train.save_interval or make room.",
+            f"free in {out_dir}; set checkpoints.keep_last, raise train.save_interval or make room.",
             file=sys.stderr,
         )
     return []
+
+
+def _way_on(out_dir: Path, earlier: list[Path]) -> str:
+    """Return the sentence on a place that holds a run already."""
+    whole = next((path for path in reversed(earlier) if checkpoint_flaw(path) is None), None)
+    if whole is None:
+        way = "none of it is whole"
+    elif whole.name.startswith("step-"):
+        way = "continue it with --resume auto"
+    else:  # a run shorter than save_interval
+        way = f"continue it with --resume {whole}, take up its weights with --initial_checkpoint_dir {whole}"
+    return (
+        f"{out_dir} already holds a run ({earlier[0].name}); {way}, "
+        "choose another --out_dir, or delete it with --overwrite"
+    )
 
 
 def checkpoint_bytes(run: Run) -> int:
@@ -662,23 +766,614 @@ def checkpoint_bytes(run: Run) -> int:
     return 3 * total * (2 if run.precision.endswith("16-true") else 4)
 
 
+# --- checkpoints: whole, or not there -----------------------------------------------------------------------
+
+
+class Ending(Exception):
+    """Raised between two steps, when everything is saved, to leave LitGPT's loop."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the text says why and what to do."""
+
+
+class CheckpointWriter:
+    """Writes checkpoint directories in the background: beside, synced, then renamed into place.
+
+    A directory named step-* or final is whole at every moment. What a kill leaves has a name with a leading
+    dot, and `tidy` removes it. Training waits for the copy to host memory alone.
+    """
+
+    def __init__(self, settings: Settings, tell: Callable[[str], None]) -> None:
+        self.out_dir, self.args, self.tell = settings.out_dir, settings.checkpoints, tell
+        # as text and now: a request to stop changes train.save_interval later
+        self.settings_text = yaml.safe_dump(plain_settings(settings), sort_keys=False)
+        self.failure: str | None = None  # why the latest save failed
+        self.lasting_s = 0.0  # how long the latest save took, writing included
+        self._host: dict[str, Any] | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+
+    def save(
+        self, fabric: "Fabric", state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path
+    ) -> None:
+        """Copy the state to host memory and begin to write it."""
+        self.wait()  # for the buffers of the save before
+        target = checkpoint_file.parent
+        staging, self._host = self._staging(target), None
+        # through Fabric's strategy: `hold` gets the state, or (FSDP) the file is written here by all ranks
+        fabric.save(staging / checkpoint_file.name, state)
+        if fabric.global_rank == 0:
+            config = state["model"].config
+            write = functools.partial(self._write, target, state["step_count"], config, tokenizer_dir)
+            self._thread = threading.Thread(target=write, name="checkpoint")
+            self._thread.start()
+
+    def hold(self, checkpoint: dict[str, Any]) -> None:
+        """Copy `checkpoint`'s tensors to host memory, on CUDA into pinned buffers that all saves share."""
+        import torch
+
+        copies: dict[Any, torch.Tensor] = {}
+
+        def copy(value: Any, name: str) -> Any:
+            if isinstance(value, dict):
+                return {key: copy(item, f"{name}.{key}") for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(copy(item, f"{name}.{i}") for i, item in enumerate(value))
+            if not isinstance(value, torch.Tensor):
+                return value
+            # tied weights are one tensor under two names, and stay so
+            key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else name
+            if key not in copies:
+                copies[key] = self._buffer(name, value).copy_(value.detach(), non_blocking=True)
+            return copies[key]
+
+        self._host = copy(checkpoint, "")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _buffer(self, name: str, like: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+            self._buffers[name] = buffer
+        return buffer
+
+    def wait(self) -> None:
+        """Return when the save in progress, if any, has ended."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, target: Path, step: int, config: "MoEConfig", tokenizer_dir: Path) -> None:
+        """Write the directory and rename it into place, or tell why not and leave nothing behind."""
+        started, staging = time.perf_counter(), self._staging(target)
+        needed = tensor_bytes(self._host) + 2**20  # the small files and the zip's own lists
+        free = shutil.disk_usage(self.out_dir).free
+        try:
+            if free < needed:
+                raise OSError(errno.ENOSPC, "known before a byte is written")
+            staging.mkdir(parents=True, exist_ok=True)
+            self._fill(staging, step, config, tokenizer_dir)
+            put_in_place(staging, target)
+            self.failure, self.lasting_s = None, time.perf_counter() - started
+            self.tell(f"Saved {target}")
+            self._prune()
+        except (OSError, RuntimeError, ValueError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if is_disk_full(error):
+                error = f"it needs {needed:,} bytes but {free:,} were free; make room on that disk"
+            self.failure = f"{target} could not be saved: {error}"
+            goes_on = "; training goes on" if self.args.on_full_disk == "continue" else ""
+            self.tell(f"Warning: {self.failure}{goes_on}")
+
+    def _fill(self, staging: Path, step: int, config: "MoEConfig", tokenizer_dir: Path) -> None:
+        from litgpt.utils import copy_config_files, save_config
+
+        weights, files = staging / "lit_model.pth", {}
+        if self._host is not None:
+            if name := non_finite(self._host):
+                raise ValueError(f"{name} holds values that are no numbers")
+            files[weights.name] = write_state(self._host, weights)
+        save_config(config, staging)
+        (staging / "train_config.yaml").write_text(self.settings_text, encoding="utf-8")
+        copy_config_files(tokenizer_dir, staging)
+        for path in sorted(staging.iterdir()):
+            if path.name not in files:  # lit_model.pth was hashed while it was written, except under FSDP
+                with path.open("rb+") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+        with (staging / "checkpoint.json").open("w", encoding="utf-8") as file:
+            json.dump({"format": 1, "step": step, "files": files}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(staging)
+
+    def _prune(self) -> None:
+        """Delete the step-* that neither keep_last nor keep_every keeps; the newest always stays."""
+        args, steps = self.args, sorted(self.out_dir.glob("step-*"))
+        for path in steps[: -args.keep_last] if args.keep_last else []:
+            number = path.name.removeprefix("step-")
+            if number.isdecimal() and not (args.keep_every and int(number) % args.keep_every == 0):
+                doomed = self._staging(path)  # a kill amid the deletion must not leave half a step-*
+                with contextlib.suppress(
+                    OSError
+                ):  # Windows, while somebody reads it: the next save tries again
+                    path.rename(doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)
+
+    @staticmethod
+    def _staging(target: Path) -> Path:
+        return target.with_name(f".{target.name}.tmp")
+
+
+class HashingFile:
+    """A binary file that knows the SHA-256 and the number of bytes of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha256, self.n_bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self._sha256.update(data)
+        self.n_bytes += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write `state` to `path` and to the disk itself; return its bytes and SHA-256."""
+    import torch
+
+    with path.open("wb") as raw:
+        file = HashingFile(raw)
+        torch.save(state, file)
+        raw.flush()
+        os.fsync(raw.fileno())
+    return {"bytes": file.n_bytes, "sha256": file.hexdigest()}
+
+
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Yield (dotted name, tensor) of a nested state."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        yield name.removeprefix("."), state
+    elif isinstance(state, dict | list | tuple):
+        for key, item in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors_of(item, f"{name}.{key}")
+
+
+def tensor_bytes(state: Any) -> int:
+    """Return the bytes of all tensors in a nested state."""
+    return sum(tensor.nbytes for _, tensor in tensors_of(state))
+
+
+def non_finite(state: dict[str, Any]) -> str | None:
+    """Return the name of the first weight or moment that is not a number, None if all are."""
+    parts = {key: state[key] for key in ("model", "optimizer") if key in state}
+    floats = ((name, tensor) for name, tensor in tensors_of(parts) if tensor.is_floating_point())
+    return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; what was there moves aside first, since directories are not replaced."""
+    aside = target.with_name(f".{target.name}.old")
+    if target.exists():
+        target.rename(aside)
+    staging.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_directory(folder: Path) -> None:
+    """Bring the names in `folder` to the disk; Windows has no such call and does it itself."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def tidy(out_dir: Path, start_step: int) -> None:
+    """Remove what a kill left half done in `out_dir`, and move steps after `start_step` out of the way."""
+    for aside in out_dir.glob(".*.old"):  # moved away for a new one that may not have come
+        target = aside.with_name(aside.name[1:].removesuffix(".old"))
+        shutil.rmtree(aside, ignore_errors=True) if target.exists() else aside.rename(target)
+    for staging in out_dir.glob(".*.tmp"):
+        shutil.rmtree(staging, ignore_errors=True)
+    for path in sorted(out_dir.glob("step-*")):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and int(number) > start_step:
+            superseded = next(
+                name
+                for n in itertools.count()
+                if not (name := path.with_name(f"superseded-{path.name}{f'.{n}' if n else ''}")).exists()
+            )
+            path.rename(superseded)
+            print(f"{path} is not part of this run's history: renamed to {superseded.name}", file=sys.stderr)
+
+
+class RunLock:
+    """Keeps a second run out of `out_dir`. The system drops the lock with the process, however it ends."""
+
+    def __init__(self, out_dir: Path) -> None:
+        self.out_dir, self.path = out_dir, out_dir / ".run.lock"
+        self.identity = out_dir / ".run.json"  # beside it: on Windows a locked file cannot be read
+
+    def __enter__(self) -> None:
+        from filelock import FileLock, Timeout
+
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise RunFailed(self._refusal()) from None
+        me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        self.identity.write_text(json.dumps(me), encoding="utf-8")
+
+    def __exit__(self, *_: object) -> None:
+        self.identity.unlink(missing_ok=True)
+        self._lock.release()
+
+    def problem(self) -> str | None:
+        """Return a sentence if a live run holds the lock."""
+        from filelock import FileLock, Timeout
+
+        if not self.path.exists():
+            return None
+        try:
+            with FileLock(self.path).acquire(blocking=False):
+                return None
+        except Timeout:
+            return self._refusal()
+        except OSError:
+            return None  # a folder that cannot be written is told elsewhere
+
+    def _refusal(self) -> str:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            me = json.loads(self.identity.read_text(encoding="utf-8"))
+            who = f"process {me['process']} on {me['host']}, since {me['since']}"
+        return f"{self.out_dir}: a run is live there ({who}); wait for it or choose another --out_dir"
+
+
+# --- the end of a run before its time -----------------------------------------------------------------------
+
+
+class StopSignals:
+    """While active: the first signal asks for an end after this step, a second one leaves at once."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")  # Ctrl-C, Slurm and systemd, Slurm, Ctrl-Break
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for name in self.NAMES:
+            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+                number = getattr(signal, name)
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.reason:
+            os._exit(128 + number)  # checkpoints are renamed when whole: there is nothing to break
+        self.reason = signal.Signals(number).name
+        text = f"\n{self.reason}: finishing this step and saving; once more leaves at once.\n"
+        os.write(2, text.encode())  # print may be in use when the signal comes
+
+
+class Guard:
+    """Tells a step that must be skipped, or is worth a look, from its loss and the norm of its gradient."""
+
+    WINDOW, FEWEST = 128, 32  # losses to compare with; OLMo-core's SkipStepOptimizer has 128 and 6 sigma
+
+    def __init__(self, args: GuardArgs) -> None:
+        self.args = args
+        self.n_skipped = self.n_in_a_row = 0
+        self.losses: list[float] = []
+
+    def is_bad(self, loss: float, norm: float) -> bool:
+        """Return whether the step must be skipped, and count it."""
+        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        self.n_in_a_row = self.n_in_a_row + 1 if bad else 0
+        self.n_skipped += bad
+        return bad
+
+    def spike(self, loss: float) -> tuple[float, float] | None:
+        """Return (mean, standard deviation) of the losses before, if `loss` is far above them."""
+        before, found = self.losses, None
+        if self.args.spike_sigma and len(before) >= self.FEWEST:
+            mean, sigma = statistics.fmean(before), statistics.pstdev(before)
+            found = (mean, sigma) if loss > mean + self.args.spike_sigma * max(sigma, 1e-6) else None
+        self.losses = [*before, loss][-self.WINDOW :]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n_skipped": self.n_skipped, "n_in_a_row": self.n_in_a_row, "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int, lr: float) -> float:
+    """Return the learning rate of optimizer step 1 <= `step` <= `n_steps`; the last of a decay has min_lr.
+
+    Counted in steps, not (as litgpt 0.5.13) in micro-batches, so that devices and micro_batch_size do not
+    change it.
+    """
+    low, args = settings.train.min_lr, settings.schedule
+    if step <= warmup_steps:
+        return lr * step / warmup_steps
+    if args.name == "constant":
+        return lr
+    if args.name == "cosine":
+        done = (step - warmup_steps) / max(1, n_steps - warmup_steps)
+        return low + (lr - low) * 0.5 * (1 + math.cos(math.pi * done))
+    n_decay = min(round(args.decay_fraction * n_steps), n_steps - warmup_steps)
+    done = max(0.0, (step - (n_steps - n_decay)) / n_decay) if n_decay else 0.0
+    return low + (lr - low) * (1 - math.sqrt(done))  # Haegele et al., arxiv.org/abs/2405.18392, eq. 2
+
+
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-class Monitor:
-    """What Fabric calls as callback and as logger: the live bar, logs/csv/metrics.csv, the summary's figures.
+class TrainLoader:
+    """LitGPT's training batches: their position for checkpoints, and the place between steps to end at."""
 
-    Fabric asks for methods by name, no base class, so that importing this file does not import Lightning.
+    def __init__(self, loader: Any, monitor: "Monitor") -> None:
+        self.loader, self.monitor, self.seed = loader, monitor, monitor.run.settings.seed
+        self.inner = getattr(loader, "_dataloader", loader)
+        self.has_state = hasattr(self.inner, "state_dict")
+        self.epoch = self.n_batches = 0  # where the loader has no state of its own
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.monitor.is_finished:
+            return
+        for batch in self.loader if self.has_state else self._replayed():
+            yield batch
+            if self.monitor.is_finished:  # litgpt 0.5.13 would take one more batch, which final/ then lacks
+                return
+            if self.monitor.ending:
+                raise Ending(self.monitor.ending)
+
+    def _replayed(self) -> Iterator[Any]:
+        """Yield an epoch drawn from its own seed, so that a resumed run can draw it again."""
+        import torch
+
+        self.loader._num_iter_calls = self.epoch  # what Fabric sets a distributed sampler's epoch to
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + self.epoch)
+            batches = iter(self.loader)
+            first = [batch for batch, _ in zip(batches, range(1), strict=False)]  # samplers draw when asked
+        for batch in itertools.islice(itertools.chain(first, batches), self.n_batches, None):
+            self.n_batches += 1
+            yield batch
+        self.epoch, self.n_batches = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.has_state:
+            return self.inner.state_dict()
+        return {"epoch": self.epoch, "n_batches": self.n_batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.has_state:
+            self.inner.load_state_dict(state)
+        else:
+            self.epoch, self.n_batches = state["epoch"], state["n_batches"]
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of every random generator that a layer or a data module may draw from."""
+    import numpy as np
+    import torch
+
+    name, keys, *rest = np.random.get_state()
+    numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the generators where `rng_state` found them."""
+    import numpy as np
+    import torch
+
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Monitor:
+    """Watches each step: skips a bad one, ends the run on request, writes the log, shows the live bar.
+
+    Fabric asks its callbacks and loggers for methods by name, so that importing this file does not import
+    Lightning. `TrainingFabric` hands on what LitGPT's loop calls.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, stops: StopSignals) -> None:
+        self.run, self.stops, self.settings = run, stops, run.settings
         self.step = run.start_step
-        self.first_step_at = self.last_step_at = 0.0
+        self.ending = ""  # why the run ends after this step
+        self.guard = Guard(run.settings.guard)
+        self.writer = CheckpointWriter(run.settings, self.print)
+        logs = run.settings.out_dir / "logs"
+        self.metrics, self.spikes = LogFile(logs / "csv/metrics.csv"), LogFile(logs / "spikes.csv")
+        self.loader: TrainLoader | None = None
         self.bar: Any = None
         self.values: dict[str, str] = {}
-        self.metrics = MetricsFile(run.settings.out_dir / "logs/csv/metrics.csv", run.start_step)
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
+        self.loss_sum: Any = 0.0  # on the device, of this step's micro-batches
+        self.loss = self.norm = self.lr = math.nan
+        self.before_s = 0.0  # training of the processes that this one resumes
+        self.began = time.perf_counter()
+        self.first_step_at = self.last_step_at = 0.0
+        self.paused_s = 0.0  # validation since the last row
+        self.row_step, self.row_s = run.start_step, 0.0
+        self.longest_step_s = 0.0
+
+    # --- called by TrainingFabric ---
+
+    def before_step(self, fabric: "Fabric", optimizer: Any, norm: "torch.Tensor") -> None:
+        """Decide on the step from one transfer to the host, with the same outcome on all ranks."""
+        import torch
+
+        wish = 2.0 if self._failed_save() else 1.0 if self._wants_to_stop() else 0.0
+        # float32: a loss in bf16 would be rounded to three digits
+        loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=fabric.device)
+        figures = torch.stack([loss, norm.detach().float(), loss.new_tensor(wish)])
+        if fabric.world_size > 1:
+            loss, wish = fabric.all_reduce(figures[::2], reduce_op="sum").unbind()
+            figures = torch.stack([loss / fabric.world_size, figures[1], wish])
+        self.loss, self.norm, wish = figures.tolist()
+        self.loss_sum = 0.0
+        if wish:
+            self._end(failed=wish >= 2)
+        if self.guard.is_bad(self.loss, self.norm):
+            self._skip(optimizer)
+        elif (found := self.guard.spike(self.loss)) is not None:
+            self._flag(*found)
+        lr = optimizer.defaults["lr"]
+        self.lr = learning_rate(self.settings, self.step + 1, self.run.n_steps, self.warmup_steps, float(lr))
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+
+    @functools.cached_property
+    def warmup_steps(self) -> int:
+        """The optimizer steps of linear warm-up."""
+        train, schedule = self.settings.train, self.settings.schedule
+        if schedule.warmup_tokens is not None:
+            steps = math.ceil(schedule.warmup_tokens / self.run.tokens_per_step)
+        elif train.lr_warmup_fraction:  # of an epoch
+            accumulation = train.gradient_accumulation_iters(self.run.devices, self.settings.num_nodes)
+            steps = math.ceil(train.lr_warmup_fraction * len(self.loader) / accumulation)
+        else:
+            steps = train.lr_warmup_steps or 0
+        return min(steps, self.run.n_steps)
+
+    def _wants_to_stop(self) -> bool:
+        limit = self.settings.train.max_time
+        if limit is not None and not self.stops.reason:
+            # a step as long as the longest so far, and a save, must still fit
+            save_s = self.writer.lasting_s or checkpoint_bytes(self.run) / 200e6
+            if time.monotonic() - self.run.started + 1.5 * self.longest_step_s + save_s >= limit:
+                self.stops.reason = f"train.max_time of {limit:g} s"
+        return bool(self.stops.reason)
+
+    def _failed_save(self) -> bool:
+        failure = self.writer.failure
+        return failure is not None and (
+            "no numbers" in failure or self.settings.checkpoints.on_full_disk == "stop"
+        )
+
+    def _end(self, failed: bool) -> None:
+        if failed:
+            reason = self.writer.failure or "another process could not save"
+            raise RunFailed(f"{reason}; continue with --resume auto")
+        self.ending = self.stops.reason or "the request of another process"
+        self.settings.train.save_interval = 1  # read by LitGPT after each step
+
+    def _skip(self, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)  # an optimizer passes over weights without a gradient
+        n, most = self.guard.n_in_a_row, self.settings.guard.max_skipped_steps
+        what = f"the loss is {self.loss:g}, its gradient's norm {self.norm:g}"
+        self.print(f"step {self.step + 1}: {what}: step skipped ({n} in a row)")
+        if n >= most:
+            self.writer.wait()
+            good = sorted(self.settings.out_dir.glob("step-*"))
+            way_on = f"continue from {good[-1]} with --resume auto" if good else "there is no checkpoint yet"
+            raise RunFailed(f"{what} in {n} steps in a row; lower optimizer.init_args.lr; {way_on}")
+
+    def _flag(self, mean: float, sigma: float) -> None:
+        """Write where the batch of a loss spike lies, so that it can be looked at."""
+        first = self.step * self.settings.train.global_batch_size
+        row = {"step": self.step + 1, "loss": self.loss, "mean": mean, "sigma": sigma, "grad_norm": self.norm}
+        self.spikes.write({**row, "first_sequence": first})
+        self.print(
+            f"step {self.step + 1}: the loss {self.loss:.3f} is far above {mean:.3f} +- {sigma:.3f} before; "
+            f"its stories: uv run python tools/show_batch.py {self.settings.out_dir} --step {self.step + 1}"
+        )
+
+    def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the row for LitGPT's `metrics`: figures over all ranks, and ours beside them."""
+        now = time.perf_counter()
+        row = {"step": self.step, "total_tokens": self.step * self.run.tokens_per_step}
+        row["time_s"] = self.before_s + now - self.began
+        if "loss" not in metrics:
+            return row | {key: float(value) for key, value in metrics.items()}
+        tokens = (self.step - self.row_step) * self.run.tokens_per_step
+        seconds = row["time_s"] - self.row_s - self.paused_s
+        self.row_step, self.row_s, self.paused_s = self.step, row["time_s"], 0.0
+        return row | {
+            "iter": metrics["iter"],
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "learning_rate": self.lr,
+            "grad_norm": self.norm,
+            "skipped_steps": self.guard.n_skipped,
+            "tokens_per_s": tokens / seconds if seconds > 0 else math.nan,
+            "iter_time": metrics["iter_time"],
+            "remaining_time": metrics["remaining_time"],
+            "peak_memory_gb": peak_memory_gb(),
+        }
+
+    @property
+    def epoch(self) -> int:
+        return self.loader.state_dict().get("epoch", 0) if self.loader else 0
+
+    def resume(self, state: dict[str, Any], rest: dict[str, Any]) -> None:
+        """Go on where the checkpoint that LitGPT has just loaded into `state` was made."""
+        train = self.settings.train
+        accumulation = train.gradient_accumulation_iters(self.run.devices, self.settings.num_nodes)
+        state["iter_num"] = state["step_count"] * accumulation  # other devices take other micro-batches
+        if "rng" in rest:
+            set_rng_state(rest["rng"])
+        mine = rest.get("run", {})
+        self.before_s = self.row_s = mine.get("time_s", 0.0)
+        self.guard.load_state_dict(mine.get("guard", {}))
+        self.metrics.keep(mine.get("n_rows", 0))
+        self.spikes.keep(mine.get("n_spikes", 0))
+
+    def save(
+        self, fabric: "Fabric", state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path
+    ) -> None:
+        """Save `state` and what `resume` needs; in place of litgpt.pretrain.save_checkpoint."""
+        self.metrics.sync()
+        self.spikes.sync()
+        mine = {
+            "time_s": self.before_s + time.perf_counter() - self.began,
+            "guard": self.guard.state_dict(),
+            "n_rows": self.metrics.n_rows,
+            "n_spikes": self.spikes.n_rows,
+        }
+        self.writer.save(fabric, {**state, "run": mine, "rng": rng_state()}, tokenizer_dir, checkpoint_file)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.run.n_steps
+
+    # --- called by Fabric ---
 
     def on_after_setup(self, fabric: "Fabric", module: Any) -> None:
         """Load the weights to start from; LitGPT's own way knows files of bare weights, not checkpoints."""
@@ -690,13 +1385,15 @@ class Monitor:
         if "model" in read_state(start):
             fabric.load(start, {"model": module}, strict=False)  # the optimizer's state stays behind
         else:
-            fabric.load_raw(start, module)
+            fabric.load_raw(start, module, weights_only=True)
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
         """Advance the bar; Fabric calls it after each optimizer step."""
         self.step += 1
-        self.last_step_at = time.perf_counter()
-        self.first_step_at = self.first_step_at or self.last_step_at
+        now = time.perf_counter()
+        self.longest_step_s = max(self.longest_step_s, now - (self.last_step_at or self.began))
+        self.last_step_at = now
+        self.first_step_at = self.first_step_at or now
         if self.bar is None and self.is_live:
             from tqdm import tqdm
 
@@ -707,23 +1404,39 @@ class Monitor:
             self.bar.update(self.run.tokens_per_step)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Write a row; Fabric's `log_dict` calls it with LitGPT's metrics."""
-        from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-        if rank_zero_only.rank != 0:
+        """Write a row; Fabric's `log_dict` calls it, on rank 0 alone."""
+        if not is_main_process():
             return
-        self.metrics.write({"step": self.step, **{key: float(value) for key, value in metrics.items()}})
+        self.metrics.write(metrics)
         for key in ("loss", "val_loss"):
             if key in metrics:
                 self.values[key] = f"{float(metrics[key]):.3f}"
         if self.bar is not None:
             self.bar.set_postfix(self.values, refresh=False)
+        elif "loss" in metrics:
+            self.print(self._line(metrics))
+
+    def _line(self, row: dict[str, Any]) -> str:
+        left = timedelta(seconds=int(row["remaining_time"]))
+        val = f", val {self.values['val_loss']}" if "val_loss" in self.values else ""
+        parts = (
+            f"step {self.step:,}/{self.run.n_steps:,}",
+            f"epoch {row['epoch'] + 1}",
+            f"loss {row['loss']:.3f}{val}",
+            f"lr {row['learning_rate']:.2e}",
+            f"norm {row['grad_norm']:.2f}",
+            f"{row['tokens_per_s']:,.0f} tokens/s",
+            f"{left} left",
+        )
+        return " | ".join(parts)
+
+    # --- what a person sees ---
 
     def print(self, *texts: Any, **_: Any) -> None:
-        """Print a line of LitGPT's on stderr, less those that the bar and our summary replace."""
+        """Print a line on stderr, less those of LitGPT's that the bar, our lines and our summary replace."""
         line = " ".join(map(str, texts))
-        # litgpt 0.5.13's summary divides by a clock reading; its step lines are the bar's business
-        if line.startswith(("| ", "-----")) or (self.is_live and line.startswith("Epoch ")):
+        # litgpt 0.5.13's summary divides by a clock reading; its epoch begins at 1 again after a resume
+        if line.startswith(("| ", "-----", "Epoch ")) or not is_main_process():
             return
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
@@ -737,44 +1450,68 @@ class Monitor:
         return steps * self.run.tokens_per_step / seconds if steps > 0 and seconds > 0 else None
 
     def close(self) -> None:
-        """Finish the bar."""
+        """Finish the bar, and the save in progress."""
+        self.writer.wait()
         if self.bar is not None:
             self.bar.close()
 
 
-class MetricsFile:
+class LogFile:
     """One CSV over all resumes; Lightning's CSVLogger opens a new one each time and loses the last rows."""
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        self.path, self.start_step = path, start_step
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.columns: list[str] = []
+        self.n_rows = 0
+        self._late: list[
+            dict[str, Any]
+        ] = []  # rows that a locked file (Windows, a spreadsheet) has to wait for
 
-    def write(self, row: dict[str, float]) -> None:
+    def keep(self, n_rows: int) -> None:
+        """Keep the first rows, which were there when the checkpoint was made; the others come again."""
+        if not self.path.is_file():
+            return
+        # the last row may be torn or worse, if the machine stopped while it was written
+        with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
+            reader = csv.DictReader(line.replace("\0", "") for line in file)
+            rows = list(itertools.islice(reader, n_rows))
+        self._rewrite([name for name in reader.fieldnames or [] if name], rows)
+        self.n_rows = len(rows)
+
+    def write(self, row: dict[str, Any]) -> None:
         """Append `row`; a new column rewrites the file with a wider header."""
-        new = [key for key in row if key not in self.columns]
-        if new:
-            rows = self._rows()
-            self.columns += [key for key in [*(rows[0] if rows else []), *row] if key not in self.columns]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self.path.with_suffix(".tmp")
-            with whole.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, self.columns)
-                writer.writeheader()
-                writer.writerows(rows)
-            whole.replace(self.path)
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        self._late.append(row)
+        self.n_rows += 1
+        with contextlib.suppress(PermissionError):
+            for late in list(self._late):
+                if any(key not in self.columns for key in late):
+                    self._widen(late)
+                with self.path.open("a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(late)
+                self._late.remove(late)
 
-    def _rows(self) -> list[dict[str, str]]:
-        """The rows to keep: all of this process, and of an earlier one those up to the step resumed from."""
-        if not self.path.is_file() or (not self.columns and not self.start_step):
-            return []
-        with self.path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+    def _widen(self, row: dict[str, Any]) -> None:
+        rows: list[dict[str, str]] = []
         if self.columns:
-            return rows
-        # the last row may be torn, if the machine stopped while it was written
-        return [row for row in rows if row["step"] and float(row["step"]) <= self.start_step]
+            with self.path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+        self._rewrite(list(dict.fromkeys([*self.columns, *row])), rows)
+
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.with_suffix(".tmp")
+        with whole.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        whole.replace(self.path)
+        self.columns = columns
+
+    def sync(self) -> None:
+        """Bring the rows to the disk, before a checkpoint counts on them."""
+        if self.path.is_file() and self.columns:
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
 
 
 def ready_data(run: Run) -> None:
@@ -835,15 +1572,9 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in plain(settings).items() if name not in left_out}
 
 
-def save_settings(settings: Settings, checkpoint_dir: Path) -> None:
-    """Write the settings that ran as train_config.yaml; read back, they give the same run."""
-    text = yaml.safe_dump(plain_settings(settings), sort_keys=False)
-    (checkpoint_dir / "train_config.yaml").write_text(text, encoding="utf-8")
-
-
 def delete_run(out_dir: Path) -> None:
     """Remove what an earlier run left in `out_dir`, and nothing else."""
-    for old in (out_dir / "final", out_dir / "logs", *out_dir.glob("step-*")):
+    for old in (out_dir / "final", out_dir / "logs", *out_dir.glob("step-*"), *out_dir.glob("superseded-*")):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -854,9 +1585,65 @@ def is_main_process() -> bool:
     return all(int(rank) == 0 for rank in ranks or map(os.environ.get, ("NODE_RANK", "LOCAL_RANK"), "00"))
 
 
+@functools.cache
+def training_fabric() -> type:
+    """Return the Fabric whose calls in LitGPT's loop reach the monitor."""
+    import lightning as L
+
+    class TrainingFabric(L.Fabric):
+        """Fabric with the seams that litgpt 0.5.13's loop offers: it calls these between its own lines."""
+
+        monitor: Monitor
+
+        def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
+            train, *others = super().setup_dataloaders(*loaders, **options)
+            self.monitor.loader = TrainLoader(train, self.monitor)
+            return [self.monitor.loader, *others]
+
+        def backward(self, tensor: "torch.Tensor", *args: Any, **options: Any) -> None:
+            self.monitor.loss_sum = self.monitor.loss_sum + tensor.detach().float()  # over accumulation
+            super().backward(tensor, *args, **options)
+
+        def clip_gradients(self, module: Any, optimizer: Any, **options: Any) -> "torch.Tensor":
+            norm = super().clip_gradients(module, optimizer, **options, error_if_nonfinite=False)
+            self.monitor.before_step(self, optimizer, norm)
+            return norm
+
+        def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
+            rest = super().load(path, state, strict=strict, weights_only=True)
+            if "iter_num" in (state or {}):
+                self.monitor.resume(state, rest)
+            return rest
+
+        def log_dict(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            super().log_dict(self.monitor.complete(metrics), step)
+
+        def print(self, *texts: Any, **_: Any) -> None:
+            self.monitor.print(*texts)
+
+    return TrainingFabric
+
+
+def checkpoint_io(writer: CheckpointWriter) -> Any:
+    """Return Lightning's plugin through which a strategy hands over the whole state on rank 0."""
+    import torch
+    from lightning.fabric.plugins import CheckpointIO
+
+    class BackgroundIO(CheckpointIO):
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            writer.hold(checkpoint)
+
+        def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+        def remove_checkpoint(self, path: Any) -> None:
+            raise NotImplementedError("CheckpointWriter deletes checkpoints")
+
+    return BackgroundIO()
+
+
 def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
     """Return the Fabric that LitGPT's loop runs on: one device, DDP on the CPU, FSDP on GPUs."""
-    import lightning as L
     from lightning.fabric.strategies import FSDPStrategy
     from litgpt.model import Block
     from litgpt.utils import choose_logger
@@ -878,58 +1665,97 @@ def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
             auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD"
         )
         strategy = "ddp" if settings.accelerator == "cpu" or not _has_cuda() else fsdp
-    fabric = L.Fabric(
+    fabric = training_fabric()(
         accelerator="cuda" if settings.accelerator == "gpu" else settings.accelerator,
         devices=run.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,
+        plugins=[] if isinstance(strategy, FSDPStrategy) else [checkpoint_io(monitor.writer)],
         precision=run.precision,
         loggers=loggers,
         callbacks=[monitor],
     )
-    fabric.print = lambda *texts, **kwargs: monitor.print(*texts) if fabric.is_global_zero else None
+    fabric.monitor = monitor
     return fabric
 
 
-def train(run: Run) -> Monitor:
-    """Run LitGPT's `main` and return the monitor with the run's figures."""
+@contextlib.contextmanager
+def litgpt_seams(monitor: Monitor) -> Iterator[None]:
+    """Put our functions in the place of two of litgpt.pretrain's (0.5.13) that it has no argument for."""
+    from litgpt import pretrain
+
+    save_checkpoint, validate = pretrain.save_checkpoint, pretrain.validate
+
+    def watched(*args: Any, **options: Any) -> "torch.Tensor":
+        started = time.perf_counter()
+        val_loss = validate(*args, **options)
+        monitor.paused_s += time.perf_counter() - started
+        if not val_loss.isfinite():
+            monitor.print(f"Warning: the validation loss is {val_loss.item():g} at step {monitor.step}.")
+        return val_loss.clamp(max=700.0)  # fit takes its exponential, which overflows at 709 and raises
+
+    # save_checkpoint writes the weights in place and re-parses sys.argv, which exits on our flags
+    pretrain.save_checkpoint, pretrain.validate = monitor.save, watched
+    try:
+        yield
+    finally:
+        pretrain.save_checkpoint, pretrain.validate = save_checkpoint, validate
+
+
+def train(run: Run, stops: StopSignals) -> Monitor:
+    """Run LitGPT's `main` and return the monitor with the run's figures; `monitor.ending` if it was stopped.
+
+    Raises:
+        RunFailed: the loss is no longer a number, or a checkpoint could not be saved.
+    """
     import torch
     from litgpt import Tokenizer, pretrain
 
     settings = run.settings
     compiled, why = will_compile(settings)
     torch.compiler.set_stance("default" if compiled else "force_eager")  # litgpt 0.5.13 always calls compile
-    # litgpt 0.5.13 re-parses sys.argv here and exits on our flags; drop when main takes the hyperparameters
-    pretrain.save_hyperparameters = lambda _, checkpoint_dir: save_settings(settings, checkpoint_dir)
-    monitor = Monitor(run)
+    monitor = Monitor(run, stops)
     fabric = make_fabric(run, monitor)
     fabric.launch()
     tokenizer = Tokenizer(settings.tokenizer_dir)
-    if settings.overwrite and fabric.is_global_zero:
-        delete_run(settings.out_dir)
+    if fabric.is_global_zero:
+        clear_out_dir(run, monitor)
     for logger in fabric.loggers[1:]:
         logger.log_hyperparams(plain_settings(settings))
     fabric.print(describe(run, fabric, "compiled" if compiled else "eager", why))
     try:
-        pretrain.main(
-            fabric=fabric,
-            devices=run.devices,
-            num_nodes=settings.num_nodes,
-            seed=settings.seed,
-            initial_checkpoint_dir=None,  # Monitor.on_after_setup loads it
-            resume=run.resume or False,
-            config=run.config,
-            data=run.data,
-            out_dir=settings.out_dir,
-            tokenizer_dir=settings.tokenizer_dir,
-            tokenizer=tokenizer,
-            train=settings.train,
-            eval=settings.eval,
-            optimizer=run.optimizer,
-        )
+        with litgpt_seams(monitor), contextlib.suppress(Ending):
+            pretrain.main(
+                fabric=fabric,
+                devices=run.devices,
+                num_nodes=settings.num_nodes,
+                seed=settings.seed,
+                initial_checkpoint_dir=None,  # Monitor.on_after_setup loads it
+                resume=run.resume or False,
+                config=run.config,
+                data=run.data,
+                out_dir=settings.out_dir,
+                tokenizer_dir=settings.tokenizer_dir,
+                tokenizer=tokenizer,
+                train=settings.train,
+                eval=settings.eval,
+                optimizer=run.optimizer,
+            )
     finally:
         monitor.close()
+    if monitor.writer.failure is not None:
+        raise RunFailed(f"{monitor.writer.failure}; then continue with --resume auto")
     return monitor
+
+
+def clear_out_dir(run: Run, monitor: Monitor) -> None:
+    """Remove an earlier run, if told to, and what a kill left half done."""
+    if run.settings.overwrite:
+        delete_run(run.settings.out_dir)
+    tidy(run.settings.out_dir, run.start_step)
+    if run.resume is None:
+        monitor.metrics.keep(0)
+        monitor.spikes.keep(0)
 
 
 def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
@@ -949,20 +1775,20 @@ def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
     )
 
 
-def peak_memory() -> str:
-    """Return the peak memory of this process, of the GPU where there is one."""
+def peak_memory_gb() -> float:
+    """Return the peak memory in 1e9 bytes, of the GPU where there is one, else of this process."""
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+        return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == "win32":
         import psutil
 
-        return f"{psutil.Process().memory_info().peak_wset / 1e9:.2f} GB"
+        return psutil.Process().memory_info().peak_wset / 1e9
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def tell_story(checkpoint_dir: Path, prompt: str = "Once upon a time") -> str:
@@ -994,7 +1820,9 @@ def summarize(run: Run, monitor: Monitor) -> None:
         + (f", {rate:,.0f} tokens/s with validation and saving" if rate else "")
         + (f"\nLoss       {monitor.values['loss']} in training" if "loss" in monitor.values else "")
         + (f", {monitor.values['val_loss']} in validation" if "val_loss" in monitor.values else "")
-        + f"\nMemory     {peak_memory()} at its peak\nCheckpoint {final}\nLog        {monitor.metrics.path}"
+        + (f"\nSkipped    {n} steps without a finite gradient" if (n := monitor.guard.n_skipped) else "")
+        + f"\nMemory     {peak_memory_gb():.2f} GB{' on the GPU' if _has_cuda() else ''} at its peak"
+        + f"\nCheckpoint {final}\nLog        {monitor.metrics.path}"
     )
     if is_own_data(run.data):
         print(f"\nA story from it:\n\n{tell_story(final)}\n")
@@ -1020,14 +1848,24 @@ def is_disk_full(error: BaseException) -> bool:
 
 def explain(error: Exception, out_dir: Path) -> str | None:
     """Return what to tell of a failure in training, None for one that only a bug can cause."""
+    if isinstance(error, RunFailed):
+        return str(error)
     if is_disk_full(error):
         return f"{out_dir}: the disk is full; make room and continue with --resume auto"
-    if "non-finite" in str(error):  # litgpt 0.5.13 clips with error_if_nonfinite
-        return (
-            "the loss or its gradient is no longer a number; lower optimizer.init_args.lr, "
-            "and continue from an earlier checkpoint with --resume PATH"
-        )
     return f"{error}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
+
+
+def resume_command(argv: list[str]) -> str:
+    """Return the command that goes on with the run that `argv` began."""
+    kept, flags = [], iter(argv)
+    for flag in flags:
+        name, equals, _ = flag.partition("=")
+        if name in ("--resume", "--initial_checkpoint_dir"):
+            _ = equals or next(flags, None)
+        elif name not in ("--overwrite", "--no_overwrite"):
+            kept.append(flag)
+    words = ["uv", "run", "python", "run_train.py", *kept, "--resume", "auto"]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def set_up(argv: list[str]) -> Run:
@@ -1048,6 +1886,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a story may hold what a Windows code page lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    started = time.monotonic()
     argv = wandb_dataset.normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         build_parser().print_help()
@@ -1063,13 +1902,18 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         is_work = isinstance(error, wandb_dataset.TransferError | ConnectionError) or is_disk_full(error)
         return _fail(error, 1 if is_work else 2)
-    out_dir = run.settings.out_dir
+    run.started, out_dir = started, run.settings.out_dir
     try:
-        monitor = train(run)
-        if is_main_process():
-            summarize(run, monitor)
+        with RunLock(out_dir) if is_main_process() else contextlib.nullcontext():
+            with StopSignals() as stops:
+                monitor = train(run, stops)
+            if is_main_process() and monitor.ending:
+                print(f"Stopped after step {monitor.step:,} of {run.n_steps:,} ({monitor.ending}). To go on:")
+                print(f"  {resume_command(argv)}")
+            elif is_main_process():
+                summarize(run, monitor)
     except KeyboardInterrupt:
-        return _fail(f"stopped; continue from the last checkpoint in {out_dir} with --resume auto", 130)
+        return _fail(f"stopped; the model is in {out_dir / 'final'}", 130)
     except BrokenPipeError:  # whoever read the summary has gone; the model is saved
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, RuntimeError) as error:
