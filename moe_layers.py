@@ -612,6 +612,7 @@ def check_weights(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tenso
 def verify_checkpoint(checkpoint_dir: Path) -> None:
     import hashlib
     import json
+
     path = checkpoint_dir / "checkpoint.json"
     if not path.is_file():
         return

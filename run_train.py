@@ -915,11 +915,16 @@ class HashingFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha256, self.n_bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._sha256.update(data)
         self.n_bytes += memoryview(data).nbytes
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save tells of it as "unexpected pos"
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -934,7 +939,10 @@ def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
     with path.open("wb") as raw:
         file = HashingFile(raw)
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError:
+            raise file.error or sys.exception() from None
         raw.flush()
         os.fsync(raw.fileno())
     return {"bytes": file.n_bytes, "sha256": file.hexdigest()}
@@ -1163,7 +1171,7 @@ class TrainLoader:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + self.epoch)
             batches = iter(self.loader)
-            first = [batch for batch, _ in zip(batches, range(1), strict=False)]  # samplers draw when asked
+            first = list(itertools.islice(batches, 1))  # samplers draw when they are asked
         for batch in itertools.islice(itertools.chain(first, batches), self.n_batches, None):
             self.n_batches += 1
             yield batch

@@ -1,0 +1,90 @@
+"""Print the stories that one training step of a run saw, to look into a loss spike or a surprising gradient.
+
+Run: uv run python tools/show_batch.py checkpoints --step 1200     (10 s, most of it imports)
+
+logs/spikes.csv of a run names the steps worth a look. Works on a run that is still going.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+
+from wandb_dataset import normalize_flags  # noqa: E402
+
+if TYPE_CHECKING:
+    from prepare_data import TokenBatches
+
+
+def batches_of(checkpoint_dir: Path) -> tuple["TokenBatches", dict[str, Any]]:
+    """Return the run's training batches, one optimizer step each, and its settings.
+
+    Raises:
+        ValueError: the run did not train on our data module, or its data has changed since.
+        OSError: a file is missing.
+    """
+    import prepare_data
+    from moe_layers import CONFIG_FILE, MoEConfig, read_mapping
+
+    settings = read_mapping(checkpoint_dir / "train_config.yaml")
+    data, train = settings.get("data") or {}, settings.get("train") or {}
+    if data.get("class_path") != "prepare_data.TextShards":
+        raise ValueError(
+            f"{checkpoint_dir}: its data is {data.get('class_path')}, not prepare_data.TextShards"
+        )
+    init_args = data.get("init_args") or {}
+    data_dir = Path(init_args.get("train_data_path", prepare_data.PrepareSettings.data_dir / "train")).parent
+    if settings.get("dataset_dir"):
+        data_dir = Path(settings["dataset_dir"])
+    block_size = train.get("max_seq_length") or MoEConfig.from_file(checkpoint_dir / CONFIG_FILE).block_size
+    seed = init_args.get("seed", settings.get("seed"))
+    stream = prepare_data.TokenStream(data_dir, "train")
+    return prepare_data.TokenBatches(stream, train["global_batch_size"], block_size, seed), settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run's out_dir, or one of its checkpoints")
+    parser.add_argument("--step", type=int, required=True, help="optimizer step, 1 is the first")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0, or 2 after a message on what cannot be read."""
+    parser = build_parser()
+    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    if args.step < 1:
+        parser.error(f"--step is {args.step}; choose 1 or more")
+    try:
+        from litgpt import Tokenizer
+
+        from moe_layers import find_checkpoint
+
+        checkpoint_dir = find_checkpoint(args.run)
+        batches, _ = batches_of(checkpoint_dir)
+        tokenizer = Tokenizer(checkpoint_dir)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # the flow is the same for any micro-batch and any number of devices: one batch here is one step
+    used = (args.step - 1) * batches.batch_size
+    batches.load_state_dict(
+        {
+            "epoch": used // batches.n_sequences,
+            "n_used": used % batches.n_sequences,
+            "n_sequences": batches.n_sequences,
+        }
+    )
+    for number, ids in enumerate(next(iter(batches)), 1):
+        print(f"--- step {args.step}, sequence {number} of {batches.batch_size}\n{tokenizer.decode(ids)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
