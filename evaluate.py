@@ -148,23 +148,26 @@ def pick_checkpoint(args: argparse.Namespace) -> Path | None:
     """Return the checkpoint directory, None for random weights; a named one that is not there is an error."""
     if args.random_weights:
         return None
-    from moe_layers import find_checkpoint
+    from moe_layers import find_checkpoint, verify_checkpoint
 
     try:
-        return find_checkpoint(args.ckpt_dir or CHECKPOINTS)
+        folder = find_checkpoint(args.ckpt_dir or CHECKPOINTS)
     except FileNotFoundError:
         if args.ckpt_dir:
             raise
         return None
+    verify_checkpoint(folder)
+    return folder
 
 
 def describe_checkpoint(folder: Path) -> dict:
     """Return what identifies a checkpoint: path, step where it is known, hash of the weights."""
-    from moe_layers import CHECKPOINT_FILE, read_state
+    from moe_layers import CHECKPOINT_FILE, read_state, sha256_of
 
     path = folder / CHECKPOINT_FILE
-    step = read_state(path).get("step_count")
-    return {"path": str(folder), "step": step, "sha256": sha256_file(path)}
+    step, stat = read_state(path).get("step_count"), path.stat()
+    step = step if isinstance(step, int) else None
+    return {"path": str(folder), "step": step, "sha256": sha256_of(path, stat.st_size, stat.st_mtime_ns)}
 
 
 # --- scoring ------------------------------------------------------------------------------------------------

@@ -379,10 +379,11 @@ def _is_piped_in() -> bool:
 
 def load(args: argparse.Namespace, prompt: str) -> "tuple[GPT, Tokenizer, list[int]]":
     """Return the checkpoint's model, its tokenizer and the prompt's token ids."""
-    from moe_layers import find_checkpoint, load_model, pick_device
+    from moe_layers import find_checkpoint, load_model, pick_device, verify_checkpoint
 
     device, dtype = pick_device(args.device, args.precision)
     folder = find_checkpoint(args.ckpt_dir)
+    verify_checkpoint(folder)
     tokenizer = read_tokenizer(folder)
     print(f"checkpoint {folder} on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
     model = load_model(folder, device, dtype)

@@ -12,10 +12,20 @@ moe_intermediate_size, R = N*K routed rows (one per token and choice). A tensor'
 """
 
 import difflib
+import hashlib
+import itertools
+import json
+import math
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn as nn
@@ -27,6 +37,42 @@ from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
+RECORD_FILE = "checkpoint.json"  # what a whole checkpoint holds: its step, each file's size and SHA-256
+RECORD_FORMAT = 1
+MAX_RECORD_BYTES = 1 << 20
+MAX_YAML_BYTES = 1 << 17  # time and memory of reading grow faster than the file
+MAX_YAML_PARTS = 20_000
+MAX_PICKLE_BYTES = 16 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
+MAX_TUPLE_PARTS = 10_000  # nested in one another; Python's random state, a large one, has 627
+MAX_BLOCK_SIZE = 1 << 18  # the rotary table of 128 columns then takes 268 MB
+MAX_EXPERTS = 20_000  # over all layers; each is an object that takes time to make
+PICKLE_GLOBALS = re.compile(  # what the pickle of a checkpoint names, and none of it can do harm
+    r"collections\.OrderedDict|torch\.(Size|bool|u?int\d+|b?float\d+|[A-Z][A-Za-z\d]*Storage)"
+    r"|torch\._utils\._rebuild_(tensor_v2|parameter)"
+)
+# op -> bytes of its argument or of that argument's length, values it takes from the stack (None: to the mark)
+PICKLE_OPS: dict[bytes, tuple[int, int | None]] = {
+    **dict.fromkeys((pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.EMPTY_DICT), (0, 0)),
+    **dict.fromkeys((pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.GLOBAL, pickle.MARK), (0, 0)),
+    **dict.fromkeys((pickle.PROTO, pickle.BININT1, pickle.BINPUT, pickle.BINGET), (1, 0)),
+    **dict.fromkeys((pickle.SHORT_BINSTRING, pickle.LONG1), (1, 0)),
+    **dict.fromkeys((pickle.BININT, pickle.BINUNICODE, pickle.LONG_BINPUT, pickle.LONG_BINGET), (4, 0)),
+    **dict.fromkeys((pickle.APPEND, pickle.BUILD, pickle.BINPERSID, pickle.TUPLE1), (0, 1)),
+    **dict.fromkeys((pickle.SETITEM, pickle.REDUCE, pickle.TUPLE2), (0, 2)),
+    **dict.fromkeys((pickle.APPENDS, pickle.SETITEMS, pickle.TUPLE), (0, None)),
+    pickle.BININT2: (2, 0),
+    pickle.BINFLOAT: (8, 0),
+    pickle.TUPLE3: (0, 3),
+}
+WITH_LENGTH = (pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.LONG1)
+TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+FILLS = (
+    pickle.APPEND,
+    pickle.APPENDS,
+    pickle.SETITEM,
+    pickle.SETITEMS,
+    pickle.BUILD,
+)  # what is there already
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -77,6 +123,8 @@ def config_problems(config: Config) -> list[str]:
         value = getattr(config, key)
         if value is not None and value < 1:
             problems.append(f"{key} is {value}; choose 1 or more")
+    if not problems:
+        problems = _size_problems(config)
     if problems:
         return problems
     if config.head_size is None and config.n_embd % config.n_head:
@@ -94,6 +142,20 @@ def config_problems(config: Config) -> list[str]:
         problems.append(
             f"mlp_class_name is {config.mlp_class_name}, which has no experts; "
             "set mlp_class_name: LLaMAMoE or remove n_expert and first_k_dense_replace"
+        )
+    return problems
+
+
+def _size_problems(config: Config) -> list[str]:
+    """Return one sentence per value that would take minutes or gigabytes before anything else can be said."""
+    in_layer = 1 + max(config.n_expert or 0, 0) + max(config.n_shared_expert or 0, 0)
+    problems = []
+    if config.block_size > MAX_BLOCK_SIZE:
+        problems.append(f"block_size is {config.block_size:.6g}; choose {MAX_BLOCK_SIZE:,} or less")
+    if config.n_layer * in_layer > MAX_EXPERTS:
+        problems.append(
+            f"n_layer {config.n_layer:.6g} times {in_layer:.6g} MLPs in a layer is over {MAX_EXPERTS:,}; "
+            "lower n_layer or n_expert"
         )
     return problems
 
@@ -180,25 +242,51 @@ def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice; plain YAML lets the last one win in silence."""
+    """A safe YAML loader that refuses a key given twice (plain YAML lets the last one win in silence) and
+    aliases that stand for too much: ten lines of them can make a value of 10**9 parts.
+    """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _expanded_size(node, {}) > MAX_YAML_PARTS:
+            raise yaml.YAMLError(f"its aliases stand for over {MAX_YAML_PARTS:,} values; write them out")
+        return super().construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"the key {twice[0]} is given twice; keep one of them")
+        if isinstance(node, yaml.MappingNode):  # else the loader's own message, as for `!!map text`
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [name for name, times in Counter(names).items() if times > 1]:
+                raise yaml.YAMLError(f"the key {twice[0]} is given twice; keep one of them")
         return super().construct_mapping(node, deep)
+
+
+def _expanded_size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Return how many values a YAML node stands for once its aliases are written out, inf for a cycle."""
+    if node not in known:
+        known[node] = math.inf  # met again while it is counted: it contains itself
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        children = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+        known[node] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[node]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the `key: value` lines of a YAML file. Raises ValueError or OSError, naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
+    if (size := path.stat().st_size) > MAX_YAML_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError) as error:
+        # not only YAMLError: PyYAML lets those of int(), date() and others pass
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not readable YAML: {reason[:300]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no `key: value` lines; write some into it")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise ValueError(
+            f"{path}: the key {odd[0]!r:.80} is no text; see litgpt.Config or --help for the keys"
+        )
     return values
 
 
@@ -499,18 +587,101 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: naming what was looked for.
+        ValueError: there are some, and none is whole; says what is wrong with the first.
     """
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
-    steps = sorted(path.glob("step-*"), reverse=True)
-    for candidate in (path, path / "final", *steps):
-        if (candidate / CHECKPOINT_FILE).is_file() and (candidate / CONFIG_FILE).is_file():
+    if _has_model(path):  # named itself: verify_checkpoint tells what is wrong with it
+        return path
+    steps = sorted(path.glob("step-*"), key=_step_of, reverse=True)
+    problems = []
+    for candidate in filter(_has_model, (path / "final", *steps)):
+        try:
+            _recorded_files(candidate)
             return candidate
+        except ValueError as problem:
+            problems.append(problem)
+    if problems:
+        raise problems[0]
     raise FileNotFoundError(
         f"{path} holds no {CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
     )
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / CHECKPOINT_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+
+
+def _step_of(folder: Path) -> int:
+    digits = re.fullmatch(r"step-(\d{1,18})", folder.name)
+    return int(digits[1]) if digits else -1
+
+
+def verify_checkpoint(checkpoint_dir: Path) -> None:
+    """Check every file that checkpoint.json lists (LitGPT's own checkpoints have none: nothing to check).
+
+    Raises:
+        ValueError: one sentence, when a file is missing, has another size or another SHA-256 than recorded,
+            or is a link out of the folder.
+        OSError: a file cannot be read.
+    """
+    for path in checkpoint_dir.iterdir():
+        if path.is_symlink() and checkpoint_dir.resolve() not in path.resolve().parents:
+            raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
+    for path, entry in _recorded_files(checkpoint_dir).items():
+        stat = path.stat()
+        if sha256_of(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
+            _refuse_damage(path, f"its content is not what {RECORD_FILE} recorded")
+
+
+@lru_cache  # generate, evaluate and load_model each ask before they use a file
+def sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+    """Return the SHA-256 of a file's content; size and time tell whether it changed since."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded_files(checkpoint_dir: Path) -> dict[Path, dict[str, Any]]:
+    """Return the files that checkpoint.json lists, {} without one; ValueError if one has another size."""
+    record = checkpoint_dir / RECORD_FILE
+    if not record.exists():
+        return {}
+    files = _read_record(record)
+    for name, entry in files.items():
+        path = checkpoint_dir / name
+        if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
+            raise ValueError(
+                f"{record} lists {name!r}, which is no file of its folder; use another checkpoint"
+            )
+        if not path.is_file():
+            _refuse_damage(path, f"{RECORD_FILE} lists it and it is not there")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            _refuse_damage(path, f"it has {size:,} bytes, {RECORD_FILE} says {entry['bytes']:,}")
+    return {checkpoint_dir / name: entry for name, entry in files.items()}
+
+
+def _read_record(record: Path) -> dict[str, dict[str, Any]]:
+    """Return the checked `files` of a checkpoint.json; ValueError if it is damaged."""
+    try:
+        if record.stat().st_size > MAX_RECORD_BYTES:
+            raise ValueError("it is too large")
+        content = json.loads(record.read_bytes())
+        version, files = content["format"], content["files"]
+        if version != RECORD_FORMAT:
+            raise ValueError(f"its format is {version!r:.80}, not {RECORD_FORMAT}")
+        kinds = [(type(entry["bytes"]), type(entry["sha256"])) for entry in files.values()]
+        if CHECKPOINT_FILE not in files or set(kinds) != {(int, str)}:
+            raise ValueError("it does not list the files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _refuse_damage(record, str(error).strip("'") or type(error).__name__)
+    return files
+
+
+def _refuse_damage(path: Path, reason: str) -> NoReturn:
+    reason = " ".join(reason.split())[:200]
+    raise ValueError(f"{path} is damaged or not a checkpoint's ({reason}); use another checkpoint")
 
 
 def load_model(
@@ -521,13 +692,20 @@ def load_model(
     Only the weights are read into memory, not the optimizer state that lies in the same file.
 
     Raises:
-        ValueError: the configuration or the weights are damaged, or do not belong together.
+        ValueError: a file is damaged, the weights do not belong to the configuration, or one is not a number.
         OSError: a file cannot be read.
     """
+    verify_checkpoint(checkpoint_dir)
     config = MoEConfig.from_file(checkpoint_dir / CONFIG_FILE)
     weights = check_weights(checkpoint_dir, config)
     with torch.device("meta"):
         model = GPT(config)
+    for name, weight in weights.items() if torch.device(device).type != "meta" else ():
+        # a finite sum says that all are, and takes a third of the time of asking each
+        total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+        if not total.isfinite() and not weight.isfinite().all():
+            where = f"{checkpoint_dir / CHECKPOINT_FILE}: {name} holds values that are not finite"
+            raise ValueError(f"{where} (the training diverged); use an earlier checkpoint")
     # clone: the weights leave the mapped file, which a running training may replace
     weights = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
     model.load_state_dict(weights, assign=True)
@@ -562,11 +740,16 @@ def read_state(path: Path) -> dict[str, Any]:
     """Return what the file `path` holds, tensors memory-mapped; never runs code (`weights_only`).
 
     Raises:
-        ValueError: the file is damaged, or no checkpoint.
+        ValueError: the file is damaged, no checkpoint, or made to do more than hold tensors.
         OSError: it cannot be read.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if sum(tensor.nbytes for tensor in _tensors(state)) > 2 * path.stat().st_size:  # 2: tied weights
+            raise ValueError("its tensors claim more values than it holds")
     except (
         Exception
     ) as error:  # a damaged file raises pickle, zip, runtime, key or (seeking too far) OS errors
@@ -578,18 +761,85 @@ def read_state(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no checkpoint; give one that run_train.py or LitGPT wrote")
-    return state
+    return dict(dict.items(state))  # an OrderedDict's own attributes may hide its methods
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor in nested dicts, lists and tuples; one container is entered once."""
+    todo, seen = [state], set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, torch.Tensor):
+            yield node
+        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
+            seen.add(id(node))
+            todo.extend(dict.values(node) if isinstance(node, dict) else node)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError if the file is not as torch.save writes it: nothing packed, a pickle of data alone."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name = entry.filename
+            if ".." in re.split(r"[/\\]", name) or name.startswith(("/", "\\")):
+                raise ValueError(f"its part {name!r} would lie outside")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise ValueError(f"its part {name!r} unpacks to {entry.file_size:,} bytes")
+            if name.endswith(("data.pkl", "byteorder", "version")) and entry.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"its part {name!r} has {entry.file_size:,} bytes")
+    _check_pickle(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raise ValueError if a pickle asks for more than tensors in dicts and lists, and plain values.
+
+    `weights_only` runs no foreign code, but calls `bytearray(10**12)` when told to, and a tuple of a million
+    tuples in one another, used as a key, ends the process (torch 2.10). Other errors mean a damaged file.
+    """
+    stack: list[int] = []  # of each value its size, where that counts: the parts of a tuple
+    marks: list[list[int]] = []
+    memo: dict[int, int] = {}
+    at = 0
+    while (op := data[at : at + 1]) != pickle.STOP:
+        n_bytes, n_taken = PICKLE_OPS[op]
+        number = int.from_bytes(data[at + 1 : at + 1 + n_bytes], "little")
+        at += 1 + n_bytes
+        if op == pickle.GLOBAL:
+            end = data.index(b"\n", data.index(b"\n", at) + 1)
+            name = data[at:end].decode().replace("\n", ".")
+            if not PICKLE_GLOBALS.fullmatch(name):
+                raise ValueError(f"it asks for {name[:60]}, which weights do not need and which may do harm")
+            at = end + 1
+        elif op in WITH_LENGTH:
+            at += number
+        if op == pickle.MARK:
+            marks.append(stack)
+            stack = []
+        elif op in (pickle.BINPUT, pickle.LONG_BINPUT):
+            memo[number] = stack[-1]
+        elif op in (pickle.BINGET, pickle.LONG_BINGET):
+            stack.append(memo[number])
+        elif op != pickle.PROTO:
+            if n_taken is None:
+                taken, stack = stack, marks.pop()
+            else:
+                taken = [stack.pop() for _ in range(n_taken)]
+            parts = 1 + sum(taken) if op in TUPLES else 1
+            if parts > MAX_TUPLE_PARTS:
+                raise ValueError(f"it nests over {MAX_TUPLE_PARTS:,} values in tuples")
+            if op not in FILLS:
+                stack.append(parts)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the model's state dict in the file `path`, memory-mapped. Raises as `read_state`."""
     state = read_state(path)
     weights = state.get("model", state)
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in dict.values(weights)):
         raise ValueError(
             f"{path} holds no model weights; give a checkpoint that run_train.py or LitGPT wrote"
         )
-    return weights
+    return dict(dict.items(weights))
 
 
 def check_weights(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tensor]:
@@ -601,11 +851,15 @@ def check_weights(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tenso
     if missing := [name for name in expected if name not in weights]:
         raise ValueError(f"{where} they lack {missing[0]} ({len(missing)} missing)")
     if extra := [name for name in weights if name not in expected]:
-        raise ValueError(f"{where} they have an unexpected {extra[0]} ({len(extra)} too many)")
+        raise ValueError(f"{where} they have an unexpected {extra[0]!s:.80} ({len(extra)} too many)")
     for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, the config wants {tuple(tensor.shape)}"
             raise ValueError(f"{where} {name} is {shapes}")
+        if weights[name].dtype not in (*DTYPES.values(), torch.float64):
+            raise ValueError(
+                f"{where} {name} is of {weights[name].dtype}, not of float32, bfloat16 or float16"
+            )
     return weights
 
 

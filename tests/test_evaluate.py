@@ -369,11 +369,11 @@ def test_an_unknown_precision_is_one_sentence(tiny_checkpoint, capsys):
     assert "--precision 8-true is unknown; choose auto, 32-true" in capsys.readouterr().err
 
 
-def test_weights_that_are_not_numbers_are_a_failure_not_a_result(data_dir, tmp_path, tiny_checkpoint, capsys):
+def test_a_loss_that_is_not_a_number_is_a_failure_not_a_result(data_dir, tmp_path, tiny_checkpoint, capsys):
     broken = tmp_path / "run" / "final"
     shutil.copytree(tiny_checkpoint, broken)
     state = torch.load(broken / "lit_model.pth", weights_only=True)
-    state["model"]["lm_head.weight"].fill_(float("nan"))
+    state["model"]["lm_head.weight"].fill_(3e38)  # a number, but not what comes of it
     torch.save(state, broken / "lit_model.pth")
     assert "the loss is nan" in failure(capsys, "--ckpt_dir", broken, "--data_dir", data_dir, status=1)
     assert not (tmp_path / "run" / "results.jsonl").exists()

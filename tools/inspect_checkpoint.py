@@ -144,8 +144,9 @@ def inspect(folder: Path, with_tensors: bool) -> list[str]:
     Raises:
         ValueError: the weights or a configuration are damaged, or do not belong together.
     """
-    from moe_layers import MoEConfig, read_state, read_weights
+    from moe_layers import MoEConfig, read_state, read_weights, verify_checkpoint
 
+    verify_checkpoint(folder)
     print("\n".join([f"{folder}", *describe_files(folder)]))
     config = MoEConfig.from_file(folder / "model_config.yaml")
     weights = read_weights(folder / "lit_model.pth")
@@ -165,14 +166,9 @@ def inspect(folder: Path, with_tensors: bool) -> list[str]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    import yaml
+    from moe_layers import read_mapping
 
-    if not path.is_file():
-        return {}
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    return read_mapping(path) if path.is_file() else {}
 
 
 def main(argv: list[str] | None = None) -> int:
