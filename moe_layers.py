@@ -861,16 +861,3 @@ def check_weights(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tenso
                 f"{where} {name} is of {weights[name].dtype}, not of float32, bfloat16 or float16"
             )
     return weights
-
-
-def verify_checkpoint(checkpoint_dir: Path) -> None:
-    import hashlib
-    import json
-
-    path = checkpoint_dir / "checkpoint.json"
-    if not path.is_file():
-        return
-    for name, entry in json.loads(path.read_text(encoding="utf-8"))["files"].items():
-        with (checkpoint_dir / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise ValueError(f"{checkpoint_dir / name} is damaged")
