@@ -1,0 +1,191 @@
+"""Real processes: two of them train one model, and one that is killed again and again still gets there."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import OFFLINE, ROOT, SENTENCES, TINY_CONFIG
+from test_run_train import losses, rows, run, weights, workspace  # noqa: F401
+from test_survival import assert_same_run
+
+pytestmark = pytest.mark.usefixtures("eager", "workspace")
+
+RUN = [sys.executable, str(ROOT / "run_train.py"), "--config", "train_config.yaml"]
+
+
+def start(*flags: object, log: str = "log.txt") -> subprocess.Popen:
+    """Start run_train.py as a user would, in a process group of its own."""
+    with Path(log).open("ab") as file:
+        return subprocess.Popen(
+            [*RUN, *map(str, flags)],
+            env={**os.environ, **OFFLINE},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen, log: str = "log.txt") -> None:
+    status = process.wait(timeout=240)
+    assert status == 0, Path(log).read_text(encoding="utf-8")[-3000:]
+
+
+def validation(out_dir: str) -> list[float]:
+    return [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
+
+
+# --- two processes ------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
+    # 93 sequences and 28 steps of 4: both reach into the second epoch
+    flags = ["--max_tokens", 28 * 256, "--micro_batch_size", 1]
+    two = start("--out_dir", "two", *flags, "--devices", 2)
+    assert run("--out_dir", "one", *flags) == 0
+    finish(two)
+    assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
+    assert validation("two") == pytest.approx(validation("one"), abs=1e-5)
+    assert [row["step"] for row in rows("two")] == [row["step"] for row in rows("one")]  # rank 0 alone writes
+
+    for name in ("one", "two"):
+        shutil.rmtree(f"{name}/final")
+        for step in Path(name).glob("step-*"):
+            if step.name > "step-00000012":
+                shutil.rmtree(step)
+    first = losses("one")
+    more = start("--out_dir", "one", *flags, "--devices", 2, "--resume", "auto")
+    assert run("--out_dir", "two", *flags, "--resume", "auto") == 0
+    finish(more)
+    assert losses("two") == pytest.approx(first, abs=1e-5)
+    assert losses("one") == pytest.approx(first, abs=1e-5)
+    assert validation("one") == pytest.approx(validation("two"), abs=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
+def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step() -> None:
+    process = start("--max_tokens", 10**6 * 256, "--devices", 2, "--train.log_interval", 5)
+    wait_for(lambda: Path("out/logs/csv/metrics.csv").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    text = Path("log.txt").read_text(encoding="utf-8")
+    assert text.count("Stopped after step") == 1 and "Traceback" not in text
+    (step,) = {path.name for path in Path("out").glob("step-*") if int(path.name[-8:]) % 4} or {"none"}
+    assert step == max(path.name for path in Path("out").glob("step-*")) or step == "none"
+
+
+# --- kills --------------------------------------------------------------------------------------------------
+
+
+def wait_for(event: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> bool:
+    """Return whether `event` came before the process ended."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if event():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.001)
+    raise AssertionError("nothing happened in time")
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process and its children, as a power cut does: no handler runs."""
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def long_job(workspace: Path, tiny_tokenizer_dir: Path) -> Path:  # noqa: F811
+    """Raw text that takes a moment to tokenize, and a model whose checkpoints take a moment to write."""
+    random.seed(5)
+    for split, n_stories in (("train", 3000), ("val", 40)):
+        Path("text", split).mkdir(parents=True)
+        stories = (
+            " ".join(random.choices(SENTENCES, k=6)) + f" It was day {n}.\n<|endoftext|>\n"
+            for n in range(n_stories)
+        )
+        Path("text", split, "stories.txt").write_text("".join(stories), encoding="utf-8")
+    model = {**TINY_CONFIG, "n_embd": 64, "n_head": 4, "moe_intermediate_size": 64, "n_expert": 8}
+    Path("model_config.yaml").write_text(yaml.dump(model), encoding="utf-8")
+    settings = yaml.safe_load(Path("train_config.yaml").read_text(encoding="utf-8"))
+    settings["data"]["init_args"] = {"train_data_path": "text/train"}
+    settings["train"] |= {"max_tokens": 120 * 256, "save_interval": 3, "log_interval": 1}
+    settings["eval"] |= {"interval": 25}
+    settings["checkpoints"] = {"keep_last": 3}
+    settings["seed"] = 11
+    Path("train_config.yaml").write_text(yaml.dump(settings), encoding="utf-8")
+    return workspace
+
+
+def is_saving(out_dir: str) -> bool:
+    return any(Path(out_dir).glob(".*.tmp"))
+
+
+def is_tokenizing() -> bool:
+    return any(Path("text").glob("**/*.bin*")) and not Path("text/manifest.json").exists()
+
+
+def survive(n_kills: int, seed: int) -> dict[str, int]:
+    """Kill the run `n_kills` times, inside tokenizing, inside a save and anywhere; return what was hit."""
+    rng, hit = random.Random(seed), {"tokenizing": 0, "saving": 0, "anywhere": 0, "came to its end": 0}
+    flags = ("--out_dir", "parts", "--resume", "auto")
+    for n in range(n_kills):
+        moment = ("tokenizing", "saving", "anywhere")[n % 3]
+        if moment == "tokenizing":  # from nothing, or again because a shard is gone
+            Path("text/manifest.json").unlink(missing_ok=True)
+            for shard in Path("text").glob("**/*.bin"):
+                shard.unlink()
+        process = start(*flags)
+        if moment == "anywhere":
+            came = _sleep(process, rng.uniform(0, 25))
+        else:
+            event = is_tokenizing if moment == "tokenizing" else lambda: is_saving("parts")
+            came = wait_for(event, process)
+            time.sleep(rng.uniform(0, 0.02))  # some way into it
+        kill(process)
+        hit[moment if came else "came to its end"] += 1
+    finish(start(*flags))
+    return hit
+
+
+def _sleep(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def assert_survived(n_kills: int, seed: int) -> None:
+    whole = start("--out_dir", "whole", log="whole.txt")
+    finish(whole, "whole.txt")
+    shards = {path.name: path.read_bytes() for path in sorted(Path("text").glob("**/*.bin"))}
+    hit = survive(n_kills, seed)
+    print(f"{n_kills} kills, seed {seed}: {hit}")
+    assert {path.name: path.read_bytes() for path in sorted(Path("text").glob("**/*.bin"))} == shards
+    assert_same_run("parts", "whole")
+    text = Path("log.txt").read_text(encoding="utf-8")
+    assert "Traceback" not in text and "error:" not in text
+    assert not any(Path("parts").glob(".*.tmp"))
+
+
+def test_a_run_killed_while_tokenizing_while_saving_and_anywhere_ends_as_if_nothing_had_happened(
+    long_job: Path,
+) -> None:
+    assert_survived(3, seed=int(os.environ.get("CHAOS_SEED", "1")))
+
+
+@pytest.mark.slow
+def test_a_run_killed_a_hundred_times_ends_as_if_nothing_had_happened(long_job: Path) -> None:
+    assert_survived(int(os.environ.get("CHAOS_KILLS", "100")), seed=int(os.environ.get("CHAOS_SEED", "2")))
