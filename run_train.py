@@ -1252,7 +1252,8 @@ class Monitor:
         loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=fabric.device)
         figures = torch.stack([loss, norm.detach().float(), loss.new_tensor(wish)])
         if fabric.world_size > 1:
-            loss, wish = fabric.all_reduce(figures[::2], reduce_op="sum").unbind()
+            # contiguous: gloo reduces the memory of a strided view, not its elements
+            loss, wish = fabric.all_reduce(figures[[0, 2]], reduce_op="sum").unbind()
             figures = torch.stack([loss / fabric.world_size, figures[1], wish])
         self.loss, self.norm, wish = figures.tolist()
         self.loss_sum = 0.0
