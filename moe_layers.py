@@ -42,7 +42,7 @@ RECORD_FORMAT = 1
 MAX_RECORD_BYTES = 1 << 20
 MAX_YAML_BYTES = 1 << 17  # time and memory of reading grow faster than the file
 MAX_YAML_PARTS = 20_000
-MAX_PICKLE_BYTES = 16 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
+MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
 MAX_TUPLE_PARTS = 10_000  # nested in one another; Python's random state, a large one, has 627
 MAX_BLOCK_SIZE = 1 << 18  # the rotary table of 128 columns then takes 268 MB
 MAX_EXPERTS = 20_000  # over all layers; each is an object that takes time to make
@@ -1064,6 +1064,8 @@ def _tensors(state: Any) -> Iterator[torch.Tensor]:
 def _check_archive(path: Path) -> None:
     """Raise ValueError if the file is not as torch.save writes it: nothing packed, a pickle of data alone."""
     with zipfile.ZipFile(path) as archive:
+        if len({entry.filename for entry in archive.infolist()}) < len(archive.infolist()):
+            raise ValueError("two of its parts have one name")
         for entry in archive.infolist():
             name = entry.filename
             if ".." in re.split(r"[/\\]", name) or name.startswith(("/", "\\")):
