@@ -155,7 +155,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_tokens` new token ids, stopping before `eos_id` and when the context is full.
 
-    The model's KV cache belongs to one such iterator at a time, and is dropped when the iterator ends.
+    Several such iterators can take turns on one model: each brings its own KV cache to its steps.
     """
     import torch
 
@@ -169,7 +169,12 @@ def generate(
         seen = torch.zeros(model.config.padded_vocab_size, dtype=torch.bool, device=device)
     try:
         model.set_kv_cache(1, max_seq_length=ids.size(1) + count, device=device, dtype=weight.dtype)
+        attentions = [block.attn for block in model.transformer.h]
+        mask, caches = model.mask_cache, [attention.kv_cache for attention in attentions]
         for end in range(ids.size(1), ids.size(1) + count):
+            model.mask_cache = mask
+            for attention, cache in zip(attentions, caches, strict=True):
+                attention.kv_cache = cache
             # entered for each token: a generator that waits inside it would switch its caller's mode too
             with torch.inference_mode():
                 if seen is not None:
@@ -440,18 +445,18 @@ def write_sample(
 
 
 def write_samples(args: argparse.Namespace, sampling: Sampling, loaded: tuple) -> None:
-    """Write the samples that the flags ask for; all are drawn from one seed, one after the other."""
+    """Write the samples that the flags ask for, one after the other, each from the next seed."""
     import torch
 
     model, tokenizer, prompt_ids = loaded
     generator = torch.Generator(model.lm_head.weight.device)
     seed = generator.seed() % 2**32 if args.seed is None else args.seed
-    generator.manual_seed(seed)
-    if sampling.temperature > 0:
-        print(f"seed {seed}", file=sys.stderr)
     for number in range(args.num_samples):
         if number:
             print(SEPARATOR, flush=True)
+        generator.manual_seed(seed + number)  # so that each can be had alone, and all side by side
+        if sampling.temperature > 0:
+            print(f"seed {seed + number}", file=sys.stderr)
         write_sample(model, tokenizer, prompt_ids, args.max_tokens, sampling, generator)
 
 

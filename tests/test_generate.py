@@ -253,6 +253,16 @@ def test_the_same_seed_gives_the_same_tokens(model: torch.nn.Module, prompt_ids:
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_iterators_that_take_turns_give_what_each_gives_alone(
+    model: torch.nn.Module, prompt_ids: list[int]
+) -> None:
+    prompts = [prompt_ids, prompt_ids[:3], [*prompt_ids, *prompt_ids]]
+    alone = [list(generate(model, prompt, 20, GREEDY)) for prompt in prompts]
+    in_turns = [generate(model, prompt, 20, GREEDY) for prompt in prompts]
+    assert list(zip(*in_turns, strict=True)) == list(zip(*alone, strict=True))
+    assert model.mask_cache is None
+
+
 def test_a_penalty_without_bound_never_repeats_a_token(model: torch.nn.Module, prompt_ids: list[int]) -> None:
     # the penalised are divided to about 0 or multiplied far below it; most of the others are above
     settings = Sampling(temperature=0.0, repetition_penalty=1e9)
@@ -407,6 +417,16 @@ def test_samples_are_separated_as_prepare_data_reads_them(
         main(["--ckpt_dir", str(storyteller), "--prompt", "Lily", "--num_samples", "2", "--seed", "1"]) == 0
     )
     assert capsys.readouterr().out.count("\n<|endoftext|>\n") == 1
+
+
+def test_each_sample_is_repeated_alone_by_its_own_seed(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--ckpt_dir", str(tiny_checkpoint), "--max_tokens", "20", "--prompt", "Tom"]
+    assert main([*flags, "--seed", "5", "--num_samples", "2"]) == 0
+    both = capsys.readouterr().out
+    assert main([*flags, "--seed", "6"]) == 0
+    assert both.endswith("\n<|endoftext|>\n" + capsys.readouterr().out)
 
 
 def test_the_seed_told_repeats_the_run(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
