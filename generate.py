@@ -631,6 +631,7 @@ def _prompts(value: Any, engine: Engine, max_tokens: int) -> list[list[int]]:
     if len(texts) > MAX_CHOICES:
         raise ApiError(400, f"{len(texts)} prompts are too many; give {MAX_CHOICES} at most", "prompt")
     try:
+        "".join(texts).encode()
         return [encode_prompt(engine.model, engine.tokenizer, text, max_tokens) for text in texts]
     except UnicodeEncodeError:
         raise ApiError(
