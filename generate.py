@@ -96,7 +96,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 1e-12 <= self.top_p <= 1, "above 0 and up to 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
-            ("repetition_penalty", 1e-3 <= self.repetition_penalty < math.inf, "0.001 or more (1 = off)"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e30, "0.001 (1 = off) to 1e30"),
         ]
         problems = [f"{name} is {getattr(self, name)}; choose {rule}" for name, ok, rule in rules if not ok]
         if problems:
@@ -589,7 +589,8 @@ def read_request(body: Any, engine: Engine) -> CompletionRequest:
         problem = f"{len(prompts)} prompts times n {wanted['n']} is over {MAX_CHOICES}; ask for fewer at once"
         raise ApiError(400, problem, "n")
     if unknown := [*rest, *options]:
-        raise ApiError(400, f"unknown parameter {unknown[0]!r:.80}; leave it out", unknown[0][:80])
+        name = ascii(unknown[0])[1:-1][:80]  # half a surrogate pair cannot be sent back
+        raise ApiError(400, f"unknown parameter {name}; leave it out", name)
     if wanted["seed"] is None:
         wanted["seed"] = secrets.randbits(32)
     try:

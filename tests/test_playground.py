@@ -21,6 +21,8 @@ import openai
 import pytest
 import torch
 from conftest import OFFLINE, ROOT, SENTENCE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import generate
 from generate import Engine, OwnHostOnly, StopText, main
@@ -318,8 +320,41 @@ def test_a_model_that_is_not_here_is_not_found(tiny: SimpleNamespace) -> None:
         tiny.client.chat.completions.create(model="MoE-tiny", messages=[])
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(), parts, max_size=3),
+    max_leaves=5,
+)
+NESTED = [b'{"stop": ' + b"[" * depth + b"]" * depth + b"}" for depth in (100, 500, 900, 990, 5000)]
+NAMES = [*BAD, "min_p", "repetition_penalty", "presence_penalty", "user", "echo", "routing", "stream_options"]
+
+
+@given(changes=st.dictionaries(st.sampled_from(NAMES) | st.text(), JSON, max_size=3))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_parameters_are_checked_or_told(changes: dict[str, Any], tiny: SimpleNamespace) -> None:
+    try:
+        request = generate.read_request({"prompt": "Tom", **changes}, tiny.engine)
+    except generate.ApiError as error:
+        assert error.status in (400, 404) and generate.error_response(error).body
+    else:
+        assert request.sampling and 1 <= len(request.prompts) * request.n <= generate.MAX_CHOICES
+
+
+def test_extreme_settings_draw_a_token(tiny: SimpleNamespace) -> None:
+    for extreme in (
+        {"temperature": 1e308},
+        {"temperature": 1e-3, "repetition_penalty": 1e30},
+        {"repetition_penalty": 1e-3},
+        {"top_p": 1e-12, "min_p": 1, "top_k": 10**30},
+        {"max_tokens": 10**30},
+    ):
+        body = {"prompt": "Tom Tom", "max_tokens": 10, **extreme}
+        status, answer = post(tiny, json.dumps(body).encode())
+        assert status == 200 and answer["usage"]["completion_tokens"] >= 1, extreme
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"Tom"', b"\xff", b"[" * 100_000, b"9" * 5000, b'{"prompt": NaN}']
+    "body", [b"", b"{", b"[]", b'"Tom"', b"\xff", b"[" * 100_000, b"9" * 5000, b'{"prompt": NaN}', *NESTED]
 )
 def test_what_is_no_request_is_told_so(body: bytes, tiny: SimpleNamespace) -> None:
     status, answer = post(tiny, body)
