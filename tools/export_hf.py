@@ -108,9 +108,8 @@ def training_facts(folder: Path, config: "MoEConfig", settings: dict[str, Any]) 
     optimizer, train = settings.get("optimizer") or {}, settings.get("train") or {}
     rows = []
     if (tokens := tokens_seen(state, settings, config.block_size)) is not None:
-        rows.append(
-            ("Tokens", f"{tokens:,}, in {state['step_count']:,} steps of {tokens // state['step_count']:,}")
-        )
+        steps = state["step_count"]
+        rows.append(("Tokens", f"{tokens:,} in {steps:,} steps of {tokens // max(steps, 1):,}"))
     if data := data_facts(settings):
         rows.append(("Data", data))
     if isinstance(optimizer, dict) and optimizer.get("class_path"):
