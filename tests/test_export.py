@@ -146,7 +146,7 @@ def test_bfloat16_stays_bfloat16_and_dtype_changes_it(
     checkpoint = make_checkpoint(dtype=torch.bfloat16)
     for flags, dtype in (([], torch.bfloat16), (["--dtype", "float16"], torch.float16)):
         out = tmp_path / str(dtype)
-        assert export_hf.main([str(checkpoint), str(out), *flags, "--no_check"]) == 0
+        assert export_hf.main([str(checkpoint), str(out), *flags]) == 0
         assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {dtype}
         assert json.loads((out / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix(
             "torch."

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one le
 from wandb_dataset import normalize_flags  # noqa: E402
 
 if TYPE_CHECKING:
+    import torch
+
     from moe_layers import MoEConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -188,13 +190,16 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
             gguf_format.write(staging / gguf_name, config, renamed, staging)
             lines.append(f"GGUF    {out / gguf_name}")
         if is_checked:
-            lines.append(check_folder(staging, folder))
+            lines.append(check_folder(staging, folder, kind))
         sync_files(staging)
     return lines
 
 
-def check_folder(out: Path, folder: Path) -> str:
-    """Return a line that says how near Transformers comes to the checkpoint; WorkFailed if it is far."""
+def check_folder(out: Path, folder: Path, dtype: "torch.dtype") -> str:
+    """Return a line that says how near Transformers comes to LitGPT; WorkFailed if it is not near.
+
+    Both compute in float32, with the weights rounded to `dtype`.
+    """
     import torch
     import transformers
     from litgpt.tokenizer import Tokenizer
@@ -211,7 +216,7 @@ def check_folder(out: Path, folder: Path) -> str:
             raise WorkFailed(
                 f"{folder}: AutoTokenizer gives other ids than LitGPT for {text!r}; nothing was written"
             )
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, dtype=dtype).float()
     copy = transformers.AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float32, local_files_only=True
     ).eval()
