@@ -1492,8 +1492,9 @@ class LogFile:
         # the last row may be torn or worse, if the machine stopped while it was written
         with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
             reader = csv.DictReader(line.replace("\0", "") for line in file)
+            columns = [name for name in reader.fieldnames or [] if name]
             rows = list(itertools.islice(reader, n_rows))
-        self._rewrite([name for name in reader.fieldnames or [] if name], rows)
+        self._rewrite(columns, rows)
         self.n_rows = len(rows)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -98,11 +98,11 @@ def wait_for(event: Callable[[], bool], process: subprocess.Popen, seconds: floa
 
 def kill(process: subprocess.Popen) -> None:
     """Kill a process and its children, as a power cut does: no handler runs."""
-    if sys.platform == "win32":
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL) if sys.platform != "win32" else process.kill()
+        process.wait()
+    elif process.returncode:
+        raise AssertionError(Path("log.txt").read_text(encoding="utf-8")[-3000:])
 
 
 @pytest.fixture

@@ -452,3 +452,12 @@ def test_warm_up_counts_in_tokens_or_steps() -> None:
     assert run("--out_dir", "tokens", "--schedule.warmup_tokens", 4 * 256, "--micro_batch_size", 1) == 0
     rates = [[row["learning_rate"] for row in rows(name) if row["loss"]] for name in ("steps", "tokens")]
     assert rates[0] == rates[1] and [float(rate) for rate in rates[0][:4]] == [0.0025, 0.005, 0.0075, 0.01]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
+    log = run_train.LogFile(tmp_path / "metrics.csv")
+    log.write({"step": 1, "loss": 2.0})
+    again = run_train.LogFile(log.path)
+    again.keep(0)
+    again.write({"step": 1, "loss": 3.0})
+    assert log.path.read_text(encoding="utf-8").splitlines() == ["step,loss", "1,3.0"]
