@@ -489,7 +489,7 @@ def launcher_problems(world_size: int) -> list[str]:
             f"$WORLD_SIZE is {given['WORLD_SIZE']} but devices times num_nodes is {world_size}; "
             "make them equal, or unset WORLD_SIZE"
         ]
-    if int(given.get("RANK", 0)) >= world_size:
+    if "RANK" in given and int(given["RANK"]) >= world_size:
         return [
             f"$RANK is {given['RANK']} but devices times num_nodes is {world_size}; unset RANK or add them"
         ]

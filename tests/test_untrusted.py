@@ -361,3 +361,10 @@ def test_a_variable_of_a_launcher_that_makes_no_sense_is_named(
 ) -> None:
     monkeypatch.setenv(name, text)
     assert_refused(run_train.main(TRAIN), capsys, f"${name} is ", text)
+
+
+def test_a_negative_number_of_machines_is_named_by_its_key(
+    workspace: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert_refused(run_train.main([*TRAIN, "--num_nodes", "-297"]), capsys, "num_nodes is -297")
