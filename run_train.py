@@ -476,7 +476,7 @@ def choose_device(settings: Settings) -> tuple[str, int]:
     return precision, int(devices)
 
 
-def launcher_problems(world_size: int) -> list[str]:
+def launcher_problems(world_size: int | None = None) -> list[str]:
     """Return one sentence per variable of a launcher that is no number or does not fit the settings."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -484,6 +484,8 @@ def launcher_problems(world_size: int) -> list[str]:
         return [
             f"${name} is {text!r}; a launcher sets it to a number: unset it" for name, text in odd.items()
         ]
+    if world_size is None:
+        return []
     if int(given.get("WORLD_SIZE", world_size)) != world_size:
         return [
             f"$WORLD_SIZE is {given['WORLD_SIZE']} but devices times num_nodes is {world_size}; "
@@ -1921,6 +1923,8 @@ def resume_command(argv: list[str]) -> str:
 
 def set_up(argv: list[str]) -> Run:
     """Return the checked run with its data on disk. ValueError and OSError tell what is wrong."""
+    if problems := launcher_problems():  # before Lightning, whose import trips over them
+        raise ValueError("\n".join(problems))
     settings = load_settings(argv)
     if settings.wandb_dataset:
         settings.dataset_dir = wandb_dataset.pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
