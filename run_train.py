@@ -415,6 +415,7 @@ def check_run(settings: Settings) -> Run:
     problems: list[str] = []
     config = _collect(problems, MoEConfig.from_file, settings.model_config)
     precision, devices = _collect(problems, choose_device, settings) or (None, 1)
+    problems += launcher_problems(devices * settings.num_nodes)
     problems += train_problems(settings, config.block_size if config else None, devices * settings.num_nodes)
     data, optimizer = _collect(problems, build_classes, settings) or (None, None)
     resume = _collect(problems, find_resume, settings)
@@ -427,7 +428,7 @@ def check_run(settings: Settings) -> Run:
         # only where nobody named a folder: a mistyped one must not be filled with stories
         is_default = Path(data.train_data_path).parent == DATA_DIR
         run.demo_data = is_default and settings.dataset_dir is None and not has_text(data)
-    problems += tokenizer_problems(run) + out_dir_problems(run)
+    problems += tokenizer_problems(run) + memory_problems(run) + out_dir_problems(run)
     if resume:
         run.start_step = _collect(problems, resume_step, run) or 0
     if problems:
@@ -473,6 +474,28 @@ def choose_device(settings: Settings) -> tuple[str, int]:
     if precision.startswith("bf16") and cuda and not has_bf16:
         raise ValueError(f"precision is {precision}, which this GPU lacks; use 32-true")
     return precision, int(devices)
+
+
+def launcher_problems(world_size: int | None = None) -> list[str]:
+    """Return one sentence per variable of a launcher that is no number or does not fit the settings."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if odd := {name: text for name, text in given.items() if not re.fullmatch(r"[0-9]{1,9}", text)}:
+        return [
+            f"${name} is {text!r}; a launcher sets it to a number: unset it" for name, text in odd.items()
+        ]
+    if world_size is None:
+        return []
+    if int(given.get("WORLD_SIZE", world_size)) != world_size:
+        return [
+            f"$WORLD_SIZE is {given['WORLD_SIZE']} but devices times num_nodes is {world_size}; "
+            "make them equal, or unset WORLD_SIZE"
+        ]
+    if "RANK" in given and int(given["RANK"]) >= world_size:
+        return [
+            f"$RANK is {given['RANK']} but devices times num_nodes is {world_size}; unset RANK or add them"
+        ]
+    return []
 
 
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
@@ -569,6 +592,8 @@ def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
     package = {"optimizer": "torch.optim", "data": "litgpt.data"}[key]
     module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
     try:
+        if module_name.partition(".")[0] in sys.stdlib_module_names:  # importing some of them does things
+            raise TypeError(f"Python's own modules hold no {base.__name__}")
         kind = getattr(importlib.import_module(module_name), name)
         if not issubclass(kind, base):
             raise TypeError(f"not a {base.__name__}")
@@ -631,11 +656,11 @@ def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
 
 def find_initial(settings: Settings, config: "MoEConfig") -> Path | None:
     """Return the lit_model.pth whose weights to start from, which must fit the model, or None."""
-    from moe_layers import CHECKPOINT_FILE, check_weights, find_checkpoint
+    from moe_layers import CHECKPOINT_FILE, check_weights, find_checkpoint, verify_checkpoint
 
     if settings.initial_checkpoint_dir is None:
         return None
-    checkpoint_dir = find_checkpoint(settings.initial_checkpoint_dir)
+    verify_checkpoint(checkpoint_dir := find_checkpoint(settings.initial_checkpoint_dir))
     check_weights(checkpoint_dir, config)
     return checkpoint_dir / CHECKPOINT_FILE
 
@@ -711,6 +736,26 @@ def tokenizer_problems(run: Run) -> list[str]:
         f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} "
         f"is {rows}; "
         "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
+    ]
+
+
+def memory_problems(run: Run) -> list[str]:
+    """Return a sentence if the weights and their gradients alone are more than the machine's memory."""
+    import psutil
+    import torch
+
+    from moe_layers import count_parameters
+
+    total, _ = count_parameters(run.config)
+    needed = 2 * total * (2 if run.precision.endswith("16-true") else 4)
+    has = psutil.virtual_memory().total
+    if torch.cuda.is_available() and run.settings.accelerator in ("auto", "cuda", "gpu"):
+        has = torch.cuda.mem_get_info()[1] * run.devices * run.settings.num_nodes
+    if needed <= has:
+        return []
+    return [
+        f"{run.settings.model_config}: {total:,} parameters and their gradients need {needed / 1e9:.4g} GB "
+        f"of memory but there are {has / 1e9:.4g}; choose a smaller model"
     ]
 
 
@@ -1889,6 +1934,8 @@ def resume_command(argv: list[str]) -> str:
 
 def set_up(argv: list[str]) -> Run:
     """Return the checked run with its data on disk. ValueError and OSError tell what is wrong."""
+    if problems := launcher_problems():  # before Lightning, whose import trips over them
+        raise ValueError("\n".join(problems))
     settings = load_settings(argv)
     if settings.wandb_dataset:
         settings.dataset_dir = wandb_dataset.pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
