@@ -880,17 +880,7 @@ class CheckpointWriter:
         save_config(config, staging)
         (staging / "train_config.yaml").write_text(self.settings_text, encoding="utf-8")
         copy_config_files(tokenizer_dir, staging)
-        for path in sorted(staging.iterdir()):
-            if path.name not in files:  # lit_model.pth was hashed while it was written, except under FSDP
-                with path.open("rb+") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    os.fsync(file.fileno())
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-        with (staging / "checkpoint.json").open("w", encoding="utf-8") as file:
-            json.dump({"format": 1, "step": step, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_directory(staging)
+        write_record(staging, step, files)
 
     def _prune(self) -> None:
         """Delete the step-* that neither keep_last nor keep_every keeps; the newest always stays."""
@@ -946,6 +936,25 @@ def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
         raw.flush()
         os.fsync(raw.fileno())
     return {"bytes": file.n_bytes, "sha256": file.hexdigest()}
+
+
+def write_record(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    """Bring every file in `folder` to the disk and list them all in its checkpoint.json.
+
+    `files` has the entries of those that are on the disk already, as `write_state` returns them.
+    """
+    files = dict(files)
+    for path in sorted(folder.iterdir()):
+        if path.name not in files:  # lit_model.pth was hashed while it was written, except under FSDP
+            with path.open("rb+") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    with (folder / "checkpoint.json").open("w", encoding="utf-8") as file:
+        json.dump({"format": 1, "step": step, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(folder)
 
 
 def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, "torch.Tensor"]]:
@@ -1252,7 +1261,8 @@ class Monitor:
         loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=fabric.device)
         figures = torch.stack([loss, norm.detach().float(), loss.new_tensor(wish)])
         if fabric.world_size > 1:
-            loss, wish = fabric.all_reduce(figures[::2], reduce_op="sum").unbind()
+            # contiguous: gloo reduces the memory of a strided view, not its elements
+            loss, wish = fabric.all_reduce(figures[[0, 2]], reduce_op="sum").unbind()
             figures = torch.stack([loss / fabric.world_size, figures[1], wish])
         self.loss, self.norm, wish = figures.tolist()
         self.loss_sum = 0.0

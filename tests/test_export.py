@@ -1,0 +1,601 @@
+"""export_hf and import_hf against the real libraries: Transformers' logits, gguf's reader, a small hub."""
+
+import itertools
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import copy_config_files, save_config
+
+from generate import Sampling, generate
+from moe_layers import MoEConfig, load_model, read_weights, verify_checkpoint
+from tools import export_hf, import_hf
+
+TEXTS = [
+    "Tom had a red ball.",
+    '"No!" she said.\n\nTwo  spaces,\ttab.',
+    "caf\u00e9 \U0001f431 <0x41> 42",
+    "Lily </s> saw",
+]
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 16}
+DENSE = {
+    "mlp_class_name": "LLaMAMLP",
+    "n_expert": 0,
+    "n_expert_per_token": 0,
+    "moe_intermediate_size": None,
+    "intermediate_size": 24,
+}
+QWEN = {"norm_qk": True, "n_expert_per_token": 3, "norm_eps": 1e-6}
+SHAPES = {  # name -> what differs from TINY_CONFIG, and the class it must become
+    "mixtral": ({}, "MixtralForCausalLM"),
+    "mixtral-gqa": (
+        {"n_head": 4, "n_query_groups": 2, "head_size": 6, "rope_base": 500},
+        "MixtralForCausalLM",
+    ),
+    "mixtral-llama3-rope": ({"rope_adjustments": LLAMA3}, "MixtralForCausalLM"),
+    "mixtral-linear-rope": ({"rope_adjustments": {"factor": 4.0}}, "MixtralForCausalLM"),
+    "qwen3-moe": (QWEN, "Qwen3MoeForCausalLM"),
+    "qwen3-moe-dense-first": (
+        {**QWEN, "first_k_dense_replace": 1, "intermediate_size": 20},
+        "Qwen3MoeForCausalLM",
+    ),
+    "llama": (DENSE, "LlamaForCausalLM"),
+    "qwen3": ({**DENSE, "norm_qk": True, "head_size": 12}, "Qwen3ForCausalLM"),
+}
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
+) -> Callable[..., Path]:
+    """A function that writes a checkpoint of TINY_CONFIG with changes: random weights, norms far from one."""
+
+    def make(is_tied: bool = False, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+        config = MoEConfig(**{**TINY_CONFIG, **changes})
+        torch.manual_seed(1)
+        model = GPT(config)
+        for name, parameter in model.named_parameters():
+            scale = 0.5 if name.endswith("gate.weight") else 0.1
+            torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=scale)
+        if is_tied:
+            model.lm_head.weight = model.transformer.wte.weight
+        folder = tmp_path_factory.mktemp("exported") / "final"
+        folder.mkdir()
+        torch.save({"model": model.to(dtype).state_dict()}, folder / "lit_model.pth")
+        save_config(config, folder)
+        copy_config_files(tiny_tokenizer_dir, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixtral(
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
+    """A checkpoint and its export, GGUF included."""
+    checkpoint, out = make_checkpoint(n_head=4, n_query_groups=2), tmp_path_factory.mktemp("hf") / "out"
+    assert export_hf.main([str(checkpoint), str(out), "--gguf", "--no-check"]) == 0
+    return SimpleNamespace(checkpoint=checkpoint, out=out)
+
+
+def transformers_model(folder: Path) -> torch.nn.Module:
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return read_weights(checkpoint / "lit_model.pth")
+
+
+# --- the same numbers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_gives_the_logits_and_the_greedy_text_and_the_way_back_gives_the_weights(
+    shape: str, is_tied: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes, architecture = SHAPES[shape]
+    checkpoint = make_checkpoint(is_tied, **changes)
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out")]) == 0
+    model, copy = load_model(checkpoint), transformers_model(tmp_path / "out")
+    assert type(copy).__name__ == architecture
+    ids = torch.randint(TINY_CONFIG["vocab_size"], (3, 64), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected, got = model(ids), copy(ids).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    prompt = ids[0, :9].tolist()
+    ours = list(generate(model, prompt, 20, Sampling(temperature=0)))
+    theirs = copy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None)
+    assert theirs[0, 9:].tolist() == ours
+    assert import_hf.main([str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "back")
+    assert list(before) == list(after) and all(before[name].equal(after[name]) for name in before)
+
+
+def test_autotokenizer_gives_our_ids_and_our_text(mixtral: SimpleNamespace) -> None:
+    from transformers import AutoTokenizer
+
+    ours, theirs = Tokenizer(mixtral.checkpoint), AutoTokenizer.from_pretrained(mixtral.out)
+    for text in TEXTS:
+        ids = ours.encode(text).tolist()
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.processor.decode(ids)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_bfloat16_stays_bfloat16_and_dtype_changes_it(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    checkpoint = make_checkpoint(dtype=torch.bfloat16)
+    for flags, dtype in (([], torch.bfloat16), (["--dtype", "float16"], torch.float16)):
+        out = tmp_path / str(dtype)
+        assert export_hf.main([str(checkpoint), str(out), *flags]) == 0
+        assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {dtype}
+        assert json.loads((out / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix(
+            "torch."
+        )
+
+
+def test_the_imported_checkpoint_is_whole_and_tokenizes_as_the_source(
+    mixtral: SimpleNamespace, tmp_path: Path
+) -> None:
+    assert import_hf.main([str(mixtral.out), str(tmp_path / "back")]) == 0
+    record = json.loads((tmp_path / "back" / "checkpoint.json").read_text())
+    assert set(record["files"]) == {path.name for path in (tmp_path / "back").iterdir()} - {"checkpoint.json"}
+    verify_checkpoint(tmp_path / "back")
+    before, after = Tokenizer(mixtral.checkpoint), Tokenizer(tmp_path / "back")
+    for text in TEXTS:
+        assert before.encode(text).tolist() == after.encode(text).tolist()
+    assert after.eos_id == before.eos_id
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Llama", "Qwen3"])
+def test_a_folder_that_transformers_saved_is_imported_exactly(
+    kind: str, tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    experts = {"num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 8}
+    experts |= {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=500,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        head_dim=4,
+        **(experts if kind in ("Mixtral", "Qwen3Moe") else {}),
+    )
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    assert (tmp_path / "hf" / import_hf.INDEX).is_file()
+    copy_config_files(tiny_tokenizer_dir, tmp_path / "hf")
+    assert import_hf.main([str(tmp_path / "hf"), str(tmp_path / "lit")]) == 0
+    ids = torch.randint(500, (2, 64), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected, got = model(ids).logits, load_model(tmp_path / "lit")(ids)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- the rest of the folder ---------------------------------------------------------------------------------
+
+
+def test_the_card_tells_what_the_checkpoint_tells(mixtral: SimpleNamespace, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000007"
+    shutil.copytree(mixtral.checkpoint, checkpoint)
+    state = {"model": weights_of(mixtral.checkpoint), "step_count": 7}
+    torch.save(state, checkpoint / "lit_model.pth")
+    (checkpoint / "train_config.yaml").write_text(
+        "seed: 11\nprecision: 32-true\ntrain: {global_batch_size: 4, max_seq_length: 32}\n"
+        "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.003}}\n"
+        "data: {init_args: {train_data_path: /home/me/data/fables/train}}\n"
+    )
+    assert export_hf.main([str(tmp_path), str(tmp_path / "out"), "--no_check"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for told in (
+        "MoE-tiny",
+        "4 of width 8 in a layer, 2 chosen",
+        "896 in 7 steps of 128",
+        "`fables`",
+        "AdamW",
+    ):
+        assert told in card
+    assert "/home/me" not in card
+    assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_the_code_in_the_card_runs(mixtral: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    card = (mixtral.out / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace('folder = "."', f"folder = {str(mixtral.out)!r}").replace("=200", "=5"))
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_both_spellings_of_the_rotary_settings_are_written(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(rope_adjustments=LLAMA3, rope_base=5000)
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--no_check"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 16
+    assert config["rope_theta"] == 5000.0 and config["rope_scaling"] == scaling  # Transformers 4
+    assert config["rope_parameters"] == {"rope_theta": 5000.0, **scaling}  # Transformers 5
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------------
+
+
+def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """Settings and tensors of a GGUF file, read back by the gguf package; shapes as (rows, columns)."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    settings = {name: field.contents() for name, field in reader.fields.items()}
+    shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+    in_bits = {"BF16": np.uint16}  # which numpy does not have: the reader gives bytes
+    tensors = ((t.name, t.data.view(in_bits.get(t.tensor_type.name, t.data.dtype))) for t in reader.tensors)
+    return settings, {name: np.array(data).reshape(shapes[name]) for name, data in tensors}
+
+
+def test_gguf_holds_the_settings_of_the_model(mixtral: SimpleNamespace) -> None:
+    settings, _ = read_gguf(mixtral.out / "MoE-tiny-float32.gguf")
+    expected = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.context_length": 64,
+        "llama.embedding_length": 16,
+        "llama.feed_forward_length": 8,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.dimension_count": 4,
+        "llama.rope.freq_base": 10000.0,
+        "llama.expert_count": 4,
+        "llama.expert_used_count": 2,
+        "llama.vocab_size": 512,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": True,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+
+
+def test_gguf_holds_every_weight(mixtral: SimpleNamespace) -> None:
+    weights = {name: weight.numpy() for name, weight in weights_of(mixtral.checkpoint).items()}
+    _, tensors = read_gguf(mixtral.out / "MoE-tiny-float32.gguf")
+    assert np.array_equal(tensors.pop("token_embd.weight"), weights["transformer.wte.weight"])
+    assert np.array_equal(tensors.pop("output_norm.weight"), weights["transformer.ln_f.weight"])
+    assert np.array_equal(tensors.pop("output.weight"), weights["lm_head.weight"])
+    for layer in range(2):
+        lit, block = f"transformer.h.{layer}", f"blk.{layer}"
+        same = {"attn_norm": "norm_1", "ffn_norm": "norm_2", "attn_output": "attn.proj"}
+        for theirs, ours in {**same, "ffn_gate_inp": "mlp.gate"}.items():
+            assert np.array_equal(tensors.pop(f"{block}.{theirs}.weight"), weights[f"{lit}.{ours}.weight"])
+        for theirs, ours in {"gate": "fc_1", "up": "fc_2", "down": "proj"}.items():
+            stacked = np.stack([weights[f"{lit}.mlp.experts.{e}.{ours}.weight"] for e in range(4)])
+            assert np.array_equal(tensors.pop(f"{block}.ffn_{theirs}_exps.weight"), stacked)
+        q, k, v = np.split(weights[f"{lit}.attn.qkv.weight"], [16, 24])
+        # row 2 i + j of a head in llama.cpp is row 2 j + i here: halves of 4 columns become neighbours
+        order = [0, 2, 1, 3]
+        for name, expected in (("q", q), ("k", k)):
+            turned = expected.reshape(-1, 4, 16)[:, order].reshape(-1, 16)
+            assert np.array_equal(tensors.pop(f"{block}.attn_{name}.weight"), turned)
+        assert np.array_equal(tensors.pop(f"{block}.attn_v.weight"), v)
+    assert not tensors
+
+
+def sentencepiece_ids(settings: dict[str, object], text: str) -> list[int]:
+    """Tokenize as llama.cpp's `llama` tokenizer does: merge the pair whose result has the highest score."""
+    tokens, scores = settings["tokenizer.ggml.tokens"], settings["tokenizer.ggml.scores"]
+    id_of = {token: i for i, token in enumerate(tokens)}
+    pieces = list("\u2581" + text.replace(" ", "\u2581"))
+    while True:
+        neighbours = enumerate(itertools.pairwise(pieces))
+        pairs = [(-scores[id_of[a + b]], i) for i, (a, b) in neighbours if a + b in id_of]
+        if not pairs:
+            break
+        _, i = min(pairs)
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    ids = [settings["tokenizer.ggml.bos_token_id"]]
+    for piece in pieces:
+        ids += [id_of[piece]] if piece in id_of else [id_of[f"<0x{byte:02X}>"] for byte in piece.encode()]
+    return ids
+
+
+def test_gguf_tokenizes_by_scores_as_we_do_by_merges(mixtral: SimpleNamespace) -> None:
+    settings, _ = read_gguf(mixtral.out / "MoE-tiny-float32.gguf")
+    tokenizer = Tokenizer(mixtral.checkpoint)
+    for text in [*TEXTS[:3], "Mia went to the garden and saw a big bird. Sam, happily, too: yellowish!"]:
+        assert sentencepiece_ids(settings, text) == tokenizer.encode(text).tolist()
+
+
+def test_gguf_tells_kinds_of_pieces_and_fills_up_to_the_models_vocabulary(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(vocab_size=512, padded_vocab_size=576)
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--gguf", "--no_check"]) == 0
+    settings, tensors = read_gguf(tmp_path / "out" / "MoE-tiny-float32.gguf")
+    n_pieces = Tokenizer(checkpoint).processor.get_vocab_size()
+    kinds = settings["tokenizer.ggml.token_type"]
+    assert len(kinds) == len(settings["tokenizer.ggml.tokens"]) == 576 == len(tensors["output.weight"])
+    assert kinds[:4] == [2, 3, 3, 6]  # <unk>, <s>, </s>, the first byte
+    assert kinds[n_pieces - 1 :] == [1, *[5] * (576 - n_pieces)]
+
+
+def test_gguf_of_qwen3_moe_keeps_halves_and_norms_and_names_its_widths(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(**QWEN, dtype=torch.bfloat16)
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--gguf", "--no_check"]) == 0
+    settings, tensors = read_gguf(tmp_path / "out" / "MoE-tiny-bfloat16.gguf")
+    weights = weights_of(checkpoint)
+    assert settings["general.architecture"] == "qwen3moe"
+    assert settings["qwen3moe.expert_feed_forward_length"] == 8
+    q = weights["transformer.h.1.attn.qkv.weight"][:16]
+    assert np.array_equal(tensors["blk.1.attn_q.weight"], q.view(torch.uint16).numpy())
+    norm = weights["transformer.h.0.attn.norm_q.weight"].float().numpy()
+    assert np.array_equal(tensors["blk.0.attn_q_norm.weight"], norm)
+    gate = weights["transformer.h.0.mlp.gate.weight"].float().numpy()
+    assert np.array_equal(tensors["blk.0.ffn_gate_inp.weight"], gate)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *argv: object) -> str:
+    """The one line of an error with status 2."""
+    assert main([str(arg) for arg in argv]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("error: ")
+    return line
+
+
+GROUPS = {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"n_shared_expert": 1}, "n_shared_expert is 1 (experts that every token visits)"),
+        (GROUPS, "n_expert_groups is 2 (sigmoid routing within groups)"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
+        ({"bias": True}, "bias is True"),
+        ({"attn_bias": True}, "attn_bias is True"),
+        ({"rotary_percentage": 0.5}, "rotary_percentage is 0.5"),
+        ({"norm_class_name": "LayerNorm"}, "norm_class_name is 'LayerNorm'"),
+        ({"parallel_residual": True}, "parallel_residual is True"),
+        ({"first_k_dense_replace": 1, "intermediate_size": 8}, "first_k_dense_replace is 1"),
+        ({"attention_scores_scalar": 4}, "attention_scores_scalar is 4"),
+        ({"norm_qk": True, "norm_qk_type": "olmo2"}, "norm_qk_type is 'olmo2'"),
+        ({"name": "my-Gemma"}, "name is my-Gemma"),
+        ({"rope_adjustments": {"factor": 2.0, "beta_fast": 32, "beta_slow": 1, "original_max_seq_len": 16}},
+         "rope_adjustments has the keys beta_fast"),
+        ({"scale_embeddings": True}, "scale_embeddings is True"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"sliding_window_size": 8}, "sliding_window_size is 8"),
+    ],
+)  # fmt: skip
+def test_what_no_class_computes_is_refused_with_its_reason(
+    changes: dict,
+    told: str,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    line = refusal(capsys, export_hf.main, make_checkpoint(**changes), tmp_path / "out")
+    assert told in line and "cannot express" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"rope_adjustments": LLAMA3}, "rope_adjustments"),
+     ({**QWEN, "first_k_dense_replace": 1, "intermediate_size": 8}, "first_k_dense_replace is 1")],
+)  # fmt: skip
+def test_what_llama_cpp_cannot_is_refused_for_gguf_alone(
+    changes: dict,
+    told: str,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    checkpoint = make_checkpoint(**changes)
+    line = refusal(capsys, export_hf.main, checkpoint, tmp_path / "out", "--gguf")
+    assert told in line and "without --gguf" in line
+    assert list(tmp_path.iterdir()) == []
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--no_check"]) == 0
+
+
+def test_gguf_refuses_a_tokenizer_that_it_cannot_tell(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    shutil.copytree(mixtral.checkpoint, tmp_path / "in")
+    pieces = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
+    Library(models.WordLevel(pieces, unk_token="<unk>")).save(str(tmp_path / "in" / "tokenizer.json"))
+    line = refusal(capsys, export_hf.main, tmp_path / "in", tmp_path / "out", "--gguf")
+    assert "neither a Llama-style nor a GPT-2-style BPE" in line
+
+
+def test_export_refuses_bad_input_in_one_sentence(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert "no such checkpoint" in refusal(capsys, export_hf.main, tmp_path / "none", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert "holds no lit_model.pth" in refusal(capsys, export_hf.main, tmp_path / "empty", tmp_path / "out")
+    line = refusal(capsys, export_hf.main, mixtral.checkpoint, mixtral.out)
+    assert f"{mixtral.out} is not empty" in line
+    line = refusal(capsys, export_hf.main, mixtral.checkpoint, mixtral.checkpoint / "lit_model.pth")
+    assert "is a file" in line
+    shutil.copytree(mixtral.checkpoint, tmp_path / "damaged")
+    data = bytearray((tmp_path / "damaged" / "lit_model.pth").read_bytes())
+    (tmp_path / "damaged" / "lit_model.pth").write_bytes(data[: len(data) // 2])
+    assert "damaged" in refusal(capsys, export_hf.main, tmp_path / "damaged", tmp_path / "out")
+    (tmp_path / "damaged" / "tokenizer.json").unlink()
+    assert "tokenizer.json" in refusal(capsys, export_hf.main, tmp_path / "damaged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert export_hf.main([str(mixtral.checkpoint), str(tmp_path / "a" / "out")]) == 1
+    assert "1,000 are free" in capsys.readouterr().err
+    assert import_hf.main([str(mixtral.out), str(tmp_path / "a" / "out")]) == 1
+    assert "1,000 are free" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_logits_differ_never_gets_its_name(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools import hf_format
+
+    honest = hf_format.to_hf_config
+    wrong = {"num_experts_per_tok": 3}
+    monkeypatch.setattr(hf_format, "to_hf_config", lambda *args: honest(*args) | wrong)
+    assert export_hf.main([str(mixtral.checkpoint), str(tmp_path / "out")]) == 1
+    assert "logits differ by" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; mixtral, qwen3_moe, llama, qwen3 can be imported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"sliding_window": 16}, "sliding_window is 16"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"hidden_size": None}, "n_embd is None, not a whole number"),
+        ({"num_experts_per_tok": 9}, "n_expert_per_token is 9"),
+        ({"num_hidden_layers": 10**9}, "n_layer"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "rope_scaling": None}, "rope_type yarn"),
+        ({"num_hidden_layers": 3}, "the weights lack what becomes transformer.h.2"),
+        ({"num_hidden_layers": 1}, "transformer.h.1.mlp.experts.0.fc_1.weight, which config"),
+        ({"num_local_experts": 5}, "mlp.gate.weight are (4, 16), config.json wants (5, 16)"),
+        ({"intermediate_size": 9}, "config.json wants (9, 16)"),
+    ],
+)
+def test_what_litgpt_would_compute_otherwise_is_not_imported(
+    changes: dict, told: str, mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(mixtral.out, tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**config, **changes}))
+    assert told in refusal(capsys, import_hf.main, tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", None, "holds no config.json"),
+        ("config.json", b"{", "config.json is not readable JSON"),
+        ("config.json", b"[1]", "holds no JSON object"),
+        ("tokenizer.json", None, "holds no tokenizer.json"),
+        ("tokenizer.json", b"{}", "tokenizer.json is not readable"),
+        ("model.safetensors", None, "holds neither model.safetensors nor model.safetensors.index.json"),
+        ("model.safetensors", b"no weights at all", "model.safetensors is damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_sentence(
+    name: str, content: bytes | None, told: str, mixtral: SimpleNamespace, tmp_path: Path, capsys
+) -> None:
+    shutil.copytree(mixtral.out, tmp_path / "in")
+    (tmp_path / "in" / name).unlink() if content is None else (tmp_path / "in" / name).write_bytes(content)
+    assert told in refusal(capsys, import_hf.main, tmp_path / "in", tmp_path / "out")
+
+
+def test_an_index_that_points_out_of_its_folder_is_refused(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(mixtral.out, tmp_path / "in")
+    (tmp_path / "in" / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../other.safetensors"}}
+    (tmp_path / "in" / import_hf.INDEX).write_text(json.dumps(index))
+    line = refusal(capsys, import_hf.main, tmp_path / "in", tmp_path / "out")
+    assert "'../other.safetensors', which is no file of its folder" in line
+
+
+def test_import_says_what_a_name_that_is_nothing_could_be(tmp_path: Path, capsys) -> None:
+    line = refusal(capsys, import_hf.main, tmp_path / "none", tmp_path / "out")
+    assert "no such folder, and no OWNER/NAME of the hub either" in line
+
+
+# --- the hub, and the commands as a user runs them ----------------------------------------------------------
+
+
+@pytest.fixture
+def hub(mixtral: SimpleNamespace) -> Iterator[str]:
+    """A hub on this machine with one repository."""
+    from test_prepare_data import Hub
+
+    handler = type("ModelHub", (Hub,), {"ranges": [], "to_break": []})
+    handler.files = {
+        f"/me/tiny/resolve/main/{path.name}": path.read_bytes() for path in mixtral.out.iterdir()
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_of_the_hub_is_imported(
+    hub: str, mixtral: SimpleNamespace, tmp_path: Path, run_script: Callable
+) -> None:
+    env = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    done = run_script("tools/import_hf.py", "me/tiny", tmp_path / "lit", env=env)
+    assert done.returncode == 0, done.stderr
+    before, after = weights_of(mixtral.checkpoint), weights_of(tmp_path / "lit")
+    assert all(before[name].equal(after[name]) for name in before)
+    assert {path.name for path in tmp_path.iterdir()} <= {"lit", "home"}
+    missing = run_script("tools/import_hf.py", "me/none", tmp_path / "other", env=env)
+    assert missing.returncode == 1 and "config.json of me/none could not be downloaded" in missing.stderr
+    assert "Traceback" not in missing.stderr and not (tmp_path / "other").exists()
+
+
+def test_the_commands_say_what_they_made_and_what_comes_next(
+    mixtral: SimpleNamespace, tmp_path: Path, run_script: Callable
+) -> None:
+    done = run_script("tools/export_hf.py", mixtral.checkpoint, tmp_path / "out", "--gguf")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MixtralForCausalLM in float32" in done.stdout and "Checked Transformers" in done.stdout
+    assert "hf upload" in done.stdout.splitlines()[-1]
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # others may read the weights where they may read the rest
+    done = run_script("tools/import_hf.py", tmp_path / "out", tmp_path / "back")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Wrote {tmp_path / 'back'}: MoE-tiny" in done.stdout
+    assert "--initial_checkpoint_dir" in done.stdout.splitlines()[-1]

@@ -1,0 +1,179 @@
+"""An exported folder as one GGUF file for llama.cpp, written with the `gguf` package. Nothing to run here.
+
+llama.cpp computes Mixtral as `llama` with experts and Qwen3-MoE as `qwen3moe`: softmax over all experts,
+the K largest divided by their sum. Its `llama` turns neighbouring columns where Transformers turns halves of
+a head, so the rows of q and k change places.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tools.hf_format import FAMILIES, Weights, family_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from gguf import GGUFWriter
+
+    from moe_layers import MoEConfig
+
+ARCHITECTURES = dict(zip(FAMILIES, ("llama", "qwen3moe", "llama", "qwen3"), strict=True))
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)\.weight")
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "\u2581"
+
+
+def check(config: "MoEConfig", folder: Path) -> None:
+    """Raise ValueError, in one sentence, if llama.cpp cannot express the model or its tokenizer."""
+    instead = "export without --gguf"
+    if config.rope_adjustments:
+        raise ValueError(f"rope_adjustments is set, which this GGUF writer does not know; {instead}")
+    if config.first_k_dense_replace:
+        count = config.first_k_dense_replace
+        raise ValueError(
+            f"first_k_dense_replace is {count}; llama.cpp's qwen3moe has no dense layers; {instead}"
+        )
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if tokenizer_kind(spec) is None:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} is neither a Llama-style nor a GPT-2-style BPE, the "
+            f"kinds of tokenizer that can be told llama.cpp exactly; {instead}"
+        )
+
+
+def tokenizer_kind(spec: dict[str, Any]) -> str | None:
+    """Return llama.cpp's name for the kind of a tokenizer.json: llama, gpt2, or None."""
+    model, before = spec.get("model") or {}, spec.get("pre_tokenizer")
+    if model.get("type") != "BPE":
+        return None
+    normalizer = json.dumps(spec.get("normalizer"), ensure_ascii=True)
+    if model.get("byte_fallback") and "Replace" in normalizer and json.dumps(SPACE) in normalizer:
+        steps = set(re.findall(r'"type": "(\w+)"', normalizer)) - {"Sequence", "Prepend", "Replace"}
+        return None if steps else "llama"
+    plain = before and before.get("type") == "ByteLevel" and before.get("use_regex", True)
+    return "gpt2" if plain and not before.get("add_prefix_space") and not spec.get("normalizer") else None
+
+
+def write(path: Path, config: "MoEConfig", weights: Weights, tokenizer_dir: Path) -> None:
+    """Write `weights`, under the names of Transformers, and the tokenizer to the GGUF file `path`."""
+    import gguf
+
+    family = family_of(config)
+    architecture = ARCHITECTURES[family]
+    kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH(kinds[architecture]), config.n_layer)
+    matrices = next(iter(weights.values())).dtype
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        _add_settings(writer, config, str(matrices).removeprefix("torch."))
+        _add_tokenizer(writer, config, tokenizer_dir)
+        for name, weight in _stacked(weights):
+            if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
+                weight = _neighbours(weight, config.head_size)
+            # llama.cpp wants norms and router in float32 always
+            is_exact = weight.dim() == 1 or name.endswith(".gate.weight")
+            array, kind = _as_array(weight, "float32" if is_exact else str(matrices).removeprefix("torch."))
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _stacked(weights: Weights) -> list[tuple[str, "torch.Tensor"]]:
+    """Return the weights with each layer's experts in one tensor, (E, out, in)."""
+    import torch
+
+    plain, experts = [], {}
+    for name, weight in weights.items():
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault(f"{match[1]}.{match[3]}.weight", {})[int(match[2])] = weight
+        else:
+            plain.append((name, weight))
+    return plain + [(name, torch.stack([some[e] for e in sorted(some)])) for name, some in experts.items()]
+
+
+def _neighbours(weight: "torch.Tensor", head_size: int) -> "torch.Tensor":
+    """Return the rows of q or k so that the columns that turn together are neighbours in each head."""
+    return weight.view(-1, 2, head_size // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
+
+
+def _as_array(weight: "torch.Tensor", dtype: str) -> "tuple[np.ndarray, Any]":
+    import gguf
+
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    kind = gguf.GGMLQuantizationType[kinds[dtype]]
+    return gguf.quantize(weight.float().contiguous().numpy(), kind), kind
+
+
+def _add_settings(writer: "GGUFWriter", config: "MoEConfig", dtype: str) -> None:
+    import gguf
+
+    file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+    writer.add_name(config.name or "model")
+    writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
+    writer.add_vocab_size(config.padded_vocab_size)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_query_groups)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_rope_freq_base(float(config.rope_base))
+    width = config.intermediate_size
+    if config.n_expert:
+        width = config.moe_intermediate_size
+        writer.add_expert_count(config.n_expert)
+        writer.add_expert_used_count(config.n_expert_per_token)
+        if config.norm_qk:
+            writer.add_expert_feed_forward_length(width)
+    writer.add_feed_forward_length(width)
+
+
+def _add_tokenizer(writer: "GGUFWriter", config: "MoEConfig", folder: Path) -> None:
+    """Add the pieces, their order of merging and the special ids; rows that only pad the model are UNUSED."""
+    import gguf
+
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kind, vocabulary = tokenizer_kind(spec), dict(spec["model"]["vocab"])
+    added = {token["content"]: token for token in spec.get("added_tokens") or []}
+    vocabulary |= {content: token["id"] for content, token in added.items()}
+    pieces = {i: piece for piece, i in vocabulary.items() if i < config.padded_vocab_size}
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
+    # "llama" merges the pair whose result has the highest score, so the first merge gets the highest
+    scores = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges, 1)))}
+    types = gguf.TokenType
+
+    def type_of(piece: str) -> Any:
+        if piece == spec["model"].get("unk_token"):
+            return types.UNKNOWN
+        if piece in added:
+            return types.CONTROL if added[piece].get("special") else types.USER_DEFINED
+        return types.BYTE if kind == "llama" and BYTE_PIECE.fullmatch(piece) else types.NORMAL
+
+    ids = range(config.padded_vocab_size)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre("default" if kind == "llama" else "gpt-2")
+    writer.add_token_list([pieces.get(i, f"[PAD{i}]") for i in ids])
+    writer.add_token_types([type_of(pieces[i]) if i in pieces else types.UNUSED for i in ids])
+    if kind == "llama":
+        writer.add_token_scores([scores.get(pieces.get(i), 0.0) for i in ids])
+        writer.add_add_space_prefix("Prepend" in json.dumps(spec["normalizer"]))
+    else:
+        writer.add_token_merges([f"{left} {right}" for left, right in merges])
+    for name, add_id in (
+        ("bos", writer.add_bos_token_id),
+        ("eos", writer.add_eos_token_id),
+        ("unk", writer.add_unk_token_id),
+    ):
+        if settings.get(f"{name}_token") in vocabulary:
+            add_id(vocabulary[settings[f"{name}_token"]])
+    writer.add_add_bos_token(settings["add_bos_token"])
+    writer.add_add_eos_token(False)
