@@ -696,17 +696,16 @@ class CompletionResponse:
             async with asyncio.timeout(PATIENCE_S):
                 await send(message)
 
-        try:
-            async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
-                if self._request.stream:
-                    await self._stream(pieces, patient_send)
-                    return
-                answer = JSONResponse(await self._collect(pieces))
-        except ApiError as error:
-            answer = error_response(error)
-        except TimeoutError:  # uvicorn then closes the connection
-            return
-        await answer(scope, receive, patient_send)
+        with suppress(TimeoutError):  # uvicorn then closes the connection
+            try:
+                async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
+                    if self._request.stream:
+                        await self._stream(pieces, patient_send)
+                        return
+                    answer = JSONResponse(await self._collect(pieces))
+            except ApiError as error:
+                answer = error_response(error)
+            await answer(scope, receive, patient_send)
 
     async def _stream(self, pieces: AsyncIterator[tuple[int, Piece]], send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
@@ -832,7 +831,9 @@ def make_app(engine: Engine, names: set[str]) -> "Starlette":
     async def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             has = "this server has /, /v1/models and /v1/completions"
-            error = ApiError(error.status_code, f"{error.detail}: {has}")
+            response = error_response(ApiError(error.status_code, f"{error.detail}: {has}"))
+            response.headers.update(error.headers or {})  # 405 names the methods that are allowed
+            return response
         return error_response(
             error if isinstance(error, ApiError) else ApiError(500, "an error in the server")
         )
