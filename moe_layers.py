@@ -221,6 +221,8 @@ def _typed(values: dict[str, Any], path: Path) -> dict[str, Any]:
     parser.add_class_arguments(Config)
     try:
         typed = parser.parse_object(values)
+        if any(value is None and _key_problem(parser, key, None) for key, value in values.items()):
+            raise ArgumentError(None, "null")
         return {key: typed[key] for key in values}
     except ArgumentError:  # tells the first problem only: ask for each key
         problems = [_key_problem(parser, key, value) for key, value in values.items()]
@@ -236,6 +238,8 @@ def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
         )
     try:
         parser.parse_object({key: value})
+        if value is None and "Optional" not in str(kind := annotations[key]) and "None" not in str(kind):
+            raise ArgumentError(None, "null")  # which jsonargparse lets pass
     except ArgumentError:
         kind = annotations[key]
         wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
