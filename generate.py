@@ -350,6 +350,9 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+UNKNOWN = ApiError(500, "an error in the server, whose log tells more")
+
+
 @dataclass(frozen=True)
 class CompletionRequest:
     """A checked request to /v1/completions: the samples of prompt p are choices p*n to p*n + n - 1."""
@@ -728,8 +731,12 @@ class CompletionResponse:
                     await event(json.dumps({**self._head, "choices": [choice]}))
             if self._request.include_usage:
                 await event(json.dumps({**self._head, "choices": [], "usage": self._usage(n_new)}))
-        except ApiError as error:  # the status is out already
-            await event(json.dumps(error.body))
+        except TimeoutError:
+            raise
+        except Exception as error:  # the status is out already; what is no ApiError goes to the log, too
+            await event(json.dumps((error if isinstance(error, ApiError) else UNKNOWN).body))
+            if not isinstance(error, ApiError):
+                raise
         await event("[DONE]")
         await send({"type": "http.response.body", "body": b""})
 
@@ -837,9 +844,7 @@ def make_app(engine: Engine, names: set[str]) -> "Starlette":
             response = error_response(ApiError(error.status_code, f"{error.detail}: {has}"))
             response.headers.update(error.headers or {})  # 405 names the methods that are allowed
             return response
-        return error_response(
-            error if isinstance(error, ApiError) else ApiError(500, "an error in the server")
-        )
+        return error_response(error if isinstance(error, ApiError) else UNKNOWN)
 
     routes = [
         Route("/", index),
