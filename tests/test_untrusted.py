@@ -1,4 +1,4 @@
-"""Files made to do harm: each is refused with one sentence by every script that reads it, and runs nothing."""
+"""Files made to do harm: each is refused with one sentence by every script that reads it and runs nothing."""
 
 import io
 import json
@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from test_run_train import edit_yaml, workspace  # noqa: F401
 
 import evaluate
 import generate
-import prepare_data
 import run_train
 import wandb_dataset
 from tools import inspect_checkpoint
@@ -205,3 +203,168 @@ def test_weights_made_to_do_harm_are_refused(
     path = checkpoint / "lit_model.pth"
     path.write_bytes(WEIGHTS[name](path.read_bytes()))
     assert_refused(CHECKPOINT_READERS[reader](str(checkpoint)), capsys, "checkpoint")
+
+
+# --- configurations, settings, tokenizers -------------------------------------------------------------------
+
+LAUGHS = "a: &a [x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+CONFIGS = {
+    "code": f"extra: !!python/object/apply:os.mkdir [{MARKER}]\n",
+    "a name to import": "extra: !!python/name:os.system\n",
+    "a billion laughs": LAUGHS,
+    "brackets in brackets": "extra: " + "[" * 20_000,
+    "an alias of itself": "extra: &a [*a]\n",
+    "a megabyte": "extra: " + "x" * 10**6,
+}
+
+
+@pytest.mark.parametrize("reader", [*CHECKPOINT_READERS, "train"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_made_to_do_harm_is_refused(
+    checkpoint: Path, name: str, reader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = (
+        Path("model_config.yaml")
+        if reader in ("train", "initial", "resume")
+        else checkpoint / "model_config.yaml"
+    )
+    with path.open("a", encoding="utf-8") as file:
+        file.write(CONFIGS[name])
+    status = run_train.main(TRAIN) if reader == "train" else CHECKPOINT_READERS[reader](str(checkpoint))
+    assert_refused(status, capsys, "model_config.yaml")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_settings_made_to_do_harm_are_refused(
+    workspace: Path,  # noqa: F811
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Path("train_config.yaml").open("a", encoding="utf-8") as file:
+        file.write(CONFIGS[name])
+    assert_refused(run_train.main(TRAIN), capsys, "train_config.yaml")
+
+
+@pytest.mark.parametrize("key", ["data", "optimizer"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "os.system",
+        "antigravity.fly",
+        "subprocess.Popen",
+        "run_train.main",
+        "builtins.eval",
+        "torch.nn.Linear",
+    ],
+)
+def test_a_class_path_that_names_no_such_class_is_refused_before_a_call(
+    workspace: Path,  # noqa: F811
+    key: str,
+    path: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit_yaml("train_config.yaml", key, {"class_path": path, "init_args": {"command": f"mkdir {MARKER}"}})
+    assert_refused(run_train.main(TRAIN), capsys, f"{key}.class_path is {path}, which cannot be used")
+
+
+@pytest.mark.parametrize("key", ["n_embd", "n_layer", "padded_vocab_size", "block_size", "n_expert"])
+def test_a_model_of_petabytes_is_refused(
+    workspace: Path,  # noqa: F811
+    key: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit_yaml("model_config.yaml", key, 10**8)
+    assert run_train.main(TRAIN) == 2
+    assert "model_config.yaml" in capsys.readouterr().err and not Path("out").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "\x00", '{"version": "1.0"}'])
+@pytest.mark.parametrize("reader", ["generate", "evaluate", "inspect"])
+def test_a_tokenizer_made_to_do_harm_is_refused(
+    checkpoint: Path, reader: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / "tokenizer.json").write_text(text, encoding="utf-8")
+    assert_refused(CHECKPOINT_READERS[reader](str(checkpoint)), capsys)
+
+
+@pytest.mark.parametrize("name", ["lit_model.pth", "model_config.yaml", "tokenizer.json", "notes.txt"])
+@pytest.mark.parametrize("reader", CHECKPOINT_READERS)
+def test_a_link_out_of_a_checkpoint_is_refused(
+    checkpoint: Path, reader: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = Path("elsewhere").resolve()
+    target.write_bytes((checkpoint / name).read_bytes() if (checkpoint / name).exists() else b"")
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(target)
+    assert_refused(CHECKPOINT_READERS[reader](str(checkpoint)), capsys, "is a link out of its folder")
+
+
+# --- data directories ---------------------------------------------------------------------------------------
+
+
+def edit_shard(key: str, value: object) -> Callable[[dict], None]:
+    return lambda manifest: manifest["splits"]["val"]["shards"][0].update({key: value})
+
+
+MANIFESTS: dict[str, Callable[[dict], None]] = {
+    **{
+        f"path {path}": edit_shard("path", path)
+        for path in ("../d/x.bin", "/etc/passwd", "C:\\x", "\\\\host\\x", "")
+    },
+    **{f"n_tokens {n}": edit_shard("n_tokens", n) for n in (10**15, -1, 0, "7", None)},
+    **{
+        f"dtype {kind}": (lambda m, kind=kind: m.update(dtype=kind))
+        for kind in ("O", "float64", "V9", ["u2"])
+    },
+    "other count": lambda m: m["splits"]["val"].update(n_tokens=1),
+    "shards that are no list": lambda m: m["splits"]["val"].update(shards={"a": 1}),
+    "a vocabulary that is not the tokenizer's": lambda m: m["tokenizer"].update(vocab_size=9**9),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_lies_is_refused(
+    checkpoint: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("d/manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    MANIFESTS[name](manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert_refused(CHECKPOINT_READERS["evaluate"]("checkpoint"), capsys, "prepare_data.py")
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shard,) = Path("d/val/val").glob("*.bin")
+    shard.rename("elsewhere")
+    shard.symlink_to(Path("elsewhere").resolve())
+    assert_refused(CHECKPOINT_READERS["evaluate"]("checkpoint"), capsys, "a link out of its folder")
+    assert_refused(wandb_dataset.main(["verify", "--data_dir", "d"]), capsys, "a link out of its folder")
+
+
+# --- the launcher's variables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("RANK", "first"), ("LOCAL_RANK", "-1"), ("WORLD_SIZE", "8"), ("WORLD_SIZE", "0x2"), ("RANK", "5")],
+)
+def test_a_variable_of_a_launcher_that_makes_no_sense_is_named(
+    workspace: Path,  # noqa: F811
+    name: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, text)
+    assert_refused(run_train.main(TRAIN), capsys, f"${name} is ", text)
+
+
+def test_a_negative_number_of_machines_is_named_by_its_key(
+    workspace: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert_refused(run_train.main([*TRAIN, "--num_nodes", "-297"]), capsys, "num_nodes is -297")

@@ -1,4 +1,4 @@
-"""upcycle: the dense model's logits to the last digits, experts as told, and training that goes on from them."""
+"""upcycle: the dense model's logits to the last digits, experts as told, and training from there."""
 
 import csv
 from collections.abc import Callable

@@ -51,7 +51,7 @@ def moe_config(dense: "MoEConfig", n_expert: int, top_k: int, width: int | None)
     for name, count in (("n_expert", n_expert), ("n_expert_per_token", top_k)):
         if count % slices:
             raise ValueError(
-                f"{name} is {count}, not a multiple of {slices}: a --moe_intermediate_size of {width} cuts the "
+                f"{name} is {count}, not a multiple of {slices}: --moe_intermediate_size {width} cuts the "
                 f"width {dense.intermediate_size} into {slices} slices, and a token must meet all of them"
             )
     experts = {"n_expert": n_expert, "n_expert_per_token": top_k, "moe_intermediate_size": width}
