@@ -516,6 +516,7 @@ def test_a_folder_whose_logits_differ_never_gets_its_name(
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; mixtral, qwen3_moe, llama, qwen3 can be imported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 16}, "sliding_window is 16"),
+        ({"sliding_window": "16"}, "config.json is damaged or incomplete"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "n_embd is None, not a whole number"),
