@@ -5,33 +5,50 @@ Run: uv run python generate.py --prompt "Once upon a time"
 
 Standard output carries the text alone: prompt and continuation; with --num_samples above 1 a line
 `<|endoftext|>` stands between the texts, as prepare_data.py reads them. Everything else goes to stderr.
+
+`generate.py --serve` opens a playground at http://127.0.0.1:8000 (one page, tools/playground.html, that loads
+nothing from elsewhere) and OpenAI's /v1/completions for the clients that speak it; the flags are then what a
+request leaves out. The same seed and prompt give the same text here and there. Beside OpenAI's parameters
+these are taken: top_k, min_p, repetition_penalty, and `"routing": true`, with which each choice tells the
+tokens that the model has read so far: `[{"text", "experts": by layer, "probs": by layer, in 1/1000}]`.
 """
 
 import argparse
+import asyncio
 import errno
 import io
+import ipaddress
+import json
 import math
 import os
 import queue
 import re
+import secrets
 import select
+import socket
 import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import urlsplit
 
 from wandb_dataset import normalize_flags
 
 if TYPE_CHECKING:
     import tokenizers
     import torch
+    import uvicorn
     from litgpt.model import GPT
     from litgpt.tokenizer import Tokenizer
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
 
 DEFAULT_PROMPT = "Once upon a time"
 SEPARATOR = "<|endoftext|>"
@@ -41,6 +58,15 @@ NOT_A_NUMBER = (
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no (or not yet a whole) character
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+PAGE = Path(__file__).parent / "tools" / "playground.html"
+# the page's own script and style, requests to this server, and nothing else
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+MAX_BODY_BYTES = 1 << 18  # of a request; a context of 1,024 tokens is about 5,000
+MAX_CHOICES = 8  # samples of one request, over all its prompts; each has a KV cache of its own
+PATIENCE_S = 30  # for a request to arrive and for a client to read
 
 
 def setting(default: float, text: str) -> Any:  # Any: a field stands where its value's type is declared
@@ -70,7 +96,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 1e-12 <= self.top_p <= 1, "above 0 and up to 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
-            ("repetition_penalty", 1e-3 <= self.repetition_penalty < math.inf, "0.001 or more (1 = off)"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e30, "0.001 (1 = off) to 1e30"),
         ]
         problems = [f"{name} is {getattr(self, name)}; choose {rule}" for name, ok, rule in rules if not ok]
         if problems:
@@ -155,7 +181,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_tokens` new token ids, stopping before `eos_id` and when the context is full.
 
-    The model's KV cache belongs to one such iterator at a time, and is dropped when the iterator ends.
+    Several such iterators can take turns on one model: each brings its own KV cache to its steps.
     """
     import torch
 
@@ -169,7 +195,12 @@ def generate(
         seen = torch.zeros(model.config.padded_vocab_size, dtype=torch.bool, device=device)
     try:
         model.set_kv_cache(1, max_seq_length=ids.size(1) + count, device=device, dtype=weight.dtype)
+        attentions = [block.attn for block in model.transformer.h]
+        mask, caches = model.mask_cache, [attention.kv_cache for attention in attentions]
         for end in range(ids.size(1), ids.size(1) + count):
+            model.mask_cache = mask
+            for attention, cache in zip(attentions, caches, strict=True):
+                attention.kv_cache = cache
             # entered for each token: a generator that waits inside it would switch its caller's mode too
             with torch.inference_mode():
                 if seen is not None:
@@ -301,6 +332,580 @@ class AsyncTokenStreamer:
             raise error
 
 
+# --- serving: the engine ------------------------------------------------------------------------------------
+
+
+class ApiError(Exception):
+    """What a client is told, in OpenAI's form: an HTTP status, a sentence, and the parameter it is about."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A checked request to /v1/completions: the samples of prompt p are choices p*n to p*n + n - 1."""
+
+    prompts: list[list[int]]
+    sampling: Sampling
+    max_tokens: int
+    n: int
+    seed: int  # of each prompt's first sample; the next ones have the next seeds
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    echo: bool
+    routing: bool
+
+
+class StopText:
+    """Text in, text out up to the first of the stop sequences; what may be the beginning of one waits."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops, self._held = stops, ""
+        self.found = False
+
+    def put(self, text: str) -> str:
+        """Return what is sure to stand before any stop sequence; nothing once one was found."""
+        self._held += "" if self.found else text
+        ends = [end for stop in self._stops if (end := self._held.find(stop)) >= 0]
+        self.found = self.found or bool(ends)
+        lengths = range(min(len(self._held), max(map(len, self._stops), default=0)), 0, -1)
+        waiting = (n for n in lengths if any(stop.startswith(self._held[-n:]) for stop in self._stops))
+        cut = min(ends) if ends else len(self._held) - next(waiting, 0)
+        sure, self._held = self._held[:cut], "" if ends else self._held[cut:]
+        return sure
+
+    def end(self) -> str:
+        """Return what waited."""
+        held, self._held = self._held, ""
+        return held
+
+
+class RouterWatch:
+    """Notes what a model's routers say of each token that it reads, between `start` and `stop`."""
+
+    def __init__(self, model: "GPT") -> None:
+        from moe_layers import moe_layers
+
+        self.layers = moe_layers(model)
+        self._notes: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        for layer in self.layers.values():
+            layer.register_forward_pre_hook(self._note)
+
+    def _note(self, layer: Any, inputs: "tuple[torch.Tensor, ...]") -> None:
+        if self._notes is not None:
+            x_NC = inputs[0].flatten(0, 1)
+            scores_NE = x_NC.float() @ layer.gate.weight.float().t()
+            # the grouped router's scores are sigmoids, each for itself (DeepSeek-V3, eq. 15)
+            grouped = layer.config.n_expert_groups
+            probs_NE = scores_NE.sigmoid() if grouped else scores_NE.softmax(dim=-1)
+            weights_NK, indices_NK = layer._route(x_NC)
+            by_weight_NK = weights_NK.argsort(dim=-1, descending=True)
+            self._notes.append((probs_NE, indices_NK.gather(1, by_weight_NK)))
+
+    def start(self) -> None:
+        """Note from here on."""
+        self._notes = []
+
+    def stop(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """Return for each token read (their texts) its experts and all probabilities in 1/1000, by layer."""
+        notes, self._notes = self._notes or [], None
+        experts = [indices_NK.tolist() for _, indices_NK in notes]  # by layer, token
+        probs = [(probs_NE * 1000).round().int().tolist() for probs_NE, _ in notes]
+        return [
+            {"text": text, "experts": [e[place] for e in experts], "probs": [p[place] for p in probs]}
+            for place, text in enumerate(texts)
+        ]
+
+
+@dataclass
+class Piece:
+    """What one step of a continuation brings: finished text, and the tokens that the model read for it."""
+
+    text: str
+    read: list[dict[str, Any]]
+    n_new: int = 0
+    finish_reason: str | None = None  # OpenAI's: stop or length
+    ending: str | None = None  # the same in words
+
+
+class Continuation:
+    """One sample in progress; `step` and `close` are called from the engine's thread."""
+
+    def __init__(self, engine: "Engine", request: CompletionRequest, number: int) -> None:
+        import torch
+
+        model, tokenizer = engine.model, engine.tokenizer
+        prompt_ids = request.prompts[number // request.n]
+        generator = torch.Generator(model.lm_head.weight.device).manual_seed(
+            request.seed + number % request.n
+        )
+        self._ids = generate(
+            model, prompt_ids, request.max_tokens, request.sampling, tokenizer.eos_id, generator
+        )
+        self._room = room_for(prompt_ids, request.max_tokens, model.max_seq_length)
+        self._is_cut_short = self._room < request.max_tokens
+        self._engine, self._request = engine, request
+        self._decoder, self._stop = TextDecoder(tokenizer.processor), StopText(request.stop)
+        self._unread = [self._decoder.put(token_id) for token_id in prompt_ids]
+        self._echo = "".join(self._unread) if request.echo else ""
+        # the decoder may keep the prompt's last character back until the next token: that is no new text
+        whole = 0 if request.echo else len(tokenizer.processor.decode(prompt_ids))
+        self._skip = max(0, whole - sum(map(len, self._unread)))
+
+    def step(self) -> Piece:
+        """Return what the next token brings; the last piece has a finish_reason."""
+        watch, routing = self._engine.watch, self._request.routing
+        if routing:
+            watch.start()
+        token = next(self._ids, None)
+        read = watch.stop(self._unread) if routing else []
+        self._unread, reason, ending = [], None, None
+        text = ""
+        if token is not None:
+            self._room -= 1
+            text = self._decoder.put(token)
+            self._unread.append(text)
+        if token is None:
+            reason, ending = "stop", "the story ended"
+        elif self._room == 0:
+            full = f"the context of {self._engine.model.max_seq_length:,} tokens is full"
+            reason, ending = "length", full if self._is_cut_short else "max_tokens reached"
+        if reason:
+            text += self._decoder.end()
+        text, self._skip = text[self._skip :], max(0, self._skip - len(text))
+        text = self._stop.put(text) + (self._stop.end() if reason else "")
+        if self._stop.found:
+            reason, ending = "stop", "a stop sequence came"
+        if reason:
+            self.close()
+        text, self._echo = self._echo + text, ""
+        return Piece(text, read, int(token is not None), reason, ending)
+
+    def close(self) -> None:
+        """Give the memory of the KV cache back."""
+        self._ids.close()
+
+
+class Engine:
+    """One model that several requests take turns on, token by token, in one thread of its own."""
+
+    RUNNING = 4  # requests at a time
+    WAITING = 16  # requests in the queue; more are refused
+
+    def __init__(self, model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.name, self.created = model.config.name or "model", int(time.time())
+        self.watch = RouterWatch(model)
+        self.closing = False  # set when the server stops: what runs ends
+        self.n_waiting, self.n_running = 0, 0
+        self._slots = asyncio.Semaphore(self.RUNNING)
+        # first come, first served: each request has one step in the queue, so they alternate
+        self._thread = ThreadPoolExecutor(1, "model")
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Wait for a slot and hold it. Raises ApiError when too many wait already."""
+        if self._slots.locked() and self.n_waiting >= self.WAITING:
+            raise ApiError(503, f"{self.WAITING} requests wait already; try again later", code="overloaded")
+        self.n_waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.n_waiting -= 1
+        self.n_running += 1
+        try:
+            yield
+        finally:
+            self.n_running -= 1
+            self._slots.release()
+
+    async def run(self, request: CompletionRequest) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (choice, piece) of the request's samples in turn, until all have ended. Needs a slot."""
+        import torch
+
+        loop, count = asyncio.get_running_loop(), len(request.prompts) * request.n
+        live = {number: Continuation(self, request, number) for number in range(count)}
+        try:
+            while live:
+                for number, continuation in list(live.items()):
+                    if self.closing:
+                        raise ApiError(503, "the server is stopping", code="stopping")
+                    piece = await loop.run_in_executor(self._thread, continuation.step)
+                    if piece.finish_reason:
+                        del live[number]
+                    yield number, piece
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise ApiError(500, str(error)) from None
+        finally:  # reached when the client goes away, too; a step under way ends before
+            for continuation in live.values():
+                self._thread.submit(continuation.close)
+
+
+# --- serving: requests --------------------------------------------------------------------------------------
+
+JSON_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "an object"}
+# value that changes nothing -> accepted; any other is refused
+WITHOUT_EFFECT = {
+    "best_of": (None, 1),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "logprobs": (None,),
+    "presence_penalty": (None, 0),
+    "suffix": (None, ""),
+}
+
+
+def read_request(body: Any, engine: Engine) -> CompletionRequest:
+    """Return the checked request; what it leaves out is as on the server's command line. Raises ApiError."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the request must be a JSON object")
+    rest, args = dict(body), engine.args
+    if (model := _take(rest, "model", str, engine.name)) != engine.name:
+        message = f"no model {model!r:.80} is here; this server has {engine.name!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+    _take(rest, "user", str, "")  # only tells OpenAI who asks
+    for name, values in WITHOUT_EFFECT.items():
+        if (value := rest.pop(name, None)) not in values:
+            raise ApiError(400, f"{name} is {value!r:.80}, which is not supported; leave it out", name)
+    sampling = {o.name: _take(rest, o.name, o.type, getattr(args, o.name)) for o in fields(Sampling)}
+    options = _take(rest, "stream_options", dict, {})
+    wanted = {
+        "max_tokens": _take(rest, "max_tokens", int, args.max_tokens, 1),
+        "n": _take(rest, "n", int, args.num_samples, 1, MAX_CHOICES),
+        "seed": _take(rest, "seed", int, args.seed, 0, 2**63 - 1),
+        "stop": _stops(rest.pop("stop", None)),
+        "stream": _take(rest, "stream", bool, False),
+        "include_usage": _take(options, "include_usage", bool, False),
+        "echo": _take(rest, "echo", bool, False),
+        "routing": _take(rest, "routing", bool, False),
+    }
+    prompts = _prompts(rest.pop("prompt", None), engine, wanted["max_tokens"])
+    if len(prompts) * wanted["n"] > MAX_CHOICES:
+        problem = f"{len(prompts)} prompts times n {wanted['n']} is over {MAX_CHOICES}; ask for fewer at once"
+        raise ApiError(400, problem, "n")
+    if unknown := [*rest, *options]:
+        name = ascii(unknown[0])[1:-1][:80]  # half a surrogate pair cannot be sent back
+        raise ApiError(400, f"unknown parameter {name}; leave it out", name)
+    if wanted["seed"] is None:
+        wanted["seed"] = secrets.randbits(32)
+    try:
+        return CompletionRequest(prompts=prompts, sampling=Sampling(**sampling), **wanted)
+    except ValueError as error:
+        raise ApiError(400, str(error), str(error).split()[0]) from None
+
+
+def _take(
+    body: dict, name: str, kind: Any, default: Any, low: float = -math.inf, high: float = math.inf
+) -> Any:
+    """Take `name` out of `body`; return its value (null: the default). ApiError if it is of another kind."""
+    value = body.pop(name, None)
+    if value is None:
+        return default
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if type(value) is not kind:
+        raise ApiError(400, f"{name} is {value!r:.80}; it must be {JSON_KINDS[kind]}", name)
+    if kind is int and not low <= value <= high:
+        upper = "or more" if high == math.inf else f"to {high}"
+        raise ApiError(400, f"{name} is {value!r:.80}; choose {low} {upper}", name)
+    return value
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    is_good = isinstance(stops, list) and all(isinstance(s, str) and 0 < len(s) <= 100 for s in stops)
+    if not is_good or len(stops) > 4:
+        raise ApiError(400, "stop must be one to four texts of 1 to 100 characters", "stop")
+    return tuple(stops)
+
+
+def _prompts(value: Any, engine: Engine, max_tokens: int) -> list[list[int]]:
+    """Return the token ids of each prompt: a text or a list of texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ApiError(400, "prompt must be a text or a list of texts", "prompt")
+    if len(texts) > MAX_CHOICES:
+        raise ApiError(400, f"{len(texts)} prompts are too many; give {MAX_CHOICES} at most", "prompt")
+    try:
+        "".join(texts).encode()
+        return [encode_prompt(engine.model, engine.tokenizer, text, max_tokens) for text in texts]
+    except UnicodeEncodeError:
+        raise ApiError(
+            400, "the prompt holds half a surrogate pair, which is no character", "prompt"
+        ) from None
+    except ValueError as error:
+        raise ApiError(400, str(error), "prompt", "context_length_exceeded") from None
+
+
+async def read_body(request: "Request") -> Any:
+    """Return the request's JSON. Raises ApiError when it is none, too large or does not arrive."""
+    # any page may send text or a form to any address; for JSON a browser asks the server first, which refuses
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "send the request as Content-Type: application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise ApiError(413, f"the request has over {MAX_BODY_BYTES:,} bytes; send less")
+        return json.loads(body)
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive within {PATIENCE_S} s") from None
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the request is not readable JSON ({error})") from None
+
+
+# --- serving: answers ---------------------------------------------------------------------------------------
+
+
+class CompletionResponse:
+    """The answer to a request, as an ASGI application: whole, or as server-sent events.
+
+    A client that goes away, or reads nothing for `PATIENCE_S`, ends the work and frees the slot at once.
+    """
+
+    def __init__(self, engine: Engine, request: CompletionRequest) -> None:
+        self._engine, self._request = engine, request
+        head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
+        self._head = {**head, "created": int(time.time()), "model": engine.name, "seed": request.seed}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from anyio import create_task_group
+
+        async with create_task_group() as group:
+
+            async def end_when_the_client_goes() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                group.cancel_scope.cancel()
+
+            group.start_soon(end_when_the_client_goes)
+            await self._answer(scope, receive, send)
+            group.cancel_scope.cancel()
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import JSONResponse
+
+        async def patient_send(message: Any) -> None:
+            async with asyncio.timeout(PATIENCE_S):
+                await send(message)
+
+        with suppress(TimeoutError):  # uvicorn then closes the connection
+            try:
+                async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
+                    if self._request.stream:
+                        await self._stream(pieces, patient_send)
+                        return
+                    answer = JSONResponse(await self._collect(pieces))
+            except ApiError as error:
+                answer = error_response(error)
+            await answer(scope, receive, patient_send)
+
+    async def _stream(self, pieces: AsyncIterator[tuple[int, Piece]], send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+        async def event(data: str) -> None:
+            await send(
+                {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+            )
+
+        n_new = 0
+        try:
+            async for number, piece in pieces:
+                n_new += piece.n_new
+                if piece.text or piece.read or piece.finish_reason:
+                    choice = self._choice(number, piece)
+                    await event(json.dumps({**self._head, "choices": [choice]}))
+            if self._request.include_usage:
+                await event(json.dumps({**self._head, "choices": [], "usage": self._usage(n_new)}))
+        except ApiError as error:  # the status is out already
+            await event(json.dumps(error.body))
+        await event("[DONE]")
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _collect(self, pieces: AsyncIterator[tuple[int, Piece]]) -> dict[str, Any]:
+        n_new, wholes = 0, {}
+        async for number, piece in pieces:
+            n_new += piece.n_new
+            whole = wholes.setdefault(number, Piece("", []))
+            whole.text += piece.text
+            whole.read += piece.read
+            whole.finish_reason, whole.ending = piece.finish_reason, piece.ending
+        choices = [self._choice(number, wholes[number]) for number in sorted(wholes)]
+        return {**self._head, "choices": choices, "usage": self._usage(n_new)}
+
+    def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
+        choice = {"index": number, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+        extra = {"ending": piece.ending} if piece.ending else {}
+        return {**choice, **extra, **({"routing": piece.read} if self._request.routing else {})}
+
+    def _usage(self, n_new: int) -> dict[str, int]:
+        n_prompt = sum(map(len, self._request.prompts))
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+
+
+def error_response(error: ApiError) -> "JSONResponse":
+    """Return the error as OpenAI's clients read it."""
+    from starlette.responses import JSONResponse
+
+    headers = {"retry-after": "5"} if error.status == 503 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+class OwnHostOnly:
+    """Refuse requests by a name that is not this machine's.
+
+    A page elsewhere can make its own name point to 127.0.0.1 and then read the answers (DNS rebinding); an
+    address is nobody's name.
+    """
+
+    def __init__(self, app: Any, names: set[str]) -> None:
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        if scope["type"] == "http" and not self._is_own(host):
+            told = (
+                f"the host {host!r:.80} is not this server's; use its address, or start it with --host NAME"
+            )
+            await error_response(ApiError(403, told))(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in self._names or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """Return /v1/models' entry: OpenAI's keys, and what the page needs to know."""
+    config, layers = engine.model.config, engine.watch.layers
+    entry = {"id": engine.name, "object": "model", "created": engine.created, "owned_by": "litgpt-moe"}
+    routing = {
+        "layers": list(layers),
+        "n_expert": config.n_expert,
+        "n_expert_per_token": config.n_expert_per_token,
+        "scores": "sigmoid" if config.n_expert_groups else "softmax",
+    }
+    names = ["prompt", "max_tokens", "num_samples", "seed", *(option.name for option in fields(Sampling))]
+    defaults = {name: getattr(engine.args, name) for name in names}
+    more = {"max_model_len": engine.model.max_seq_length, "defaults": defaults}
+    return {**entry, **more, "routing": routing if layers else None}
+
+
+def make_app(engine: Engine, names: set[str]) -> "Starlette":
+    """Return the web application: the page, /v1/models and /v1/completions."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+
+    page = PAGE.read_text(encoding="utf-8")
+
+    async def index(_: Request) -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [describe_model(engine)]})
+
+    async def model(request: Request) -> Response:
+        if (name := request.path_params["name"]) != engine.name:
+            raise ApiError(404, f"no model {name!r:.80} is here", "model", "model_not_found")
+        return JSONResponse(describe_model(engine))
+
+    async def completions(request: Request) -> CompletionResponse:
+        return CompletionResponse(engine, read_request(await read_body(request), engine))
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            has = "this server has /, /v1/models and /v1/completions"
+            response = error_response(ApiError(error.status_code, f"{error.detail}: {has}"))
+            response.headers.update(error.headers or {})  # 405 names the methods that are allowed
+            return response
+        return error_response(
+            error if isinstance(error, ApiError) else ApiError(500, "an error in the server")
+        )
+
+    routes = [
+        Route("/", index),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/v1/completions", completions, methods=["POST"]),
+    ]
+    handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, Exception), refuse)
+    middleware = [Middleware(OwnHostOnly, names=names)]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """Return a listening socket; OSError with one sentence where there is none to be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
+        raise OSError(f"port {port} on {host} {reason}; choose another by --port or --host") from None
+
+
+def make_server(engine: Engine, host: str) -> "uvicorn.Server":
+    """Return the server; `run(sockets=[...])` serves until Ctrl-C."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, *args: Any) -> None:
+            engine.closing = True  # a story under way would keep the server waiting
+            super().handle_exit(*args)
+
+    app = make_app(engine, {"localhost", host.lower(), socket.gethostname().lower()})
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=100,
+        timeout_graceful_shutdown=3,
+    )
+    return Server(config)
+
+
+def serve(args: argparse.Namespace, prompt: str) -> None:
+    """Serve the checkpoint until Ctrl-C. ValueError and OSError tell why it cannot be."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--serve needs {error.name}; install it with: uv sync --extra serve") from None
+    with open_port(args.host, args.port) as listener:
+        model, tokenizer = load(args)
+        encode_prompt(model, tokenizer, prompt, args.max_tokens)
+        args.prompt = prompt  # the page begins with it
+        engine = Engine(model, tokenizer, args)
+        server = make_server(engine, args.host)
+        address, port, *_ = listener.getsockname()
+        where = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{port}"
+        print(f"playground {where}\nOpenAI API {where}/v1, model {engine.name}", file=sys.stderr)
+        if not ipaddress.ip_address(address).is_loopback:
+            print("whoever reaches this machine can use it: there is no password", file=sys.stderr)
+        print("Ctrl-C stops it", file=sys.stderr)
+        with suppress(KeyboardInterrupt):  # uvicorn raises it anew after it has stopped
+            server.run(sockets=[listener])
+
+
 # --- the command line ---------------------------------------------------------------------------------------
 
 
@@ -309,7 +914,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description="Continue a text with a trained checkpoint.",
-        usage="%(prog)s [--prompt TEXT | --prompt_file FILE] [options]",
+        usage="%(prog)s [--prompt TEXT | --prompt_file FILE] [--serve] [options]",
         epilog="stdout carries prompt and continuation, a line <|endoftext|> between samples.",
     )
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
@@ -329,6 +934,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true",
     )
+    add("--serve", action="store_true", help="open a playground and OpenAI's /v1/completions instead")
+    add("--host", default="127.0.0.1", help="--serve's address, 0.0.0.0 = everybody's (default %(default)s)")
+    add("--port", type=int, default=8000, help="--serve's port, 0 = any free one (default %(default)s)")
     return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
 
 
@@ -338,7 +946,10 @@ def check_args(args: argparse.Namespace) -> Sampling:
         ("max_tokens", args.max_tokens >= 1, "1 or more"),
         ("num_samples", args.num_samples >= 1, "1 or more"),
         ("seed", args.seed is None or 0 <= args.seed < 2**63, "0 or more"),
+        ("port", 0 <= args.port < 2**16, "0 (any free one) to 65535"),
     ]
+    if args.serve:
+        rules.append(("num_samples", args.num_samples <= MAX_CHOICES, f"{MAX_CHOICES} or fewer with --serve"))
     problems = [f"{name} is {getattr(args, name)}; choose {rule}" for name, ok, rule in rules if not ok]
     try:
         sampling = Sampling(**{option.name: getattr(args, option.name) for option in fields(Sampling)})
@@ -353,7 +964,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     """Return the text to continue: --prompt, --prompt_file, standard input, or the default."""
     if args.prompt_file is not None:
         return _utf8(args.prompt_file.read_bytes(), str(args.prompt_file))
-    if args.prompt == "-" or (args.prompt is None and _is_piped_in()):
+    if args.prompt == "-" or (args.prompt is None and not args.serve and _is_piped_in()):
         text = _utf8(sys.stdin.buffer.read(), "standard input")
         return text or (DEFAULT_PROMPT if args.prompt is None else "")
     return DEFAULT_PROMPT if args.prompt is None else _utf8(os.fsencode(args.prompt), "--prompt")
@@ -377,8 +988,8 @@ def _is_piped_in() -> bool:
     return stat.S_ISREG(mode)
 
 
-def load(args: argparse.Namespace, prompt: str) -> "tuple[GPT, Tokenizer, list[int]]":
-    """Return the checkpoint's model, its tokenizer and the prompt's token ids."""
+def load(args: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
+    """Return the checkpoint's model and its tokenizer."""
     from moe_layers import find_checkpoint, load_model, pick_device, verify_checkpoint
 
     device, dtype = pick_device(args.device, args.precision)
@@ -389,12 +1000,17 @@ def load(args: argparse.Namespace, prompt: str) -> "tuple[GPT, Tokenizer, list[i
     model = load_model(folder, device, dtype)
     if device.type == "cpu":
         lay_out_for_decoding(model)
+    return model, tokenizer
+
+
+def encode_prompt(model: "GPT", tokenizer: "Tokenizer", prompt: str, max_tokens: int) -> list[int]:
+    """Return the prompt's token ids; ValueError when there is none, no room or the tokenizer is another's."""
     prompt_ids = tokenizer.encode(prompt).tolist()
-    room_for(prompt_ids, args.max_tokens, model.max_seq_length)
+    room_for(prompt_ids, max_tokens, model.max_seq_length)
     if max(prompt_ids) >= model.config.padded_vocab_size:
         size = f"token {max(prompt_ids):,}, the model knows {model.config.padded_vocab_size:,}"
-        raise ValueError(f"{folder}: the tokenizer is not the model's ({size}); copy in the right one")
-    return model, tokenizer, prompt_ids
+        raise ValueError(f"the tokenizer is not the model's ({size}); copy the right one into the checkpoint")
+    return prompt_ids
 
 
 def read_tokenizer(folder: Path) -> "Tokenizer":
@@ -440,18 +1056,18 @@ def write_sample(
 
 
 def write_samples(args: argparse.Namespace, sampling: Sampling, loaded: tuple) -> None:
-    """Write the samples that the flags ask for; all are drawn from one seed, one after the other."""
+    """Write the samples that the flags ask for, one after the other, each from the next seed."""
     import torch
 
     model, tokenizer, prompt_ids = loaded
     generator = torch.Generator(model.lm_head.weight.device)
     seed = generator.seed() % 2**32 if args.seed is None else args.seed
-    generator.manual_seed(seed)
-    if sampling.temperature > 0:
-        print(f"seed {seed}", file=sys.stderr)
     for number in range(args.num_samples):
         if number:
             print(SEPARATOR, flush=True)
+        generator.manual_seed(seed + number)  # so that each can be had alone, and all side by side
+        if sampling.temperature > 0:
+            print(f"seed {seed + number}", file=sys.stderr)
         write_sample(model, tokenizer, prompt_ids, args.max_tokens, sampling, generator)
 
 
@@ -460,7 +1076,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         sampling, prompt = check_args(args), read_prompt(args)
-        loaded = load(args, prompt)
+        if args.serve:
+            serve(args, prompt)
+            return 0
+        model, tokenizer = load(args)
+        loaded = model, tokenizer, encode_prompt(model, tokenizer, prompt, args.max_tokens)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,12 +20,12 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn as nn
@@ -42,7 +42,7 @@ RECORD_FORMAT = 1
 MAX_RECORD_BYTES = 1 << 20
 MAX_YAML_BYTES = 1 << 17  # time and memory of reading grow faster than the file
 MAX_YAML_PARTS = 20_000
-MAX_PICKLE_BYTES = 16 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
+MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
 MAX_TUPLE_PARTS = 10_000  # nested in one another; Python's random state, a large one, has 627
 MAX_BLOCK_SIZE = 1 << 18  # the rotary table of 128 columns then takes 268 MB
 MAX_EXPERTS = 20_000  # over all layers; each is an object that takes time to make
@@ -73,6 +73,8 @@ FILLS = (
     pickle.SETITEMS,
     pickle.BUILD,
 )  # what is there already
+BIAS_NAME = "e_score_correction_bias"  # as in LitGPT and Hugging Face
+STATISTICS = ("load_imbalance", "dead_experts", "router_entropy", "aux_loss", "z_loss")
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -324,12 +326,20 @@ class MoE(LLaMAMoE):
 
     `forward` = route -> sort rows by expert -> experts on their slices -> unsort, weight, sum -> shared.
     Experts without a token get a zero gradient, not none, so that every process updates the same parameters.
+
+    The buffer `e_score_correction_bias` (E,) is there from the start and 0; `use_selection_bias` lets it
+    choose, and puts it into the state dict, which then is not stock LitGPT's. With expert groups it is the
+    router's own buffer of that name, which stock LitGPT has too.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if config.n_expert_groups:
             self.gate = GroupedRouter(config)
+        else:
+            bias_E = torch.zeros(config.n_expert, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias_E, persistent=False)
+        self.balance: Balance | None = None  # see set_balance
         self.count_load = False
         self._packed: dict[str, torch.Tensor] = {}  # see pack_for_decoding
         self.register_buffer(
@@ -338,55 +348,92 @@ class MoE(LLaMAMoE):
 
     def reset_parameters(self) -> None:
         """Zero what `init_module(empty_init=True)` left unset here; the submodules reset their own."""
-        self.tokens_per_expert.zero_()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
+        return _keep_float32(self, super()._apply, fn, recurse)
+
+    @property
+    def selection_bias(self) -> torch.Tensor:
+        """What is added to the router's scores before top-k, and to nothing else: (E,), float32."""
+        owner = self.gate if self.config.n_expert_groups else self
+        return owner.e_score_correction_bias
+
+    @property
+    def has_selection_bias(self) -> bool:
+        """Whether the bias takes part in the choice and in the state dict."""
+        return bool(self.config.n_expert_groups) or BIAS_NAME not in self._non_persistent_buffers_set
+
+    def use_selection_bias(self) -> None:
+        """Let the bias choose, and save it; expert groups always do."""
+        if not self.has_selection_bias:
+            self.register_buffer(BIAS_NAME, self.e_score_correction_bias, persistent=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, (B, T, C) like `x`."""
         x_NC = x.reshape(-1, x.size(-1))
-        topk_weights_NK, topk_indices_NK = self._route(x_NC)
+        router_logits_NE, topk_weights_NK, topk_indices_NK = self._route(x_NC)
         if self.config.routed_scaling_factor != 1.0:
             topk_weights_NK = topk_weights_NK * self.config.routed_scaling_factor
-        topk_weights_NK = topk_weights_NK.to(x.dtype)
         if _is_decoding(x_NC):
-            y_NC = self._run_chosen(x_NC, topk_weights_NK, topk_indices_NK)
+            y_NC = self._run_chosen(x_NC, topk_weights_NK.to(x.dtype), topk_indices_NK)
         else:
-            y_NC = self._run_sorted(x_NC, topk_weights_NK, topk_indices_NK)
+            plan = Plan.of(topk_indices_NK, self.config.n_expert)
+            if self.count_load:
+                self.tokens_per_expert += plan.tokens_per_expert
+            if self.balance is not None and self.training and torch.is_grad_enabled():
+                topk_weights_NK = self._attach_losses(topk_weights_NK, router_logits_NE, plan)
+            y_NC = self._run_sorted(x_NC, topk_weights_NK.to(x.dtype), plan)
         if self.config.n_shared_expert:
             y_NC = y_NC + self.shared_experts(x_NC)
         return y_NC.view_as(x)
 
-    def _route(self, x_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each token's K weights and the K experts they belong to."""
+    def _route(self, x_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the router's logits (N, E), each token's K weights and the K experts they belong to."""
         with _no_autocast(x_NC):
             if self.config.n_expert_groups:
-                return self.gate(x_NC)  # it casts to float32 itself
+                router_logits_NE = F.linear(
+                    x_NC.float(), self.gate.weight.float()
+                )  # as LitGPT's, in float64 too
+                return router_logits_NE, *self.gate.choose(router_logits_NE)
             # float32: bf16 rounds close logits to ties, and top-k then picks by position. float64 stays.
             dtype = torch.promote_types(x_NC.dtype, torch.float32)
             router_logits_NE = F.linear(x_NC.to(dtype), self.gate.weight.to(dtype))
-            topk_logits_NK, topk_indices_NK = router_logits_NE.topk(self.config.n_expert_per_token, dim=1)
+            if self.has_selection_bias:
+                scores_NE = router_logits_NE.detach() + self.e_score_correction_bias
+                topk_indices_NK = scores_NE.topk(self.config.n_expert_per_token, dim=1).indices
+                topk_logits_NK = router_logits_NE.gather(1, topk_indices_NK)
+            else:
+                topk_logits_NK, topk_indices_NK = router_logits_NE.topk(self.config.n_expert_per_token, dim=1)
             topk_weights_NK = topk_logits_NK.softmax(dim=1, dtype=torch.float)  # float, as LitGPT's
-        return topk_weights_NK.to(x_NC.dtype), topk_indices_NK
+        return router_logits_NE, topk_weights_NK.to(x_NC.dtype), topk_indices_NK
 
-    def _run_sorted(
-        self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
+    def _attach_losses(
+        self, weights_NK: torch.Tensor, router_logits_NE: torch.Tensor, plan: "Plan"
     ) -> torch.Tensor:
-        n_tokens, top_k = indices_NK.shape
-        # int16 sorts several times faster than int64 on CPU, and n_expert stays far below 32,768
-        expert_R, order_R = indices_NK.flatten().to(torch.int16).sort(stable=True)
-        ends_E = torch.searchsorted(expert_R, self._expert_ids(expert_R), right=True)
-        inverse_R = torch.empty_like(order_R).scatter_(
-            0, order_R, torch.arange(order_R.numel(), device=x_NC.device)
-        )
-        if self.count_load:
-            self.tokens_per_expert += ends_E.diff(prepend=ends_E.new_zeros(1))
-        # cast before the gather, which then moves half the bytes
-        x_RC = _Dispatch.apply(x_NC.to(_compute_dtype(x_NC)), order_R, inverse_R, top_k)
-        y_RC = self._run_experts(x_RC, ends_E)
-        y_NKC = _Permute.apply(y_RC, inverse_R, order_R).view(n_tokens, top_k, -1)
-        return torch.einsum("nk,nkc->nc", weights_NK.to(y_NKC.dtype), y_NKC).to(x_NC.dtype)
+        """Return the weights as they are; their backward adds the auxiliary losses and counts the load."""
+        balance = self.balance
+        with _no_autocast(router_logits_NE):
+            if self.config.n_expert_groups:
+                scores_NE = router_logits_NE.sigmoid()  # DeepSeek-V3 eq. 18: normalised affinities
+                probs_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True)
+            else:
+                probs_NE = router_logits_NE.softmax(dim=1)
+            aux_loss = load_balancing_loss(probs_NE, plan.tokens_per_expert)
+            z_loss = router_z_loss(router_logits_NE)
+            loss = balance.aux_loss_coef * aux_loss + balance.z_loss_coef * z_loss
+            entropy = -torch.special.xlogy(probs_NE, probs_NE).detach().sum(1).mean()
+            means = torch.stack([torch.ones_like(entropy), entropy, aux_loss.detach(), z_loss.detach()])
+            return _AttachLosses.apply(weights_NK, loss, plan.tokens_per_expert, means.float(), balance)
 
-    def _expert_ids(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.arange(self.config.n_expert, dtype=like.dtype, device=like.device)
+    def _run_sorted(self, x_NC: torch.Tensor, weights_NK: torch.Tensor, plan: "Plan") -> torch.Tensor:
+        n_tokens, top_k = weights_NK.shape
+        # cast before the gather, which then moves half the bytes
+        x_RC = _Dispatch.apply(x_NC.to(_compute_dtype(x_NC)), plan.order, plan.inverse, top_k)
+        y_RC = self._run_experts(x_RC, plan.ends)
+        y_NKC = _Permute.apply(y_RC, plan.inverse, plan.order).view(n_tokens, top_k, -1)
+        return torch.einsum("nk,nkc->nc", weights_NK.to(y_NKC.dtype), y_NKC).to(x_NC.dtype)
 
     def _run_experts(self, x_RC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Return each sorted row's expert output, (R, C); expert e owns the rows up to `ends_E[e]`."""
@@ -454,10 +501,56 @@ class MoE(LLaMAMoE):
 class GroupedRouter(GroupedTopkRouter):
     """LitGPT's sigmoid router with expert groups (DeepSeek-V3), and the initialisation that it lacks."""
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.register_buffer(BIAS_NAME, torch.zeros(config.n_expert, dtype=torch.float32))
+
     def reset_parameters(self) -> None:
         # the same variance as LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
         nn.init.normal_(self.weight, mean=0.0, std=(2.0 / 5 / self.config.n_embd) ** 0.5)
         self.e_score_correction_bias.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GroupedRouter":
+        return _keep_float32(self, super()._apply, fn, recurse)
+
+    def choose(self, router_logits_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights and indices (N, K) as LitGPT's `forward` does, which keeps the logits to itself."""
+        scores_NE = router_logits_NE.sigmoid()
+        topk_indices_NK = self.get_topk_indices(scores_NE)
+        topk_weights_NK = scores_NE.gather(1, topk_indices_NK)
+        if self.config.norm_topk_prob:
+            topk_weights_NK = topk_weights_NK / (topk_weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        return topk_weights_NK, topk_indices_NK
+
+
+def _keep_float32(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> Any:
+    """Apply `fn` with the selection bias moved, but not cast: from 0.5 on, bf16 swallows steps of 0.001."""
+    before = module._buffers.get(BIAS_NAME)
+    apply(fn, recurse)
+    if before is not None and (after := module._buffers[BIAS_NAME]).dtype != before.dtype:
+        kept = after.to(before.dtype) if before.is_meta else before.to(after.device)
+        module._buffers[BIAS_NAME] = kept
+    return module
+
+
+class Plan(NamedTuple):
+    """Which sorted row belongs to which token and expert: static shapes, no host round trip."""
+
+    order: torch.Tensor  # (R,) the token-major row (n * K + k) that lies at each sorted row
+    inverse: torch.Tensor  # (R,) the sorted row of each token-major row
+    ends: torch.Tensor  # (E,) expert e owns the sorted rows up to ends[e]
+    tokens_per_expert: torch.Tensor  # (E,) int64
+
+    @classmethod
+    def of(cls, indices_NK: torch.Tensor, n_expert: int) -> "Plan":
+        """Return the plan for these choices; rows of one expert keep their order."""
+        # int16 sorts several times faster than int64 on CPU, and n_expert stays far below 32,768
+        expert_R, order_R = indices_NK.flatten().to(torch.int16).sort(stable=True)
+        ids_E = torch.arange(n_expert, dtype=torch.int16, device=indices_NK.device)
+        ends_E = torch.searchsorted(expert_R, ids_E, right=True)
+        rows_R = torch.arange(order_R.numel(), device=indices_NK.device)
+        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows_R)
+        return cls(order_R, inverse_R, ends_E, ends_E.diff(prepend=ends_E.new_zeros(1)))
 
 
 class _Dispatch(torch.autograd.Function):
@@ -546,6 +639,190 @@ def _no_autocast(x: torch.Tensor) -> AbstractContextManager:
 def _is_decoding(x_NC: torch.Tensor) -> bool:
     # Up to four tokens (measured on CPU) sorting costs more than it saves. CUDA would wait for the indices.
     return x_NC.size(0) <= 4 and x_NC.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+# --- balance: losses, selection bias, statistics ------------------------------------------------------------
+
+
+def load_balancing_loss(router_probs_NE: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """Return the Switch balance loss, 1.0 when every expert gets equal load and equal probability.
+
+    E * sum over e of f_e * P_e, with f_e the share of all N*K choices that fell on expert e (no gradient) and
+    P_e its mean probability. Switch Transformer, eq. 4 to 6 (arxiv.org/abs/2101.03961), f divided by top_k.
+    """
+    share_E = tokens_per_expert.to(router_probs_NE.dtype) / tokens_per_expert.sum()
+    return router_probs_NE.size(1) * (share_E * router_probs_NE.mean(dim=0)).sum()
+
+
+def router_z_loss(router_logits_NE: torch.Tensor) -> torch.Tensor:
+    """Return the mean over tokens of logsumexp(logits)^2. ST-MoE, eq. 5 (arxiv.org/abs/2202.08906)."""
+    return router_logits_NE.logsumexp(dim=1).square().mean()
+
+
+@dataclass
+class Balance:
+    """How one layer is balanced, and what it counted. See `set_balance`."""
+
+    aux_loss_coef: float
+    z_loss_coef: float
+    bias_update_rate: float
+    scale: float
+    # Plain tensors, no buffers: DistributedDataParallel overwrites every rank's buffers with rank 0's.
+    step_load: torch.Tensor  # (E,) int64, tokens of this optimizer step
+    load: torch.Tensor  # (E,) int64, tokens since the last statistics
+    sums: torch.Tensor  # (4,) float32: micro-batches, and the sums over them of entropy, aux loss, z loss
+
+
+class _AttachLosses(torch.autograd.Function):
+    """`x` as it is; backward gives `loss` the gradient `scale`, and counts the load.
+
+    Counting belongs here: backward runs once for a micro-batch, forward also to recompute activations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        loss: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        means: torch.Tensor,
+        balance: Balance,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(tokens_per_expert, means)
+        ctx.balance, ctx.loss_dtype = balance, loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        tokens_per_expert, means = ctx.saved_tensors
+        balance = ctx.balance
+        balance.step_load.add_(tokens_per_expert)
+        balance.load.add_(tokens_per_expert)
+        balance.sums.add_(means)
+        loss_grad = torch.full((), balance.scale, dtype=ctx.loss_dtype, device=grad.device)
+        return grad, loss_grad, None, None, None
+
+
+def set_balance(
+    model: nn.Module,
+    *,
+    aux_loss_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
+    bias_update_rate: float = 0.0,
+    scale: float = 1.0,
+) -> None:
+    """Balance the model's MoE layers while they train, and count their load. Call it on the final device.
+
+    The losses act through the layers' backward alone: what the model returns and its loss stay as they are,
+    and nothing happens in eval mode or without gradients. A rate above 0 puts the selection bias into the
+    state dict, so call this (or `use_selection_bias`) before a checkpoint is loaded.
+
+    Args:
+        aux_loss_coef: weight of `load_balancing_loss`, over the micro-batch of one device; 0 is off.
+        z_loss_coef: weight of `router_z_loss`; 0 is off.
+        bias_update_rate: step of `update_selection_bias`; 0 is off.
+        scale: what the loss is multiplied by outside the model, 1 / gradient accumulation steps. No factor
+            for the number of processes: DDP and FSDP average these gradients with all others.
+    """
+    if bias_update_rate:
+        use_selection_bias(model)
+    for layer in moe_layers(model).values():
+        device, n_expert = layer.gate.weight.device, layer.config.n_expert
+        layer.balance = Balance(
+            aux_loss_coef,
+            z_loss_coef,
+            bias_update_rate,
+            scale,
+            step_load=torch.zeros(n_expert, dtype=torch.int64, device=device),
+            load=torch.zeros(n_expert, dtype=torch.int64, device=device),
+            sums=torch.zeros(4, dtype=torch.float32, device=device),
+        )
+
+
+def use_selection_bias(model: nn.Module) -> None:
+    """Let every MoE layer's bias take part in the choice and in the state dict (stock LitGPT's has none)."""
+    for layer in moe_layers(model).values():
+        layer.use_selection_bias()
+
+
+def has_selection_bias(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Return whether these weights hold a selection bias.
+
+    Stock LitGPT then refuses them as unexpected keys, except with expert groups, where its router has one.
+    """
+    return any(name.endswith(f".{BIAS_NAME}") for name in state_dict)
+
+
+@torch.no_grad()
+def update_selection_bias(
+    model: nn.Module, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> None:
+    """Move each expert's bias by the update rate, up if it got less than the mean in this step.
+
+    DeepSeek-V3, section 2.1.2 (arxiv.org/abs/2412.19437): b_e += rate * sign(mean load - load_e). Call it
+    after each optimizer step, on all processes; `all_reduce` returns the sum over them. No host round trip.
+    """
+    layers = [layer for layer in moe_layers(model).values() if layer.balance is not None]
+    if any(layer.balance.bias_update_rate for layer in layers):
+        load_LE = torch.stack([layer.balance.step_load for layer in layers]).double()
+        load_LE = load_LE if all_reduce is None else all_reduce(load_LE)
+        direction_LE = (load_LE.mean(dim=1, keepdim=True) - load_LE).sign()
+        for layer, direction_E in zip(layers, direction_LE, strict=True):
+            bias = layer.selection_bias
+            if bias.dtype != torch.float32:  # FSDP casts buffers to its compute dtype
+                bias.data = bias.float()
+            bias.add_(direction_E, alpha=layer.balance.bias_update_rate)
+    discard_step_load(model)
+
+
+def discard_step_load(model: nn.Module) -> None:
+    """Forget the load of an optimizer step that is skipped, so that it does not move the bias."""
+    for layer in moe_layers(model).values():
+        if layer.balance is not None:
+            layer.balance.step_load.zero_()
+
+
+@torch.no_grad()
+def router_statistics(
+    model: nn.Module, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], dict[str, float]]]:
+    """Return the routers' statistics since the last call, on the device, and what reads its copy on the host.
+
+    The tensor is (layers, E + 4) float32: tokens per expert, micro-batches, and sums over these of entropy,
+    aux loss and z loss. The function turns it, once on the host (`.cpu()`), into `moe/NAME/layer_03` ->
+    number, for the names
+
+        load_imbalance  max over mean of the tokens per expert, 1.0 is even
+        dead_experts    experts without a token
+        router_entropy  mean over tokens, in nats; log(E) is undecided
+        aux_loss        `load_balancing_loss`, not yet times its coefficient; 1.0 is even
+        z_loss          `router_z_loss`, not yet times its coefficient
+
+    so that all layers, and whatever else is logged, need one transfer. Before any backward it gives {}.
+    """
+    layers = {index: layer for index, layer in moe_layers(model).items() if layer.balance is not None}
+    if not layers:
+        return torch.zeros(0, 4), lambda _: {}
+    balances = [layer.balance for layer in layers.values()]
+    stacked = torch.stack([torch.cat([balance.load.float(), balance.sums]) for balance in balances])
+    for balance in balances:
+        balance.load.zero_()
+        balance.sums.zero_()
+    stacked = stacked if all_reduce is None else all_reduce(stacked)
+    return stacked, partial(_read_statistics, list(layers))
+
+
+def _read_statistics(indices: list[int], stacked: torch.Tensor) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for index, row in zip(indices, stacked.double(), strict=True):
+        load_E, (n_batches, *sums) = row[:-4], row[-4:].tolist()
+        if not n_batches:
+            continue
+        means = [total / n_batches for total in sums]
+        imbalance, dead = (load_E.max() / load_E.mean()).item(), float((load_E == 0).sum())
+        for name, value in zip(STATISTICS, [imbalance, dead, *means], strict=True):
+            values[f"moe/{name}/layer_{index:02d}"] = value
+    return values
 
 
 # --- what the layers of a model add up to -------------------------------------------------------------------
@@ -700,6 +977,8 @@ def load_model(
     weights = check_weights(checkpoint_dir, config)
     with torch.device("meta"):
         model = GPT(config)
+    if has_selection_bias(weights):
+        use_selection_bias(model)
     for name, weight in weights.items() if torch.device(device).type != "meta" else ():
         # a finite sum says that all are, and takes a third of the time of asking each
         total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -707,11 +986,17 @@ def load_model(
             where = f"{checkpoint_dir / CHECKPOINT_FILE}: {name} holds values that are not finite"
             raise ValueError(f"{where} (the training diverged); use an earlier checkpoint")
     # clone: the weights leave the mapped file, which a running training may replace
-    weights = {name: weight.to(device, dtype, copy=True) for name, weight in weights.items()}
+    # the selection bias stays float32 in every dtype: the choice must be the one that was trained
+    weights = {
+        name: weight.to(device, torch.float32 if name.endswith(BIAS_NAME) else dtype, copy=True)
+        for name, weight in weights.items()
+    }
     model.load_state_dict(weights, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device(device))
     for layer in moe_layers(model).values():
         layer.tokens_per_expert = torch.zeros(config.n_expert, dtype=torch.int64, device=device)
+        if not layer.has_selection_bias:  # not in the weights, so still on meta
+            layer.e_score_correction_bias = torch.zeros(config.n_expert, device=device)
     return model.requires_grad_(False).eval()
 
 
@@ -779,6 +1064,8 @@ def _tensors(state: Any) -> Iterator[torch.Tensor]:
 def _check_archive(path: Path) -> None:
     """Raise ValueError if the file is not as torch.save writes it: nothing packed, a pickle of data alone."""
     with zipfile.ZipFile(path) as archive:
+        if len({entry.filename for entry in archive.infolist()}) < len(archive.infolist()):
+            raise ValueError("two of its parts have one name")
         for entry in archive.infolist():
             name = entry.filename
             if ".." in re.split(r"[/\\]", name) or name.startswith(("/", "\\")):
@@ -846,7 +1133,10 @@ def check_weights(checkpoint_dir: Path, config: Config) -> dict[str, torch.Tenso
     """Return the weights in `checkpoint_dir`, memory-mapped. ValueError if they are not of `config`."""
     weights = read_weights(checkpoint_dir / CHECKPOINT_FILE)
     with torch.device("meta"):
-        expected = GPT(config).state_dict()
+        model = GPT(config)
+    if has_selection_bias(weights):
+        use_selection_bias(model)
+    expected = model.state_dict()
     where = f"{checkpoint_dir}: the weights do not fit the model config {config.name}:"
     if missing := [name for name in expected if name not in weights]:
         raise ValueError(f"{where} they lack {missing[0]} ({len(missing)} missing)")

@@ -38,7 +38,14 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from wandb_dataset import add_wandb_flags, normalize_flags, push_from_flags, sha256_file
+from wandb_dataset import (
+    add_wandb_flags,
+    check_inside,
+    is_outside,
+    normalize_flags,
+    push_from_flags,
+    sha256_file,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +80,7 @@ MAX_CACHED_CHARS = 40
 STORIES_PER_WRITE = 1_000
 MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
 TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the size that was asked for
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
 MAX_TRAINING_BYTES = 100 << 20  # of text for a tokenizer; more hardly changes it
 
 DATASETS = ("custom", "tinystories", "demo")
@@ -164,9 +172,11 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_json(path: Path) -> dict:
     """Return the content of a JSON file, {} if there is none; ValueError if it is damaged."""
+    if path.is_file() and (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size:,} bytes, over {MAX_JSON_BYTES:,}; replace the file")
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); replace the file") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object; replace the file")
@@ -636,8 +646,8 @@ def read_manifest(data_dir: Path) -> dict:
     try:
         manifest = read_json(path)
         version, width = manifest["format_version"], np.dtype(manifest["dtype"]).itemsize
-        sizes = {data_dir / shard["path"]: shard["n_tokens"] * width for shard in listed(manifest, "shards")}
         check_types(manifest)
+        sizes = {data_dir / shard["path"]: shard["n_tokens"] * width for shard in listed(manifest, "shards")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise ValueError(f"{path}: damaged; {RUN_AGAIN}") from None
     if version != FORMAT_VERSION:
@@ -645,6 +655,8 @@ def read_manifest(data_dir: Path) -> dict:
     for shard, size in sizes.items():
         if not shard.is_file():
             raise FileNotFoundError(f"{shard}: listed in {MANIFEST} but not there; {RUN_AGAIN}")
+        if is_outside(shard, data_dir):
+            raise ValueError(f"{shard}: a link out of its folder; {RUN_AGAIN}")
         if shard.stat().st_size != size:
             raise ValueError(f"{shard}: {shard.stat().st_size} bytes, {MANIFEST} says {size}; {RUN_AGAIN}")
     written = path.stat().st_mtime_ns
@@ -663,6 +675,8 @@ def check_types(manifest: dict) -> None:
         if wrong:
             raise TypeError(f"{wrong[0]} is not {kind.__name__}")
 
+    if manifest["dtype"] not in ("uint16", "uint32"):
+        raise TypeError("dtype is neither uint16 nor uint32")
     check(manifest, dict, "tokenizer", "options", "splits")
     check(manifest["tokenizer"], str, "sha256")
     check(manifest["tokenizer"], int, "vocab_size", "bos_id", "eos_id")
@@ -670,6 +684,15 @@ def check_types(manifest: dict) -> None:
         check(manifest["splits"][split], int, "n_stories", "n_tokens", "n_bytes", "n_duplicates")
     for entry in [*listed(manifest, "text"), *listed(manifest, "shards")]:
         check(entry, str, "path", "sha256")
+        check_inside(entry["path"])
+    for entry in listed(manifest, "text"):
+        check(entry, int, "size", "mtime_ns")
+    for split in SPLITS:
+        shards = manifest["splits"][split]["shards"]
+        for entry in shards:
+            check(entry, int, "n_tokens", "n_stories", "n_bytes")
+        if sum(entry["n_tokens"] for entry in shards) != manifest["splits"][split]["n_tokens"]:
+            raise ValueError(f"the shards of {split} do not add up to its n_tokens")
 
 
 def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = None) -> list[str]:
@@ -684,7 +707,10 @@ def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = No
         return [str(error)]
     reasons = []
     facts = read_tokenizer(tokenizer_dir)
-    if any(getattr(facts, key) != manifest["tokenizer"].get(key) for key in ("sha256", "bos_id", "eos_id")):
+    if any(
+        getattr(facts, key) != manifest["tokenizer"].get(key)
+        for key in ("sha256", "vocab_size", "bos_id", "eos_id")
+    ):
         reasons.append(f"{tokenizer_dir / 'tokenizer.json'}: not the tokenizer that made the shards")
     for key, value in (options or {}).items():
         if (before := manifest["options"].get(key)) != value:
@@ -734,7 +760,7 @@ def finished_shards(data_dir: Path, width: int) -> dict[str, dict]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged or not ours: made again
             content = read_json(path)
             for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
-                shard, size = data_dir / entry["path"], entry["n_tokens"] * width
+                shard, size = data_dir / check_inside(entry["path"]), entry["n_tokens"] * width
                 if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
                     found[shard.stem[6:]] = entry  # by the key in its name
     return found

@@ -58,14 +58,7 @@ FLAG_TO_KEY = {
     "wandb_dataset_artifact": "wandb_dataset",
 }
 CLASS_KEYS = ("data", "optimizer")  # each a class_path with init_args
-GROUPS = (
-    "train",
-    "schedule",
-    "checkpoints",
-    "guard",
-    "eval",
-    "log",
-)  # keys with `key: value` lines under them
+GROUPS = ("train", "moe", "schedule", "checkpoints", "guard", "eval", "log")  # `key: value` lines under them
 VARIABLES = (
     "RESUME",
     "WANDB_DATASET_ARTIFACT",
@@ -87,6 +80,9 @@ LOWEST = {  # the lowest value that makes sense; 0 switches off where it is allo
     "train.min_lr": 0,
     "train.max_norm": 0,
     "train.max_time": 1,
+    "moe.aux_loss_coef": 0,
+    "moe.z_loss_coef": 0,
+    "moe.bias_update_rate": 0,
     "schedule.warmup_tokens": 0,
     "schedule.decay_fraction": 0,
     "checkpoints.keep_last": 1,
@@ -110,6 +106,18 @@ def _litgpt_args() -> Any:
 
 
 litgpt_args = _litgpt_args()
+
+
+@dataclass
+class BalanceArgs:
+    """What keeps the tokens spread over the experts. The logged loss stays pure cross-entropy."""
+
+    aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of Switch Transformer (0.01 there; 0: off)."""
+    z_loss_coef: float = 0.0
+    """Weight of the router's z-loss of ST-MoE (0.001 there; 0: off)."""
+    bias_update_rate: float = 0.0
+    """Step of DeepSeek-V3's selection bias, which stock LitGPT cannot read (0.001 there; 0: off)."""
 
 
 @dataclass
@@ -192,6 +200,8 @@ class Settings:
     """Show a live bar on a terminal; otherwise LitGPT's line for each log step."""
     train: litgpt_args.TrainArgs = field(default_factory=lambda: litgpt_args.TrainArgs(max_norm=1.0))
     """Training. max_time counts from the start of the command; the run then saves and ends in time."""
+    moe: BalanceArgs = field(default_factory=BalanceArgs)
+    """Balance of the experts."""
     schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
     """Learning rate."""
     checkpoints: CheckpointArgs = field(default_factory=CheckpointArgs)
@@ -415,6 +425,7 @@ def check_run(settings: Settings) -> Run:
     problems: list[str] = []
     config = _collect(problems, MoEConfig.from_file, settings.model_config)
     precision, devices = _collect(problems, choose_device, settings) or (None, 1)
+    problems += launcher_problems(devices * settings.num_nodes)
     problems += train_problems(settings, config.block_size if config else None, devices * settings.num_nodes)
     data, optimizer = _collect(problems, build_classes, settings) or (None, None)
     resume = _collect(problems, find_resume, settings)
@@ -427,7 +438,7 @@ def check_run(settings: Settings) -> Run:
         # only where nobody named a folder: a mistyped one must not be filled with stories
         is_default = Path(data.train_data_path).parent == DATA_DIR
         run.demo_data = is_default and settings.dataset_dir is None and not has_text(data)
-    problems += tokenizer_problems(run) + out_dir_problems(run)
+    problems += tokenizer_problems(run) + memory_problems(run) + out_dir_problems(run)
     if resume:
         run.start_step = _collect(problems, resume_step, run) or 0
     if problems:
@@ -473,6 +484,28 @@ def choose_device(settings: Settings) -> tuple[str, int]:
     if precision.startswith("bf16") and cuda and not has_bf16:
         raise ValueError(f"precision is {precision}, which this GPU lacks; use 32-true")
     return precision, int(devices)
+
+
+def launcher_problems(world_size: int | None = None) -> list[str]:
+    """Return one sentence per variable of a launcher that is no number or does not fit the settings."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if odd := {name: text for name, text in given.items() if not re.fullmatch(r"[0-9]{1,9}", text)}:
+        return [
+            f"${name} is {text!r}; a launcher sets it to a number: unset it" for name, text in odd.items()
+        ]
+    if world_size is None:
+        return []
+    if int(given.get("WORLD_SIZE", world_size)) != world_size:
+        return [
+            f"$WORLD_SIZE is {given['WORLD_SIZE']} but devices times num_nodes is {world_size}; "
+            "make them equal, or unset WORLD_SIZE"
+        ]
+    if "RANK" in given and int(given["RANK"]) >= world_size:
+        return [
+            f"$RANK is {given['RANK']} but devices times num_nodes is {world_size}; unset RANK or add them"
+        ]
+    return []
 
 
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
@@ -569,6 +602,8 @@ def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
     package = {"optimizer": "torch.optim", "data": "litgpt.data"}[key]
     module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
     try:
+        if module_name.partition(".")[0] in sys.stdlib_module_names:  # importing some of them does things
+            raise TypeError(f"Python's own modules hold no {base.__name__}")
         kind = getattr(importlib.import_module(module_name), name)
         if not issubclass(kind, base):
             raise TypeError(f"not a {base.__name__}")
@@ -631,24 +666,30 @@ def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
 
 def find_initial(settings: Settings, config: "MoEConfig") -> Path | None:
     """Return the lit_model.pth whose weights to start from, which must fit the model, or None."""
-    from moe_layers import CHECKPOINT_FILE, check_weights, find_checkpoint
+    from moe_layers import CHECKPOINT_FILE, check_weights, find_checkpoint, verify_checkpoint
 
     if settings.initial_checkpoint_dir is None:
         return None
-    checkpoint_dir = find_checkpoint(settings.initial_checkpoint_dir)
+    verify_checkpoint(checkpoint_dir := find_checkpoint(settings.initial_checkpoint_dir))
     check_weights(checkpoint_dir, config)
     return checkpoint_dir / CHECKPOINT_FILE
 
 
 def resume_step(run: Run) -> int:
     """Return the optimizer steps done in the checkpoint; ValueError if this run cannot continue it."""
-    from moe_layers import check_weights, read_state
+    from moe_layers import check_weights, has_selection_bias, read_state
 
     checkpoint_dir = run.resume.parent
     check_weights(checkpoint_dir, run.config)
-    step = read_state(run.resume).get("step_count")
+    state = read_state(run.resume)
+    step = state.get("step_count")
     if not isinstance(step, int):
         raise ValueError(f"{run.resume} holds weights alone; start from it with --initial_checkpoint_dir")
+    if run.settings.moe.bias_update_rate and not has_selection_bias(state["model"]):
+        raise ValueError(
+            f"{checkpoint_dir} was trained without a selection bias; drop moe.bias_update_rate, or start "
+            "from its weights with --initial_checkpoint_dir"
+        )
     then = {key: value for key, (value, _) in read_yaml(checkpoint_dir / "train_config.yaml").items()}
     train = run.settings.train
     for key, value in (
@@ -711,6 +752,26 @@ def tokenizer_problems(run: Run) -> list[str]:
         f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} "
         f"is {rows}; "
         "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
+    ]
+
+
+def memory_problems(run: Run) -> list[str]:
+    """Return a sentence if the weights and their gradients alone are more than the machine's memory."""
+    import psutil
+    import torch
+
+    from moe_layers import count_parameters
+
+    total, _ = count_parameters(run.config)
+    needed = 2 * total * (2 if run.precision.endswith("16-true") else 4)
+    has = psutil.virtual_memory().total
+    if torch.cuda.is_available() and run.settings.accelerator in ("auto", "cuda", "gpu"):
+        has = torch.cuda.mem_get_info()[1] * run.devices * run.settings.num_nodes
+    if needed <= has:
+        return []
+    return [
+        f"{run.settings.model_config}: {total:,} parameters and their gradients need {needed / 1e9:.4g} GB "
+        f"of memory but there are {has / 1e9:.4g}; choose a smaller model"
     ]
 
 
@@ -790,6 +851,7 @@ class CheckpointWriter:
         self.settings_text = yaml.safe_dump(plain_settings(settings), sort_keys=False)
         self.failure: str | None = None  # why the latest save failed
         self.lasting_s = 0.0  # how long the latest save took, writing included
+        self.selection_bias = False  # whether stock LitGPT would refuse the weights
         self._host: dict[str, Any] | None = None
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -880,7 +942,7 @@ class CheckpointWriter:
         save_config(config, staging)
         (staging / "train_config.yaml").write_text(self.settings_text, encoding="utf-8")
         copy_config_files(tokenizer_dir, staging)
-        write_record(staging, step, files)
+        write_record(staging, step, files, selection_bias=self.selection_bias)
 
     def _prune(self) -> None:
         """Delete the step-* that neither keep_last nor keep_every keeps; the newest always stays."""
@@ -938,12 +1000,14 @@ def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
     return {"bytes": file.n_bytes, "sha256": file.hexdigest()}
 
 
-def write_record(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+def write_record(
+    folder: Path, step: int, files: dict[str, dict[str, Any]], selection_bias: bool = False
+) -> None:
     """Bring every file in `folder` to the disk and list them all in its checkpoint.json.
 
     `files` has the entries of those that are on the disk already, as `write_state` returns them.
     """
-    files = dict(files)
+    files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
     for path in sorted(folder.iterdir()):
         if path.name not in files:  # lit_model.pth was hashed while it was written, except under FSDP
             with path.open("rb+") as file:
@@ -951,7 +1015,7 @@ def write_record(folder: Path, step: int, files: dict[str, dict[str, Any]]) -> N
                 os.fsync(file.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     with (folder / "checkpoint.json").open("w", encoding="utf-8") as file:
-        json.dump({"format": 1, "step": step, "files": files}, file, indent=1)
+        json.dump({"format": 1, "step": step, **notes, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     sync_directory(folder)
@@ -1238,6 +1302,8 @@ class Monitor:
         logs = run.settings.out_dir / "logs"
         self.metrics, self.spikes = LogFile(logs / "csv/metrics.csv"), LogFile(logs / "spikes.csv")
         self.loader: TrainLoader | None = None
+        self.fabric: Fabric | None = None
+        self.model: Any = None  # LitGPT's GPT, inside whatever compiles and shards it
         self.bar: Any = None
         self.values: dict[str, str] = {}
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
@@ -1256,18 +1322,22 @@ class Monitor:
         """Decide on the step from one transfer to the host, with the same outcome on all ranks."""
         import torch
 
+        from moe_layers import discard_step_load
+
         wish = 2.0 if self._failed_save() else 1.0 if self._wants_to_stop() else 0.0
         # float32: a loss in bf16 would be rounded to three digits
         loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=fabric.device)
         figures = torch.stack([loss, norm.detach().float(), loss.new_tensor(wish)])
         if fabric.world_size > 1:
-            loss, wish = fabric.all_reduce(figures[::2], reduce_op="sum").unbind()
+            # contiguous: gloo reduces the memory of a strided view, not its elements
+            loss, wish = fabric.all_reduce(figures[[0, 2]], reduce_op="sum").unbind()
             figures = torch.stack([loss / fabric.world_size, figures[1], wish])
         self.loss, self.norm, wish = figures.tolist()
         self.loss_sum = 0.0
         if wish:
             self._end(failed=wish >= 2)
         if self.guard.is_bad(self.loss, self.norm):
+            discard_step_load(self.model)
             self._skip(optimizer)
         elif (found := self.guard.spike(self.loss)) is not None:
             self._flag(*found)
@@ -1283,8 +1353,7 @@ class Monitor:
         if schedule.warmup_tokens is not None:
             steps = math.ceil(schedule.warmup_tokens / self.run.tokens_per_step)
         elif train.lr_warmup_fraction:  # of an epoch
-            accumulation = train.gradient_accumulation_iters(self.run.devices, self.settings.num_nodes)
-            steps = math.ceil(train.lr_warmup_fraction * len(self.loader) / accumulation)
+            steps = math.ceil(train.lr_warmup_fraction * len(self.loader) / self.accumulation)
         else:
             steps = train.lr_warmup_steps or 0
         return min(steps, self.run.n_steps)
@@ -1353,7 +1422,23 @@ class Monitor:
             "iter_time": metrics["iter_time"],
             "remaining_time": metrics["remaining_time"],
             "peak_memory_gb": peak_memory_gb(),
+            **self._router_statistics(),
         }
+
+    def _router_statistics(self) -> dict[str, float]:
+        from moe_layers import router_statistics
+
+        counts, read = router_statistics(self.model, self.sum_over_ranks)
+        return read(counts.cpu())
+
+    def sum_over_ranks(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """Return the sum over all processes."""
+        return tensor if self.fabric.world_size == 1 else self.fabric.all_reduce(tensor, reduce_op="sum")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one device in an optimizer step."""
+        return self.settings.train.gradient_accumulation_iters(self.run.devices, self.settings.num_nodes)
 
     @property
     def epoch(self) -> int:
@@ -1361,12 +1446,14 @@ class Monitor:
 
     def resume(self, state: dict[str, Any], rest: dict[str, Any]) -> None:
         """Go on where the checkpoint that LitGPT has just loaded into `state` was made."""
-        train = self.settings.train
-        accumulation = train.gradient_accumulation_iters(self.run.devices, self.settings.num_nodes)
-        state["iter_num"] = state["step_count"] * accumulation  # other devices take other micro-batches
+        state["iter_num"] = state["step_count"] * self.accumulation  # other devices take other micro-batches
         if "rng" in rest:
             set_rng_state(rest["rng"])
         mine = rest.get("run", {})
+        if self.fabric.is_global_zero:  # what a row sums over all ranks
+            for balance, counts in zip(self._balances(), mine.get("router", []), strict=False):
+                balance.load.copy_(counts["load"])
+                balance.sums.copy_(counts["sums"])
         self.before_s = self.row_s = mine.get("time_s", 0.0)
         self.guard.load_state_dict(mine.get("guard", {}))
         self.metrics.keep(mine.get("n_rows", 0))
@@ -1383,8 +1470,17 @@ class Monitor:
             "guard": self.guard.state_dict(),
             "n_rows": self.metrics.n_rows,
             "n_spikes": self.spikes.n_rows,
+            "router": [
+                {"load": self.sum_over_ranks(b.load.clone()), "sums": self.sum_over_ranks(b.sums.clone())}
+                for b in self._balances()
+            ],
         }
         self.writer.save(fabric, {**state, "run": mine, "rng": rng_state()}, tokenizer_dir, checkpoint_file)
+
+    def _balances(self) -> list[Any]:
+        from moe_layers import moe_layers
+
+        return [layer.balance for layer in moe_layers(self.model).values()]
 
     @property
     def is_finished(self) -> bool:
@@ -1393,19 +1489,28 @@ class Monitor:
     # --- called by Fabric ---
 
     def on_after_setup(self, fabric: "Fabric", module: Any) -> None:
-        """Load the weights to start from; LitGPT's own way knows files of bare weights, not checkpoints."""
-        start = self.run.initial
-        if start is None:
-            return
-        from moe_layers import read_state
+        """Balance the experts, and load the weights to start from."""
+        from moe_layers import has_selection_bias, read_state, read_weights, set_balance, use_selection_bias
 
-        if "model" in read_state(start):
-            fabric.load(start, {"model": module}, strict=False)  # the optimizer's state stays behind
+        self.fabric, self.model = fabric, module.module
+        set_balance(self.model, **asdict(self.settings.moe), scale=1 / self.accumulation)
+        source = self.run.initial or self.run.resume
+        if has_bias := source is not None and has_selection_bias(read_weights(source)):
+            use_selection_bias(self.model)  # trained with one, they choose with it for ever
+        self.writer.selection_bias = has_bias or self.settings.moe.bias_update_rate > 0
+        if self.run.initial is None:
+            return
+        # LitGPT's own way knows files of bare weights, not checkpoints
+        if "model" in read_state(source):
+            fabric.load(source, {"model": module}, strict=False)  # the optimizer's state stays behind
         else:
-            fabric.load_raw(start, module, weights_only=True)
+            fabric.load_raw(source, module, strict=False, weights_only=True)  # check_weights was strict
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
-        """Advance the bar; Fabric calls it after each optimizer step."""
+        """Move the selection bias and advance the bar; Fabric calls it after each optimizer step."""
+        from moe_layers import update_selection_bias
+
+        update_selection_bias(self.model, self.sum_over_ranks)
         self.step += 1
         now = time.perf_counter()
         self.longest_step_s = max(self.longest_step_s, now - (self.last_step_at or self.began))
@@ -1443,6 +1548,7 @@ class Monitor:
             f"lr {row['learning_rate']:.2e}",
             f"norm {row['grad_norm']:.2f}",
             f"{row['tokens_per_s']:,.0f} tokens/s",
+            *_worst_layer(row),
             f"{left} left",
         )
         return " | ".join(parts)
@@ -1473,6 +1579,17 @@ class Monitor:
             self.bar.close()
 
 
+def _worst_layer(row: dict[str, Any]) -> list[str]:
+    """Return what the line says of the layer whose fullest expert is furthest above the mean."""
+    prefix = "moe/load_imbalance/layer_"
+    loads = [(value, key.removeprefix(prefix)) for key, value in row.items() if key.startswith(prefix)]
+    if not loads:
+        return []
+    value, layer = max(loads)
+    dead = int(row[f"moe/dead_experts/layer_{layer}"])
+    return [f"load x{value:.2f} in layer {int(layer)}" + (f", {dead} dead" if dead else "")]
+
+
 class LogFile:
     """One CSV over all resumes; Lightning's CSVLogger opens a new one each time and loses the last rows."""
 
@@ -1491,8 +1608,9 @@ class LogFile:
         # the last row may be torn or worse, if the machine stopped while it was written
         with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
             reader = csv.DictReader(line.replace("\0", "") for line in file)
+            columns = [name for name in reader.fieldnames or [] if name]
             rows = list(itertools.islice(reader, n_rows))
-        self._rewrite([name for name in reader.fieldnames or [] if name], rows)
+        self._rewrite(columns, rows)
         self.n_rows = len(rows)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -1887,6 +2005,8 @@ def resume_command(argv: list[str]) -> str:
 
 def set_up(argv: list[str]) -> Run:
     """Return the checked run with its data on disk. ValueError and OSError tell what is wrong."""
+    if problems := launcher_problems():  # before Lightning, whose import trips over them
+        raise ValueError("\n".join(problems))
     settings = load_settings(argv)
     if settings.wandb_dataset:
         settings.dataset_dir = wandb_dataset.pull(settings.wandb_dataset, settings.wandb_artifacts_dir)

@@ -51,10 +51,10 @@ def load_manifest(data_dir: Path) -> dict:
     path = data_dir / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        listed_files(manifest)
+        manifest_fingerprint(manifest)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: not found; run prepare_data.py on that folder first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: damaged; run prepare_data.py again to rewrite it") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -67,6 +67,11 @@ def check_inside(name: str) -> str:
     if not name or posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
         raise ValueError(f"the entry {name!r} would lie outside its folder; refusing it")
     return name
+
+
+def is_outside(path: Path, folder: Path) -> bool:
+    """Return whether a file that lies in `folder` by its name is a link, or behind one, out of it."""
+    return folder.resolve() not in path.resolve().parents
 
 
 def entries(manifest: dict) -> Iterator[dict]:
@@ -98,6 +103,8 @@ def verify(data_dir: Path) -> list[str]:
         path = data_dir / name
         if not path.is_file():
             problems.append(f"{path}: listed in {MANIFEST} but not there")
+        elif is_outside(path, data_dir):
+            problems.append(f"{path}: a link out of its folder")
         elif sha256_file(path) != expected:
             problems.append(f"{path}: its content is not what {MANIFEST} recorded")
     return problems

@@ -23,6 +23,8 @@ SENTENCES = [
     ]
 ]
 
+SENTENCE = "Lily had a blue kite and saw a big cat."
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -131,6 +133,62 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir
     torch.save({"model": model.state_dict()}, folder / "lit_model.pth")
     save_config(config, folder)
     copy_config_files(tiny_tokenizer_dir, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def overfitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Callable[..., Path]:
+    """A function that returns a checkpoint of a model that knows one text by heart: BOS, text, EOS."""
+    import torch
+    from litgpt.model import GPT
+    from litgpt.utils import copy_config_files, save_config
+    from tokenizers import Tokenizer
+
+    from moe_layers import MoEConfig
+
+    def overfit(text: str, **config: object) -> Path:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)  # two wait for each other on a busy machine
+        model = GPT(MoEConfig.from_file(tiny_checkpoint / "model_config.yaml", **config))
+        tokenizer = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+        ids = torch.tensor([[1, *tokenizer.encode(text).ids, 2]])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        for _ in range(60):
+            loss = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        folder = tmp_path_factory.mktemp("overfitted")
+        torch.save({"model": model.state_dict()}, folder / "lit_model.pth")
+        copy_config_files(tiny_checkpoint, folder)
+        save_config(model.config, folder)
+        return folder
+
+    return overfit
+
+
+@pytest.fixture(scope="session")
+def storyteller(overfitted: Callable[..., Path]) -> Path:
+    """A checkpoint overfitted to BOS + SENTENCE + EOS."""
+    return overfitted(SENTENCE)
+
+
+@pytest.fixture(scope="session")
+def chatterbox(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """A checkpoint with room for 4,096 tokens that never says EOS nor a byte piece."""
+    import torch
+    from litgpt.utils import copy_config_files
+
+    folder = tmp_path_factory.mktemp("chatterbox")
+    copy_config_files(tiny_checkpoint, folder)
+    config = (folder / "model_config.yaml").read_text(encoding="utf-8")
+    (folder / "model_config.yaml").write_text(
+        config.replace("block_size: 64", "block_size: 4096"), encoding="utf-8"
+    )
+    state = torch.load(tiny_checkpoint / "lit_model.pth", weights_only=True)
+    # pieces 0 to 258 are special tokens and bytes; of 253 other logits one is above zero
+    state["model"]["lm_head.weight"][:259] = 0
+    torch.save(state, folder / "lit_model.pth")
     return folder
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SENTENCE
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from generate import AsyncTokenStreamer, Sampling, TextDecoder, candidates, generate, main, sample
 
 ROOT = Path(__file__).parents[1]
-SENTENCE = "Lily had a blue kite and saw a big cat."
 EMOJI = [0xF0, 0x9F, 0x98, 0x80]
 GREEDY = Sampling(temperature=0.0)
 
@@ -61,49 +61,6 @@ def model(tiny_checkpoint: Path) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def prompt_ids(llama_style: HFTokenizer) -> list[int]:
     return [1, *llama_style.encode("Tom went to the park").ids]
-
-
-@pytest.fixture(scope="module")
-def storyteller(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, llama_style: HFTokenizer
-) -> Path:
-    """A checkpoint overfitted to BOS + SENTENCE + EOS."""
-    from litgpt.model import GPT
-    from litgpt.utils import copy_config_files
-
-    from moe_layers import MoEConfig
-
-    torch.manual_seed(0)
-    model = GPT(MoEConfig.from_checkpoint(tiny_checkpoint))
-    ids = torch.tensor([[1, *llama_style.encode(SENTENCE).ids, 2]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for _ in range(60):
-        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("storyteller")
-    torch.save({"model": model.state_dict()}, folder / "lit_model.pth")
-    copy_config_files(tiny_checkpoint, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chatterbox(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
-    """A checkpoint with room for 4,096 tokens that never says EOS nor a byte piece."""
-    from litgpt.utils import copy_config_files
-
-    folder = tmp_path_factory.mktemp("chatterbox")
-    copy_config_files(tiny_checkpoint, folder)
-    config = (folder / "model_config.yaml").read_text(encoding="utf-8")
-    (folder / "model_config.yaml").write_text(
-        config.replace("block_size: 64", "block_size: 4096"), encoding="utf-8"
-    )
-    state = torch.load(tiny_checkpoint / "lit_model.pth", weights_only=True)
-    # pieces 0 to 258 are special tokens and bytes; of 253 other logits one is above zero
-    state["model"]["lm_head.weight"][:259] = 0
-    torch.save(state, folder / "lit_model.pth")
-    return folder
 
 
 # --- sampling -----------------------------------------------------------------------------------------------
@@ -251,6 +208,16 @@ def test_the_same_seed_gives_the_same_tokens(model: torch.nn.Module, prompt_ids:
         return list(generate(model, prompt_ids, 20, generator=torch.Generator().manual_seed(seed)))
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_iterators_that_take_turns_give_what_each_gives_alone(
+    model: torch.nn.Module, prompt_ids: list[int]
+) -> None:
+    prompts = [prompt_ids, prompt_ids[:3], [*prompt_ids, *prompt_ids]]
+    alone = [list(generate(model, prompt, 20, GREEDY)) for prompt in prompts]
+    in_turns = [generate(model, prompt, 20, GREEDY) for prompt in prompts]
+    assert list(zip(*in_turns, strict=True)) == list(zip(*alone, strict=True))
+    assert model.mask_cache is None
 
 
 def test_a_penalty_without_bound_never_repeats_a_token(model: torch.nn.Module, prompt_ids: list[int]) -> None:
@@ -407,6 +374,16 @@ def test_samples_are_separated_as_prepare_data_reads_them(
         main(["--ckpt_dir", str(storyteller), "--prompt", "Lily", "--num_samples", "2", "--seed", "1"]) == 0
     )
     assert capsys.readouterr().out.count("\n<|endoftext|>\n") == 1
+
+
+def test_each_sample_is_repeated_alone_by_its_own_seed(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--ckpt_dir", str(tiny_checkpoint), "--max_tokens", "20", "--prompt", "Tom"]
+    assert main([*flags, "--seed", "5", "--num_samples", "2"]) == 0
+    both = capsys.readouterr().out
+    assert main([*flags, "--seed", "6"]) == 0
+    assert both.endswith("\n<|endoftext|>\n" + capsys.readouterr().out)
 
 
 def test_the_seed_told_repeats_the_run(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

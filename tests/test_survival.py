@@ -25,6 +25,9 @@ pytestmark = pytest.mark.usefixtures("eager", "workspace")
 TIMING = {"time_s", "tokens_per_s", "iter_time", "remaining_time", "peak_memory_gb"}
 
 
+BALANCED = ("--moe.aux_loss_coef", 0.01, "--moe.z_loss_coef", 0.001, "--moe.bias_update_rate", 0.01)
+
+
 def history(out_dir: str) -> list[dict[str, str]]:
     """The rows of metrics.csv without their times."""
     return [{key: text for key, text in row.items() if key not in TIMING} for row in rows(out_dir)]
@@ -90,6 +93,7 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_neve
         pytest.skip(f"{name} is not known here")
     # 93 sequences: 40 steps of 4 reach into the second epoch; 4 micro-batches a step; two worker processes
     common = ["--max_tokens", 40 * 256, "--micro_batch_size", 1, "--data.init_args.num_workers", 2]
+    common += [*BALANCED, "--train.log_interval", 2]  # the end comes between two rows
     assert run("--out_dir", "whole", *common) == 0
     capsys.readouterr()
     at_step(26, lambda: signal.raise_signal(getattr(signal, name)))
@@ -452,3 +456,12 @@ def test_warm_up_counts_in_tokens_or_steps() -> None:
     assert run("--out_dir", "tokens", "--schedule.warmup_tokens", 4 * 256, "--micro_batch_size", 1) == 0
     rates = [[row["learning_rate"] for row in rows(name) if row["loss"]] for name in ("steps", "tokens")]
     assert rates[0] == rates[1] and [float(rate) for rate in rates[0][:4]] == [0.0025, 0.005, 0.0075, 0.01]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
+    log = run_train.LogFile(tmp_path / "metrics.csv")
+    log.write({"step": 1, "loss": 2.0})
+    again = run_train.LogFile(log.path)
+    again.keep(0)
+    again.write({"step": 1, "loss": 3.0})
+    assert log.path.read_text(encoding="utf-8").splitlines() == ["step,loss", "1,3.0"]

@@ -316,3 +316,24 @@ def test_inspect_tells_a_damaged_tokenizer_file_in_one_sentence(
     assert inspect_checkpoint.main([str(folder)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+def test_inspect_tells_the_step_and_whether_the_digests_hold(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import hashlib
+    import json
+
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, folder)
+    assert inspect_checkpoint.main([str(folder)]) == 0
+    assert "no digests to verify" in capsys.readouterr().out
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    digests = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    record = {"format": 1, "step": 7, "files": digests}
+    (folder / "checkpoint.json").write_text(json.dumps(record), encoding="utf-8")
+    assert inspect_checkpoint.main([str(folder)]) == 0
+    assert "verified: 5 files are as checkpoint.json recorded them at step 7" in capsys.readouterr().out
+    (folder / "tokenizer.json").write_bytes(files["tokenizer.json"] + b" ")
+    assert inspect_checkpoint.main([str(folder)]) == 1
+    assert "tokenizer.json is damaged" in capsys.readouterr().err

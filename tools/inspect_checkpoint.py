@@ -7,6 +7,7 @@ Status 0: complete. 1: something is missing or damaged. 2: no checkpoint there.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,11 @@ NEEDED = {
     "tokenizer.json": "the tokenizer",
     "tokenizer_config.json": "its special tokens",
 }
-KEPT = {"train_config.yaml": "the settings of the run", "generation_config.json": "its special tokens' ids"}
+KEPT = {
+    "checkpoint.json": "the digests of all files",
+    "train_config.yaml": "the settings of the run",
+    "generation_config.json": "its special tokens' ids",
+}
 COUNTERS = ("iter_num", "step_count")
 SETTINGS = ("seed", "precision", "devices", "num_nodes", "tokenizer_dir")
 
@@ -42,6 +47,16 @@ def describe_files(folder: Path) -> list[str]:
         state = f"{path.stat().st_size:>15,} bytes" if path.is_file() else f"{'MISSING':>21}"
         lines.append(f"  {name:<24}{state}  {known.get(name, '')}".rstrip())
     return lines
+
+
+def describe_record(folder: Path) -> str:
+    """Return a line on checkpoint.json, whose digests `verify_checkpoint` has compared."""
+    path = folder / "checkpoint.json"
+    if not path.is_file():
+        return "no digests to verify (LitGPT's own checkpoints have none)"
+    record = json.loads(path.read_bytes())
+    step, n_files = record.get("step"), len(record["files"])
+    return f"verified: {n_files} files are as checkpoint.json recorded them at step {step}"
 
 
 def describe_model(config: "MoEConfig", weights: dict[str, "torch.Tensor"]) -> list[str]:
@@ -111,14 +126,13 @@ def describe_tensors(weights: dict[str, "torch.Tensor"]) -> list[str]:
 
 def find_problems(folder: Path, config: "MoEConfig") -> list[str]:
     """Return what generate and evaluate would miss, one sentence each; [] for a complete directory."""
-    from litgpt.tokenizer import Tokenizer
-
+    from generate import read_tokenizer
     from moe_layers import load_model
 
     problems = [f"{name} is missing ({why})" for name, why in NEEDED.items() if not (folder / name).is_file()]
     load_model(folder, device="meta")  # names and shapes against the configuration, no memory
     if not problems:
-        tokenizer = Tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         if tokenizer.vocab_size > config.padded_vocab_size:
             problems.append(
                 f"tokenizer has {tokenizer.vocab_size} pieces, the model {config.padded_vocab_size}"
@@ -132,9 +146,9 @@ def describe_tokenizer(folder: Path) -> list[str]:
     """Return a line on the tokenizer, as LitGPT reads it."""
     if not (folder / "tokenizer.json").is_file():
         return ["  none"]
-    from litgpt.tokenizer import Tokenizer
+    from generate import read_tokenizer
 
-    tokenizer = Tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     return [f"  {tokenizer.vocab_size} pieces, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"]
 
 
@@ -147,7 +161,7 @@ def inspect(folder: Path, with_tensors: bool) -> list[str]:
     from moe_layers import MoEConfig, read_state, read_weights, verify_checkpoint
 
     verify_checkpoint(folder)
-    print("\n".join([f"{folder}", *describe_files(folder)]))
+    print("\n".join([f"{folder}", *describe_files(folder), describe_record(folder)]))
     config = MoEConfig.from_file(folder / "model_config.yaml")
     weights = read_weights(folder / "lit_model.pth")
     state = read_state(folder / "lit_model.pth")  # the same file, for what lies beside the weights

@@ -1,0 +1,370 @@
+"""Files made to do harm: each is refused with one sentence by every script that reads it and runs nothing."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_run_train import edit_yaml, workspace  # noqa: F401
+
+import evaluate
+import generate
+import run_train
+import wandb_dataset
+from tools import inspect_checkpoint
+
+pytestmark = pytest.mark.usefixtures("eager", "workspace")
+
+MARKER = "executed"  # a folder that hostile files try to make
+TRAIN = ["--config", "train_config.yaml", "--model_config", "model_config.yaml"]
+CHECKPOINT_READERS = {
+    "generate": lambda folder: generate.main(["--ckpt_dir", folder, "--max_tokens", "1", "--prompt", "Tom"]),
+    "evaluate": lambda folder: evaluate.main(["--ckpt_dir", folder, "--max_batches", "1", "--data_dir", "d"]),
+    "inspect": lambda folder: inspect_checkpoint.main([folder, "--tensors"]),
+    "initial": lambda folder: run_train.main([*TRAIN, "--initial_checkpoint_dir", folder]),
+    "resume": lambda folder: run_train.main([*TRAIN, "--resume", folder]),
+}
+
+
+class Harm:
+    """An object whose unpickling makes a folder."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (MARKER,)
+
+
+def assert_refused(status: int, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """Exactly one sentence, no code run, nothing trained."""
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status in (1, 2) and len(errors) == 1, errors
+    assert len(errors[0]) < 700
+    for word in words:
+        assert word in errors[0]
+    assert not Path(MARKER).exists() and not Path("out").exists()
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def zipped(state: object) -> bytes:
+    """The state as torch.save writes it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def rezipped(data: bytes, edit: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A checkpoint file whose parts `edit` has changed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(buffer, "w", method) as after:
+        for name in before.namelist():
+            after.writestr(name, edit(name, before.read(name)))
+    return buffer.getvalue()
+
+
+def with_pickle(data: bytes, edit: Callable[[bytes], bytes]) -> bytes:
+    return rezipped(data, lambda name, part: edit(part) if name.endswith("data.pkl") else part)
+
+
+def legacy(state: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def tarred(parts: dict[str, bytes]) -> bytes:
+    """The format of torch before 0.1.10."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in parts.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def twice(good: bytes, harmful: bytes) -> bytes:
+    """Two parts of one name: readers differ on which of them counts."""
+    buffer = io.BytesIO(good)
+    with zipfile.ZipFile(io.BytesIO(good)) as before, zipfile.ZipFile(buffer, "a") as after:
+        (name,) = [name for name in before.namelist() if name.endswith("data.pkl")]
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            after.writestr(name, harmful)
+    return buffer.getvalue()
+
+
+def renamed(data: bytes, old: str, new: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(buffer, "w") as after:
+        for name in before.namelist():
+            after.writestr(name.replace(old, new), before.read(name))
+    return buffer.getvalue()
+
+
+def calls(module: str, name: str, argument: int) -> bytes:
+    """The pickle of what `module.name(argument)` returns."""
+    number = b"\x8a\x08" + struct.pack("<q", argument)
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + number + b"\x85R."
+
+
+def nested_key(depth: int) -> bytes:
+    """The pickle of {((((...),),),): None}."""
+    return b"\x80\x02})" + b"\x85" * depth + b"Ns."
+
+
+WEIGHTS: dict[str, Callable[[bytes], bytes]] = {
+    "code in a zip": lambda good: zipped({"model": Harm()}),
+    "code beside good weights": lambda good: zipped({**load(good), "rng": Harm()}),
+    "code in a pickle of its own": lambda good: pickle.dumps({"model": Harm()}),
+    "code in torch's old format": lambda good: legacy({"model": Harm()}),
+    "good weights in torch's old format": lambda good: legacy(load(good)),
+    "code in torch's oldest format": lambda good: tarred(
+        {"sys_info": b"\x80\x02}.", "pickle": pickle.dumps(Harm()), "storages": b"", "tensors": b""}
+    ),
+    "a pickle with code before the zip": lambda good: pickle.dumps(Harm()) + good,
+    "code as the second of two parts": lambda good: twice(good, pickle.dumps(Harm(), protocol=2)),
+    "good weights as the second of two parts": lambda good: twice(zipped({"model": Harm()}), b"\x80\x02}."),
+    "eval by another opcode": lambda good: with_pickle(
+        good, lambda _: b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x03{}\n\x85R."
+    ),
+    "another function of torch": lambda good: with_pickle(good, lambda _: calls("torch", "empty", 10**13)),
+    "memory by bytearray": lambda good: with_pickle(
+        good, lambda _: calls("__builtin__", "bytearray", 10**13)
+    ),
+    "a million tuples in one another": lambda good: with_pickle(good, lambda _: nested_key(1_000_000)),
+    "a hundred thousand lists in one another": lambda good: with_pickle(
+        good, lambda _: b"\x80\x02" + b"](" * 100_000 + b"e" * 100_000 + b"."
+    ),
+    "a packed zip": lambda good: rezipped(good, lambda _, part: part, zipfile.ZIP_DEFLATED),
+    "a zip bomb": lambda good: rezipped(good, lambda _, part: part + bytes(10**6), zipfile.ZIP_DEFLATED),
+    "a zip in a zip": lambda good: renamed(rezipped(good, lambda _, part: good), "data.pkl", "inner.pth"),
+    "parts that lie outside": lambda good: renamed(good, "lit_model/", "../../lit_model/"),
+    "values that one number stands for": lambda good: zipped(
+        {"model": {**load(good)["model"], "lm_head.weight": torch.zeros(1).expand(1 << 40)}}
+    ),
+    "a storage and its tensor said to be larger": lambda good: with_pickle(
+        good, lambda data: larger_tensor(larger_storage(data))
+    ),
+    "a tensor said to be larger": lambda good: with_pickle(good, larger_tensor),
+    "tensors kept nowhere": lambda good: zipped(
+        {"model": {"lm_head.weight": torch.empty(10**6, device="meta")}}
+    ),
+    "a sparse tensor": lambda good: zipped(
+        {"model": {"lm_head.weight": torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6))}}
+    ),
+    "text in place of tensors": lambda good: zipped(
+        {"model": dict.fromkeys(load(good)["model"], "x" * 10**5)}
+    ),
+    "half of the file": lambda good: good[: len(good) // 2],
+    "no byte": lambda good: b"",
+}
+
+
+def load(data: bytes) -> dict:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def larger_storage(data: bytes) -> bytes:
+    """The pickle with the number of values of its first storage changed to 2**31 - 1."""
+    at = data.index(b"cpu") + 3
+    at = data.index(b"K", at) if data[at : at + 1] not in (b"q", b"r") else at + 2
+    kind = data[at : at + 1]
+    width = {b"K": 1, b"M": 2, b"J": 4}[kind]
+    return data[:at] + b"J" + struct.pack("<i", 2**31 - 1) + data[at + 1 + width :]
+
+
+def larger_tensor(data: bytes) -> bytes:
+    """The pickle with the length of its first tensor (512 x 16, BININT2 512) changed to 60,000."""
+    return data.replace(b"M" + struct.pack("<H", 512), b"M" + struct.pack("<H", 60_000))
+
+
+@pytest.fixture
+def checkpoint(workspace: Path, tiny_checkpoint: Path, tiny_data: Path) -> Path:  # noqa: F811
+    """A checkpoint to spoil, with the data that it was made for in `d`."""
+    shutil.copytree(tiny_checkpoint, "checkpoint")
+    shutil.copy("train_config.yaml", "checkpoint")
+    shutil.copytree(tiny_data, "d")
+    return Path("checkpoint")
+
+
+@pytest.mark.parametrize("reader", CHECKPOINT_READERS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_made_to_do_harm_are_refused(
+    checkpoint: Path, name: str, reader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / "lit_model.pth"
+    path.write_bytes(WEIGHTS[name](path.read_bytes()))
+    assert_refused(CHECKPOINT_READERS[reader](str(checkpoint)), capsys, "checkpoint")
+
+
+# --- configurations, settings, tokenizers -------------------------------------------------------------------
+
+LAUGHS = "a: &a [x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+CONFIGS = {
+    "code": f"extra: !!python/object/apply:os.mkdir [{MARKER}]\n",
+    "a name to import": "extra: !!python/name:os.system\n",
+    "a billion laughs": LAUGHS,
+    "brackets in brackets": "extra: " + "[" * 20_000,
+    "an alias of itself": "extra: &a [*a]\n",
+    "a megabyte": "extra: " + "x" * 10**6,
+}
+
+
+@pytest.mark.parametrize("reader", [*CHECKPOINT_READERS, "train"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_made_to_do_harm_is_refused(
+    checkpoint: Path, name: str, reader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = (
+        Path("model_config.yaml")
+        if reader in ("train", "initial", "resume")
+        else checkpoint / "model_config.yaml"
+    )
+    with path.open("a", encoding="utf-8") as file:
+        file.write(CONFIGS[name])
+    status = run_train.main(TRAIN) if reader == "train" else CHECKPOINT_READERS[reader](str(checkpoint))
+    assert_refused(status, capsys, "model_config.yaml")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_settings_made_to_do_harm_are_refused(
+    workspace: Path,  # noqa: F811
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Path("train_config.yaml").open("a", encoding="utf-8") as file:
+        file.write(CONFIGS[name])
+    assert_refused(run_train.main(TRAIN), capsys, "train_config.yaml")
+
+
+@pytest.mark.parametrize("key", ["data", "optimizer"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "os.system",
+        "antigravity.fly",
+        "subprocess.Popen",
+        "run_train.main",
+        "builtins.eval",
+        "torch.nn.Linear",
+    ],
+)
+def test_a_class_path_that_names_no_such_class_is_refused_before_a_call(
+    workspace: Path,  # noqa: F811
+    key: str,
+    path: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit_yaml("train_config.yaml", key, {"class_path": path, "init_args": {"command": f"mkdir {MARKER}"}})
+    assert_refused(run_train.main(TRAIN), capsys, f"{key}.class_path is {path}, which cannot be used")
+
+
+@pytest.mark.parametrize("key", ["n_embd", "n_layer", "padded_vocab_size", "block_size", "n_expert"])
+def test_a_model_of_petabytes_is_refused(
+    workspace: Path,  # noqa: F811
+    key: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit_yaml("model_config.yaml", key, 10**8)
+    assert run_train.main(TRAIN) == 2
+    assert "model_config.yaml" in capsys.readouterr().err and not Path("out").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", "\x00", '{"version": "1.0"}'])
+@pytest.mark.parametrize("reader", ["generate", "evaluate", "inspect"])
+def test_a_tokenizer_made_to_do_harm_is_refused(
+    checkpoint: Path, reader: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / "tokenizer.json").write_text(text, encoding="utf-8")
+    assert_refused(CHECKPOINT_READERS[reader](str(checkpoint)), capsys)
+
+
+@pytest.mark.parametrize("name", ["lit_model.pth", "model_config.yaml", "tokenizer.json", "notes.txt"])
+@pytest.mark.parametrize("reader", CHECKPOINT_READERS)
+def test_a_link_out_of_a_checkpoint_is_refused(
+    checkpoint: Path, reader: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = Path("elsewhere").resolve()
+    target.write_bytes((checkpoint / name).read_bytes() if (checkpoint / name).exists() else b"")
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(target)
+    assert_refused(CHECKPOINT_READERS[reader](str(checkpoint)), capsys, "is a link out of its folder")
+
+
+# --- data directories ---------------------------------------------------------------------------------------
+
+
+def edit_shard(key: str, value: object) -> Callable[[dict], None]:
+    return lambda manifest: manifest["splits"]["val"]["shards"][0].update({key: value})
+
+
+MANIFESTS: dict[str, Callable[[dict], None]] = {
+    **{
+        f"path {path}": edit_shard("path", path)
+        for path in ("../d/x.bin", "/etc/passwd", "C:\\x", "\\\\host\\x", "")
+    },
+    **{f"n_tokens {n}": edit_shard("n_tokens", n) for n in (10**15, -1, 0, "7", None)},
+    **{
+        f"dtype {kind}": (lambda m, kind=kind: m.update(dtype=kind))
+        for kind in ("O", "float64", "V9", ["u2"])
+    },
+    "other count": lambda m: m["splits"]["val"].update(n_tokens=1),
+    "shards that are no list": lambda m: m["splits"]["val"].update(shards={"a": 1}),
+    "a vocabulary that is not the tokenizer's": lambda m: m["tokenizer"].update(vocab_size=9**9),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_lies_is_refused(
+    checkpoint: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("d/manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    MANIFESTS[name](manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert_refused(CHECKPOINT_READERS["evaluate"]("checkpoint"), capsys, "prepare_data.py")
+
+
+def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shard,) = Path("d/val/val").glob("*.bin")
+    shard.rename("elsewhere")
+    shard.symlink_to(Path("elsewhere").resolve())
+    assert_refused(CHECKPOINT_READERS["evaluate"]("checkpoint"), capsys, "a link out of its folder")
+    assert_refused(wandb_dataset.main(["verify", "--data_dir", "d"]), capsys, "a link out of its folder")
+
+
+# --- the launcher's variables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("RANK", "first"), ("LOCAL_RANK", "-1"), ("WORLD_SIZE", "8"), ("WORLD_SIZE", "0x2"), ("RANK", "5")],
+)
+def test_a_variable_of_a_launcher_that_makes_no_sense_is_named(
+    workspace: Path,  # noqa: F811
+    name: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, text)
+    assert_refused(run_train.main(TRAIN), capsys, f"${name} is ", text)
+
+
+def test_a_negative_number_of_machines_is_named_by_its_key(
+    workspace: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert_refused(run_train.main([*TRAIN, "--num_nodes", "-297"]), capsys, "num_nodes is -297")
