@@ -1,5 +1,6 @@
 """export_hf and import_hf against the real libraries: Transformers' logits, gguf's reader, a small hub."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -19,7 +20,7 @@ from litgpt.utils import copy_config_files, save_config
 
 from generate import Sampling, generate
 from moe_layers import MoEConfig, load_model, read_weights, verify_checkpoint
-from tools import export_hf, import_hf
+from tools import export_hf, folders, hf_format, import_hf
 
 TEXTS = [
     "Tom had a red ball.",
@@ -476,11 +477,31 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left (os 28)")],
+)
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(error: Exception, tmp_path: Path) -> None:
+    with (
+        pytest.raises(folders.WorkFailed, match="disk is full"),
+        folders.new_folder(tmp_path / "a" / "out", 0) as staging,
+    ):
+        (staging / "half").write_bytes(b"0")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bias_on_the_choice_of_experts_is_refused(mixtral: SimpleNamespace) -> None:
+    config = MoEConfig.from_file(mixtral.checkpoint / "model_config.yaml")
+    name = "transformer.h.0.mlp.e_score_correction_bias"
+    weights = {**weights_of(mixtral.checkpoint), name: torch.ones(4)}
+    with pytest.raises(ValueError, match=rf"the weights hold {name}, which MixtralForCausalLM"):
+        hf_format.to_hf_weights(config, weights)
+
+
 def test_a_folder_whose_logits_differ_never_gets_its_name(
     mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tools import hf_format
-
     honest = hf_format.to_hf_config
     wrong = {"num_experts_per_tok": 3}
     monkeypatch.setattr(hf_format, "to_hf_config", lambda *args: honest(*args) | wrong)
@@ -495,6 +516,7 @@ def test_a_folder_whose_logits_differ_never_gets_its_name(
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; mixtral, qwen3_moe, llama, qwen3 can be imported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 16}, "sliding_window is 16"),
+        ({"sliding_window": "16"}, "config.json is damaged or incomplete"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "n_embd is None, not a whole number"),
@@ -578,6 +600,8 @@ def test_a_repository_of_the_hub_is_imported(
     env = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     done = run_script("tools/import_hf.py", "me/tiny", tmp_path / "lit", env=env)
     assert done.returncode == 0, done.stderr
+    assert f"Wrote {tmp_path / 'lit'}: MoE-tiny" in done.stdout
+    assert "--initial_checkpoint_dir" in done.stdout.splitlines()[-1]
     before, after = weights_of(mixtral.checkpoint), weights_of(tmp_path / "lit")
     assert all(before[name].equal(after[name]) for name in before)
     assert {path.name for path in tmp_path.iterdir()} <= {"lit", "home"}
@@ -586,7 +610,7 @@ def test_a_repository_of_the_hub_is_imported(
     assert "Traceback" not in missing.stderr and not (tmp_path / "other").exists()
 
 
-def test_the_commands_say_what_they_made_and_what_comes_next(
+def test_the_command_says_what_it_made_and_what_comes_next(
     mixtral: SimpleNamespace, tmp_path: Path, run_script: Callable
 ) -> None:
     done = run_script("tools/export_hf.py", mixtral.checkpoint, tmp_path / "out", "--gguf")
@@ -595,7 +619,3 @@ def test_the_commands_say_what_they_made_and_what_comes_next(
     assert "hf upload" in done.stdout.splitlines()[-1]
     modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     assert len(modes) == 1  # others may read the weights where they may read the rest
-    done = run_script("tools/import_hf.py", tmp_path / "out", tmp_path / "back")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"Wrote {tmp_path / 'back'}: MoE-tiny" in done.stdout
-    assert "--initial_checkpoint_dir" in done.stdout.splitlines()[-1]

@@ -1,7 +1,9 @@
 """inspect_routing: figures against those worked out by hand, and routing that was built to be known."""
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,6 +168,19 @@ def test_bad_input_ends_in_one_sentence(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and told in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_in_one_sentence(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run(tiny_checkpoint, text, "--out", tmp_path / "out") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "the disk is full; make room there" in line
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_dense_model_has_nothing_to_inspect(

@@ -9,6 +9,7 @@ checkpoint's logits and token ids.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +178,7 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
     values = hf_format.to_hf_config(config, hf_format.is_tied(weights), kind, ids)
     renamed = hf_format.to_hf_weights(config, weights)
     name = str(kind).removeprefix("torch.")
-    gguf_name = f"{config.name or 'model'}-{name}.gguf".replace("/", "-") if with_gguf else None
+    gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{name}.gguf") if with_gguf else None
     files["README.md"] = model_card(folder, config, family.architecture, gguf_name, name)
     with new_folder(out, tensor_bytes(renamed) * (2 if with_gguf else 1)) as staging:
         for file_name, text in (files | {"config.json": hf_format.to_json(values)}).items():

@@ -1,5 +1,6 @@
 """Output folders that are whole or not there, for the tools that make them. Nothing to run here."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -110,6 +111,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Return the sentence and the exit status for an error of a tool: 1 for failed work, 2 for bad input."""
     if isinstance(error, WorkFailed | ConnectionError):
         return str(error), 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error.filename or 'the file'} could not be written, the disk is full; make room there", 1
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; check the path and its permissions", 2
     return str(error), 2

@@ -59,6 +59,7 @@ def tokenizer_kind(spec: dict[str, Any]) -> str | None:
 def write(path: Path, config: "MoEConfig", weights: Weights, tokenizer_dir: Path) -> None:
     """Write `weights`, under the names of Transformers, and the tokenizer to the GGUF file `path`."""
     import gguf
+    from tqdm import tqdm
 
     family = family_of(config)
     architecture = ARCHITECTURES[family]
@@ -69,7 +70,7 @@ def write(path: Path, config: "MoEConfig", weights: Weights, tokenizer_dir: Path
     try:
         _add_settings(writer, config, str(matrices).removeprefix("torch."))
         _add_tokenizer(writer, config, tokenizer_dir)
-        for name, weight in _stacked(weights):
+        for name, weight in tqdm(_stacked(weights), unit="tensor", desc="GGUF", disable=None):
             if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
                 weight = _neighbours(weight, config.head_size)
             # llama.cpp wants norms and router in float32 always

@@ -266,6 +266,9 @@ def to_lit_config(path: Path, name: str, vocab_size: int | None) -> "MoEConfig":
     Raises:
         ValueError: it is damaged, of another class, or of a variant that LitGPT would compute otherwise.
     """
+    import torch
+    from litgpt.model import GPT
+
     from moe_layers import MoEConfig
 
     source = read_json(path)
@@ -273,19 +276,21 @@ def to_lit_config(path: Path, name: str, vocab_size: int | None) -> "MoEConfig":
     if family is None:
         known = ", ".join(f.model_type for f in FAMILIES)
         raise ValueError(f"{path}: model_type is {source.get('model_type')!r:.60}; {known} can be imported")
-    for key, is_fine, why in variants(source, family):
-        if not is_fine(source.get(key)):
-            raise ValueError(
-                f"{path}: {key} is {source.get(key)!r:.80}, {why}; it cannot be imported exactly"
-            )
     try:
-        values = _lit_values(source, family)
+        odd = next((rule for rule in variants(source, family) if not rule[1](source.get(rule[0]))), None)
+        values = _lit_values(source, family) if odd is None else {}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error!r:.100}); get it again") from None
+    if odd is not None:
+        told = f"{odd[0]} is {source.get(odd[0])!r:.80}, {odd[2]}"
+        raise ValueError(f"{path}: {told}; it cannot be imported exactly")
     values["vocab_size"] = min(vocab_size or values["padded_vocab_size"], values["padded_vocab_size"])
     try:
-        return MoEConfig(name=name, **values)
-    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        config = MoEConfig(name=name, **values)
+        with torch.device("meta"):
+            GPT(config)  # takes no memory, and trips over the values that no check of ours knows
+        return config
+    except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split()) or 'LitGPT refuses its values'}") from None
 
 

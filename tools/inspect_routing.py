@@ -87,7 +87,7 @@ def record_choices(model: "GPT", ids: "np.ndarray") -> "tuple[dict[int, np.ndarr
         layer.register_forward_pre_hook(lambda layer, args, index=index: note(index, layer, args[0]))
         for index, layer in moe_layers(model).items()
     ]
-    device, window = model.lm_head.weight.device, model.max_seq_length
+    device, window = model.transformer.wte.weight.device, model.max_seq_length
     try:
         with torch.inference_mode(), tqdm(total=len(ids), unit="tok", unit_scale=True, disable=None) as bar:
             for start in range(0, len(ids), window):
@@ -329,7 +329,7 @@ def inspect(args: argparse.Namespace) -> "tuple[str, dict[str, Any], Figure]":
     Raises:
         ValueError: one sentence on what is wrong with the checkpoint or the text.
     """
-    from evaluate import text_corpus
+    from evaluate import take_off_head, text_corpus
     from generate import read_tokenizer
     from moe_layers import find_checkpoint, load_model, moe_layers, pick_device, verify_checkpoint
 
@@ -349,6 +349,7 @@ def inspect(args: argparse.Namespace) -> "tuple[str, dict[str, Any], Figure]":
         raise ValueError(
             f"{folder}: the tokenizer is not the model's (token {ids.max():,}); copy in the right one"
         )
+    take_off_head(model)  # its logits, half of the work in a small model, are not wanted
     experts, weights = record_choices(model, ids)
     n_expert = model.config.n_expert
 

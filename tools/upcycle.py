@@ -76,8 +76,10 @@ def upcycle(
 
     `noise` is its standard deviation, as a fraction of that of the matrix; 0.0 leaves the copies equal.
     """
+    from tqdm import tqdm
+
     new = {name: weight for name, weight in weights.items() if ".mlp." not in name}
-    for layer in range(config.n_layer):
+    for layer in tqdm(range(config.n_layer), unit="layer", desc="experts", disable=None):
         mlp = f"transformer.h.{layer}.mlp"
         dense = {name: weight for name, weight in weights.items() if name.startswith(f"{mlp}.")}
         new[f"{mlp}.gate.weight"] = router(config, generator).to(next(iter(dense.values())).dtype)
