@@ -34,6 +34,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.config import Config
 from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
+from torch.utils.flop_counter import register_flop_formula
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -340,6 +341,7 @@ class MoE(LLaMAMoE):
             bias_E = torch.zeros(config.n_expert, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias_E, persistent=False)
         self.balance: Balance | None = None  # see set_balance
+        self.way: str | None = None  # one of WAYS in place of choose_way's
         self.count_load = False
         self._packed: dict[str, torch.Tensor] = {}  # see pack_for_decoding
         self.register_buffer(
@@ -425,24 +427,25 @@ class MoE(LLaMAMoE):
             loss = balance.aux_loss_coef * aux_loss + balance.z_loss_coef * z_loss
             entropy = -torch.special.xlogy(probs_NE, probs_NE).detach().sum(1).mean()
             means = torch.stack([torch.ones_like(entropy), entropy, aux_loss.detach(), z_loss.detach()])
-            return _AttachLosses.apply(weights_NK, loss, plan.tokens_per_expert, means.float(), balance)
+            counters = [balance.step_load, balance.load, balance.sums]
+            return torch.ops.moe.attach_loss(
+                weights_NK, loss, plan.tokens_per_expert, means.float(), counters, balance.scale
+            )
 
     def _run_sorted(self, x_NC: torch.Tensor, weights_NK: torch.Tensor, plan: "Plan") -> torch.Tensor:
-        n_tokens, top_k = weights_NK.shape
+        """Return the weighted sum of the chosen experts' outputs, (N, C), from rows sorted by expert."""
         # cast before the gather, which then moves half the bytes
-        x_RC = _Dispatch.apply(x_NC.to(_compute_dtype(x_NC)), plan.order, plan.inverse, top_k)
-        y_RC = self._run_experts(x_RC, plan.ends)
-        y_NKC = _Permute.apply(y_RC, plan.inverse, plan.order).view(n_tokens, top_k, -1)
-        return torch.einsum("nk,nkc->nc", weights_NK.to(y_NKC.dtype), y_NKC).to(x_NC.dtype)
-
-    def _run_experts(self, x_RC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-        """Return each sorted row's expert output, (R, C); expert e owns the rows up to `ends_E[e]`."""
-        if x_RC.is_meta:
-            # LitGPT counts FLOPs on meta, where no load is known: every row meets one expert, whichever.
-            return self.experts[0](x_RC)
-        if can_group(self.config, x_RC.device, x_RC.dtype):
-            return _grouped_mm_experts(x_RC, ends_E.to(torch.int32), self.experts)
-        return _segment_experts(x_RC, ends_E, self.experts)
+        dtype = _compute_dtype(x_NC)
+        x_RC = _Gather.apply(x_NC.to(dtype), plan.token, plan.inverse)
+        # the weight scales the hidden row: moved there, autograd needs no copy of the experts' outputs
+        weights_R1 = weights_NK.to(dtype).reshape(-1, 1).index_select(0, plan.order)
+        way = self.way or choose_way(self.config, x_RC.device, dtype)
+        if way == "loop":
+            y_RC = _module_loop(x_RC, plan.ends, self.experts) * weights_R1
+        else:
+            matrices = [[getattr(e, name).weight for e in self.experts] for name in ("fc_1", "fc_2", "proj")]
+            y_RC = _grouped_swiglu(way, x_RC, weights_R1, plan.ends, *matrices)
+        return _Combine.apply(y_RC, plan.token, plan.inverse).to(x_NC.dtype)
 
     def _run_chosen(
         self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
@@ -536,9 +539,10 @@ def _keep_float32(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> Any:
 class Plan(NamedTuple):
     """Which sorted row belongs to which token and expert: static shapes, no host round trip."""
 
+    token: torch.Tensor  # (R,) whose row lies at each sorted row
     order: torch.Tensor  # (R,) the token-major row (n * K + k) that lies at each sorted row
-    inverse: torch.Tensor  # (R,) the sorted row of each token-major row
-    ends: torch.Tensor  # (E,) expert e owns the sorted rows up to ends[e]
+    inverse: torch.Tensor  # (N, K) the sorted row of each choice
+    ends: torch.Tensor  # (E,) int32, expert e owns the sorted rows up to ends[e]
     tokens_per_expert: torch.Tensor  # (E,) int64
 
     @classmethod
@@ -549,59 +553,194 @@ class Plan(NamedTuple):
         ids_E = torch.arange(n_expert, dtype=torch.int16, device=indices_NK.device)
         ends_E = torch.searchsorted(expert_R, ids_E, right=True)
         rows_R = torch.arange(order_R.numel(), device=indices_NK.device)
-        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows_R)
-        return cls(order_R, inverse_R, ends_E, ends_E.diff(prepend=ends_E.new_zeros(1)))
+        inverse_NK = torch.empty_like(order_R).scatter_(0, order_R, rows_R).view_as(indices_NK)
+        token_R = order_R.div(indices_NK.size(1), rounding_mode="floor")
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        return cls(token_R, order_R, inverse_NK, ends_E.to(torch.int32), counts_E)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Rows gathered in sorted order; backward gathers too, as autograd's `index_put` is slow."""
+def _sum_of_rows(y_RC: torch.Tensor, rows_NK: torch.Tensor) -> torch.Tensor:
+    """Return the sum over K of `y_RC[rows_NK]`, (N, C), added up in float32 or wider."""
+    if torch.compiler.is_compiling() or y_RC.is_meta:
+        # written out, Inductor makes one vectorised loop of it; a gather and a sum it does not
+        total = sum(y_RC[rows_N].to(_accumulator(y_RC)) for rows_N in rows_NK.unbind(1))
+        return total.to(y_RC.dtype)
+    starts_N = torch.arange(0, rows_NK.numel(), rows_NK.size(1), device=y_RC.device)
+    return torch.embedding_bag(y_RC, rows_NK.flatten(), starts_N)[0]
+
+
+def _accumulator(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _Gather(torch.autograd.Function):
+    """Each sorted row's token; backward gathers too, as autograd's `index_put` is slow."""
 
     @staticmethod
-    def forward(ctx: Any, x_NC: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int):
-        ctx.save_for_backward(inverse_R)
-        ctx.top_k = top_k
-        return x_NC[order_R.div(top_k, rounding_mode="floor")]
+    def forward(ctx: Any, x_NC: torch.Tensor, token_R: torch.Tensor, inverse_NK: torch.Tensor):
+        ctx.save_for_backward(inverse_NK)
+        return x_NC.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RC: torch.Tensor):
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RC[inverse_R].view(-1, ctx.top_k, grad_RC.size(-1)).sum(1), None, None, None
+        return _sum_of_rows(grad_RC, *ctx.saved_tensors), None, None
 
 
-class _Permute(torch.autograd.Function):
-    """`x[index]` for a permutation `index` with inverse `inverse`; backward is the gather with `inverse`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RC: torch.Tensor, index_R: torch.Tensor, inverse_R: torch.Tensor):
-        ctx.save_for_backward(inverse_R)
-        return x_RC[index_R]
+class _Combine(torch.autograd.Function):
+    """Each token's sum of its rows; backward is the gather."""
 
     @staticmethod
-    def backward(ctx: Any, grad_RC: torch.Tensor):
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RC[inverse_R], None, None
+    def forward(ctx: Any, y_RC: torch.Tensor, token_R: torch.Tensor, inverse_NK: torch.Tensor):
+        ctx.save_for_backward(token_R)
+        return _sum_of_rows(y_RC, inverse_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: torch.Tensor):
+        return grad_NC.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight, of which backward keeps the inputs alone and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor):
+        ctx.save_for_backward(gate_RF, up_RF, weights_R1)
+        return F.silu(gate_RF).mul_(up_RF).mul_(weights_R1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: torch.Tensor):
+        gate_RF, up_RF, weights_R1 = ctx.saved_tensors
+        activated_RF = F.silu(gate_RF)
+        by_weight_R1 = (grad_RF * activated_RF).mul_(up_RF).sum(1, keepdim=True)
+        grad_RF = grad_RF * weights_R1
+        gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
+        return gate_grad_RF, activated_RF.mul_(grad_RF), by_weight_R1
+
+
+def _grouped_swiglu(
+    way: str,
+    x_RC: torch.Tensor,
+    weights_R1: torch.Tensor,
+    ends_E: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> torch.Tensor:
+    """Return each sorted row's weighted expert output, (R, C), by two grouped linear maps."""
+    if way == "segments":
+        gate_RF, up_RF = torch.ops.moe.linear(x_RC, ends_E, fc_1 + fc_2, 2)
+        (y_RC,) = torch.ops.moe.linear(_SwiGLU.apply(gate_RF, up_RF, weights_R1), ends_E, proj, 1)
+        return y_RC
+
+    def stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(matrices).to(x_RC.dtype).transpose(-2, -1)  # grouped_mm knows no autocast
+
+    gate_RF = F.grouped_mm(x_RC, stacked(fc_1), offs=ends_E)
+    up_RF = F.grouped_mm(x_RC, stacked(fc_2), offs=ends_E)
+    return F.grouped_mm(_SwiGLU.apply(gate_RF, up_RF, weights_R1), stacked(proj), offs=ends_E)
+
+
+# Three custom operators, each one node of a compiled graph at any number of experts: x times the matrices of
+# `n_maps` maps (each of E matrices, as in nn.Linear), and the gradients of both. Autocast casts nothing here:
+# each matrix is cast as it is used.
+
+
+def _segments(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield (expert, its sorted rows). On CUDA this waits for the device, on the CPU it is free."""
+    ends = ends_E.tolist()
+    yield from ((e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
+
+
+@torch.library.custom_op("moe::linear", mutates_args=())
+def _linear(
+    x: torch.Tensor, ends: torch.Tensor, matrices: list[torch.Tensor], n_maps: int
+) -> list[torch.Tensor]:
+    outputs = _linear_shapes(x, ends, matrices, n_maps)
+    for e, rows in _segments(ends):
+        for output, matrix in zip(outputs, matrices[e :: ends.numel()], strict=True):
+            if rows.stop > rows.start:
+                torch.mm(x[rows], matrix.to(x.dtype).t(), out=output[rows])
+    return outputs
+
+
+@_linear.register_fake
+def _linear_shapes(
+    x: torch.Tensor, ends: torch.Tensor, matrices: list[torch.Tensor], n_maps: int
+) -> list[torch.Tensor]:
+    n_expert = len(matrices) // n_maps
+    return [x.new_empty(x.size(0), matrices[i * n_expert].size(0)) for i in range(n_maps)]
+
+
+@torch.library.custom_op("moe::linear_grad_x", mutates_args=())
+def _linear_grad_x(
+    grads: list[torch.Tensor], ends: torch.Tensor, matrices: list[torch.Tensor]
+) -> torch.Tensor:
+    grad_x = _grad_x_shape(grads, ends, matrices)
+    for e, rows in _segments(ends):
+        if rows.stop > rows.start:
+            for i, (grad, matrix) in enumerate(zip(grads, matrices[e :: ends.numel()], strict=True)):
+                matrix = matrix.to(grad.dtype)
+                torch.addmm(grad_x[rows], grad[rows], matrix, beta=float(i > 0), out=grad_x[rows])
+    return grad_x
+
+
+@_linear_grad_x.register_fake
+def _grad_x_shape(
+    grads: list[torch.Tensor], ends: torch.Tensor, matrices: list[torch.Tensor]
+) -> torch.Tensor:
+    return grads[0].new_empty(grads[0].size(0), matrices[0].size(1))
+
+
+@torch.library.custom_op("moe::linear_grad_matrices", mutates_args=())
+def _linear_grad_matrices(
+    grads: list[torch.Tensor], x: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    segments = [rows for _, rows in _segments(ends)]
+    # an empty segment's product is zero, as its gradient must be
+    return [torch.mm(grad[rows].t(), x[rows]).to(dtype) for grad in grads for rows in segments]
+
+
+@_linear_grad_matrices.register_fake
+def _(
+    grads: list[torch.Tensor], x: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    return [x.new_empty(grad.size(1), x.size(1), dtype=dtype) for grad in grads for _ in range(ends.numel())]
+
+
+def _linear_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, ends, matrices, ctx.n_maps = inputs
+    ctx.save_for_backward(x, ends, *matrices)
+
+
+def _linear_backward(ctx: Any, grads: list[torch.Tensor]):
+    x, ends, *matrices = ctx.saved_tensors
+    grads = [grad.contiguous() for grad in grads]
+    grad_x = torch.ops.moe.linear_grad_x(grads, ends, matrices)
+    return grad_x, None, torch.ops.moe.linear_grad_matrices(grads, x, ends, matrices[0].dtype), None
+
+
+_linear.register_autograd(_linear_backward, setup_context=_linear_keep)
+
+
+@register_flop_formula(torch.ops.moe.linear)
+def _(x: Any, ends: Any, matrices: Any, n_maps: int, **_: Any) -> int:
+    return 2 * x[0] * n_maps * math.prod(matrices[0])
+
+
+@register_flop_formula(torch.ops.moe.linear_grad_x)
+def _(grads: Any, ends: Any, matrices: Any, **_: Any) -> int:
+    return 2 * grads[0][0] * len(grads) * math.prod(matrices[0])
+
+
+@register_flop_formula(torch.ops.moe.linear_grad_matrices)
+def _(grads: Any, x: Any, ends: Any, dtype: Any, **_: Any) -> int:
+    return 2 * len(grads) * math.prod(grads[0]) * x[1]
 
 
 @torch.compiler.disable  # row counts are data: compiling would specialise on each and recompile for ever
-def _segment_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
-    """Return the expert outputs by a loop over contiguous slices: one host round trip for the layer."""
-    ends = ends_E.tolist()
-    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    rows = zip(x_RC.split(counts), experts, strict=True)
-    # without gradients an idle expert can be skipped; with them it must get its zero
-    return torch.cat([expert(x_SC) for x_SC, expert in rows if x_SC.size(0) or torch.is_grad_enabled()])
-
-
-def _grouped_mm_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
-    """Return the expert outputs by three grouped GEMMs, no round trip. `ends_E` is int32."""
-    dtype = x_RC.dtype  # already autocast's: grouped_mm knows none
-
-    def stacked(name: str) -> torch.Tensor:
-        return torch.stack([getattr(expert, name).weight for expert in experts]).to(dtype).transpose(-2, -1)
-
-    gate_RF = F.grouped_mm(x_RC, stacked("fc_1"), offs=ends_E)
-    up_RF = F.grouped_mm(x_RC, stacked("fc_2"), offs=ends_E)
-    return F.grouped_mm(F.silu(gate_RF) * up_RF, stacked("proj"), offs=ends_E)
+def _module_loop(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
+    """Return the experts' outputs by calling each on its slice: the one way that knows biases."""
+    return torch.cat([experts[e](x_RC[rows]) for e, rows in _segments(ends_E)])
 
 
 @torch.compiler.assume_constant_result  # a device does not change under a compiled graph
@@ -613,16 +752,29 @@ def has_fast_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
 
-def can_group(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the grouped GEMM can run these experts: no bias, rows of a multiple of 16 bytes."""
-    is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # bf16
-    return is_aligned and not config.bias and has_fast_grouped_mm(device, dtype)
+WAYS = {
+    "grouped_mm": "grouped GEMM (torch.nn.functional.grouped_mm)",
+    "segments": "one GEMM for each expert's sorted rows",
+    "loop": "a loop over the experts' modules",
+}
+
+
+def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Return how experts are run, a key of WAYS: the fastest that this device and dtype have."""
+    if config.bias:
+        return "loop"
+    is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # rows of 16 bytes in bf16
+    return "grouped_mm" if is_aligned and has_fast_grouped_mm(device, dtype) else "segments"
 
 
 def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
     """Return, in words, how this model's experts would be run on this device in this dtype."""
-    fast = config.n_expert > 0 and can_group(config, torch.device(device), dtype)
-    return "grouped GEMM" if fast else "loop over sorted slices (one round trip a layer)"
+    if not config.n_expert:
+        return "none"
+    device = torch.device(device)
+    way = choose_way(config, device, dtype)
+    waits = "" if way == "grouped_mm" or device.type == "cpu" else ", which waits for the device"
+    return WAYS[way] + waits
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -673,34 +825,45 @@ class Balance:
     sums: torch.Tensor  # (4,) float32: micro-batches, and the sums over them of entropy, aux loss, z loss
 
 
-class _AttachLosses(torch.autograd.Function):
-    """`x` as it is; backward gives `loss` the gradient `scale`, and counts the load.
+# A custom operator and no autograd.Function: Dynamo (torch 2.10) mixes up what the backward of the latter
+# changes in place with sizes, once these are dynamic.
+@torch.library.custom_op("moe::attach_loss", mutates_args=())
+def _attach_loss(
+    x: torch.Tensor,
+    loss: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    means: torch.Tensor,
+    counters: list[torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """Return `x`; backward gives `loss` the gradient `scale`, and adds to step_load, load and sums.
 
-    Counting belongs here: backward runs once for a micro-batch, forward also to recompute activations.
+    Counting belongs there: backward runs once for a micro-batch, forward also to recompute activations.
     """
+    return x.clone()
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        loss: torch.Tensor,
-        tokens_per_expert: torch.Tensor,
-        means: torch.Tensor,
-        balance: Balance,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(tokens_per_expert, means)
-        ctx.balance, ctx.loss_dtype = balance, loss.dtype
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        tokens_per_expert, means = ctx.saved_tensors
-        balance = ctx.balance
-        balance.step_load.add_(tokens_per_expert)
-        balance.load.add_(tokens_per_expert)
-        balance.sums.add_(means)
-        loss_grad = torch.full((), balance.scale, dtype=ctx.loss_dtype, device=grad.device)
-        return grad, loss_grad, None, None, None
+@_attach_loss.register_fake
+def _(x: Any, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _attach_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # the counters on ctx: a saved tensor must not change before backward, and another micro-batch may add
+    _, loss, tokens_per_expert, means, ctx.counters, ctx.scale = inputs
+    ctx.loss_dtype = loss.dtype
+    ctx.save_for_backward(tokens_per_expert, means)
+
+
+def _attach_backward(ctx: Any, grad: torch.Tensor):
+    tokens_per_expert, means = ctx.saved_tensors
+    for counter, value in zip(ctx.counters, (tokens_per_expert, tokens_per_expert, means), strict=True):
+        counter.add_(value)
+    loss_grad = torch.full((), ctx.scale, dtype=ctx.loss_dtype, device=grad.device)
+    return grad, loss_grad, None, None, [None] * len(ctx.counters), None
+
+
+_attach_loss.register_autograd(_attach_backward, setup_context=_attach_keep)
 
 
 def set_balance(
