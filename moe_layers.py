@@ -386,7 +386,7 @@ class MoE(LLaMAMoE):
                 self.tokens_per_expert += plan.tokens_per_expert
             if self.balance is not None and self.training and torch.is_grad_enabled():
                 topk_weights_NK = self._attach_losses(topk_weights_NK, router_logits_NE, plan)
-            y_NC = self._run_sorted(x_NC, topk_weights_NK.to(x.dtype), plan)
+            y_NC = self._run_sorted(x_NC, topk_weights_NK.to(x.dtype), plan).to(x.dtype)
         if self.config.n_shared_expert:
             y_NC = y_NC + self.shared_experts(x_NC)
         return y_NC.view_as(x)
@@ -395,13 +395,11 @@ class MoE(LLaMAMoE):
         """Return the router's logits (N, E), each token's K weights and the K experts they belong to."""
         with _no_autocast(x_NC):
             if self.config.n_expert_groups:
-                router_logits_NE = F.linear(
-                    x_NC.float(), self.gate.weight.float()
-                )  # as LitGPT's, in float64 too
+                router_logits_NE = _RouterLogits.apply(x_NC, self.gate.weight, torch.float)
                 return router_logits_NE, *self.gate.choose(router_logits_NE)
             # float32: bf16 rounds close logits to ties, and top-k then picks by position. float64 stays.
             dtype = torch.promote_types(x_NC.dtype, torch.float32)
-            router_logits_NE = F.linear(x_NC.to(dtype), self.gate.weight.to(dtype))
+            router_logits_NE = _RouterLogits.apply(x_NC, self.gate.weight, dtype)
             if self.has_selection_bias:
                 scores_NE = router_logits_NE.detach() + self.e_score_correction_bias
                 topk_indices_NK = scores_NE.topk(self.config.n_expert_per_token, dim=1).indices
@@ -436,16 +434,20 @@ class MoE(LLaMAMoE):
         """Return the weighted sum of the chosen experts' outputs, (N, C), from rows sorted by expert."""
         # cast before the gather, which then moves half the bytes
         dtype = _compute_dtype(x_NC)
-        x_RC = _Gather.apply(x_NC.to(dtype), plan.token, plan.inverse)
+        x_NC, weights_NK = x_NC.to(dtype), weights_NK.to(dtype)
         # the weight scales the hidden row: moved there, autograd needs no copy of the experts' outputs
-        weights_R1 = weights_NK.to(dtype).reshape(-1, 1).index_select(0, plan.order)
-        way = self.way or choose_way(self.config, x_RC.device, dtype)
+        weights_R1 = weights_NK.reshape(-1, 1).index_select(0, plan.order)
+        way = self.way or choose_way(self.config, x_NC.device, dtype)
         if way == "loop":
+            x_RC = _Gather.apply(x_NC, plan.token, plan.inverse)
             y_RC = _module_loop(x_RC, plan.ends, self.experts) * weights_R1
-        else:
-            matrices = [[getattr(e, name).weight for e in self.experts] for name in ("fc_1", "fc_2", "proj")]
-            y_RC = _grouped_swiglu(way, x_RC, weights_R1, plan.ends, *matrices)
-        return _Combine.apply(y_RC, plan.token, plan.inverse).to(x_NC.dtype)
+            return _Combine.apply(y_RC, plan.token, plan.inverse)
+        matrices = [[getattr(e, name).weight for e in self.experts] for name in ("fc_1", "fc_2", "proj")]
+        if way == "segments":
+            return _segment_experts(x_NC, weights_R1, plan, *matrices)
+        x_RC = _Gather.apply(x_NC, plan.token, plan.inverse)
+        y_RC = _grouped_mm_experts(x_RC, weights_R1, plan.ends, *matrices)
+        return _Combine.apply(y_RC, plan.token, plan.inverse)
 
     def _run_chosen(
         self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
@@ -573,6 +575,21 @@ def _accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+class _RouterLogits(torch.autograd.Function):
+    """The linear map in `dtype`, of which backward keeps `x` as it came, half the size of its float32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: torch.Tensor, weight_EC: torch.Tensor, dtype: torch.dtype):
+        ctx.save_for_backward(x_NC, weight_EC)
+        return F.linear(x_NC.to(dtype), weight_EC.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_NE: torch.Tensor):
+        x_NC, weight_EC = ctx.saved_tensors
+        x_grad_NC = (grad_NE @ weight_EC.to(grad_NE.dtype)).to(x_NC.dtype)
+        return x_grad_NC, (grad_NE.t() @ x_NC.to(grad_NE.dtype)).to(weight_EC.dtype), None
+
+
 class _Gather(torch.autograd.Function):
     """Each sorted row's token; backward gathers too, as autograd's `index_put` is slow."""
 
@@ -617,8 +634,7 @@ class _SwiGLU(torch.autograd.Function):
         return gate_grad_RF, activated_RF.mul_(grad_RF), by_weight_R1
 
 
-def _grouped_swiglu(
-    way: str,
+def _grouped_mm_experts(
     x_RC: torch.Tensor,
     weights_R1: torch.Tensor,
     ends_E: torch.Tensor,
@@ -626,11 +642,7 @@ def _grouped_swiglu(
     fc_2: list[torch.Tensor],
     proj: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Return each sorted row's weighted expert output, (R, C), by two grouped linear maps."""
-    if way == "segments":
-        gate_RF, up_RF = torch.ops.moe.linear(x_RC, ends_E, fc_1 + fc_2, 2)
-        (y_RC,) = torch.ops.moe.linear(_SwiGLU.apply(gate_RF, up_RF, weights_R1), ends_E, proj, 1)
-        return y_RC
+    """Return each sorted row's weighted expert output, (R, C), by three grouped GEMMs, no round trip."""
 
     def stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(matrices).to(x_RC.dtype).transpose(-2, -1)  # grouped_mm knows no autocast
@@ -640,9 +652,23 @@ def _grouped_swiglu(
     return F.grouped_mm(_SwiGLU.apply(gate_RF, up_RF, weights_R1), stacked(proj), offs=ends_E)
 
 
-# Three custom operators, each one node of a compiled graph at any number of experts: x times the matrices of
-# `n_maps` maps (each of E matrices, as in nn.Linear), and the gradients of both. Autocast casts nothing here:
-# each matrix is cast as it is used.
+def _segment_experts(
+    x_NC: torch.Tensor,
+    weights_R1: torch.Tensor,
+    plan: "Plan",
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> torch.Tensor:
+    """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows.
+
+    Two custom operators and their gradients, each one node of a compiled graph at any number of experts. They
+    gather an expert's rows as they need them: while these are in the cache, and with no copy to keep.
+    Autocast casts nothing inside: each matrix is cast as it is used.
+    """
+    gate_RF, up_RF = torch.ops.moe.up(x_NC, plan.token, plan.inverse, plan.ends, fc_1, fc_2)
+    hidden_RF = _SwiGLU.apply(gate_RF, up_RF, weights_R1)
+    return torch.ops.moe.down(hidden_RF, plan.token, plan.inverse, plan.ends, proj)
 
 
 def _segments(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -651,90 +677,147 @@ def _segments(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
     yield from ((e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
 
 
-@torch.library.custom_op("moe::linear", mutates_args=())
-def _linear(
-    x: torch.Tensor, ends: torch.Tensor, matrices: list[torch.Tensor], n_maps: int
-) -> list[torch.Tensor]:
-    outputs = _linear_shapes(x, ends, matrices, n_maps)
-    for e, rows in _segments(ends):
-        for output, matrix in zip(outputs, matrices[e :: ends.numel()], strict=True):
-            if rows.stop > rows.start:
-                torch.mm(x[rows], matrix.to(x.dtype).t(), out=output[rows])
-    return outputs
-
-
-@_linear.register_fake
-def _linear_shapes(
-    x: torch.Tensor, ends: torch.Tensor, matrices: list[torch.Tensor], n_maps: int
-) -> list[torch.Tensor]:
-    n_expert = len(matrices) // n_maps
-    return [x.new_empty(x.size(0), matrices[i * n_expert].size(0)) for i in range(n_maps)]
-
-
-@torch.library.custom_op("moe::linear_grad_x", mutates_args=())
-def _linear_grad_x(
-    grads: list[torch.Tensor], ends: torch.Tensor, matrices: list[torch.Tensor]
-) -> torch.Tensor:
-    grad_x = _grad_x_shape(grads, ends, matrices)
+@torch.library.custom_op("moe::up", mutates_args=())
+def _up(
+    x: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fc_1 and fc_2 of each sorted row, (R, F) both."""
+    gate, up = _up_shapes(x, token, inverse, ends, fc_1, fc_2)
     for e, rows in _segments(ends):
         if rows.stop > rows.start:
-            for i, (grad, matrix) in enumerate(zip(grads, matrices[e :: ends.numel()], strict=True)):
-                matrix = matrix.to(grad.dtype)
-                torch.addmm(grad_x[rows], grad[rows], matrix, beta=float(i > 0), out=grad_x[rows])
-    return grad_x
+            x_SC = x.index_select(0, token[rows])
+            torch.mm(x_SC, fc_1[e].to(x.dtype).t(), out=gate[rows])
+            torch.mm(x_SC, fc_2[e].to(x.dtype).t(), out=up[rows])
+    return gate, up
 
 
-@_linear_grad_x.register_fake
-def _grad_x_shape(
-    grads: list[torch.Tensor], ends: torch.Tensor, matrices: list[torch.Tensor]
+@_up.register_fake
+def _up_shapes(x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any) -> Any:
+    return tuple(x.new_empty(token.size(0), fc_1[0].size(0)) for _ in range(2))
+
+
+@torch.library.custom_op("moe::up_grad", mutates_args=())
+def _up_grad(
+    gate_grad: torch.Tensor,
+    up_grad: torch.Tensor,
+    x: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the gradients of x, every fc_1 and every fc_2."""
+    x_grad_RC, fc_1_grads, fc_2_grads = x.new_empty(token.size(0), x.size(1)), [], []
+    for e, rows in _segments(ends):
+        x_SC, gate_SF, up_SF = x.index_select(0, token[rows]), gate_grad[rows], up_grad[rows]
+        # an empty segment's product is zero, as its gradient must be
+        fc_1_grads.append(torch.mm(gate_SF.t(), x_SC).to(fc_1[e].dtype))
+        fc_2_grads.append(torch.mm(up_SF.t(), x_SC).to(fc_2[e].dtype))
+        if rows.stop > rows.start:
+            x_grad_SC = x_grad_RC[rows]
+            torch.mm(gate_SF, fc_1[e].to(x.dtype), out=x_grad_SC)
+            x_grad_SC.addmm_(up_SF, fc_2[e].to(x.dtype))
+    return [_sum_of_rows(x_grad_RC, inverse), *fc_1_grads, *fc_2_grads]
+
+
+@_up_grad.register_fake
+def _(gate: Any, up: Any, x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any) -> Any:
+    return [torch.empty_like(tensor) for tensor in (x, *fc_1, *fc_2)]
+
+
+@torch.library.custom_op("moe::down", mutates_args=())
+def _down(
+    hidden: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    proj: list[torch.Tensor],
 ) -> torch.Tensor:
-    return grads[0].new_empty(grads[0].size(0), matrices[0].size(1))
+    """Return the sum of each token's rows after proj, (N, C)."""
+    y_RC = hidden.new_empty(hidden.size(0), proj[0].size(0))
+    for e, rows in _segments(ends):
+        if rows.stop > rows.start:
+            torch.mm(hidden[rows], proj[e].to(hidden.dtype).t(), out=y_RC[rows])
+    return _sum_of_rows(y_RC, inverse)
 
 
-@torch.library.custom_op("moe::linear_grad_matrices", mutates_args=())
-def _linear_grad_matrices(
-    grads: list[torch.Tensor], x: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
+@_down.register_fake
+def _(hidden: Any, token: Any, inverse: Any, ends: Any, proj: Any) -> torch.Tensor:
+    return hidden.new_empty(inverse.size(0), proj[0].size(0))
+
+
+@torch.library.custom_op("moe::down_grad", mutates_args=())
+def _down_grad(
+    y_grad: torch.Tensor,
+    hidden: torch.Tensor,
+    token: torch.Tensor,
+    ends: torch.Tensor,
+    proj: list[torch.Tensor],
 ) -> list[torch.Tensor]:
-    segments = [rows for _, rows in _segments(ends)]
-    # an empty segment's product is zero, as its gradient must be
-    return [torch.mm(grad[rows].t(), x[rows]).to(dtype) for grad in grads for rows in segments]
+    """Return the gradients of the hidden rows and of every proj."""
+    hidden_grad, proj_grads = torch.empty_like(hidden), []
+    for e, rows in _segments(ends):
+        y_grad_SC = y_grad.index_select(0, token[rows])
+        proj_grads.append(torch.mm(y_grad_SC.t(), hidden[rows]).to(proj[e].dtype))
+        if rows.stop > rows.start:
+            torch.mm(y_grad_SC, proj[e].to(hidden.dtype), out=hidden_grad[rows])
+    return [hidden_grad, *proj_grads]
 
 
-@_linear_grad_matrices.register_fake
-def _(
-    grads: list[torch.Tensor], x: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    return [x.new_empty(grad.size(1), x.size(1), dtype=dtype) for grad in grads for _ in range(ends.numel())]
+@_down_grad.register_fake
+def _(y_grad: Any, hidden: Any, token: Any, ends: Any, proj: Any) -> Any:
+    return [torch.empty_like(tensor) for tensor in (hidden, *proj)]
 
 
-def _linear_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, ends, matrices, ctx.n_maps = inputs
-    ctx.save_for_backward(x, ends, *matrices)
+def _up_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, token, inverse, ends, fc_1, fc_2 = inputs
+    ctx.save_for_backward(x, token, inverse, ends, *fc_1, *fc_2)
 
 
-def _linear_backward(ctx: Any, grads: list[torch.Tensor]):
-    x, ends, *matrices = ctx.saved_tensors
-    grads = [grad.contiguous() for grad in grads]
-    grad_x = torch.ops.moe.linear_grad_x(grads, ends, matrices)
-    return grad_x, None, torch.ops.moe.linear_grad_matrices(grads, x, ends, matrices[0].dtype), None
+def _up_backward(ctx: Any, gate_grad: torch.Tensor, up_grad: torch.Tensor):
+    x, token, inverse, ends, *matrices = ctx.saved_tensors  # asked for once: checkpointing allows no more
+    n_expert = ends.numel()
+    fc_1, fc_2 = matrices[:n_expert], matrices[n_expert:]
+    x_grad, *grads = torch.ops.moe.up_grad(
+        gate_grad.contiguous(), up_grad.contiguous(), x, token, inverse, ends, fc_1, fc_2
+    )
+    return x_grad, None, None, None, grads[:n_expert], grads[n_expert:]
 
 
-_linear.register_autograd(_linear_backward, setup_context=_linear_keep)
+def _down_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    hidden, token, _, ends, proj = inputs
+    ctx.save_for_backward(hidden, token, ends, *proj)
 
 
-@register_flop_formula(torch.ops.moe.linear)
-def _(x: Any, ends: Any, matrices: Any, n_maps: int, **_: Any) -> int:
-    return 2 * x[0] * n_maps * math.prod(matrices[0])
+def _down_backward(ctx: Any, y_grad: torch.Tensor):
+    hidden, token, ends, *proj = ctx.saved_tensors
+    hidden_grad, *grads = torch.ops.moe.down_grad(y_grad.contiguous(), hidden, token, ends, proj)
+    return hidden_grad, None, None, None, grads
 
 
-@register_flop_formula(torch.ops.moe.linear_grad_x)
-def _(grads: Any, ends: Any, matrices: Any, **_: Any) -> int:
-    return 2 * grads[0][0] * len(grads) * math.prod(matrices[0])
+_up.register_autograd(_up_backward, setup_context=_up_keep)
+_down.register_autograd(_down_backward, setup_context=_down_keep)
 
 
-@register_flop_formula(torch.ops.moe.linear_grad_matrices)
-def _(grads: Any, x: Any, ends: Any, dtype: Any, **_: Any) -> int:
-    return 2 * len(grads) * math.prod(grads[0]) * x[1]
+@register_flop_formula([torch.ops.moe.up, torch.ops.moe.down])
+def _(x: Any, token: Any, inverse: Any, ends: Any, *maps: Any, **_: Any) -> int:
+    return sum(2 * token[0] * math.prod(matrices[0]) for matrices in maps)
+
+
+@register_flop_formula(torch.ops.moe.up_grad)
+def _(gate: Any, up: Any, x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any, **_: Any) -> int:
+    return 2 * 2 * 2 * token[0] * math.prod(fc_1[0])
+
+
+@register_flop_formula(torch.ops.moe.down_grad)
+def _(y_grad: Any, hidden: Any, token: Any, ends: Any, proj: Any, **_: Any) -> int:
+    return 2 * 2 * token[0] * math.prod(proj[0])
 
 
 @torch.compiler.disable  # row counts are data: compiling would specialise on each and recompile for ever

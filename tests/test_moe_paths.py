@@ -62,6 +62,7 @@ def test_outputs_and_every_gradient_are_those_of_the_definition(way, shape, spec
     layer.way = "segments" if way == "compiled" else way
     if way == "compiled":
         torch.compiler.set_stance("default")
+        torch._dynamo.reset()
     got = run(torch.compile(layer, backend="aot_eager", fullgraph=True) if way == "compiled" else layer, x)
     for name, value in expected.items():
         found = got[name] if name in got else got[f"_orig_mod.{name}"]
