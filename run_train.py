@@ -1231,7 +1231,7 @@ def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int
 
 
 def sort_parameters(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the model's hidden matrices, its output head, and all else: embedding, routers, norms, biases."""
+    """Return the hidden matrices, the output head, and all else: embedding, routers, norms and biases."""
     import torch
     from litgpt import GPT
 
