@@ -580,7 +580,7 @@ def _accumulator(x: torch.Tensor) -> torch.dtype:
 
 
 class _RouterLogits(torch.autograd.Function):
-    """The linear map in `dtype`, of which backward keeps `x` as it came, half the size of its float32 copy."""
+    """The linear map in `dtype`; backward keeps `x` as it came, half the size of its float32 copy."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: torch.Tensor, weight_EC: torch.Tensor, dtype: torch.dtype):
