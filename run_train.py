@@ -928,9 +928,10 @@ class CheckpointWriter:
     def _write(self, target: Path, step: int, config: "MoEConfig", tokenizer_dir: Path) -> None:
         """Write the directory and rename it into place, or tell why not and leave nothing behind."""
         started, staging = time.perf_counter(), self._staging(target)
-        needed = tensor_bytes(self._host) + 2**20  # the small files and the zip's own lists
-        free = shutil.disk_usage(self.out_dir).free
+        needed, free = tensor_bytes(self._host) + 2**20, 0  # the small files and the zip's own lists
         try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away
+            free = shutil.disk_usage(self.out_dir).free
             if free < needed:
                 raise OSError(errno.ENOSPC, "known before a byte is written")
             staging.mkdir(parents=True, exist_ok=True)
