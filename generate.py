@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPT = "Once upon a time"
 SEPARATOR = "<|endoftext|>"
-NOT_A_NUMBER = (
-    "the model's logits are NaN; use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
-)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no (or not yet a whole) character
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -159,6 +156,14 @@ def sample(
 # --- from tokens to more tokens -----------------------------------------------------------------------------
 
 
+class Diverged(ValueError):
+    """The model computes no numbers."""
+
+    def __init__(self) -> None:
+        way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
+        super().__init__(f"the model's logits are NaN; {way_out}")
+
+
 def room_for(prompt_ids: Sequence[int], max_tokens: int, block_size: int) -> int:
     """Return how many of `max_tokens` new tokens fit; ValueError when the prompt leaves no room at all."""
     if not prompt_ids:
@@ -208,7 +213,7 @@ def generate(
                 # the last row alone is wanted, and `end` lets attention skip the empty part of the cache
                 logits = model(ids, position, input_pos_maxp1=end)[0, -1]
                 if logits.isnan().any():
-                    raise ValueError(NOT_A_NUMBER)
+                    raise Diverged
                 token = sample(logits, sampling, generator, seen)
             if token == eos_id:
                 return
@@ -345,6 +350,9 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+UNKNOWN = ApiError(500, "an error in the server, whose log tells more")
+
+
 @dataclass(frozen=True)
 class CompletionRequest:
     """A checked request to /v1/completions: the samples of prompt p are choices p*n to p*n + n - 1."""
@@ -398,12 +406,10 @@ class RouterWatch:
 
     def _note(self, layer: Any, inputs: "tuple[torch.Tensor, ...]") -> None:
         if self._notes is not None:
-            x_NC = inputs[0].flatten(0, 1)
-            scores_NE = x_NC.float() @ layer.gate.weight.float().t()
+            logits_NE, weights_NK, indices_NK = layer._route(inputs[0].flatten(0, 1))
             # the grouped router's scores are sigmoids, each for itself (DeepSeek-V3, eq. 15)
             grouped = layer.config.n_expert_groups
-            probs_NE = scores_NE.sigmoid() if grouped else scores_NE.softmax(dim=-1)
-            weights_NK, indices_NK = layer._route(x_NC)
+            probs_NE = logits_NE.sigmoid() if grouped else logits_NE.softmax(dim=-1)
             by_weight_NK = weights_NK.argsort(dim=-1, descending=True)
             self._notes.append((probs_NE, indices_NK.gather(1, by_weight_NK)))
 
@@ -539,7 +545,7 @@ class Engine:
                     if piece.finish_reason:
                         del live[number]
                     yield number, piece
-        except (ValueError, torch.OutOfMemoryError) as error:
+        except (Diverged, torch.OutOfMemoryError) as error:
             raise ApiError(500, str(error)) from None
         finally:  # reached when the client goes away, too; a step under way ends before
             for continuation in live.values():
@@ -725,8 +731,12 @@ class CompletionResponse:
                     await event(json.dumps({**self._head, "choices": [choice]}))
             if self._request.include_usage:
                 await event(json.dumps({**self._head, "choices": [], "usage": self._usage(n_new)}))
-        except ApiError as error:  # the status is out already
-            await event(json.dumps(error.body))
+        except TimeoutError:
+            raise
+        except Exception as error:  # the status is out already; what is no ApiError goes to the log, too
+            await event(json.dumps((error if isinstance(error, ApiError) else UNKNOWN).body))
+            if not isinstance(error, ApiError):
+                raise
         await event("[DONE]")
         await send({"type": "http.response.body", "body": b""})
 
@@ -834,9 +844,7 @@ def make_app(engine: Engine, names: set[str]) -> "Starlette":
             response = error_response(ApiError(error.status_code, f"{error.detail}: {has}"))
             response.headers.update(error.headers or {})  # 405 names the methods that are allowed
             return response
-        return error_response(
-            error if isinstance(error, ApiError) else ApiError(500, "an error in the server")
-        )
+        return error_response(error if isinstance(error, ApiError) else UNKNOWN)
 
     routes = [
         Route("/", index),

@@ -34,6 +34,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.config import Config
 from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
+from torch.utils.flop_counter import register_flop_formula
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -221,6 +222,8 @@ def _typed(values: dict[str, Any], path: Path) -> dict[str, Any]:
     parser.add_class_arguments(Config)
     try:
         typed = parser.parse_object(values)
+        if any(value is None and _key_problem(parser, key, None) for key, value in values.items()):
+            raise ArgumentError(None, "null")
         return {key: typed[key] for key in values}
     except ArgumentError:  # tells the first problem only: ask for each key
         problems = [_key_problem(parser, key, value) for key, value in values.items()]
@@ -236,6 +239,8 @@ def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
         )
     try:
         parser.parse_object({key: value})
+        if value is None and "Optional" not in str(kind := annotations[key]) and "None" not in str(kind):
+            raise ArgumentError(None, "null")  # which jsonargparse lets pass
     except ArgumentError:
         kind = annotations[key]
         wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
@@ -340,6 +345,7 @@ class MoE(LLaMAMoE):
             bias_E = torch.zeros(config.n_expert, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias_E, persistent=False)
         self.balance: Balance | None = None  # see set_balance
+        self.way: str | None = None  # one of WAYS in place of choose_way's
         self.count_load = False
         self._packed: dict[str, torch.Tensor] = {}  # see pack_for_decoding
         self.register_buffer(
@@ -384,7 +390,7 @@ class MoE(LLaMAMoE):
                 self.tokens_per_expert += plan.tokens_per_expert
             if self.balance is not None and self.training and torch.is_grad_enabled():
                 topk_weights_NK = self._attach_losses(topk_weights_NK, router_logits_NE, plan)
-            y_NC = self._run_sorted(x_NC, topk_weights_NK.to(x.dtype), plan)
+            y_NC = self._run_sorted(x_NC, topk_weights_NK.to(x.dtype), plan).to(x.dtype)
         if self.config.n_shared_expert:
             y_NC = y_NC + self.shared_experts(x_NC)
         return y_NC.view_as(x)
@@ -393,13 +399,11 @@ class MoE(LLaMAMoE):
         """Return the router's logits (N, E), each token's K weights and the K experts they belong to."""
         with _no_autocast(x_NC):
             if self.config.n_expert_groups:
-                router_logits_NE = F.linear(
-                    x_NC.float(), self.gate.weight.float()
-                )  # as LitGPT's, in float64 too
+                router_logits_NE = _RouterLogits.apply(x_NC, self.gate.weight, torch.float)
                 return router_logits_NE, *self.gate.choose(router_logits_NE)
             # float32: bf16 rounds close logits to ties, and top-k then picks by position. float64 stays.
             dtype = torch.promote_types(x_NC.dtype, torch.float32)
-            router_logits_NE = F.linear(x_NC.to(dtype), self.gate.weight.to(dtype))
+            router_logits_NE = _RouterLogits.apply(x_NC, self.gate.weight, dtype)
             if self.has_selection_bias:
                 scores_NE = router_logits_NE.detach() + self.e_score_correction_bias
                 topk_indices_NK = scores_NE.topk(self.config.n_expert_per_token, dim=1).indices
@@ -425,24 +429,29 @@ class MoE(LLaMAMoE):
             loss = balance.aux_loss_coef * aux_loss + balance.z_loss_coef * z_loss
             entropy = -torch.special.xlogy(probs_NE, probs_NE).detach().sum(1).mean()
             means = torch.stack([torch.ones_like(entropy), entropy, aux_loss.detach(), z_loss.detach()])
-            return _AttachLosses.apply(weights_NK, loss, plan.tokens_per_expert, means.float(), balance)
+            counters = [balance.step_load, balance.load, balance.sums]
+            return torch.ops.moe.attach_loss(
+                weights_NK, loss, plan.tokens_per_expert, means.float(), counters, balance.scale
+            )
 
     def _run_sorted(self, x_NC: torch.Tensor, weights_NK: torch.Tensor, plan: "Plan") -> torch.Tensor:
-        n_tokens, top_k = weights_NK.shape
+        """Return the weighted sum of the chosen experts' outputs, (N, C), from rows sorted by expert."""
         # cast before the gather, which then moves half the bytes
-        x_RC = _Dispatch.apply(x_NC.to(_compute_dtype(x_NC)), plan.order, plan.inverse, top_k)
-        y_RC = self._run_experts(x_RC, plan.ends)
-        y_NKC = _Permute.apply(y_RC, plan.inverse, plan.order).view(n_tokens, top_k, -1)
-        return torch.einsum("nk,nkc->nc", weights_NK.to(y_NKC.dtype), y_NKC).to(x_NC.dtype)
-
-    def _run_experts(self, x_RC: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-        """Return each sorted row's expert output, (R, C); expert e owns the rows up to `ends_E[e]`."""
-        if x_RC.is_meta:
-            # LitGPT counts FLOPs on meta, where no load is known: every row meets one expert, whichever.
-            return self.experts[0](x_RC)
-        if can_group(self.config, x_RC.device, x_RC.dtype):
-            return _grouped_mm_experts(x_RC, ends_E.to(torch.int32), self.experts)
-        return _segment_experts(x_RC, ends_E, self.experts)
+        dtype = _compute_dtype(x_NC)
+        x_NC, weights_NK = x_NC.to(dtype), weights_NK.to(dtype)
+        # the weight scales the hidden row: moved there, autograd needs no copy of the experts' outputs
+        weights_R1 = weights_NK.reshape(-1, 1).index_select(0, plan.order)
+        way = self.way or choose_way(self.config, x_NC.device, dtype)
+        if way == "loop":
+            x_RC = _Gather.apply(x_NC, plan.token, plan.inverse)
+            y_RC = _module_loop(x_RC, plan.ends, self.experts) * weights_R1
+            return _Combine.apply(y_RC, plan.token, plan.inverse)
+        matrices = [[getattr(e, name).weight for e in self.experts] for name in ("fc_1", "fc_2", "proj")]
+        if way == "segments":
+            return _segment_experts(x_NC, weights_R1, plan, *matrices)
+        x_RC = _Gather.apply(x_NC, plan.token, plan.inverse)
+        y_RC = _grouped_mm_experts(x_RC, weights_R1, plan.ends, *matrices)
+        return _Combine.apply(y_RC, plan.token, plan.inverse)
 
     def _run_chosen(
         self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
@@ -536,9 +545,10 @@ def _keep_float32(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> Any:
 class Plan(NamedTuple):
     """Which sorted row belongs to which token and expert: static shapes, no host round trip."""
 
+    token: torch.Tensor  # (R,) whose row lies at each sorted row
     order: torch.Tensor  # (R,) the token-major row (n * K + k) that lies at each sorted row
-    inverse: torch.Tensor  # (R,) the sorted row of each token-major row
-    ends: torch.Tensor  # (E,) expert e owns the sorted rows up to ends[e]
+    inverse: torch.Tensor  # (N, K) the sorted row of each choice
+    ends: torch.Tensor  # (E,) int32, expert e owns the sorted rows up to ends[e]
     tokens_per_expert: torch.Tensor  # (E,) int64
 
     @classmethod
@@ -549,59 +559,275 @@ class Plan(NamedTuple):
         ids_E = torch.arange(n_expert, dtype=torch.int16, device=indices_NK.device)
         ends_E = torch.searchsorted(expert_R, ids_E, right=True)
         rows_R = torch.arange(order_R.numel(), device=indices_NK.device)
-        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows_R)
-        return cls(order_R, inverse_R, ends_E, ends_E.diff(prepend=ends_E.new_zeros(1)))
+        inverse_NK = torch.empty_like(order_R).scatter_(0, order_R, rows_R).view_as(indices_NK)
+        token_R = order_R.div(indices_NK.size(1), rounding_mode="floor")
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        return cls(token_R, order_R, inverse_NK, ends_E.to(torch.int32), counts_E)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Rows gathered in sorted order; backward gathers too, as autograd's `index_put` is slow."""
+def _sum_of_rows(y_RC: torch.Tensor, rows_NK: torch.Tensor) -> torch.Tensor:
+    """Return the sum over K of `y_RC[rows_NK]`, (N, C), added up in float32 or wider."""
+    if torch.compiler.is_compiling() or y_RC.is_meta:
+        # written out, Inductor makes one vectorised loop of it; a gather and a sum it does not
+        total = sum(y_RC[rows_N].to(_accumulator(y_RC)) for rows_N in rows_NK.unbind(1))
+        return total.to(y_RC.dtype)
+    starts_N = torch.arange(0, rows_NK.numel(), rows_NK.size(1), device=y_RC.device)
+    return torch.embedding_bag(y_RC, rows_NK.flatten(), starts_N)[0]
+
+
+def _accumulator(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class _RouterLogits(torch.autograd.Function):
+    """The linear map in `dtype`; backward keeps `x` as it came, half the size of its float32 copy."""
 
     @staticmethod
-    def forward(ctx: Any, x_NC: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int):
-        ctx.save_for_backward(inverse_R)
-        ctx.top_k = top_k
-        return x_NC[order_R.div(top_k, rounding_mode="floor")]
+    def forward(ctx: Any, x_NC: torch.Tensor, weight_EC: torch.Tensor, dtype: torch.dtype):
+        ctx.save_for_backward(x_NC, weight_EC)
+        return F.linear(x_NC.to(dtype), weight_EC.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_NE: torch.Tensor):
+        x_NC, weight_EC = ctx.saved_tensors
+        x_grad_NC = (grad_NE @ weight_EC.to(grad_NE.dtype)).to(x_NC.dtype)
+        return x_grad_NC, (grad_NE.t() @ x_NC.to(grad_NE.dtype)).to(weight_EC.dtype), None
+
+
+class _Gather(torch.autograd.Function):
+    """Each sorted row's token; backward gathers too, as autograd's `index_put` is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: torch.Tensor, token_R: torch.Tensor, inverse_NK: torch.Tensor):
+        ctx.save_for_backward(inverse_NK)
+        return x_NC.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RC: torch.Tensor):
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RC[inverse_R].view(-1, ctx.top_k, grad_RC.size(-1)).sum(1), None, None, None
+        return _sum_of_rows(grad_RC, *ctx.saved_tensors), None, None
 
 
-class _Permute(torch.autograd.Function):
-    """`x[index]` for a permutation `index` with inverse `inverse`; backward is the gather with `inverse`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RC: torch.Tensor, index_R: torch.Tensor, inverse_R: torch.Tensor):
-        ctx.save_for_backward(inverse_R)
-        return x_RC[index_R]
+class _Combine(torch.autograd.Function):
+    """Each token's sum of its rows; backward is the gather."""
 
     @staticmethod
-    def backward(ctx: Any, grad_RC: torch.Tensor):
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RC[inverse_R], None, None
+    def forward(ctx: Any, y_RC: torch.Tensor, token_R: torch.Tensor, inverse_NK: torch.Tensor):
+        ctx.save_for_backward(token_R)
+        return _sum_of_rows(y_RC, inverse_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: torch.Tensor):
+        return grad_NC.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight, of which backward keeps the inputs alone and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor):
+        ctx.save_for_backward(gate_RF, up_RF, weights_R1)
+        return F.silu(gate_RF).mul_(up_RF).mul_(weights_R1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: torch.Tensor):
+        gate_RF, up_RF, weights_R1 = ctx.saved_tensors
+        activated_RF = F.silu(gate_RF)
+        by_weight_R1 = (grad_RF * activated_RF).mul_(up_RF).sum(1, keepdim=True)
+        grad_RF = grad_RF * weights_R1
+        gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
+        return gate_grad_RF, activated_RF.mul_(grad_RF), by_weight_R1
+
+
+def _grouped_mm_experts(
+    x_RC: torch.Tensor,
+    weights_R1: torch.Tensor,
+    ends_E: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> torch.Tensor:
+    """Return each sorted row's weighted expert output, (R, C), by three grouped GEMMs, no round trip."""
+
+    def stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(matrices).to(x_RC.dtype).transpose(-2, -1)  # grouped_mm knows no autocast
+
+    gate_RF = F.grouped_mm(x_RC, stacked(fc_1), offs=ends_E)
+    up_RF = F.grouped_mm(x_RC, stacked(fc_2), offs=ends_E)
+    return F.grouped_mm(_SwiGLU.apply(gate_RF, up_RF, weights_R1), stacked(proj), offs=ends_E)
+
+
+def _segment_experts(
+    x_NC: torch.Tensor,
+    weights_R1: torch.Tensor,
+    plan: "Plan",
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> torch.Tensor:
+    """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows.
+
+    Two custom operators and their gradients, each one node of a compiled graph at any number of experts. They
+    gather an expert's rows as they need them: while these are in the cache, and with no copy to keep.
+    Autocast casts nothing inside: each matrix is cast as it is used.
+    """
+    gate_RF, up_RF = torch.ops.moe.up(x_NC, plan.token, plan.inverse, plan.ends, fc_1, fc_2)
+    hidden_RF = _SwiGLU.apply(gate_RF, up_RF, weights_R1)
+    return torch.ops.moe.down(hidden_RF, plan.token, plan.inverse, plan.ends, proj)
+
+
+def _segments(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield (expert, its sorted rows). On CUDA this waits for the device, on the CPU it is free."""
+    ends = ends_E.tolist()
+    yield from ((e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
+
+
+@torch.library.custom_op("moe::up", mutates_args=())
+def _up(
+    x: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fc_1 and fc_2 of each sorted row, (R, F) both."""
+    gate, up = _up_shapes(x, token, inverse, ends, fc_1, fc_2)
+    for e, rows in _segments(ends):
+        if rows.stop > rows.start:
+            x_SC = x.index_select(0, token[rows])
+            torch.mm(x_SC, fc_1[e].to(x.dtype).t(), out=gate[rows])
+            torch.mm(x_SC, fc_2[e].to(x.dtype).t(), out=up[rows])
+    return gate, up
+
+
+@_up.register_fake
+def _up_shapes(x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any) -> Any:
+    return tuple(x.new_empty(token.size(0), fc_1[0].size(0)) for _ in range(2))
+
+
+@torch.library.custom_op("moe::up_grad", mutates_args=())
+def _up_grad(
+    gate_grad: torch.Tensor,
+    up_grad: torch.Tensor,
+    x: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the gradients of x, every fc_1 and every fc_2."""
+    x_grad_RC, fc_1_grads, fc_2_grads = x.new_empty(token.size(0), x.size(1)), [], []
+    for e, rows in _segments(ends):
+        x_SC, gate_SF, up_SF = x.index_select(0, token[rows]), gate_grad[rows], up_grad[rows]
+        # an empty segment's product is zero, as its gradient must be
+        fc_1_grads.append(torch.mm(gate_SF.t(), x_SC).to(fc_1[e].dtype))
+        fc_2_grads.append(torch.mm(up_SF.t(), x_SC).to(fc_2[e].dtype))
+        if rows.stop > rows.start:
+            x_grad_SC = x_grad_RC[rows]
+            torch.mm(gate_SF, fc_1[e].to(x.dtype), out=x_grad_SC)
+            x_grad_SC.addmm_(up_SF, fc_2[e].to(x.dtype))
+    return [_sum_of_rows(x_grad_RC, inverse), *fc_1_grads, *fc_2_grads]
+
+
+@_up_grad.register_fake
+def _(gate: Any, up: Any, x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any) -> Any:
+    return [torch.empty_like(tensor) for tensor in (x, *fc_1, *fc_2)]
+
+
+@torch.library.custom_op("moe::down", mutates_args=())
+def _down(
+    hidden: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    proj: list[torch.Tensor],
+) -> torch.Tensor:
+    """Return the sum of each token's rows after proj, (N, C)."""
+    y_RC = hidden.new_empty(hidden.size(0), proj[0].size(0))
+    for e, rows in _segments(ends):
+        if rows.stop > rows.start:
+            torch.mm(hidden[rows], proj[e].to(hidden.dtype).t(), out=y_RC[rows])
+    return _sum_of_rows(y_RC, inverse)
+
+
+@_down.register_fake
+def _(hidden: Any, token: Any, inverse: Any, ends: Any, proj: Any) -> torch.Tensor:
+    return hidden.new_empty(inverse.size(0), proj[0].size(0))
+
+
+@torch.library.custom_op("moe::down_grad", mutates_args=())
+def _down_grad(
+    y_grad: torch.Tensor,
+    hidden: torch.Tensor,
+    token: torch.Tensor,
+    ends: torch.Tensor,
+    proj: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the gradients of the hidden rows and of every proj."""
+    hidden_grad, proj_grads = torch.empty_like(hidden), []
+    for e, rows in _segments(ends):
+        y_grad_SC = y_grad.index_select(0, token[rows])
+        proj_grads.append(torch.mm(y_grad_SC.t(), hidden[rows]).to(proj[e].dtype))
+        if rows.stop > rows.start:
+            torch.mm(y_grad_SC, proj[e].to(hidden.dtype), out=hidden_grad[rows])
+    return [hidden_grad, *proj_grads]
+
+
+@_down_grad.register_fake
+def _(y_grad: Any, hidden: Any, token: Any, ends: Any, proj: Any) -> Any:
+    return [torch.empty_like(tensor) for tensor in (hidden, *proj)]
+
+
+def _up_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, token, inverse, ends, fc_1, fc_2 = inputs
+    ctx.save_for_backward(x, token, inverse, ends, *fc_1, *fc_2)
+
+
+def _up_backward(ctx: Any, gate_grad: torch.Tensor, up_grad: torch.Tensor):
+    x, token, inverse, ends, *matrices = ctx.saved_tensors  # asked for once: checkpointing allows no more
+    n_expert = ends.numel()
+    fc_1, fc_2 = matrices[:n_expert], matrices[n_expert:]
+    x_grad, *grads = torch.ops.moe.up_grad(
+        gate_grad.contiguous(), up_grad.contiguous(), x, token, inverse, ends, fc_1, fc_2
+    )
+    return x_grad, None, None, None, grads[:n_expert], grads[n_expert:]
+
+
+def _down_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    hidden, token, _, ends, proj = inputs
+    ctx.save_for_backward(hidden, token, ends, *proj)
+
+
+def _down_backward(ctx: Any, y_grad: torch.Tensor):
+    hidden, token, ends, *proj = ctx.saved_tensors
+    hidden_grad, *grads = torch.ops.moe.down_grad(y_grad.contiguous(), hidden, token, ends, proj)
+    return hidden_grad, None, None, None, grads
+
+
+_up.register_autograd(_up_backward, setup_context=_up_keep)
+_down.register_autograd(_down_backward, setup_context=_down_keep)
+
+
+@register_flop_formula([torch.ops.moe.up, torch.ops.moe.down])
+def _(x: Any, token: Any, inverse: Any, ends: Any, *maps: Any, **_: Any) -> int:
+    return sum(2 * token[0] * math.prod(matrices[0]) for matrices in maps)
+
+
+@register_flop_formula(torch.ops.moe.up_grad)
+def _(gate: Any, up: Any, x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any, **_: Any) -> int:
+    return 2 * 2 * 2 * token[0] * math.prod(fc_1[0])
+
+
+@register_flop_formula(torch.ops.moe.down_grad)
+def _(y_grad: Any, hidden: Any, token: Any, ends: Any, proj: Any, **_: Any) -> int:
+    return 2 * 2 * token[0] * math.prod(proj[0])
 
 
 @torch.compiler.disable  # row counts are data: compiling would specialise on each and recompile for ever
-def _segment_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
-    """Return the expert outputs by a loop over contiguous slices: one host round trip for the layer."""
-    ends = ends_E.tolist()
-    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    rows = zip(x_RC.split(counts), experts, strict=True)
-    # without gradients an idle expert can be skipped; with them it must get its zero
-    return torch.cat([expert(x_SC) for x_SC, expert in rows if x_SC.size(0) or torch.is_grad_enabled()])
-
-
-def _grouped_mm_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
-    """Return the expert outputs by three grouped GEMMs, no round trip. `ends_E` is int32."""
-    dtype = x_RC.dtype  # already autocast's: grouped_mm knows none
-
-    def stacked(name: str) -> torch.Tensor:
-        return torch.stack([getattr(expert, name).weight for expert in experts]).to(dtype).transpose(-2, -1)
-
-    gate_RF = F.grouped_mm(x_RC, stacked("fc_1"), offs=ends_E)
-    up_RF = F.grouped_mm(x_RC, stacked("fc_2"), offs=ends_E)
-    return F.grouped_mm(F.silu(gate_RF) * up_RF, stacked("proj"), offs=ends_E)
+def _module_loop(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
+    """Return the experts' outputs by calling each on its slice: the one way that knows biases."""
+    return torch.cat([experts[e](x_RC[rows]) for e, rows in _segments(ends_E)])
 
 
 @torch.compiler.assume_constant_result  # a device does not change under a compiled graph
@@ -613,16 +839,29 @@ def has_fast_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
 
-def can_group(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the grouped GEMM can run these experts: no bias, rows of a multiple of 16 bytes."""
-    is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # bf16
-    return is_aligned and not config.bias and has_fast_grouped_mm(device, dtype)
+WAYS = {
+    "grouped_mm": "grouped GEMM (torch.nn.functional.grouped_mm)",
+    "segments": "one GEMM for each expert's sorted rows",
+    "loop": "a loop over the experts' modules",
+}
+
+
+def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Return how experts are run, a key of WAYS: the fastest that this device and dtype have."""
+    if config.bias:
+        return "loop"
+    is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # rows of 16 bytes in bf16
+    return "grouped_mm" if is_aligned and has_fast_grouped_mm(device, dtype) else "segments"
 
 
 def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
     """Return, in words, how this model's experts would be run on this device in this dtype."""
-    fast = config.n_expert > 0 and can_group(config, torch.device(device), dtype)
-    return "grouped GEMM" if fast else "loop over sorted slices (one round trip a layer)"
+    if not config.n_expert:
+        return "none"
+    device = torch.device(device)
+    way = choose_way(config, device, dtype)
+    waits = "" if way == "grouped_mm" or device.type == "cpu" else ", which waits for the device"
+    return WAYS[way] + waits
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -673,34 +912,45 @@ class Balance:
     sums: torch.Tensor  # (4,) float32: micro-batches, and the sums over them of entropy, aux loss, z loss
 
 
-class _AttachLosses(torch.autograd.Function):
-    """`x` as it is; backward gives `loss` the gradient `scale`, and counts the load.
+# A custom operator and no autograd.Function: Dynamo (torch 2.10) mixes up what the backward of the latter
+# changes in place with sizes, once these are dynamic.
+@torch.library.custom_op("moe::attach_loss", mutates_args=())
+def _attach_loss(
+    x: torch.Tensor,
+    loss: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    means: torch.Tensor,
+    counters: list[torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """Return `x`; backward gives `loss` the gradient `scale`, and adds to step_load, load and sums.
 
-    Counting belongs here: backward runs once for a micro-batch, forward also to recompute activations.
+    Counting belongs there: backward runs once for a micro-batch, forward also to recompute activations.
     """
+    return x.clone()
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        loss: torch.Tensor,
-        tokens_per_expert: torch.Tensor,
-        means: torch.Tensor,
-        balance: Balance,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(tokens_per_expert, means)
-        ctx.balance, ctx.loss_dtype = balance, loss.dtype
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        tokens_per_expert, means = ctx.saved_tensors
-        balance = ctx.balance
-        balance.step_load.add_(tokens_per_expert)
-        balance.load.add_(tokens_per_expert)
-        balance.sums.add_(means)
-        loss_grad = torch.full((), balance.scale, dtype=ctx.loss_dtype, device=grad.device)
-        return grad, loss_grad, None, None, None
+@_attach_loss.register_fake
+def _(x: Any, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _attach_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # the counters on ctx: a saved tensor must not change before backward, and another micro-batch may add
+    _, loss, tokens_per_expert, means, ctx.counters, ctx.scale = inputs
+    ctx.loss_dtype = loss.dtype
+    ctx.save_for_backward(tokens_per_expert, means)
+
+
+def _attach_backward(ctx: Any, grad: torch.Tensor):
+    tokens_per_expert, means = ctx.saved_tensors
+    for counter, value in zip(ctx.counters, (tokens_per_expert, tokens_per_expert, means), strict=True):
+        counter.add_(value)
+    loss_grad = torch.full((), ctx.scale, dtype=ctx.loss_dtype, device=grad.device)
+    return grad, loss_grad, None, None, [None] * len(ctx.counters), None
+
+
+_attach_loss.register_autograd(_attach_backward, setup_context=_attach_keep)
 
 
 def set_balance(

@@ -760,6 +760,8 @@ def finished_shards(data_dir: Path, width: int) -> dict[str, dict]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged or not ours: made again
             content = read_json(path)
             for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
+                if any(type(entry[key]) is not int for key in ("n_stories", "n_bytes", "n_tokens")):
+                    raise TypeError("a count is no number")
                 shard, size = data_dir / check_inside(entry["path"]), entry["n_tokens"] * width
                 if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
                     found[shard.stem[6:]] = entry  # by the key in its name

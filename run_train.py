@@ -13,12 +13,14 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
 import os
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -28,9 +30,11 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 DEMO_MODEL, DEMO_TRAIN = ROOT / "configs/demo_model.yaml", ROOT / "configs/demo_train.yaml"
 DATA_DIR = prepare_data.PrepareSettings.data_dir
+PROMPT = "Once upon a time"
 DEMO_VOCAB = 2048  # as padded_vocab_size in demo_model.yaml
 FLAG_TO_KEY = {
     "micro_batch_size": "train.micro_batch_size",
@@ -91,6 +96,7 @@ LOWEST = {  # the lowest value that makes sense; 0 switches off where it is allo
     "guard.spike_sigma": 0,
     "eval.interval": 1,
     "eval.max_iters": 1,
+    "eval.max_new_tokens": 0,
     "num_nodes": 1,
     "seed": 0,
 }
@@ -193,7 +199,9 @@ class Settings:
     seed: int = 42
     """Seed of the weights and the order of the data."""
     optimizer: dict = field(default_factory=lambda: {"class_path": "torch.optim.AdamW"})
-    """class_path and init_args of an optimizer."""
+    """class_path and init_args of an optimizer. torch.optim.Muon leaves all but hidden matrices to AdamW."""
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """matrices: no decay on norms, biases, embeddings and routers; all: on every weight."""
     logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
     """Logger beside logs/csv/metrics.csv, which is always written."""
     progress: bool = True
@@ -209,7 +217,7 @@ class Settings:
     guard: GuardArgs = field(default_factory=GuardArgs)
     """Numerical guard."""
     eval: litgpt_args.EvalArgs = field(default_factory=litgpt_args.EvalArgs)
-    """Validation."""
+    """Validation. max_new_tokens: length of the story written to logs/stories.csv each time (null: none)."""
     log: litgpt_args.LogArgs = field(default_factory=litgpt_args.LogArgs)
     """Names for the W&B logger."""
 
@@ -351,15 +359,14 @@ def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
         config = _twin(model_config, "model", "train")
     if model_config is None and not _has_cuda():
         model_config, demo = DEMO_MODEL, True
-        print(
+        note(
             "No CUDA and no model config named: training the small demo model on the CPU "
-            "(MoE-200M all the same: --model_config model_config.yaml).",
-            file=sys.stderr,
+            "(MoE-200M all the same: --model_config model_config.yaml)."
         )
     else:
         model_config, demo = model_config or ROOT / "model_config.yaml", False
     config = config or (DEMO_TRAIN if demo else ROOT / "train_config.yaml")
-    print(f"Settings from {config} and {model_config}.", file=sys.stderr)
+    note(f"Settings from {config} and {model_config}.")
     return config, model_config
 
 
@@ -483,6 +490,10 @@ def choose_device(settings: Settings) -> tuple[str, int]:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(choices)}")
     if precision.startswith("bf16") and cuda and not has_bf16:
         raise ValueError(f"precision is {precision}, which this GPU lacks; use 32-true")
+    if cuda and sys.platform == "win32" and int(devices) * settings.num_nodes > 1:
+        raise ValueError("several GPUs need NCCL, which Windows lacks; use devices: 1, or Linux (WSL 2)")
+    if cuda and int(devices) * settings.num_nodes > 1 and str(settings.optimizer).find("Muon") >= 0:
+        raise ValueError("torch.optim.Muon needs whole matrices, which FSDP splits; use devices: 1 or AdamW")
     return precision, int(devices)
 
 
@@ -526,23 +537,29 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     if settings.schedule.warmup_tokens is not None and settings.train.lr_warmup_fraction:
         problems.append("schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one")
     problems += ignored_problems(settings)
+    steps = settings.train.lr_warmup_steps or 0
+    n_tokens = settings.train.global_batch_size * (settings.train.max_seq_length or block_size or 1)
+    if not problems and steps * n_tokens > (settings.train.max_tokens or 0):
+        note(
+            f"Warning: train.lr_warmup_steps is {steps} but the run has "
+            f"{(settings.train.max_tokens or 0) // n_tokens} steps: the learning rate never gets to its top."
+        )
     return problems or batch_problems(settings.train, block_size, world_size)
 
 
 def ignored_problems(settings: Settings) -> list[str]:
     """Return one sentence per setting that LitGPT takes and then never reads in pretraining."""
-    train, evaluation = settings.train, settings.eval
+    train = settings.train
     unread = {
         "train.epochs": (train.epochs, "use train.max_tokens"),
         "train.max_steps": (train.max_steps, "use train.max_tokens"),
-        "eval.max_new_tokens": (evaluation.max_new_tokens, "pretraining samples no text while it validates"),
     }
     problems = [
         f"{key} is {value}, which LitGPT ignores in pretraining; {hint}"
         for key, (value, hint) in unread.items()
         if value is not None
     ]
-    if evaluation.evaluate_example != "first":
+    if settings.eval.evaluate_example != "first":
         problems.append("eval.evaluate_example is for finetuning; remove it")
     is_wandb = settings.logger_name == "wandb"
     for name, value in asdict(settings.log).items():
@@ -584,8 +601,8 @@ def build_classes(settings: Settings) -> tuple[Any, dict[str, Any]]:
         data["init_args"] = {**(data.get("init_args") or {}), **paths}
     problems: list[str] = []
     module = _collect(problems, _build, "data", data, DataModule)
-    # tried on one weight, so that a value it refuses is told before anything is written
-    weight = [torch.nn.Parameter(torch.zeros(1))]
+    # tried on one weight (a matrix, for Muon), so that a value it refuses is told before anything is written
+    weight = [torch.nn.Parameter(torch.zeros(2, 2))]
     optimizer = _collect(problems, _build, "optimizer", settings.optimizer, torch.optim.Optimizer, weight)
     if problems:
         raise ValueError("\n".join(f"{settings.config} or a flag: {problem}" for problem in problems))
@@ -643,10 +660,10 @@ def find_resume(settings: Settings) -> Path | None:
     for step in steps:
         if (flaw := checkpoint_flaw(step)) is None:
             return step / CHECKPOINT_FILE
-        print(f"Skipping {step}: {flaw}", file=sys.stderr)
+        note(f"Skipping {step}: {flaw}")
     if resume.lower() != "auto":  # somebody counts on a checkpoint that is not there
         raise FileNotFoundError(f"resume is {resume} but {out_dir} holds no whole step-*; use resume: auto")
-    print(f"No checkpoint to resume from in {out_dir}: starting from the beginning.", file=sys.stderr)
+    note(f"No checkpoint to resume from in {out_dir}: starting from the beginning.")
     return None
 
 
@@ -696,6 +713,7 @@ def resume_step(run: Run) -> int:
         ("train.global_batch_size", train.global_batch_size),
         ("train.max_seq_length", train.max_seq_length),
         ("optimizer.class_path", run.optimizer["class_path"]),
+        ("weight_decay_on", run.settings.weight_decay_on),
     ):
         # a class has several paths: torch.optim.AdamW is torch.optim.adamw.AdamW too
         names = [str(text).rpartition(".")[2] for text in (then.get(key, value), value)]
@@ -705,10 +723,9 @@ def resume_step(run: Run) -> int:
         raise ValueError(f"{checkpoint_dir} is past the {run.n_steps} steps of train.max_tokens; raise that")
     total = then.get("train.max_tokens", 0)
     if total != run.n_steps * run.tokens_per_step and run.settings.schedule.name != "constant":
-        print(
+        note(
             f"Warning: train.max_tokens was {total:,} in {checkpoint_dir} and set the learning rates so far; "
-            "the rest follows the new total.",
-            file=sys.stderr,
+            "the rest follows the new total."
         )
     return step
 
@@ -796,10 +813,9 @@ def out_dir_problems(run: Run) -> list[str]:
     n_saves = 1 + (run.n_steps - run.start_step) // (run.settings.train.save_interval or run.n_steps)
     whole = needed * min(n_saves, (run.settings.checkpoints.keep_last or n_saves) + 2)
     if free < whole:
-        print(
+        note(
             f"Warning: all checkpoints of this run need {whole / 1e9:.1f} GB but {free / 1e9:.1f} GB are "
-            f"free in {out_dir}; set checkpoints.keep_last, raise train.save_interval or make room.",
-            file=sys.stderr,
+            f"free in {out_dir}; set checkpoints.keep_last, raise train.save_interval or make room."
         )
     return []
 
@@ -1080,7 +1096,7 @@ def tidy(out_dir: Path, start_step: int) -> None:
                 if not (name := path.with_name(f"superseded-{path.name}{f'.{n}' if n else ''}")).exists()
             )
             path.rename(superseded)
-            print(f"{path} is not part of this run's history: renamed to {superseded.name}", file=sys.stderr)
+            note(f"{path} is not part of this run's history: renamed to {superseded.name}")
 
 
 class RunLock:
@@ -1211,6 +1227,87 @@ def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int
     return low + (lr - low) * (1 - math.sqrt(done))  # Haegele et al., arxiv.org/abs/2405.18392, eq. 2
 
 
+# --- the optimizer ------------------------------------------------------------------------------------------
+
+
+def sort_parameters(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the hidden matrices, the output head, and all else: embedding, routers, norms and biases."""
+    import torch
+    from litgpt import GPT
+
+    with torch.device("meta"):  # the shapes, of which FSDP leaves flat pieces
+        n_dims = {name: weight.ndim for name, weight in GPT(model.config).named_parameters()}
+    matrices, head, rest = [], [], []
+    for name, weight in model.named_parameters():
+        name = name.replace("_fsdp_wrapped_module.", "")
+        if (
+            weight is model.transformer.wte.weight
+            or n_dims.get(name, 1) < 2
+            or name.endswith("mlp.gate.weight")
+        ):
+            rest.append(weight)
+        else:
+            (head if name.startswith("lm_head") else matrices).append(weight)
+    return matrices, head, rest
+
+
+@functools.cache
+def muon_with_adamw() -> type:
+    """Return the optimizer for torch.optim.Muon: that for the hidden matrices, AdamW for all else."""
+    import torch
+    from torch.optim import AdamW, Muon
+
+    class MuonWithAdamW(torch.optim.Optimizer):
+        """Muon (kellerjordan.github.io/posts/muon) on each matrix by itself, so on each expert by itself.
+
+        One learning rate serves both, for Muon's updates are scaled to the RMS of AdamW's
+        (arxiv.org/abs/2502.16982, section 2.2) unless init_args name another adjust_lr_fn.
+        """
+
+        def __init__(self, matrices: list[Any], others: list[dict[str, Any]], **init_args: Any) -> None:
+            init_args.setdefault("adjust_lr_fn", "match_rms_adamw")
+            shared = {key: init_args[key] for key in ("lr", "weight_decay") if key in init_args}
+            self.parts = [Muon(matrices, **init_args), AdamW(others, **shared, betas=(0.9, 0.95), fused=True)]
+            super().__init__(
+                [group for part in self.parts for group in part.param_groups], self.parts[0].defaults
+            )
+            self._share()
+
+        def _share(self) -> None:
+            """Let the parts work on this optimizer's groups and state, which are what is saved and loaded."""
+            n_muon = len(self.parts[0].param_groups)
+            for part, groups in zip(
+                self.parts, (self.param_groups[:n_muon], self.param_groups[n_muon:]), strict=True
+            ):
+                part.param_groups, part.state = groups, self.state
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self._share()
+
+        def step(self, closure: Any = None) -> None:
+            for part in self.parts:
+                part.step()
+
+    return MuonWithAdamW
+
+
+def make_optimizer(settings: Settings, model: Any, spec: dict[str, Any]) -> "torch.optim.Optimizer":
+    """Return the optimizer that `spec` describes, with weight decay where the settings want it."""
+    module_name, _, name = spec["class_path"].rpartition(".")
+    kind, init_args = getattr(importlib.import_module(module_name), name), dict(spec["init_args"])
+    matrices, head, rest = sort_parameters(model)
+    plain = {"params": rest}
+    if settings.weight_decay_on == "matrices" and "weight_decay" in inspect.signature(kind).parameters:
+        plain["weight_decay"] = 0.0
+    if name == "Muon":
+        return muon_with_adamw()(matrices, [{"params": head}, plain], **init_args)
+    # one kernel over all weights: on two CPU cores a seventh of the time of one call per weight
+    if "fused" in inspect.signature(kind).parameters and not {"fused", "foreach"} & set(init_args):
+        init_args["fused"] = True
+    return kind([{"params": matrices + head}, plain], **init_args)
+
+
 # --- the run ------------------------------------------------------------------------------------------------
 
 
@@ -1301,9 +1398,13 @@ class Monitor:
         self.writer = CheckpointWriter(run.settings, self.print)
         logs = run.settings.out_dir / "logs"
         self.metrics, self.spikes = LogFile(logs / "csv/metrics.csv"), LogFile(logs / "spikes.csv")
+        self.loads, self.stories = LogFile(logs / "expert_load.csv"), LogFile(logs / "stories.csv")
+        self.logs = {"n_rows": self.metrics, "n_spikes": self.spikes, "n_loads": self.loads}
+        self.logs["n_stories"] = self.stories
         self.loader: TrainLoader | None = None
         self.fabric: Fabric | None = None
         self.model: Any = None  # LitGPT's GPT, inside whatever compiles and shards it
+        self.tokenizer: Any = None
         self.bar: Any = None
         self.values: dict[str, str] = {}
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
@@ -1410,6 +1511,7 @@ class Monitor:
             return row | {key: float(value) for key, value in metrics.items()}
         tokens = (self.step - self.row_step) * self.run.tokens_per_step
         seconds = row["time_s"] - self.row_s - self.paused_s
+        rate = tokens / seconds if seconds > 0 else math.nan
         self.row_step, self.row_s, self.paused_s = self.step, row["time_s"], 0.0
         return row | {
             "iter": metrics["iter"],
@@ -1418,7 +1520,9 @@ class Monitor:
             "learning_rate": self.lr,
             "grad_norm": self.norm,
             "skipped_steps": self.guard.n_skipped,
-            "tokens_per_s": tokens / seconds if seconds > 0 else math.nan,
+            "tokens_per_s": rate,
+            "mfu": rate * self.flops_per_token / self.peak_flops,
+            "flops": row["total_tokens"] * self.flops_per_token,
             "iter_time": metrics["iter_time"],
             "remaining_time": metrics["remaining_time"],
             "peak_memory_gb": peak_memory_gb(),
@@ -1426,14 +1530,29 @@ class Monitor:
         }
 
     def _router_statistics(self) -> dict[str, float]:
-        from moe_layers import router_statistics
+        from moe_layers import moe_layers, router_statistics
 
         counts, read = router_statistics(self.model, self.sum_over_ranks)
-        return read(counts.cpu())
+        counts = counts.cpu()
+        if is_main_process():
+            for layer, row in zip(moe_layers(self.model), counts.tolist(), strict=True):
+                load = {f"e{expert}": int(n) for expert, n in enumerate(row[:-4])}
+                self.loads.write({"step": self.step, "layer": layer, **load})
+        return read(counts)
 
     def sum_over_ranks(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """Return the sum over all processes."""
         return tensor if self.fabric.world_size == 1 else self.fabric.all_reduce(tensor, reduce_op="sum")
+
+    @functools.cached_property
+    def flops_per_token(self) -> float:
+        """FLOPs of the model for one token, forward and backward; see `model_flops_per_token`."""
+        return model_flops_per_token(self.run.config, self.run.block_size)
+
+    @functools.cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of all devices of the run at their best."""
+        return peak_flops(self.fabric.device, self.run.precision) * self.fabric.world_size
 
     @property
     def accumulation(self) -> int:
@@ -1456,20 +1575,19 @@ class Monitor:
                 balance.sums.copy_(counts["sums"])
         self.before_s = self.row_s = mine.get("time_s", 0.0)
         self.guard.load_state_dict(mine.get("guard", {}))
-        self.metrics.keep(mine.get("n_rows", 0))
-        self.spikes.keep(mine.get("n_spikes", 0))
+        for name, log in self.logs.items():
+            log.keep(mine.get(name, 0))
 
     def save(
         self, fabric: "Fabric", state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path
     ) -> None:
         """Save `state` and what `resume` needs; in place of litgpt.pretrain.save_checkpoint."""
-        self.metrics.sync()
-        self.spikes.sync()
+        for log in self.logs.values():
+            log.sync()
         mine = {
             "time_s": self.before_s + time.perf_counter() - self.began,
             "guard": self.guard.state_dict(),
-            "n_rows": self.metrics.n_rows,
-            "n_spikes": self.spikes.n_rows,
+            **{name: log.n_rows for name, log in self.logs.items()},
             "router": [
                 {"load": self.sum_over_ranks(b.load.clone()), "sums": self.sum_over_ranks(b.sums.clone())}
                 for b in self._balances()
@@ -1547,7 +1665,7 @@ class Monitor:
             f"loss {row['loss']:.3f}{val}",
             f"lr {row['learning_rate']:.2e}",
             f"norm {row['grad_norm']:.2f}",
-            f"{row['tokens_per_s']:,.0f} tokens/s",
+            f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}",
             *_worst_layer(row),
             f"{left} left",
         )
@@ -1565,6 +1683,20 @@ class Monitor:
             self.bar.write(line, file=sys.stderr)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def tell_story(self) -> None:
+        """Write what the model makes of PROMPT to logs/stories.csv; training's random numbers stay."""
+        import torch
+
+        if not is_main_process() or "FSDP" in type(self.fabric.strategy).__name__:  # which has no whole model
+            return
+        cuda = [self.fabric.device] if self.fabric.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(1)
+            text = write_story(self.model, self.tokenizer, self.settings.eval.max_new_tokens)
+        self.model.train()
+        tokens = self.step * self.run.tokens_per_step
+        self.stories.write({"step": self.step, "tokens": tokens, "prompt": PROMPT, "text": text})
 
     def tokens_per_s(self) -> float | None:
         """Return tokens/s from the first to the last step of this process, validation and saving included."""
@@ -1659,10 +1791,9 @@ def ready_data(run: Run) -> None:
     folder = Path(run.data.train_data_path).parent
     has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
     if run.demo_data:
-        print(
+        note(
             f"No data in {folder}: writing the built-in demo stories there "
-            "(real ones: prepare_data.py --dataset tinystories).",
-            file=sys.stderr,
+            "(real ones: prepare_data.py --dataset tinystories)."
         )
     if run.demo_data or not has_tokenizer:
         trains_own = not has_tokenizer and (run.demo_data or run.is_demo_vocabulary)
@@ -1718,6 +1849,12 @@ def is_main_process() -> bool:
     # torchrun and Slurm give the rank; Fabric's own launcher the node's and the device's
     ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ][:1]
     return all(int(rank) == 0 for rank in ranks or map(os.environ.get, ("NODE_RANK", "LOCAL_RANK"), "00"))
+
+
+def note(text: str) -> None:
+    """Print a line on stderr, once for all processes of the run."""
+    if is_main_process():
+        print(text, file=sys.stderr)
 
 
 @functools.cache
@@ -1788,9 +1925,10 @@ def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
     if settings.logger_name != "csv":
         name = f"pretrain-{run.config.name}"
         log_args = {key: value for key, value in asdict(settings.log).items() if value is not None}
+        options = {"id": wandb_run_id(run)} if settings.logger_name == "wandb" else {}
         loggers.append(
             choose_logger(
-                settings.logger_name, settings.out_dir, name, log_args=log_args, resume=bool(run.resume)
+                settings.logger_name, settings.out_dir, name, log_args=log_args, resume="allow", **options
             )
         )
     strategy: Any = "auto"
@@ -1814,27 +1952,49 @@ def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
     return fabric
 
 
+def wandb_run_id(run: Run) -> str:
+    """Return the id of this run on W&B, the same over all its resumes."""
+    path = run.settings.out_dir / ".wandb_run_id"
+    if run.resume and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    run_id = secrets.token_hex(4)  # eight characters, as W&B's own
+    if is_main_process():
+        path.write_text(run_id, encoding="utf-8")
+    return run_id
+
+
 @contextlib.contextmanager
 def litgpt_seams(monitor: Monitor) -> Iterator[None]:
-    """Put our functions in the place of two of litgpt.pretrain's (0.5.13) that it has no argument for."""
+    """Put our functions in the place of three of litgpt.pretrain's (0.5.13) that it has no argument for."""
     from litgpt import pretrain
 
-    save_checkpoint, validate = pretrain.save_checkpoint, pretrain.validate
+    names = ("save_checkpoint", "validate", "instantiate_torch_optimizer")
+    originals = {name: getattr(pretrain, name) for name in names}
+    validate = pretrain.validate
 
     def watched(*args: Any, **options: Any) -> "torch.Tensor":
         started = time.perf_counter()
         val_loss = validate(*args, **options)
+        if monitor.settings.eval.max_new_tokens and monitor.step:
+            monitor.tell_story()
         monitor.paused_s += time.perf_counter() - started
         if not val_loss.isfinite():
             monitor.print(f"Warning: the validation loss is {val_loss.item():g} at step {monitor.step}.")
         return val_loss.clamp(max=700.0)  # fit takes its exponential, which overflows at 709 and raises
 
-    # save_checkpoint writes the weights in place and re-parses sys.argv, which exits on our flags
-    pretrain.save_checkpoint, pretrain.validate = monitor.save, watched
+    def optimizer(spec: dict[str, Any], *_: Any, **__: Any) -> "torch.optim.Optimizer":
+        return make_optimizer(monitor.settings, monitor.model, spec)
+
+    # save_checkpoint writes the weights in place and re-parses sys.argv, which exits on our flags;
+    # instantiate_torch_optimizer knows one group of weights, and decides on `fused` itself
+    replacements = (monitor.save, watched, optimizer)
     try:
+        for name, replacement in zip(names, replacements, strict=True):
+            setattr(pretrain, name, replacement)
         yield
     finally:
-        pretrain.save_checkpoint, pretrain.validate = save_checkpoint, validate
+        for name, original in originals.items():
+            setattr(pretrain, name, original)
 
 
 def train(run: Run, stops: StopSignals) -> Monitor:
@@ -1852,7 +2012,7 @@ def train(run: Run, stops: StopSignals) -> Monitor:
     monitor = Monitor(run, stops)
     fabric = make_fabric(run, monitor)
     fabric.launch()
-    tokenizer = Tokenizer(settings.tokenizer_dir)
+    tokenizer = monitor.tokenizer = Tokenizer(settings.tokenizer_dir)
     if fabric.is_global_zero:
         clear_out_dir(run, monitor)
     for logger in fabric.loggers[1:]:
@@ -1873,7 +2033,7 @@ def train(run: Run, stops: StopSignals) -> Monitor:
                 tokenizer_dir=settings.tokenizer_dir,
                 tokenizer=tokenizer,
                 train=settings.train,
-                eval=settings.eval,
+                eval=replace(settings.eval, max_new_tokens=None),  # ours; LitGPT refuses it here
                 optimizer=run.optimizer,
             )
     finally:
@@ -1889,8 +2049,22 @@ def clear_out_dir(run: Run, monitor: Monitor) -> None:
         delete_run(run.settings.out_dir)
     tidy(run.settings.out_dir, run.start_step)
     if run.resume is None:
-        monitor.metrics.keep(0)
-        monitor.spikes.keep(0)
+        for log in monitor.logs.values():
+            log.keep(0)
+    describe_run(run)
+
+
+def describe_run(run: Run) -> None:
+    """Write logs/run.json: the command, the settings and the versions, for reports."""
+    names = ("torch", "litgpt", "lightning", "numpy")
+    facts = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "settings": plain_settings(run.settings),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in names}},
+    }
+    path = run.settings.out_dir / "logs/run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
@@ -1910,6 +2084,37 @@ def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
     )
 
 
+def model_flops_per_token(config: "MoEConfig", block_size: int) -> float:
+    """Return 6 N + 12 L H Q T, N the active parameters without the token embedding.
+
+    PaLM, appendix B (arxiv.org/abs/2204.02311): attention counted without its causal half, as MFU is quoted.
+    """
+    from moe_layers import count_parameters
+
+    _, active = count_parameters(config)
+    embedding = config.padded_vocab_size * config.n_embd
+    return 6 * (active - embedding) + 12 * config.n_layer * config.n_head * config.head_size * block_size
+
+
+def peak_flops(device: "torch.device", precision: str) -> float:
+    """Return the FLOP/s of dense matrix products on `device`: its maker's figure, else measured here."""
+    import torch
+    from lightning.fabric.utilities.throughput import get_available_flops
+
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.simplefilter("ignore")
+        if device.type == "cuda" and (known := get_available_flops(device, dtype)):
+            return float(known)
+    size, best = (4096 if device.type == "cuda" else 1024), math.inf
+    one = torch.ones(size, size, dtype=dtype, device=device)
+    for _ in range(5):
+        started = time.perf_counter()
+        (one @ one)[0, 0].item()  # waits for the product
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
 def peak_memory_gb() -> float:
     """Return the peak memory in 1e9 bytes, of the GPU where there is one, else of this process."""
     import torch
@@ -1926,24 +2131,33 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def tell_story(checkpoint_dir: Path, prompt: str = "Once upon a time") -> str:
+def write_story(model: Any, tokenizer: Any, max_new_tokens: int) -> str:
+    """Return the story that the model makes of PROMPT; it is left in eval mode and without a cache."""
+    from litgpt.generate.base import generate
+
+    weight = model.lm_head.weight
+    prompt_ids = tokenizer.encode(PROMPT, device=weight.device)
+    length = min(model.max_seq_length, prompt_ids.numel() + max_new_tokens)
+    if prompt_ids.numel() >= length:
+        return PROMPT  # a toy model whose context the prompt fills
+    model.eval()
+    model.set_kv_cache(batch_size=1, max_seq_length=length, device=weight.device, dtype=weight.dtype)
+    try:
+        ids = generate(model, prompt_ids, length, temperature=0.7, top_p=0.9, eos_id=tokenizer.eos_id)
+    finally:
+        model.clear_kv_cache()
+    return tokenizer.decode(ids).strip()
+
+
+def tell_story(checkpoint_dir: Path) -> str:
     """Return a story that the saved checkpoint tells."""
     import torch
     from litgpt import Tokenizer
-    from litgpt.generate.base import generate
 
     from moe_layers import load_model
 
-    model, tokenizer = load_model(checkpoint_dir), Tokenizer(checkpoint_dir)
-    prompt_ids = tokenizer.encode(prompt)
-    length = min(model.max_seq_length, prompt_ids.numel() + 300)
-    if prompt_ids.numel() >= length:
-        return prompt  # a toy model whose context the prompt fills
     torch.manual_seed(1)
-    model.max_seq_length = length
-    model.set_kv_cache(batch_size=1, device="cpu", dtype=next(model.parameters()).dtype)
-    ids = generate(model, prompt_ids, length, temperature=0.7, top_p=0.9, eos_id=tokenizer.eos_id)
-    return tokenizer.decode(ids).strip()
+    return write_story(load_model(checkpoint_dir), Tokenizer(checkpoint_dir), 300)
 
 
 def summarize(run: Run, monitor: Monitor) -> None:

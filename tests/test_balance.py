@@ -149,13 +149,15 @@ def test_recomputed_activations_count_once_and_give_the_same_gradients(use_reent
 
 
 @KINDS
-def test_a_compiled_layer_balances_as_the_eager_one(overrides: dict) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_layer_balances_as_the_eager_one(overrides: dict, dynamic: bool) -> None:
     torch.compiler.set_stance("default")
     model = make_model(**overrides)
     set_balance(model, **COEFFICIENTS, bias_update_rate=0.1, scale=0.5)
     layer = model.transformer.h[0].mlp
     read = []
-    for run in (layer, torch.compile(layer, backend="aot_eager")):
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for run in (layer, compiled):
         layer.zero_grad()
         x = torch.randn(2, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         x.requires_grad_(True)

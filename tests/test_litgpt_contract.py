@@ -104,7 +104,41 @@ def test_the_loop_divides_the_loss_but_not_what_a_layer_adds() -> None:
 def test_the_arguments_that_pretraining_ignores_are_still_ignored() -> None:
     source = inspect.getsource(pretrain.fit) + inspect.getsource(pretrain.main)
     for name in ("max_steps", "max_time", "epochs", "max_new_tokens"):
-        assert name not in source, f"LitGPT now reads {name}: run_train.ignored_problems need not refuse it"
+        assert name not in source, f"LitGPT now reads {name}: run_train need not refuse it, or do it itself"
+
+
+def test_the_loop_calls_what_the_monitor_waits_for_in_its_order() -> None:
+    source = inspect.getsource(pretrain.fit)
+    calls = (
+        "train_iterator = CycleIterator(train_dataloader)",  # Ending is raised from there, between steps
+        "fabric.backward(",
+        "fabric.clip_gradients(model, optimizer, max_norm=train.max_norm)",  # the step is judged here
+        "optimizer.step()",
+        "fabric.log_dict(metrics",
+        "val_loss = validate(",
+        'state["step_count"] % train.save_interval == 0',  # set to 1 to save before the end
+        "save_checkpoint(",
+    )
+    places = [source.index(call, source.index("total_t0 =") if n > 1 else 0) for n, call in enumerate(calls)]
+    assert places[1:] == sorted(places[1:]), "litgpt.pretrain.fit has another order than Monitor counts on"
+
+
+def test_main_asks_for_the_functions_that_we_replace() -> None:
+    source = inspect.getsource(pretrain.main)
+    assert source.index("fabric.setup(model)") < source.index("instantiate_torch_optimizer("), (
+        "the optimizer is built before Monitor.on_after_setup knows the model"
+    )
+    for call in (
+        "initialize_weights(",
+        "fabric.setup_dataloaders(",
+        "fabric.load(resume, state)",
+        "save_checkpoint(",
+    ):
+        assert call in source, f"litgpt.pretrain.main no longer calls {call}"
+
+
+def test_a_validation_loss_is_exponentiated_unchecked() -> None:
+    assert "math.exp(val_loss)" in inspect.getsource(pretrain.fit), "litgpt_seams need not clamp it any more"
 
 
 def test_a_global_batch_is_rounded_down_in_silence() -> None:

@@ -173,8 +173,8 @@ def test_flops_on_meta_are_the_active_ones() -> None:
     with torch.device("meta"):
         layer, x = MoE(config), torch.randn(2, 32, 16, requires_grad=True)
     flops = measure_flops(layer, lambda: layer(x))
-    expert, gate, combine = 3 * 16 * 8, 16 * 8, 2 * 16  # multiply-adds a token: fc_1, fc_2, proj; router; sum
-    assert flops == 2 * 64 * (2 * expert + expert + gate + combine)
+    expert, gate = 3 * 16 * 8, 16 * 8  # multiply-adds a token: fc_1, fc_2, proj; router
+    assert flops == 2 * 64 * (2 * expert + expert + gate)
 
 
 def test_meta_forward_and_backward_count_three_times_the_forward() -> None:
@@ -246,8 +246,8 @@ def test_the_grouped_gemm_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch)
 def test_experts_of_unaligned_width_are_not_sent_to_the_grouped_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", lambda device, dtype: True)
     wide, narrow = (MoEConfig(**{**TINY_CONFIG, "moe_intermediate_size": width}) for width in (16, 12))
-    assert moe_layers.can_group(wide, torch.device("cpu"), torch.bfloat16)
-    assert not moe_layers.can_group(narrow, torch.device("cpu"), torch.bfloat16)
+    assert moe_layers.choose_way(wide, torch.device("cpu"), torch.bfloat16) == "grouped_mm"
+    assert moe_layers.choose_way(narrow, torch.device("cpu"), torch.bfloat16) == "segments"
 
 
 BAD_VALUES = {

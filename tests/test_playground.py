@@ -403,6 +403,20 @@ def test_logits_of_nan_are_told(stream: bool, tiny_checkpoint: Path, tmp_path: P
             pass
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_error_is_told_as_one_and_logged(
+    stream: bool, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("of the device")
+
+    monkeypatch.setattr(tiny.engine.watch, "stop", fail)
+    with pytest.raises(openai.APIError, match="an error in the server"):
+        for _ in complete(tiny, stream=stream, routing=True):
+            pass
+    wait_until(lambda: tiny.engine.n_running == 0 and "of the device" in caplog.text)
+
+
 # --- clients that go away -----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ import run_train
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
 # what a clock or the machine says; everything else must be equal
-TIMING = {"time_s", "tokens_per_s", "iter_time", "remaining_time", "peak_memory_gb"}
+TIMING = {"time_s", "tokens_per_s", "iter_time", "remaining_time", "peak_memory_gb", "mfu"}
 
 
 BALANCED = ("--moe.aux_loss_coef", 0.01, "--moe.z_loss_coef", 0.001, "--moe.bias_update_rate", 0.01)

@@ -17,6 +17,7 @@ from test_run_train import edit_yaml, workspace  # noqa: F401
 
 import evaluate
 import generate
+import prepare_data
 import run_train
 import wandb_dataset
 from tools import inspect_checkpoint
@@ -368,3 +369,26 @@ def test_a_negative_number_of_machines_is_named_by_its_key(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert_refused(run_train.main([*TRAIN, "--num_nodes", "-297"]), capsys, "num_nodes is -297")
+
+
+@pytest.mark.parametrize("key", ["norm_eps", "n_embd", "rope_base"])
+def test_null_where_the_model_needs_a_value_is_refused(
+    workspace: Path,  # noqa: F811
+    key: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit_yaml("model_config.yaml", key, None)
+    assert_refused(run_train.main(TRAIN), capsys, f"{key} is None; it must be")
+
+
+def test_shards_with_counts_that_are_no_numbers_are_made_again(
+    checkpoint: Path, tiny_tokenizer_dir: Path, tiny_data: Path
+) -> None:
+    path = Path("d/manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["splits"]["train"]["shards"][0]["n_stories"] = "dtype"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    flags = ["--data_dir", "d", "--tokenizer_dir", str(tiny_tokenizer_dir), "--workers", "1"]
+    assert prepare_data.main(flags) == 0
+    was = prepare_data.read_manifest(tiny_data)["splits"]["train"]["n_stories"]
+    assert prepare_data.read_manifest(Path("d"))["splits"]["train"]["n_stories"] == was

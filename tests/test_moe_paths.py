@@ -1,0 +1,193 @@
+"""The ways of running the experts: exact in float64, one graph, few operators, little memory."""
+
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from litgpt.model import LLaMAMoE
+from test_moe_layers import pair, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import moe_layers
+from moe_layers import MoE, MoEConfig, choose_way, set_balance
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+WIDE = {"n_embd": 64, "moe_intermediate_size": 32}
+
+
+def per_token(layer: MoE, x: torch.Tensor) -> torch.Tensor:
+    """The definition, one token and one choice at a time, of plain products; differentiable."""
+    outputs = []
+    for token in x.reshape(-1, x.size(-1)):
+        logits = layer.gate.weight @ token
+        values, chosen = logits.topk(layer.config.n_expert_per_token)
+        weights = values.softmax(0, dtype=torch.float).to(x.dtype)  # float32 in every precision, as LitGPT's
+        total = torch.zeros_like(token)
+        for weight, e in zip(weights, chosen.tolist(), strict=True):
+            fc_1, fc_2, proj = (getattr(layer.experts[e], name).weight for name in ("fc_1", "fc_2", "proj"))
+            gate = fc_1 @ token
+            total = total + weight * (proj @ (gate * gate.sigmoid() * (fc_2 @ token)))
+        outputs.append(total)
+    return torch.stack(outputs).view_as(x)
+
+
+CASES = {
+    "many tokens": ((3, 17), None),
+    "one token": ((1, 1), None),
+    "empty experts": ((2, 9), "empty"),
+    "ties": ((2, 9), "ties"),
+}
+
+
+@pytest.mark.parametrize("way", ["segments", "loop", "compiled"])
+@pytest.mark.parametrize(("shape", "special"), CASES.values(), ids=CASES.keys())
+def test_outputs_and_every_gradient_are_those_of_the_definition(way, shape, special) -> None:
+    _, layer = pair(LLaMAMoE, torch.float64, n_expert=8, n_expert_per_token=3)
+    with torch.no_grad():
+        if special == "empty":
+            layer.gate.weight[3:, 0] = -1e3
+        if special == "ties":
+            layer.gate.weight[4:] = layer.gate.weight[:4]
+    x = torch.randn(*shape, 16, dtype=torch.float64)
+    x[..., 0] = x[..., 0].abs() + 0.5
+    weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    leaf = x.clone().requires_grad_(True)
+    y = per_token(layer, leaf)
+    (y * weight).sum().backward()
+    zero = torch.zeros((), dtype=x.dtype)
+    expected = {name: p.grad if p.grad is not None else zero * p for name, p in layer.named_parameters()}
+    expected |= {"y": y.detach(), "x.grad": leaf.grad}
+
+    layer.way = "segments" if way == "compiled" else way
+    if way == "compiled":
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+    got = run(torch.compile(layer, backend="aot_eager", fullgraph=True) if way == "compiled" else layer, x)
+    for name, value in expected.items():
+        found = got[name] if name in got else got[f"_orig_mod.{name}"]
+        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10, msg=name)
+    assert special != "empty" or not expected["experts.7.proj.weight"].any()
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that make new memory, and the bytes of what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(layer: torch.nn.Module, x: torch.Tensor) -> list[str]:
+    """The names of the operators of one forward and backward."""
+    with Counter() as counter:
+        layer(x.requires_grad_(True)).sum().backward()
+    return [name for name in counter.names if "ones_like" not in name]
+
+
+@pytest.mark.parametrize(
+    "balance", [{}, {"aux_loss_coef": 0.01, "z_loss_coef": 0.001, "bias_update_rate": 0.001}]
+)
+def test_operators_are_few_at_any_number_of_experts_and_wait_for_nothing(balance: dict) -> None:
+    counts = []
+    for n_expert, top_k in ((4, 2), (64, 8)):
+        _, layer = pair(LLaMAMoE, torch.float32, n_expert=n_expert, n_expert_per_token=top_k, **WIDE)
+        if balance:
+            holder = torch.nn.Module()
+            holder.transformer = torch.nn.Module()
+            holder.transformer.h = [torch.nn.Module()]
+            holder.transformer.h[0].mlp = layer
+            set_balance(holder, **balance)
+        names = operators(layer, torch.randn(4, 32, 64))
+        assert not [name for name in names if "nonzero" in name or "_local_scalar_dense" in name]
+        counts.append(len(names))
+    assert counts[0] == counts[1]
+    assert counts[0] <= (110 if balance else 50), counts
+
+
+def saved_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
+    """The bytes that one forward keeps for its backward, parameters and the input left out."""
+    known = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)  # else another tensor may get this address
+        return tensor
+
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_expert", "top_k"), [(8, 2), (64, 8)])
+def test_saved_activations_are_at_most_three_quarters_of_stock_s(n_expert, top_k, dtype) -> None:
+    stock, ours = pair(
+        LLaMAMoE, dtype, n_expert=n_expert, n_expert_per_token=top_k, n_embd=128, moe_intermediate_size=128
+    )
+    x = torch.randn(8, 64, 128, dtype=dtype, requires_grad=True)
+    assert saved_bytes(ours, x) <= 0.75 * saved_bytes(stock, x)
+
+
+def test_a_shifted_load_neither_recompiles_nor_breaks_the_graph() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+    _, layer = pair(LLaMAMoE, torch.float32)
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(2, 32, 16)
+    for shift in (0.0, 5.0, -5.0):
+        with torch.no_grad():
+            layer.gate.weight[0] += shift
+        compiled(x).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_inductor_gives_eager_s_outputs_and_gradients() -> None:
+    torch.compiler.set_stance("default")
+    _, layer = pair(LLaMAMoE, torch.float32, n_shared_expert=1)
+    x = torch.randn(2, 32, 16)
+    expected, got = run(layer, x), run(torch.compile(layer, fullgraph=True), x)
+    for name, value in expected.items():
+        found = got[name] if name in got else got[f"_orig_mod.{name}"]
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_flops_of_a_real_run_are_those_of_the_active_experts() -> None:
+    layer = MoE(MoEConfig(**{**TINY_CONFIG, "n_expert": 8}))
+    with FlopCounterMode(display=False) as flops:
+        layer(torch.randn(2, 32, 16, requires_grad=True)).sum().backward()
+    forward = 2 * 64 * (2 * 3 * 16 * 8 + 16 * 8)
+    assert flops.get_total_flops() == 3 * forward
+
+
+def test_under_autocast_the_experts_compute_in_bf16_and_their_gradients_are_float32() -> None:
+    _, layer = pair(LLaMAMoE, torch.float32)
+    x = torch.randn(2, 32, 16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    y.sum().backward()
+    assert y.dtype == torch.float32
+    assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
+    exact = pair(LLaMAMoE, torch.float32)[1]
+    exact.load_state_dict(layer.state_dict())
+    assert not torch.equal(exact(x), y)
+    torch.testing.assert_close(exact(x), y, rtol=0.05, atol=0.05)
+
+
+def test_experts_with_biases_are_run_as_modules_and_others_are_not() -> None:
+    cpu = torch.device("cpu")
+    assert choose_way(MoEConfig(**{**TINY_CONFIG, "bias": True}), cpu, torch.float32) == "loop"
+    assert choose_way(MoEConfig(**TINY_CONFIG), cpu, torch.float32) == "segments"
+    assert "one GEMM" in moe_layers.experts_path(MoEConfig(**TINY_CONFIG), "cpu", torch.float32)
