@@ -19,7 +19,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import copy_config_files, save_config
 
 from generate import Sampling, generate
-from moe_layers import MoEConfig, load_model, read_weights, verify_checkpoint
+from moe_layers import MoEConfig, load_model, read_weights, use_selection_bias, verify_checkpoint
 from tools import export_hf, folders, hf_format, import_hf
 
 TEXTS = [
@@ -491,12 +491,16 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(error: Exception, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bias_on_the_choice_of_experts_is_refused(mixtral: SimpleNamespace) -> None:
-    config = MoEConfig.from_file(mixtral.checkpoint / "model_config.yaml")
-    name = "transformer.h.0.mlp.e_score_correction_bias"
-    weights = {**weights_of(mixtral.checkpoint), name: torch.ones(4)}
-    with pytest.raises(ValueError, match=rf"the weights hold {name}, which MixtralForCausalLM"):
-        hf_format.to_hf_weights(config, weights)
+def test_a_bias_on_the_choice_of_experts_is_refused(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(mixtral.checkpoint, tmp_path / "in")
+    model = load_model(mixtral.checkpoint)
+    use_selection_bias(model)
+    torch.save({"model": model.state_dict()}, tmp_path / "in" / "lit_model.pth")
+    line = refusal(capsys, export_hf.main, tmp_path / "in", tmp_path / "out")
+    assert "the weights hold transformer.h.0.mlp.e_score_correction_bias, which MixtralForCausalLM" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_whose_logits_differ_never_gets_its_name(

@@ -78,7 +78,7 @@ def record_choices(model: "GPT", ids: "np.ndarray") -> "tuple[dict[int, np.ndarr
     weights: dict[int, list[np.ndarray]] = {}
 
     def note(index: int, layer: Any, x: "torch.Tensor") -> None:
-        weights_NK, indices_NK = layer._route(x.reshape(-1, x.size(-1)))
+        _, weights_NK, indices_NK = layer._route(x.reshape(-1, x.size(-1)))
         weights_NK, order_NK = weights_NK.float().sort(dim=1, descending=True, stable=True)
         experts.setdefault(index, []).append(indices_NK.gather(1, order_NK).cpu().numpy())
         weights.setdefault(index, []).append(weights_NK.cpu().numpy())
