@@ -341,6 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.hf_worker:
         return hf_worker(*args.hf_worker)
+    if argv is None and sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     import torch
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -363,6 +365,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     raise SystemExit(main())
