@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 from evaluate import Corpus, iter_batches, main, score, summarize
+from prepare_data import read_tokenizer
 from wandb_dataset import sha256_file
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -45,7 +46,7 @@ def write_data(data_dir: Path, tokenizer_dir: Path, val: list[str] = STORIES) ->
     splits = {"train": STORIES[:1], "val": val}
     tokenizer = {
         "sha256": sha256_file(tokenizer_dir / "tokenizer.json"),
-        "vocab_size": 512,
+        "vocab_size": read_tokenizer(tokenizer_dir).vocab_size,
         "bos_id": 1,
         "eos_id": 2,
     }
