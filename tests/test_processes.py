@@ -71,10 +71,11 @@ def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
-def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step() -> None:
+@pytest.mark.parametrize("reached", ["one", "both"])  # kill PID; Ctrl-C, scancel, torchrun
+def test_a_signal_to_one_or_both_of_two_processes_ends_them_after_the_same_step(reached: str) -> None:
     process = start("--max_tokens", 10**6 * 256, "--devices", 2, "--train.log_interval", 5)
     wait_for(lambda: Path("out/logs/csv/metrics.csv").exists(), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM) if reached == "one" else os.killpg(process.pid, signal.SIGTERM)
     finish(process)
     text = Path("log.txt").read_text(encoding="utf-8")
     assert text.count("Stopped after step") == 1 and "Traceback" not in text

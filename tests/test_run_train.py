@@ -496,3 +496,15 @@ def test_the_stories_settings_of_the_repository_are_valid() -> None:
         settings = run_train.load_settings(flags)
         block_size = yaml.safe_load((ROOT / model).read_text(encoding="utf-8"))["block_size"]
         assert run_train.train_problems(settings, block_size, 1) == []
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run("--logger_name", "wandb", "--max_tokens", 4 * 256, "--schedule.name", "constant") == 0
+    shutil.rmtree("out/final")
+    assert run("--logger_name", "wandb", "--schedule.name", "constant", "--resume", "auto") == 0
+    ids = {path.name.rpartition("-")[2] for path in Path().rglob("offline-run-*")}
+    assert ids == {Path("out/.wandb_run_id").read_text(encoding="utf-8")}
+    assert run("--logger_name", "wandb", "--overwrite") == 0
+    assert len({path.name.rpartition("-")[2] for path in Path().rglob("offline-run-*")}) == 2
