@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,10 @@ CURVES = {
     "remaining_time": "left",
     "epoch": "epoch",
 }
+VALIDATION = {"val_loss": "loss", "val_ppl": "ppl"}
 LAYERS = {"load_imbalance": ("imbalance", max), "dead_experts": ("dead", sum)}  # over the layers of a row
+
+HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # count up, or matter at their worst
 
 
 @dataclass
@@ -125,13 +129,10 @@ def read_metrics(path: Path) -> "tuple[dict[str, np.ndarray], dict[str, np.ndarr
     return dict(zip(names, table.T, strict=True)), dict(zip(val_names, val_table.T, strict=True))
 
 
-VALIDATION = {"val_loss": "loss", "val_ppl": "ppl"}
-
-
 def read_heat(path: Path, n_rows: int) -> dict[str, Any] | None:
     """Return the load of each expert in at most 120 stretches of training, or None if it was not logged.
 
-    "codes" is base64 of bytes (layers, stretches, experts): 0 without a token, else 128 + 32 log2(load / even).
+    "codes" is base64 of bytes (layers, stretches, experts): 0 for no token, else 128 + 32 log2(load / even).
     """
     import numpy as np
 
@@ -247,7 +248,7 @@ def read_run(path: Path, name: str) -> RunLog:
 
 
 def thin(columns: "dict[str, np.ndarray]", most: int) -> "dict[str, np.ndarray]":
-    """Return `columns` with at most `most` rows: means, the highest for what counts up, and extremes of losses."""
+    """Return `columns` with at most `most` rows: means, or the highest for what counts up; and extremes."""
     import numpy as np
 
     n = len(next(iter(columns.values()), ()))
@@ -267,9 +268,6 @@ def thin(columns: "dict[str, np.ndarray]", most: int) -> "dict[str, np.ndarray]"
         if name in ("loss", "norm", "imbalance"):
             thinned[f"{name}_low"], thinned[f"{name}_high"] = np.fmin.reduceat(values, starts), highest
     return thinned
-
-
-HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}
 
 
 def as_json(columns: "dict[str, np.ndarray]") -> dict[str, list[float | None]]:
@@ -327,9 +325,9 @@ def page_data(runs: list[RunLog]) -> dict[str, Any]:
     }
 
 
-def make_page(runs: list[RunLog]) -> str:
+def make_page(content: dict[str, Any]) -> str:
     """Return the whole page; what users wrote is in it as data, which its script shows as text alone."""
-    data = json.dumps(page_data(runs), ensure_ascii=False, allow_nan=False)
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False)
     # inside <script> only "<" can end or comment out the data
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA_HERE", data.replace("<", "\\u003c"), 1)
 
@@ -365,17 +363,47 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def pictures_folder(out: Path) -> Path:
+    """Return the folder beside the page `out` that its pictures go to."""
+    return out.with_name(f"{out.stem}_pictures")
+
+
+def make_pictures(content: dict[str, Any], out: Path) -> str:
+    """Write the PNG pictures of the page `out`; return the sentence that says so, or why there are none."""
+    if find_spec("matplotlib") is None:
+        return "No PNG pictures: the package matplotlib is not installed; run uv sync --extra report."
+    from report_pictures import write_pictures
+
+    paths = write_pictures(content["runs"], pictures_folder(out))
+    return f"{pictures_folder(out)} holds the pictures {', '.join(path.name for path in paths)}."
+
+
+def report(args: argparse.Namespace) -> list[str]:
+    """Write the page and the pictures, and return the lines that say what was made.
+
+    Raises:
+        ValueError: one sentence on what is wrong with a log.
+        OSError: a log or a place to write is missing.
+    """
+    check_out(args.out, args.overwrite)
+    paths = list({path.resolve(): path for path in args.runs}.values())
+    runs = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
+
+    from prepare_data import write_whole
+
+    content = page_data(runs)
+    write_whole(args.out, make_page(content))
+    size, names = args.out.stat().st_size / 1000, ", ".join(run.name for run in runs)
+    pictures = make_pictures(content, args.out)
+    where = args.out.resolve().as_uri()
+    return [pictures, f"{args.out} ({size:,.0f} kB) shows {names}; open it in a browser: {where}"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
     try:
-        check_out(args.out, args.overwrite)
-        from folders import explain
-        from prepare_data import write_whole
-
-        paths = list(dict.fromkeys(args.runs))
-        runs = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
-        write_whole(args.out, make_page(runs))
+        print("\n".join(report(args)))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -385,9 +413,6 @@ def main(argv: list[str] | None = None) -> int:
         message, status = explain(error)
         print(f"error: {message}", file=sys.stderr)
         return status
-    n_bytes = args.out.stat().st_size
-    print(f"{args.out} ({n_bytes / 1000:,.0f} kB) shows {', '.join(run.name for run in runs)}.")
-    print(f"Open it in a browser: {args.out.resolve().as_uri()}")
     return 0
 
 
