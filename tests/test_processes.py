@@ -83,6 +83,22 @@ def test_a_signal_to_one_or_both_of_two_processes_ends_them_after_the_same_step(
     assert step == max(path.name for path in Path("out").glob("step-*")) or step == "none"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
+def test_a_second_signal_leaves_at_once_and_does_no_harm() -> None:
+    # a step of 4,000 micro-batches, which nobody waits for
+    process = start("--global_batch_size", 4000, "--micro_batch_size", 1, "--max_tokens", 4000 * 64)
+    log = Path("log.txt")
+    assert wait_for(lambda: "Measured TFLOPs" in log.read_text(encoding="utf-8"), process)
+    process.send_signal(signal.SIGTERM)
+    assert wait_for(lambda: "finishing this step" in log.read_text(encoding="utf-8"), process)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert "Traceback" not in log.read_text(encoding="utf-8")
+    assert run("--resume", "auto") == 0  # no lock and nothing half written is in its way
+    assert [row["step"] for row in rows() if row["loss"]] == [str(step) for step in range(1, 9)]
+
+
 # --- kills --------------------------------------------------------------------------------------------------
 
 
