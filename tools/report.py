@@ -1,6 +1,6 @@
 """Make one HTML page, and PNG pictures, of one run's logs or of several runs side by side.
 
-Run: uv run python tools/report.py checkpoints     (5 s, most of it imports)
+Run: uv run python tools/report.py checkpoints     (2 s)
 
 The page needs no network and no other file. A run that is still going can be shown at any time: make the page
 again to see more. The PNGs, in a folder beside the page, need matplotlib (uv sync --extra report).
@@ -33,6 +33,7 @@ MAX_HEAT_CELLS = 150_000  # of a run's heat maps: 200 kB of the page
 MAX_LOAD_STEPS = 2_000  # of logs/expert_load.csv, evenly spread: a heat map has 120 columns
 MAX_STORIES, MAX_SPIKES = 40, 200
 MAX_TEXT = 4_000  # characters of a story
+MAX_YAML_BYTES = 1 << 20
 TEMPLATE = Path(__file__).with_suffix(".html")
 MARK = '<meta name="generator" content="tools/report.py">'
 AXES = {"step": "step", "total_tokens": "tokens", "time_s": "time", "flops": "flops"}
@@ -191,13 +192,28 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[f"{prefix}{key}"] = text[:MAX_TEXT]
     return flat
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's settings, {} where they cannot be read: the curves do not depend on them."""
+    # not moe_layers.read_mapping: it says what is wrong, but brings 10 s of torch and LitGPT
+    import yaml
+
+    try:
+        text = path.read_bytes()[:MAX_YAML_BYTES]
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            return {}  # a few lines of them can stand for gigabytes
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def read_settings(run: RunLog) -> None:
     """Fill in the settings, the command and the versions, from logs/run.json and the newest checkpoint."""
-    from moe_layers import read_mapping
     from prepare_data import read_json
 
     facts = read_json(run.folder / "logs/run.json")
@@ -205,7 +221,7 @@ def read_settings(run: RunLog) -> None:
 
     def newest(name: str) -> dict[str, Any]:
         path = next((folder / name for folder in checkpoints if (folder / name).is_file()), None)
-        return read_mapping(path) if path else {}
+        return read_yaml(path) if path else {}
 
     settings = facts.get("settings") or newest("train_config.yaml")
     run.settings = flatten(settings) | flatten(newest("model_config.yaml"), "model.")
