@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TINY_CONFIG
+from conftest import TINY_CONFIG
 from test_playground_page import PROGRAM, Browser
 
 from tools import report
@@ -30,7 +30,7 @@ def trained(
         "out_dir": "first",
         "accelerator": "cpu",
         "precision": "32-true",
-        "compile": False,
+        "compile": "off",
         "tokenizer_dir": str(tiny_tokenizer_dir),
         "data": {"class_path": "prepare_data.TextShards", "init_args": data},
         "train": {"global_batch_size": 4, "micro_batch_size": 4, "max_tokens": 8 * 4 * 64, "log_interval": 1},
@@ -154,6 +154,7 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
     out = tmp_path / "report.html"
     for args, message in [
         ([tmp_path / "none", "--out", out], "none: no such folder; name the out_dir of a run"),
+        ([run_dir / "none", "--out", out], "none: no such folder; name the out_dir of a run"),
         ([run_dir.parent, "--out", out], "no logs/csv/metrics.csv in it; name the out_dir of a run"),
         ([empty, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
         ([fresh, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
@@ -236,13 +237,13 @@ def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path
     show(browser, two_runs)
     assert browser.js("document.images.length") == 0 and browser.problems == []
     assert browser.js("document.querySelectorAll('.columns > div')[1].textContent").count(STORY) == 1
-    assert browser.js("document.title") == "first, <img src=x> – training report"
+    assert browser.js("document.title") == "first, <img src=x>: training report"
 
 
 @in_browser
 def test_hover_tells_the_logged_values_on_every_axis(browser: Browser, two_runs: Path, run_dir: Path) -> None:
     show(browser, two_runs)
-    row = [row for row in logged(run_dir) if row["loss"]][-1]
+    row, val = ([row for row in logged(run_dir) if row[name]][-1] for name in ("loss", "val_loss"))
     axes = browser.js("[...document.querySelectorAll('#axes button')].map((e) => e.dataset.axis)")
     assert axes == ["tokens", "time", "flops", "step"]
     for axis in axes:
@@ -254,6 +255,7 @@ def test_hover_tells_the_logged_values_on_every_axis(browser: Browser, two_runs:
         browser("Input.dispatchMouseEvent", type="mouseMoved", **box)
         told = browser.js("$('tip').hidden ? '' : $('tip').textContent")
         assert told.count(f"training {float(row['loss']):.3f}") == 2
+        assert told.count(f"validation {float(val['val_loss']):.3f}") == 2
     assert "Steps: 8" in told
 
 

@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -237,24 +237,25 @@ def find_run(path: Path) -> Path:
     Raises:
         FileNotFoundError: one sentence on what is not there.
     """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; name the out_dir of a run")
     for folder in (path, path.absolute().parent):
         if (folder / "logs/csv/metrics.csv").is_file():
             return folder
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such folder; name the out_dir of a run")
     raise FileNotFoundError(f"{path}: no logs/csv/metrics.csv in it; name the out_dir of a run")
 
 
-def read_run(path: Path, name: str) -> RunLog:
+def read_run(folder: Path, name: str) -> RunLog:
     """Return what the run's logs say. Raises ValueError or OSError with one sentence."""
-    folder = find_run(path)
     log = folder / "logs/csv/metrics.csv"
     train, val = read_metrics(log)
     if "loss" not in train or not len(train["loss"]):
         raise ValueError(f"{log} has no row yet; wait for the run's first one (train.log_interval)")
     run = RunLog(name, folder, train, val)
     run.heat = read_heat(folder / "logs/expert_load.csv", len(train["loss"]))
-    run.stories = spread(read_dicts(folder / "logs/stories.csv"), MAX_STORIES)
+    # where the last step has a validation by the interval, the final one tells its story again
+    stories = {row.get("step"): row for row in read_dicts(folder / "logs/stories.csv")}
+    run.stories = spread(list(stories.values()), MAX_STORIES)
     run.spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
     read_settings(run)
     return run
@@ -348,7 +349,7 @@ def make_page(content: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA_HERE", data.replace("<", "\\u003c"), 1)
 
 
-def name_runs(paths: list[Path]) -> list[str]:
+def name_runs(paths: Iterable[Path]) -> list[str]:
     """Return a name for each run: its folder's, or the whole path where two are alike."""
     short = [path.resolve().name for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
@@ -388,7 +389,7 @@ def make_pictures(content: dict[str, Any], out: Path) -> str:
     """Write the PNG pictures of the page `out`; return the sentence that says so, or why there are none."""
     if find_spec("matplotlib") is None:
         return "No PNG pictures: the package matplotlib is not installed; run uv sync --extra report."
-    from report_pictures import write_pictures
+    from tools.report_pictures import write_pictures
 
     paths = write_pictures(content["runs"], pictures_folder(out))
     return f"{pictures_folder(out)} holds the pictures {', '.join(path.name for path in paths)}."
@@ -402,8 +403,8 @@ def report(args: argparse.Namespace) -> list[str]:
         OSError: a log or a place to write is missing.
     """
     check_out(args.out, args.overwrite)
-    paths = list({path.resolve(): path for path in args.runs}.values())
-    runs = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
+    folders = {folder.resolve(): folder for folder in map(find_run, args.runs)}.values()
+    runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
 
     from prepare_data import write_whole
 
@@ -424,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        from folders import explain
+        from tools.folders import explain
 
         message, status = explain(error)
         print(f"error: {message}", file=sys.stderr)
