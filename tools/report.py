@@ -1,6 +1,6 @@
 """Make one HTML page, and PNG pictures, of one run's logs or of several runs side by side.
 
-Run: uv run python tools/report.py checkpoints     (5 s, most of it imports)
+Run: uv run python tools/report.py checkpoints     (2 s)
 
 The page needs no network and no other file. A run that is still going can be shown at any time: make the page
 again to see more. The PNGs, in a folder beside the page, need matplotlib (uv sync --extra report).
@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,7 @@ MAX_HEAT_CELLS = 150_000  # of a run's heat maps: 200 kB of the page
 MAX_LOAD_STEPS = 2_000  # of logs/expert_load.csv, evenly spread: a heat map has 120 columns
 MAX_STORIES, MAX_SPIKES = 40, 200
 MAX_TEXT = 4_000  # characters of a story
+MAX_YAML_BYTES = 1 << 20
 TEMPLATE = Path(__file__).with_suffix(".html")
 MARK = '<meta name="generator" content="tools/report.py">'
 AXES = {"step": "step", "total_tokens": "tokens", "time_s": "time", "flops": "flops"}
@@ -191,13 +192,28 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[f"{prefix}{key}"] = text[:MAX_TEXT]
     return flat
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's settings, {} where they cannot be read: the curves do not depend on them."""
+    # not moe_layers.read_mapping: it says what is wrong, but brings 10 s of torch and LitGPT
+    import yaml
+
+    try:
+        text = path.read_bytes()[:MAX_YAML_BYTES]
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            return {}  # a few lines of them can stand for gigabytes
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def read_settings(run: RunLog) -> None:
     """Fill in the settings, the command and the versions, from logs/run.json and the newest checkpoint."""
-    from moe_layers import read_mapping
     from prepare_data import read_json
 
     facts = read_json(run.folder / "logs/run.json")
@@ -205,7 +221,7 @@ def read_settings(run: RunLog) -> None:
 
     def newest(name: str) -> dict[str, Any]:
         path = next((folder / name for folder in checkpoints if (folder / name).is_file()), None)
-        return read_mapping(path) if path else {}
+        return read_yaml(path) if path else {}
 
     settings = facts.get("settings") or newest("train_config.yaml")
     run.settings = flatten(settings) | flatten(newest("model_config.yaml"), "model.")
@@ -221,24 +237,25 @@ def find_run(path: Path) -> Path:
     Raises:
         FileNotFoundError: one sentence on what is not there.
     """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; name the out_dir of a run")
     for folder in (path, path.absolute().parent):
         if (folder / "logs/csv/metrics.csv").is_file():
             return folder
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such folder; name the out_dir of a run")
     raise FileNotFoundError(f"{path}: no logs/csv/metrics.csv in it; name the out_dir of a run")
 
 
-def read_run(path: Path, name: str) -> RunLog:
+def read_run(folder: Path, name: str) -> RunLog:
     """Return what the run's logs say. Raises ValueError or OSError with one sentence."""
-    folder = find_run(path)
     log = folder / "logs/csv/metrics.csv"
     train, val = read_metrics(log)
     if "loss" not in train or not len(train["loss"]):
         raise ValueError(f"{log} has no row yet; wait for the run's first one (train.log_interval)")
     run = RunLog(name, folder, train, val)
     run.heat = read_heat(folder / "logs/expert_load.csv", len(train["loss"]))
-    run.stories = spread(read_dicts(folder / "logs/stories.csv"), MAX_STORIES)
+    # where the last step has a validation by the interval, the final one tells its story again
+    stories = {row.get("step"): row for row in read_dicts(folder / "logs/stories.csv")}
+    run.stories = spread(list(stories.values()), MAX_STORIES)
     run.spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
     read_settings(run)
     return run
@@ -332,7 +349,7 @@ def make_page(content: dict[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA_HERE", data.replace("<", "\\u003c"), 1)
 
 
-def name_runs(paths: list[Path]) -> list[str]:
+def name_runs(paths: Iterable[Path]) -> list[str]:
     """Return a name for each run: its folder's, or the whole path where two are alike."""
     short = [path.resolve().name for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
@@ -372,7 +389,7 @@ def make_pictures(content: dict[str, Any], out: Path) -> str:
     """Write the PNG pictures of the page `out`; return the sentence that says so, or why there are none."""
     if find_spec("matplotlib") is None:
         return "No PNG pictures: the package matplotlib is not installed; run uv sync --extra report."
-    from report_pictures import write_pictures
+    from tools.report_pictures import write_pictures
 
     paths = write_pictures(content["runs"], pictures_folder(out))
     return f"{pictures_folder(out)} holds the pictures {', '.join(path.name for path in paths)}."
@@ -386,8 +403,8 @@ def report(args: argparse.Namespace) -> list[str]:
         OSError: a log or a place to write is missing.
     """
     check_out(args.out, args.overwrite)
-    paths = list({path.resolve(): path for path in args.runs}.values())
-    runs = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
+    folders = {folder.resolve(): folder for folder in map(find_run, args.runs)}.values()
+    runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
 
     from prepare_data import write_whole
 
@@ -408,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        from folders import explain
+        from tools.folders import explain
 
         message, status = explain(error)
         print(f"error: {message}", file=sys.stderr)

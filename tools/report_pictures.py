@@ -34,6 +34,7 @@ def _axes_style(axes: "Axes", title: str) -> None:
 def _draw(axes: "Axes", runs: list[dict[str, Any]], part: str, key: str, along: str, **style: Any) -> None:
     """Draw one column of all runs over tokens or time; a run that lacks either is left out."""
     import numpy as np
+    from matplotlib.ticker import EngFormatter
 
     name, unit = AXES[along]
     for i, run in enumerate(runs):
@@ -44,6 +45,8 @@ def _draw(axes: "Axes", runs: list[dict[str, Any]], part: str, key: str, along: 
         label = run["name"] if part == "train" else None
         axes.plot(np.array(x, dtype=float) / unit, values, color=COLOURS[i % 6], label=label, **style)
     axes.set_xlabel(name)
+    if along == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw_loss(runs: list[dict[str, Any]]) -> "Figure":
@@ -69,7 +72,9 @@ def draw_training(runs: list[dict[str, Any]]) -> "Figure":
         _draw(axes, runs, "train", key, "tokens", linewidth=1.2)
         _axes_style(axes, title)
         if key not in ("imbalance", "norm"):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, max(axes.get_ylim()[1] * 1.05, 0 if key not in ("dead", "skipped") else 1))
+    if len(runs) > 1:
+        figure.axes[0].legend(frameon=False)
     return figure
 
 

@@ -1,0 +1,274 @@
+"""tools/report.py on the logs of a real tiny run, and in a real browser where there is Chromium."""
+
+import base64
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY_CONFIG
+from test_playground_page import PROGRAM, Browser
+
+from tools import report
+
+STORY = '</script><script>document.title = "hurt"</script><img src=x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_tokenizer_dir: Path, run_script: Callable
+) -> Path:
+    """The out_dir of a run of eight steps, trained in a process of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = {name: str(tiny_data / name.split("_")[0]) for name in ("train_data_path", "val_data_path")}
+    settings = {
+        "out_dir": "first",
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "compile": "off",
+        "tokenizer_dir": str(tiny_tokenizer_dir),
+        "data": {"class_path": "prepare_data.TextShards", "init_args": data},
+        "train": {"global_batch_size": 4, "micro_batch_size": 4, "max_tokens": 8 * 4 * 64, "log_interval": 1},
+        "eval": {"interval": 4, "max_iters": 2, "max_new_tokens": 8},
+    }
+    (folder / "model_config.yaml").write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
+    (folder / "train_config.yaml").write_text(yaml.dump(settings), encoding="utf-8")
+    done = run_script("run_train.py", "--config", "train_config.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "first"
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "first", ignore=shutil.ignore_patterns("*.pth")))
+
+
+def page_of(path: Path) -> dict[str, Any]:
+    """Return what the page's script draws."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text.split('id="data">', 1)[1].split("</script>", 1)[0])
+
+
+def make(*args: object, out: Path) -> list[dict[str, Any]]:
+    assert report.main([*map(str, args), "--out", str(out)]) == 0
+    return page_of(out)["runs"]
+
+
+def logged(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "logs/csv/metrics.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_log(folder: Path, text: str) -> Path:
+    (folder / "logs/csv").mkdir(parents=True)
+    (folder / "logs/csv/metrics.csv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_the_page_holds_what_the_run_logged(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run,) = make(run_dir, out=tmp_path / "report.html")
+    rows = logged(run_dir)
+    train, val = ([row for row in rows if row[name]] for name in ("loss", "val_loss"))
+    assert len(train) == 8 and len(val) >= 2
+    for column, short in {"loss": "loss", "learning_rate": "lr", "total_tokens": "tokens"}.items():
+        assert run["train"][short] == pytest.approx([float(row[column]) for row in train], rel=1e-5)
+    assert run["val"]["loss"] == pytest.approx([float(row["val_loss"]) for row in val], rel=1e-5)
+    worst = [max(float(row[f"moe/load_imbalance/layer_0{i}"]) for i in range(2)) for row in train]
+    assert run["train"]["imbalance"] == pytest.approx(worst, rel=1e-5)
+    assert [story["step"] for story in run["stories"]] == ["4", "8"]
+    assert run["settings"]["train.global_batch_size"] == "4" and run["settings"]["model.n_expert"] == "4"
+    assert run["command"] == "run_train.py --config train_config.yaml" and run["done"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("report.html") and "file://" in lines[-1]
+    pictures = tmp_path / "report_pictures"
+    assert {path.name for path in pictures.iterdir()} == {"loss.png", "training.png", "load.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
+
+
+def test_the_heat_map_is_the_logged_load_over_the_even_one(run_dir: Path, tmp_path: Path) -> None:
+    (run,) = make(run_dir, out=tmp_path / "report.html")
+    heat = run["heat"]
+    codes = base64.b64decode(heat["codes"])
+    assert heat["layers"] == [0, 1] and heat["n_expert"] == 4 and heat["steps"] == list(range(1, 9))
+    with (run_dir / "logs/expert_load.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            loads = [int(row[f"e{e}"]) for e in range(4)]
+            first = (int(row["layer"]) * 8 + int(row["step"]) - 1) * 4
+            for load, code in zip(loads, codes[first : first + 4], strict=True):
+                # a 32nd of an octave is 2.2 %
+                ratio = 2 ** ((code - 128) / 32) if code else 0
+                assert ratio == pytest.approx(4 * load / sum(loads), rel=0.012)
+
+
+def test_a_run_that_goes_on_has_a_torn_last_line(run_dir: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run_dir / "final")
+    log = run_dir / "logs/csv/metrics.csv"
+    whole = log.read_bytes()
+    last = whole.rstrip().rindex(b"\n") + 1
+    (before,) = make(run_dir, out=tmp_path / "before.html")
+    log.write_bytes(whole + whole[last : last + 30])
+    (after,) = make(run_dir, out=tmp_path / "after.html")
+    assert after["train"] == before["train"] and after["val"] == before["val"] and not after["done"]
+
+
+def test_an_old_run_lacks_columns_and_files(tmp_path: Path) -> None:
+    old = write_log(tmp_path / "old", "step,loss,val_loss\n10,3.5,\n20,2.5,\n20,,2.75\n")
+    (run,) = make(old, out=tmp_path / "report.html")
+    assert run["train"] == {"step": [10, 20], "loss": [3.5, 2.5]}
+    assert run["val"] == {"step": [20], "loss": [2.75]}
+    assert run["heat"] is None and run["stories"] == [] and run["settings"] == {}
+
+
+def test_two_runs_of_one_name_are_told_apart(run_dir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "b" / "first"))
+    runs = make(run_dir, other, run_dir, out=tmp_path / "report.html")
+    assert [run["name"] for run in runs] == [str(run_dir), str(other)]
+    (run,) = make(run_dir / "final", out=tmp_path / "report.html")
+    assert run["name"] == "first"
+
+
+def test_a_long_log_makes_a_small_page_that_keeps_the_extremes(tmp_path: Path) -> None:
+    lines = [f"{i},{i * 64},{2 + (i == 777) * 5}.0,{0.5 if i % 2 else 'nan'}\n" for i in range(1, 20_001)]
+    run_dir = write_log(tmp_path / "long", "step,total_tokens,loss,grad_norm\n" + "".join(lines))
+    (run,) = make(run_dir, out=tmp_path / "report.html")
+    train = run["train"]
+    assert len(train["loss"]) == report.MAX_POINTS and (tmp_path / "report.html").stat().st_size < 200_000
+    assert max(train["loss_high"]) == 7 and train["step"][-1] == 20_000 and set(train["norm"]) == {0.5}
+
+
+def test_what_cannot_be_shown_is_said_in_a_sentence(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = write_log(tmp_path / "empty", "")
+    fresh = write_log(tmp_path / "fresh", "step,loss\n")
+    mine = tmp_path / "mine.html"
+    mine.write_text("my own page", encoding="utf-8")
+    out = tmp_path / "report.html"
+    for args, message in [
+        ([tmp_path / "none", "--out", out], "none: no such folder; name the out_dir of a run"),
+        ([run_dir / "none", "--out", out], "none: no such folder; name the out_dir of a run"),
+        ([run_dir.parent, "--out", out], "no logs/csv/metrics.csv in it; name the out_dir of a run"),
+        ([empty, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
+        ([fresh, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
+        ([run_dir, "--out", tmp_path], "is a folder; name a file with --out, like report.html"),
+        ([run_dir, "--out", mine], "mine.html exists and is no report; add --overwrite or name another"),
+        ([run_dir, "--out", mine / "report.html"], "mine.html"),
+    ]:
+        assert report.main([*map(str, args)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert mine.read_text(encoding="utf-8") == "my own page" and not out.exists()
+    assert report.main([str(run_dir), "--out", str(mine), "--overwrite"]) == 0
+
+
+def test_without_matplotlib_there_is_the_page_alone(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    make(run_dir, out=tmp_path / "report.html")
+    assert "No PNG pictures: the package matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "report_pictures").exists()
+
+
+# --- in a browser -------------------------------------------------------------------------------------------
+
+in_browser = pytest.mark.skipif(PROGRAM is None or os.name != "posix", reason="no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def show(browser: Browser, page: Path, width: int = 1280, scheme: str = "light") -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser("Emulation.setDeviceMetricsOverride", **size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser("Emulation.setEmulatedMedia", features=[feature])
+    browser.problems.clear()
+    browser("Page.navigate", url=page.as_uri())
+    browser.wait("document.readyState === 'complete' && typeof paintAll === 'function'")
+
+
+@pytest.fixture
+def two_runs(run_dir: Path, tmp_path: Path) -> Path:
+    """The page of the run and of a copy with a hostile name and story, another setting, and a spike."""
+    other = Path(shutil.copytree(run_dir, tmp_path / "<img src=x>"))
+    facts = json.loads((other / "logs/run.json").read_text(encoding="utf-8"))
+    facts["settings"]["seed"] = 43
+    (other / "logs/run.json").write_text(json.dumps(facts), encoding="utf-8")
+    with (other / "logs/stories.csv").open("a", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerow([8, 2048, "Once", STORY])
+    spike = "step,loss,mean,sigma,grad_norm,first_sequence\n5,6.5,5.5,0.1,3.0,16\n"
+    (other / "logs/spikes.csv").write_text(spike, encoding="utf-8")
+    make(run_dir, other, out=tmp_path / "report.html")
+    return tmp_path / "report.html"
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_fits_the_window_in_both_schemes(
+    width: int, scheme: str, browser: Browser, two_runs: Path
+) -> None:
+    show(browser, two_runs, width, scheme)
+    assert browser.js("document.documentElement.scrollWidth === document.documentElement.clientWidth")
+    drawn = "[...document.querySelectorAll('.chart:not([hidden]) h2')].map((e) => e.textContent)"
+    assert browser.js(drawn)[:4] == ["Loss", "Learning rate", "Gradient norm", "Tokens per second"]
+    assert browser.js("document.querySelectorAll('canvas').length") == 4  # two runs of two layers
+    page = "getComputedStyle(document.documentElement).backgroundColor"
+    assert browser.js(page) == ("rgb(246, 246, 243)" if scheme == "light" else "rgb(20, 22, 26)")
+    picture = base64.b64decode(browser("Page.captureScreenshot", format="png")["data"])
+    assert picture.startswith(b"\x89PNG") and browser.problems == []
+
+
+@in_browser
+def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path) -> None:
+    show(browser, two_runs)
+    assert browser.js("document.images.length") == 0 and browser.problems == []
+    assert browser.js("document.querySelectorAll('.columns > div')[1].textContent").count(STORY) == 1
+    assert browser.js("document.title") == "first, <img src=x>: training report"
+
+
+@in_browser
+def test_hover_tells_the_logged_values_on_every_axis(browser: Browser, two_runs: Path, run_dir: Path) -> None:
+    show(browser, two_runs)
+    row, val = ([row for row in logged(run_dir) if row[name]][-1] for name in ("loss", "val_loss"))
+    axes = browser.js("[...document.querySelectorAll('#axes button')].map((e) => e.dataset.axis)")
+    assert axes == ["tokens", "time", "flops", "step"]
+    for axis in axes:
+        browser.js(f"document.querySelector('[data-axis={axis}]').click()")
+        box = browser.js(
+            "(() => { const r = document.querySelector('.chart svg').getBoundingClientRect();"
+            "return {x: r.right - 9, y: r.top + r.height / 2}; })()"
+        )
+        browser("Input.dispatchMouseEvent", type="mouseMoved", **box)
+        told = browser.js("$('tip').hidden ? '' : $('tip').textContent")
+        assert told.count(f"training {float(row['loss']):.3f}") == 2
+        assert told.count(f"validation {float(val['val_loss']):.3f}") == 2
+    assert "Steps: 8" in told
+
+
+@in_browser
+def test_a_run_can_be_hidden_and_only_differences_are_listed(browser: Browser, two_runs: Path) -> None:
+    show(browser, two_runs)
+    curves = "document.querySelectorAll('.chart')[1].querySelectorAll('.curve').length"
+    assert browser.js(curves) == 2
+    browser.click("document.querySelectorAll('.run')[1]")
+    assert browser.js(curves) == 1
+    rows = "[...document.querySelectorAll('#all tr:not([hidden]) td:first-child')].map((e) => e.textContent)"
+    assert browser.js(rows) == ["seed"]
+    browser.click("$('only')")
+    assert "optimizer.class_path" in browser.js(rows)
+    assert browser.js("document.querySelectorAll('.spike').length") == 0  # the hidden run's
+    assert browser.js("$('spikes').querySelectorAll('tr').length") == 2
