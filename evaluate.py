@@ -11,6 +11,7 @@ the spread of the windows' means, weighted by length. Bits per byte is all nats 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -224,7 +225,7 @@ def score(
     logits = take_off_head(model)
     count_expert_load(model, True)
     nats, lengths, start = [], [], time.perf_counter()
-    batches = islice(iter_batches(corpus, window, batch_size), max_batches)
+    batches = islice(iter_batches(corpus, window, batch_size), max_batches and min(max_batches, sys.maxsize))
     with torch.inference_mode(), tqdm(total=corpus.n_tokens - 1, unit=" tokens", disable=None) as progress:
         for batch in batches:
             if batch.max() >= vocab:
@@ -422,7 +423,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         figures = score(model, corpus, window, args.batch_size, args.max_batches)
         result = {**figures, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        print(json.dumps(result, indent=2) if args.json else report(result), flush=True)
+        try:
+            print(json.dumps(result, indent=2) if args.json else report(result), flush=True)
+        except BrokenPipeError:  # `| head`: the reader has seen enough; Python flushes once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         record(result, args)
     except (EvaluationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -681,7 +681,8 @@ def check_types(manifest: dict) -> None:
     check(manifest["tokenizer"], str, "sha256")
     check(manifest["tokenizer"], int, "vocab_size", "bos_id", "eos_id")
     for split in SPLITS:
-        check(manifest["splits"][split], int, "n_stories", "n_tokens", "n_bytes", "n_duplicates")
+        check(manifest["splits"][split], int, "n_stories", "n_tokens", "n_bytes")
+        check(manifest["splits"][split], int, "n_duplicates", "n_replaced_bytes")
     for entry in [*listed(manifest, "text"), *listed(manifest, "shards")]:
         check(entry, str, "path", "sha256")
         check_inside(entry["path"])

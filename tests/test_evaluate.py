@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import evaluate
 from evaluate import Corpus, iter_batches, main, score, summarize
@@ -186,6 +190,23 @@ def test_max_batches_scores_the_beginning_alone(evaluated, data_dir, tiny_checkp
     assert result["n_tokens"] == 10
     wanted = plain_cross_entropy(tiny_checkpoint, all_tokens(data_dir)[:11], 10)
     assert result["loss"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_more_batches_than_any_machine_counts_are_all_of_them(evaluated):
+    assert evaluated("--max_batches", 10**23)["loss"] == evaluated()["loss"]
+
+
+def test_a_reader_that_leaves_early_ends_nothing_and_the_result_is_recorded(
+    data_dir, tiny_checkpoint, tmp_path
+):
+    flags = ["--ckpt_dir", tiny_checkpoint, "--data_dir", data_dir, "--results_file", tmp_path / "r.jsonl"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, flags)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert (tmp_path / "r.jsonl").is_file()
 
 
 def test_the_train_split_can_be_scored(evaluated, data_dir):

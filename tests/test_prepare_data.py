@@ -528,6 +528,18 @@ def test_another_format_is_named(settings: PrepareSettings) -> None:
         prepare_data.read_manifest(settings.data_dir)
 
 
+@pytest.mark.parametrize("key", ["n_tokens", "n_duplicates", "n_replaced_bytes"])
+def test_a_manifest_without_a_count_is_made_again(settings: PrepareSettings, key: str) -> None:
+    before = json.dumps(prepare(settings))
+    manifest = json.loads(before)
+    del manifest["splits"]["val"][key]
+    prepare_data.write_json(settings.data_dir / "manifest.json", manifest)
+    arguments = ["--data_dir", str(settings.data_dir), "--tokenizer_dir", str(settings.tokenizer_dir)]
+    options = ["--val_fraction", str(settings.val_fraction), "--workers", "1"]
+    assert prepare_data.main([*arguments, *options]) == 0
+    assert prepare_data.read_manifest(settings.data_dir)["splits"] == json.loads(before)["splits"]
+
+
 def test_a_users_own_files_beside_the_shards_stay(settings: PrepareSettings) -> None:
     prepare(settings)
     own = settings.data_dir / "train" / "train" / "notes.bin"
