@@ -955,11 +955,11 @@ class TokenStream:
         # a plain array over the mapped file: slicing a memmap itself is several times slower
         self._shards = [np.asarray(np.memmap(data_dir / s["path"], dtype, mode="r")) for s in shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
-
-        self._place = (data_dir, split)
+        self.vocab_size = manifest["tokenizer"]["vocab_size"]
+        self.place, self._args = data_dir / split / split, (data_dir, split)
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
-        return TokenStream, self._place  # a worker process maps the files itself
+        return TokenStream, self._args  # a worker process maps the files itself
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -1016,7 +1016,7 @@ class TokenBatches:
 
     def _in_order(self) -> "Iterator[torch.Tensor]":
         for start in range(0, self.n_sequences, self.batch_size):
-            yield self._load(range(start, min(start + self.batch_size, self.n_sequences)))
+            yield self._checked(self._load(range(start, min(start + self.batch_size, self.n_sequences))))
 
     def _endless(self) -> "Iterator[torch.Tensor]":
         plan = self._plan(self.epoch * self.n_sequences + self.n_used)
@@ -1024,7 +1024,14 @@ class TokenBatches:
             # before the batch is out: a checkpoint made after it does not repeat it
             used = self.n_used + self.batch_size * self.world_size
             self.epoch, self.n_used = self.epoch + used // self.n_sequences, used % self.n_sequences
-            yield batch
+            yield self._checked(batch)
+
+    def _checked(self, batch: "torch.Tensor") -> "torch.Tensor":
+        """Return the batch; OSError if it holds a token that no tokenizer made (an index error, later on)."""
+        if (highest := int(batch.max())) >= self.stream.vocab_size:
+            place, size = self.stream.place, self.stream.vocab_size
+            raise OSError(f"{place}: damaged: token {highest} of a vocabulary of {size}; {RUN_AGAIN}")
+        return batch
 
     def _plan(self, start: int) -> Iterator[list[int]]:
         """Yield this rank's sequences for each batch, from the `start`-th of the endless flow on."""

@@ -1426,7 +1426,8 @@ class Monitor:
 
         from moe_layers import discard_step_load
 
-        wish = 2.0 if self._failed_save() else 1.0 if self._wants_to_stop() else 0.0
+        failed = fabric.world_size + 1  # more than the wishes to stop of all ranks
+        wish = failed if self._failed_save() else int(self._wants_to_stop())
         # float32: a loss in bf16 would be rounded to three digits
         loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=fabric.device)
         figures = torch.stack([loss, norm.detach().float(), loss.new_tensor(wish)])
@@ -1437,7 +1438,7 @@ class Monitor:
         self.loss, self.norm, wish = figures.tolist()
         self.loss_sum = 0.0
         if wish:
-            self._end(failed=wish >= 2)
+            self._end(failed=wish >= failed)
         if self.guard.is_bad(self.loss, self.norm):
             discard_step_load(self.model)
             self._skip(optimizer)
@@ -2039,6 +2040,8 @@ def train(run: Run, stops: StopSignals) -> Monitor:
             )
     finally:
         monitor.close()
+        if wandb := sys.modules.get("wandb"):  # loaded by its logger alone; its own exit handler comes late
+            wandb.finish()
     if monitor.writer.failure is not None:
         raise RunFailed(f"{monitor.writer.failure}; then continue with --resume auto")
     return monitor

@@ -168,6 +168,12 @@ def test_training_under_autocast_stays_near_float32() -> None:
     torch.testing.assert_close(got["y"].float(), run(ours, x)["y"], rtol=0.05, atol=0.05)
 
 
+def test_experts_with_biases_run_on_meta_too() -> None:
+    with torch.device("meta"):
+        model = GPT(MoEConfig(**TINY_CONFIG | {"bias": True}))
+        assert model(torch.zeros(2, 8, dtype=torch.long)).shape == (2, 8, model.config.padded_vocab_size)
+
+
 def test_flops_on_meta_are_the_active_ones() -> None:
     config = MoEConfig(**{**TINY_CONFIG, "n_expert": 8, "n_shared_expert": 1})
     with torch.device("meta"):

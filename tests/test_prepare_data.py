@@ -780,7 +780,7 @@ class Counting:
     """A token stream whose ids are their own positions."""
 
     def __init__(self, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
+        self.n_tokens = self.vocab_size = n_tokens
 
     def __len__(self) -> int:
         return self.n_tokens

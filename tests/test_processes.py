@@ -71,15 +71,32 @@ def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
-def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step() -> None:
+@pytest.mark.parametrize("reached", ["one", "both"])  # kill PID; Ctrl-C, scancel, torchrun
+def test_a_signal_to_one_or_both_of_two_processes_ends_them_after_the_same_step(reached: str) -> None:
     process = start("--max_tokens", 10**6 * 256, "--devices", 2, "--train.log_interval", 5)
     wait_for(lambda: Path("out/logs/csv/metrics.csv").exists(), process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM) if reached == "one" else os.killpg(process.pid, signal.SIGTERM)
     finish(process)
     text = Path("log.txt").read_text(encoding="utf-8")
     assert text.count("Stopped after step") == 1 and "Traceback" not in text
     (step,) = {path.name for path in Path("out").glob("step-*") if int(path.name[-8:]) % 4} or {"none"}
     assert step == max(path.name for path in Path("out").glob("step-*")) or step == "none"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
+def test_a_second_signal_leaves_at_once_and_does_no_harm() -> None:
+    # a step of 4,000 micro-batches, which nobody waits for
+    process = start("--global_batch_size", 4000, "--micro_batch_size", 1, "--max_tokens", 4000 * 64)
+    log = Path("log.txt")
+    assert wait_for(lambda: "Measured TFLOPs" in log.read_text(encoding="utf-8"), process)
+    process.send_signal(signal.SIGTERM)
+    assert wait_for(lambda: "finishing this step" in log.read_text(encoding="utf-8"), process)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert "Traceback" not in log.read_text(encoding="utf-8")
+    assert run("--resume", "auto") == 0  # no lock and nothing half written is in its way
+    assert [row["step"] for row in rows() if row["loss"]] == [str(step) for step in range(1, 9)]
 
 
 # --- kills --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Training for real with a tiny model: losses, resume, saved settings, and every mistake a user can make."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -427,6 +428,22 @@ def test_a_mistyped_data_folder_is_not_filled_with_demo_stories(
     assert not Path("data").exists()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_with_tokens_above_the_vocabulary_is_told_though_all_hashes_agree(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    shutil.copytree(tiny_data, "copy")
+    manifest = json.loads(Path("copy/manifest.json").read_text(encoding="utf-8"))
+    for entry in manifest["splits"]["train"]["shards"]:
+        shard = Path("copy", entry["path"])
+        shard.write_bytes(b"\xff\x7f" * entry["n_tokens"])
+        entry["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    Path("copy/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert run("--dataset_dir", "copy", "--data.init_args.num_workers", num_workers) == 1
+    err = capsys.readouterr().err
+    assert "damaged: token 32767 of a vocabulary of" in err and "error: copy/train/train" in err
+
+
 def test_a_shard_altered_at_equal_size_is_found(
     workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -496,3 +513,15 @@ def test_the_stories_settings_of_the_repository_are_valid() -> None:
         settings = run_train.load_settings(flags)
         block_size = yaml.safe_load((ROOT / model).read_text(encoding="utf-8"))["block_size"]
         assert run_train.train_problems(settings, block_size, 1) == []
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run("--logger_name", "wandb", "--max_tokens", 4 * 256, "--schedule.name", "constant") == 0
+    shutil.rmtree("out/final")
+    assert run("--logger_name", "wandb", "--schedule.name", "constant", "--resume", "auto") == 0
+    ids = {path.name.rpartition("-")[2] for path in Path().rglob("offline-run-*")}
+    assert ids == {Path("out/.wandb_run_id").read_text(encoding="utf-8")}
+    assert run("--logger_name", "wandb", "--overwrite") == 0
+    assert len({path.name.rpartition("-")[2] for path in Path().rglob("offline-run-*")}) == 2

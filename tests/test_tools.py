@@ -1,5 +1,6 @@
 """Each tool of tools/ on small inputs: numbers against those worked out by hand, refusals, exit status."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import TINY_CONFIG
 
-from tools import count_params, env_sanity_check, inspect_checkpoint, lock
+from tools import benchmark_train, count_params, env_sanity_check, inspect_checkpoint, lock
 
 # --- lock ---------------------------------------------------------------------------------------------------
 
@@ -322,7 +324,6 @@ def test_inspect_tells_the_step_and_whether_the_digests_hold(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import hashlib
-    import json
 
     folder = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, folder)
@@ -337,3 +338,22 @@ def test_inspect_tells_the_step_and_whether_the_digests_hold(
     (folder / "tokenizer.json").write_bytes(files["tokenizer.json"] + b" ")
     assert inspect_checkpoint.main([str(folder)]) == 1
     assert "tokenizer.json is damaged" in capsys.readouterr().err
+
+
+def test_benchmark_train_compares_whole_steps_of_the_three(tmp_path: Path) -> None:
+    model, out = tmp_path / "model.yaml", tmp_path / "figures.json"
+    model.write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
+    flags = ["--model_config", model, "--steps", 2, "--rounds", 1, "--compile", "off", "--out", out]
+    assert benchmark_train.main([str(flag) for flag in flags]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    rates = figures["tokens_per_s"]
+    assert rates.keys() == {"ours", "stock", "dense"} and min(rates.values()) > 0
+    # of medians, which are rounded apart
+    assert figures["of_stock"] == pytest.approx(rates["ours"] / rates["stock"], rel=0.01)
+    for shares in figures["share_of_step"].values():
+        assert 0.3 < sum(shares.values()) < 1.1 and shares["backward"] > shares["data"]
+
+
+def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err

@@ -1,0 +1,376 @@
+"""Compare whole training steps: ours, stock LitGPT's loop and layer, and the dense model of the same FLOPs.
+
+Run: uv run python tools/benchmark_train.py      (5 min on 2 CPU cores for MoE-30M)
+
+All three train in turn in one process on the same random tokens; a round is a fresh run of each, of which the
+first steps are left out. Stock is `litgpt.pretrain.main` with LitGPT's own `LLaMAMoE` and one patch: its
+count of FLOPs, which raises on MoE layers (0.5.13), is skipped. Dense has one SwiGLU as wide as the experts
+that a token meets, and trains in our loop. Printed are medians, ratios of tokens/s and where the time of a
+step goes (from one more round, for there the clock waits for the device); the JSON has the machine and
+versions too.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import io
+import json
+import logging
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+
+import run_train  # noqa: E402
+from wandb_dataset import normalize_flags  # noqa: E402
+
+PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
+LEFT_OUT = 2  # first steps of a run: allocations, compilation
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(
+        prog="tools/benchmark_train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model_config", type=Path, default=ROOT / "configs/moe_30m_debug.yaml")
+    parser.add_argument("--micro_batch_size", type=_count, default=4)
+    parser.add_argument("--accumulation", type=_count, default=1, help="micro-batches of a step")
+    parser.add_argument("--max_seq_length", type=_count, help="tokens of a sequence (default: block_size)")
+    parser.add_argument("--steps", type=_count, default=5, help="timed steps of a round")
+    parser.add_argument("--rounds", type=_count, default=3)
+    parser.add_argument("--precision", choices=("32-true", "bf16-true", "bf16-mixed"), default=None)
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
+    return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what is printed in here to itself."""
+    sink = io.StringIO()
+    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield
+
+
+def random_data(vocab_size: int, block_size: int, micro_batch_size: int, n_batches: int) -> Any:
+    """Return a LitGPT data module of random tokens; loading costs next to nothing, for all alike."""
+    import torch
+    from litgpt.data import DataModule
+    from torch.utils.data import DataLoader
+
+    class RandomTokens(DataModule):
+        train_data_path = "random/train"
+
+        def connect(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def _loader(self, n: int) -> DataLoader:
+            generator = torch.Generator().manual_seed(0)
+            rows = torch.randint(vocab_size, (n * micro_batch_size, block_size + 1), generator=generator)
+            return DataLoader(rows, batch_size=micro_batch_size)
+
+        def train_dataloader(self) -> DataLoader:
+            return self._loader(n_batches)
+
+        def val_dataloader(self) -> DataLoader:
+            return self._loader(2)
+
+    return RandomTokens()
+
+
+def make_run(args: argparse.Namespace, config: Any, folder: Path) -> run_train.Run:
+    """Return a checked run of `run_train` for `config`: no checkpoints but the last, no validation."""
+    from litgpt.args import EvalArgs, TrainArgs
+
+    length = args.max_seq_length or config.block_size
+    n_steps, batch = LEFT_OUT + args.steps, args.micro_batch_size * args.accumulation
+    train = TrainArgs(
+        global_batch_size=batch,
+        micro_batch_size=args.micro_batch_size,
+        max_tokens=n_steps * batch * length,
+        max_seq_length=length,
+        max_norm=1.0,
+        save_interval=None,
+        log_interval=1,
+        lr_warmup_steps=1,
+    )
+    settings = run_train.Settings(
+        out_dir=folder / "out",
+        tokenizer_dir=folder / "tokenizer",
+        precision=args.precision,
+        compile=args.compile,
+        progress=False,
+        train=train,
+        eval=EvalArgs(interval=10**9, max_iters=1, final_validation=False),
+        moe=run_train.BalanceArgs(aux_loss_coef=0.01, z_loss_coef=0.001),
+        devices=1,
+    )
+    precision, _ = run_train.choose_device(settings)
+    data = random_data(config.vocab_size, length, args.micro_batch_size, n_steps * args.accumulation)
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}
+    return run_train.Run(settings, config, data, optimizer, precision, 1)
+
+
+def train_ours(run: run_train.Run) -> None:
+    """Train as run_train.py does."""
+    run_train.train(run, run_train.StopSignals())
+
+
+def train_stock(run: run_train.Run) -> None:
+    """Train as `litgpt pretrain` does; `save_checkpoint` has no part in what is timed."""
+    import lightning as L
+    import torch
+    from litgpt import Tokenizer, pretrain
+    from litgpt.config import Config
+
+    settings, names = run.settings, ("measure_flops", "save_checkpoint")
+    compiled, _ = run_train.will_compile(settings)
+    torch.compiler.set_stance("default" if compiled else "force_eager")
+    config = Config(
+        **{key: value for key, value in vars(run.config).items() if key in Config.__annotations__}
+    )
+    originals = [getattr(pretrain, name) for name in names]
+    try:
+        pretrain.measure_flops, pretrain.save_checkpoint = lambda *_: 1.0, lambda *_: None
+        fabric = L.Fabric(devices=1, precision=run.precision, accelerator="auto")
+        pretrain.main(
+            fabric=fabric,
+            devices=1,
+            seed=settings.seed,
+            initial_checkpoint_dir=None,
+            resume=False,
+            config=config,
+            data=run.data,
+            out_dir=settings.out_dir,
+            tokenizer_dir=settings.tokenizer_dir,
+            tokenizer=Tokenizer(settings.tokenizer_dir),
+            train=settings.train,
+            eval=settings.eval,
+            optimizer=run.optimizer,
+        )
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            setattr(pretrain, name, original)
+
+
+def step_times(train: Callable[[], None], at_step: Callable[[int], None] = lambda _: None) -> list[float]:
+    """Return the seconds of each step but the first ones; `at_step` hears of the end of each step."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    ends: list[float] = []
+
+    def note_end(optimizer: Any, *_: Any) -> None:
+        if type(optimizer).__name__ == "AdamW":
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+            at_step(len(ends))
+
+    hook = register_optimizer_step_post_hook(note_end)
+    try:
+        with quiet():
+            train()
+    finally:
+        hook.remove()
+    return [end - start for start, end in zip(ends[LEFT_OUT - 1 :], ends[LEFT_OUT:], strict=False)]
+
+
+@contextlib.contextmanager
+def part_times() -> Iterator[dict[str, float]]:
+    """Yield part -> seconds of all its calls in here; a call within another counts once, as the outer."""
+    import lightning as L
+    import torch
+    from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
+    from litgpt import pretrain
+
+    seconds, busy = dict.fromkeys(PARTS, 0.0), False
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal busy
+            if busy:
+                return function(*args, **kwargs)
+            busy, started = True, _now(torch)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                busy = False
+                seconds[part] += _now(torch) - started
+
+        return call
+
+    ours = run_train.training_fabric()
+    places = [
+        ("data", pretrain.CycleIterator, "__next__"),
+        ("forward", _FabricModule, "forward"),
+        ("loss", pretrain, "chunked_cross_entropy"),
+        ("optimizer", _FabricOptimizer, "step"),
+        *(("backward", kind, "backward") for kind in (ours, L.Fabric)),
+        *(("optimizer", kind, "clip_gradients") for kind in (ours, L.Fabric)),
+        *(("logging", kind, "log_dict") for kind in (ours, L.Fabric)),
+    ]
+    originals = [getattr(owner, name) for _, owner, name in places]
+    try:
+        for (part, owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, timed(part, original))
+        yield seconds
+    finally:
+        for (_, owner, name), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def share_of_parts(train: Callable[[], None], n_steps: int) -> dict[str, float]:
+    """Return part -> its share of the time of the timed steps."""
+    with part_times() as seconds:
+        counted = dict.fromkeys(PARTS, 0.0)
+
+        def at_step(step: int) -> None:
+            if step == LEFT_OUT:
+                seconds.update(counted)
+            elif step == LEFT_OUT + n_steps:
+                counted.update(seconds)
+
+        whole = sum(step_times(train, at_step))
+    return {part: round(value / whole, 3) for part, value in counted.items()}
+
+
+def _now(torch: Any) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return the figures of the three."""
+    import torch
+
+    from moe_layers import MoEConfig
+
+    config = MoEConfig.from_file(args.model_config)
+    width = config.n_expert_per_token * config.moe_intermediate_size
+    dense = MoEConfig.from_file(
+        args.model_config,
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=width,
+        n_expert=0,
+        n_expert_per_token=0,
+    )
+    kinds = {"ours": (train_ours, config), "stock": (train_stock, config), "dense": (train_ours, dense)}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    memory: dict[str, float] = {}
+    for _ in range(args.rounds):
+        for name, (train, its_config) in kinds.items():
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            run = make_run(args, its_config, folder)
+            times[name] += step_times(functools.partial(train, run))
+            memory[name] = run_train.peak_memory_gb()
+    shares = {
+        name: share_of_parts(functools.partial(train, make_run(args, its_config, folder)), args.steps)
+        for name, (train, its_config) in kinds.items()
+    }
+    run = make_run(args, config, folder)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "machine": machine(run),
+        "model": config.name,
+        "tokens_per_step": run.tokens_per_step,
+        "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
+        "of_stock": round(medians["stock"] / medians["ours"], 3),
+        "of_dense": round(medians["dense"] / medians["ours"], 3),
+        "mfu": round(_mfu(run, medians["ours"]), 4),
+        "share_of_step": shares,
+        # one process: on a CPU this is the highest of all so far
+        "peak_memory_gb": {name: round(value, 3) for name, value in memory.items()}
+        if torch.cuda.is_available()
+        else {},
+    }
+
+
+def _mfu(run: run_train.Run, seconds: float) -> float:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flops = run_train.model_flops_per_token(run.config, run.block_size) * run.tokens_per_step
+    return flops / seconds / run_train.peak_flops(device, run.precision)
+
+
+def machine(run: run_train.Run) -> dict[str, Any]:
+    """Return what the figures were taken on."""
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "precision": run.precision,
+        "compiled": run_train.will_compile(run.settings)[0],
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "litgpt": importlib.metadata.version("litgpt"),
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the table."""
+    device = figures["machine"]["device"]
+    print(f"{figures['model']}, {figures['tokens_per_step']:,} tokens a step, {device}")
+    print(f"{'':8}{'tokens/s':>10}" + "".join(f"{part:>11}" for part in PARTS))
+    for name, rate in figures["tokens_per_s"].items():
+        parts = "".join(f"{figures['share_of_step'][name][part]:>11.1%}" for part in PARTS)
+        print(f"{name:8}{rate:>10,.0f}{parts}")
+    ratios = f"{figures['of_stock']:.2f} times stock, {figures['of_dense']:.2f} of dense"
+    print(f"ours: {ratios}, MFU {figures['mfu']:.1%}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0; 2 after a message on a bad setting."""
+    args = parse(argv)
+    import prepare_data
+
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to 42", each time
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            with quiet():
+                # for the tokenizer alone, which a run copies into its checkpoint
+                prepare_data.prepare(
+                    prepare_data.PrepareSettings(
+                        data_dir=folder / "data",
+                        dataset="demo",
+                        tokenizer_dir=folder / "tokenizer",
+                        train_tokenizer=512,
+                    )
+                )
+            figures = compare(args, folder)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    show(figures)
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        print(f"Written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
