@@ -260,6 +260,18 @@ def test_hover_tells_the_logged_values_on_every_axis(browser: Browser, two_runs:
 
 
 @in_browser
+def test_a_run_before_its_first_validation_is_drawn_whole(browser: Browser, tmp_path: Path) -> None:
+    new = "step,loss,val_loss,learning_rate,remaining_time\n10,3.5,,0.1,90\n"
+    make(write_log(tmp_path / "new", new), out=tmp_path / "report.html")
+    show(browser, tmp_path / "report.html", 390)
+    assert browser.problems == []
+    drawn = "[...document.querySelectorAll('.chart:not([hidden]) h2')].map((e) => e.textContent)"
+    assert browser.js(drawn) == ["Loss", "Learning rate"]
+    assert browser.js("document.querySelectorAll('.chart .dot').length") == 2  # a line needs two rows
+    assert browser.js("$('tiles').textContent").endswith("State1 min 30 s to go")
+
+
+@in_browser
 def test_a_run_can_be_hidden_and_only_differences_are_listed(browser: Browser, two_runs: Path) -> None:
     show(browser, two_runs)
     curves = "document.querySelectorAll('.chart')[1].querySelectorAll('.curve').length"
