@@ -1395,6 +1395,7 @@ class Monitor:
         self.run, self.stops, self.settings = run, stops, run.settings
         self.step = run.start_step
         self.ending = ""  # why the run ends after this step
+        self.told_step = -1  # of the latest story
         self.guard = Guard(run.settings.guard)
         self.writer = CheckpointWriter(run.settings, self.print)
         logs = run.settings.out_dir / "logs"
@@ -1577,6 +1578,7 @@ class Monitor:
                 balance.sums.copy_(counts["sums"])
         self.before_s = self.row_s = mine.get("time_s", 0.0)
         self.guard.load_state_dict(mine.get("guard", {}))
+        self.told_step = mine.get("told_step", -1)
         for name, log in self.logs.items():
             log.keep(mine.get(name, 0))
 
@@ -1589,6 +1591,7 @@ class Monitor:
         mine = {
             "time_s": self.before_s + time.perf_counter() - self.began,
             "guard": self.guard.state_dict(),
+            "told_step": self.told_step,
             **{name: log.n_rows for name, log in self.logs.items()},
             "router": [
                 {"load": self.sum_over_ranks(b.load.clone()), "sums": self.sum_over_ranks(b.sums.clone())}
@@ -1692,6 +1695,9 @@ class Monitor:
 
         if not is_main_process() or "FSDP" in type(self.fabric.strategy).__name__:  # which has no whole model
             return
+        if self.told_step == self.step:  # by the validation of this step, before the final one
+            return
+        self.told_step = self.step
         cuda = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
             torch.manual_seed(1)

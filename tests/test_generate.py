@@ -518,6 +518,10 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     flags = ["--ckpt_dir", folder, "--prompt", "Tom", "--max_tokens", "4000", "--temperature", "0"]
     command = [sys.executable, ROOT / "generate.py", *flags]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    if (
+        os.name == "posix"
+    ):  # started in the background, this process ignores Ctrl-C, and children inherit that
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
 
