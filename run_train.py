@@ -452,6 +452,9 @@ def check_run(settings: Settings) -> Run:
         raise ValueError("\n".join(problems))
     # what runs is what is saved: whole steps, and the device's own precision
     settings.train.max_tokens = run.n_steps * run.tokens_per_step
+    settings.train.log_interval = min(
+        settings.train.log_interval, run.n_steps
+    )  # a short run logs its loss too
     settings.precision, settings.devices = precision, devices
     return run
 
@@ -2174,11 +2177,15 @@ def summarize(run: Run, monitor: Monitor) -> None:
     """Print the run's figures, a story and what to do next, on stdout."""
     final, rate = run.settings.out_dir / "final", monitor.tokens_per_s()
     tokens = (monitor.step - run.start_step) * run.tokens_per_step
+    losses = [
+        f"{monitor.values[key]} in {what}"
+        for key, what in (("loss", "training"), ("val_loss", "validation"))
+        if key in monitor.values
+    ]
     print(
         f"\nTrained    {tokens:,} tokens in {monitor.step - run.start_step} steps"
         + (f", {rate:,.0f} tokens/s with validation and saving" if rate else "")
-        + (f"\nLoss       {monitor.values['loss']} in training" if "loss" in monitor.values else "")
-        + (f", {monitor.values['val_loss']} in validation" if "val_loss" in monitor.values else "")
+        + (f"\nLoss       {', '.join(losses)}" if losses else "")
         + (f"\nSkipped    {n} steps without a finite gradient" if (n := monitor.guard.n_skipped) else "")
         + f"\nMemory     {peak_memory_gb():.2f} GB{' on the GPU' if _has_cuda() else ''} at its peak"
         + f"\nCheckpoint {final}\nLog        {monitor.metrics.path}"

@@ -525,3 +525,13 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(workspace: Path, monkeypatch: py
     assert ids == {Path("out/.wandb_run_id").read_text(encoding="utf-8")}
     assert run("--logger_name", "wandb", "--overwrite") == 0
     assert len({path.name.rpartition("-")[2] for path in Path().rglob("offline-run-*")}) == 2
+
+
+def test_a_run_shorter_than_its_log_interval_tells_its_loss_all_the_same(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--train.log_interval", 100) == 0
+    (logged,) = [row for row in rows() if row["loss"]]
+    assert logged["step"] == "8"
+    loss, val_loss = float(logged["loss"]), float(rows()[-1]["val_loss"])
+    assert f"Loss       {loss:.3f} in training, {val_loss:.3f} in validation" in capsys.readouterr().out
