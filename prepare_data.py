@@ -908,8 +908,9 @@ def prepare(settings: PrepareSettings) -> dict:
     if not reasons:
         say(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
         return note_times(data_dir)
-    for reason in reasons:
-        say(f"tokenizing: {reason.removesuffix(f'; {RUN_AGAIN}')}")
+    if (data_dir / MANIFEST).exists():  # why once is not enough
+        for reason in reasons:
+            say(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
     manifest = {"format_version": FORMAT_VERSION, "dtype": facts.dtype.name, "options": options}
     manifest["tokenizer"] = {key: getattr(facts, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
     try:
