@@ -34,7 +34,7 @@ KEPT = {
     "generation_config.json": "its special tokens' ids",
 }
 COUNTERS = ("iter_num", "step_count")
-SETTINGS = ("seed", "precision", "devices", "num_nodes", "tokenizer_dir")
+SETTINGS = ("seed", "precision", "devices", "num_nodes", "tokenizer_dir", "dataset_dir")
 
 
 def describe_files(folder: Path) -> list[str]:
@@ -101,7 +101,7 @@ def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int
 
 def describe_settings(settings: dict[str, Any]) -> list[str]:
     """Return lines on the settings of the run that train_config.yaml keeps."""
-    lines = [f"  {key}: {settings[key]}" for key in SETTINGS if key in settings]
+    lines = [f"  {key}: {settings[key]}" for key in SETTINGS if settings.get(key) is not None]
     for section in ("train", "optimizer", "data"):
         if settings.get(section):
             lines.append(f"  {section}: {settings[section]}")
