@@ -1910,17 +1910,14 @@ def training_fabric() -> type:
 def checkpoint_io(writer: CheckpointWriter) -> Any:
     """Return Lightning's plugin through which a strategy hands over the whole state on rank 0."""
     import torch
-    from lightning.fabric.plugins import CheckpointIO
+    from lightning.fabric.plugins import TorchCheckpointIO
 
-    class BackgroundIO(CheckpointIO):
+    class BackgroundIO(TorchCheckpointIO):
         def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
             writer.hold(checkpoint)
 
         def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-        def remove_checkpoint(self, path: Any) -> None:
-            raise NotImplementedError("CheckpointWriter deletes checkpoints")
 
     return BackgroundIO()
 
@@ -2064,10 +2061,10 @@ def clear_out_dir(run: Run, monitor: Monitor) -> None:
     if run.resume is None:
         for log in monitor.logs.values():
             log.keep(0)
-    describe_run(run)
+    write_run_facts(run)
 
 
-def describe_run(run: Run) -> None:
+def write_run_facts(run: Run) -> None:
     """Write logs/run.json: the command, the settings and the versions, for reports."""
     names = ("torch", "litgpt", "lightning", "numpy")
     facts = {

@@ -86,7 +86,7 @@ def test_fabric_logs_to_any_object_with_log_metrics() -> None:
 def test_stock_moe_cannot_be_counted_on_the_meta_device() -> None:
     with torch.device("meta"):
         layer, x = LLaMAMoE(Config(**TINY_CONFIG)), torch.randn(1, 4, 16)
-    with pytest.raises(NotImplementedError):  # when this passes, MoE._run_experts needs no case for meta
+    with pytest.raises(NotImplementedError):  # when this passes, no case for meta is needed in moe_layers
         layer(x)
 
 
