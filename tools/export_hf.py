@@ -243,6 +243,25 @@ def check_needs(with_gguf: bool, is_checked: bool) -> None:
             raise ValueError(f"the package {name} is not installed; run uv sync --extra export{other}")
 
 
+def export(args: argparse.Namespace) -> list[str]:
+    """Do what the flags say and return what to print. Raises as `write_folder`."""
+    from tools.folders import check_new_folder
+
+    check_needs(args.gguf, not args.no_check)
+    check_new_folder(args.out, 0)
+    from generate import read_tokenizer
+    from moe_layers import find_checkpoint, verify_checkpoint
+
+    folder = find_checkpoint(args.checkpoint)
+    verify_checkpoint(folder)
+    read_tokenizer(folder)
+    return [
+        *write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check),
+        f"Next:\n  read {args.out / 'README.md'} and add a licence",
+        f"  uv run hf upload YOUR_NAME/{args.out.absolute().name} {args.out}",
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -255,30 +274,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--gguf", action="store_true", help="also write OUT/NAME.gguf for llama.cpp")
     add("--no_check", action="store_true", help="do not load the result with Transformers and compare")
     args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
-    from tools.folders import WorkFailed, check_new_folder, explain
+    from tools.folders import run_tool
 
-    try:
-        check_needs(args.gguf, not args.no_check)
-        check_new_folder(args.out, 0)
-        from generate import read_tokenizer
-        from moe_layers import find_checkpoint, verify_checkpoint
-
-        folder = find_checkpoint(args.checkpoint)
-        verify_checkpoint(folder)
-        read_tokenizer(folder)
-        lines = write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check)
-    except (ValueError, OSError, WorkFailed) as error:
-        text, status = explain(error)
-        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
-        return status
-    except KeyboardInterrupt:
-        return 130
-    print("\n".join(lines))
-    print(
-        f"Next:\n  read {args.out / 'README.md'} and add a licence\n"
-        f"  uv run hf upload YOUR_NAME/{args.out.absolute().name} {args.out}"
-    )
-    return 0
+    return run_tool(lambda: export(args))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +106,20 @@ def sync_files(folder: Path) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sync_directory(folder)
+
+
+def run_tool(work: Callable[[], list[str]]) -> int:
+    """Print the lines that `work` returns, or why it failed; return the exit status, 130 after Ctrl-C."""
+    try:
+        lines = work()
+    except (ValueError, OSError, WorkFailed) as error:
+        text, status = explain(error)
+        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        return 130
+    print("\n".join(lines))
+    return 0
 
 
 def explain(error: BaseException) -> tuple[str, int]:

@@ -189,6 +189,29 @@ def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
     return f"Wrote {out}: {config.name}, {total:,} parameters{some}, in {kind}", config.n_expert > 0
 
 
+def run(args: argparse.Namespace) -> list[str]:
+    """Do what the flags say and return what to print. Raises as `fetch` and `import_folder`."""
+    from tools.folders import check_new_folder
+
+    folder = Path(args.source)
+    fetched = args.out.absolute().with_name(f".{args.out.absolute().name}.download")
+    check_new_folder(args.out, 0)
+    if not folder.is_dir():
+        if not REPOSITORY.fullmatch(args.source):
+            raise FileNotFoundError(f"{args.source}: no such folder, and no OWNER/NAME of the hub either")
+        fetch(args.source, folder := fetched)
+    line, is_moe = import_folder(folder, Path(args.source).absolute().name, args.out)
+    shutil.rmtree(fetched, ignore_errors=True)
+    upcycle = f"  uv run python tools/upcycle.py {args.out} OUT --n_expert 8 --n_expert_per_token 2"
+    return [
+        line,
+        f'Next:\n  uv run python generate.py --ckpt_dir {args.out} --prompt "Once upon a time"',
+        *([] if is_moe else [upcycle]),
+        f"  uv run python run_train.py --initial_checkpoint_dir {args.out} --tokenizer_dir {args.out} "
+        f"--model_config {args.out / 'model_config.yaml'}",
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -197,32 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="a folder that Transformers saved, or OWNER/NAME on the hub")
     parser.add_argument("out", type=Path, help="checkpoint directory to make; must not exist, or be empty")
     args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
-    from tools.folders import WorkFailed, check_new_folder, explain
+    from tools.folders import run_tool
 
-    folder = Path(args.source)
-    fetched = args.out.absolute().with_name(f".{args.out.absolute().name}.download")
-    try:
-        check_new_folder(args.out, 0)
-        if not folder.is_dir():
-            if not REPOSITORY.fullmatch(args.source):
-                raise FileNotFoundError(f"{args.source}: no such folder, and no OWNER/NAME of the hub either")
-            fetch(args.source, folder := fetched)
-        line, is_moe = import_folder(folder, Path(args.source).absolute().name, args.out)
-    except (ValueError, OSError, WorkFailed) as error:
-        text, status = explain(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return status
-    except KeyboardInterrupt:
-        return 130
-    shutil.rmtree(fetched, ignore_errors=True)
-    print(f'{line}\nNext:\n  uv run python generate.py --ckpt_dir {args.out} --prompt "Once upon a time"')
-    if not is_moe:
-        print(f"  uv run python tools/upcycle.py {args.out} OUT --n_expert 8 --n_expert_per_token 2")
-    print(
-        f"  uv run python run_train.py --initial_checkpoint_dir {args.out} --tokenizer_dir {args.out} "
-        f"--model_config {args.out / 'model_config.yaml'}"
-    )
-    return 0
+    return run_tool(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -396,6 +396,18 @@ def write(out: Path, content: dict[str, Any], figure: "Figure") -> None:
         figure.savefig(file, format="png", facecolor="white")
 
 
+def run(args: argparse.Namespace) -> list[str]:
+    """Do what the flags say and return what to print. Raises ValueError or OSError with one sentence."""
+    check_args(args)
+    text, content, figure = inspect(args)
+    write(args.out, content, figure)
+    return [
+        text,
+        f"\nWrote {args.out / JSON_NAME} (all layers) and {args.out / PNG_NAME}",
+        "Next: look at the picture; --layer N --overwrite lists the experts of another layer",
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
@@ -420,22 +432,9 @@ def main(argv: list[str] | None = None) -> int:
         help="auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true",
     )
     args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
-    from tools.folders import WorkFailed, explain
+    from tools.folders import run_tool
 
-    try:
-        check_args(args)
-        text, content, figure = inspect(args)
-        write(args.out, content, figure)
-    except (ValueError, OSError, WorkFailed) as error:
-        reason, status = explain(error)
-        print("\n".join(f"error: {line}" for line in reason.splitlines()), file=sys.stderr)
-        return status
-    except KeyboardInterrupt:
-        return 130
-    print(text)
-    print(f"\nWrote {args.out / JSON_NAME} (all layers) and {args.out / PNG_NAME}")
-    print("Next: look at the picture; --layer N --overwrite lists the experts of another layer")
-    return 0
+    return run_tool(lambda: run(args))
 
 
 if __name__ == "__main__":

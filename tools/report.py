@@ -420,18 +420,9 @@ def report(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
-    try:
-        print("\n".join(report(args)))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        from tools.folders import explain
+    from tools.folders import run_tool
 
-        message, status = explain(error)
-        print(f"error: {message}", file=sys.stderr)
-        return status
-    return 0
+    return run_tool(lambda: report(args))
 
 
 if __name__ == "__main__":

@@ -146,12 +146,14 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> list[str]:
-    """Write the checkpoint and return lines that say what it is."""
+    """Write the checkpoint and return lines that say what it is and what to do next."""
     import torch
 
     from moe_layers import CONFIG_FILE, MoEConfig, count_parameters, find_checkpoint, load_model
-    from tools.folders import TOKENIZER_FILES, read_files, write_checkpoint
+    from tools.folders import TOKENIZER_FILES, check_new_folder, read_files, write_checkpoint
 
+    check_args(args)
+    check_new_folder(args.out, 0)
     folder = find_checkpoint(args.dense)
     dense = MoEConfig.from_file(folder / CONFIG_FILE)
     try:
@@ -170,7 +172,11 @@ def run(args: argparse.Namespace) -> list[str]:
     if not args.noise:
         difference = largest_difference(folder, args.out)
         lines.append(f"Checked it gives the dense model's logits, within {difference:.1e}")
-    return lines
+    return [
+        *lines,
+        f"Next:\n  uv run python run_train.py --initial_checkpoint_dir {args.out} --tokenizer_dir {args.out} "
+        f"--model_config {args.out / 'model_config.yaml'}",
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,24 +198,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--noise", type=float, default=0.0, help=noise)
     add("--seed", type=int, default=42, help="of router and noise (default %(default)s)")
     args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
-    from tools.folders import WorkFailed, check_new_folder, explain
+    from tools.folders import run_tool
 
-    try:
-        check_args(args)
-        check_new_folder(args.out, 0)
-        lines = run(args)
-    except (ValueError, OSError, WorkFailed) as error:
-        text, status = explain(error)
-        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
-        return status
-    except KeyboardInterrupt:
-        return 130
-    print("\n".join(lines))
-    print(
-        f"Next:\n  uv run python run_train.py --initial_checkpoint_dir {args.out} --tokenizer_dir {args.out} "
-        f"--model_config {args.out / 'model_config.yaml'}"
-    )
-    return 0
+    return run_tool(lambda: run(args))
 
 
 if __name__ == "__main__":
