@@ -171,14 +171,19 @@ def test_ctrl_enter_tells_the_stories_that_the_server_has_for_the_seed(
     assert browser.problems == []
 
 
-def test_tokens_wear_their_experts_colour_in_the_chosen_layer(
-    browser: Browser, server: SimpleNamespace
-) -> None:
+def told(browser: Browser, server: SimpleNamespace) -> list[dict]:
+    """Have the page tell a story, and return the routing that the API tells of the same one."""
     browser.open(server)
     browser.fill(seed=5)
     browser.js("start()")
     browser.wait(DONE)
-    reads = complete(server, "Once upon a time", seed=5, echo=True, routing=True).choices[0].routing
+    return complete(server, "Once upon a time", seed=5, echo=True, routing=True).choices[0].routing
+
+
+def test_tokens_wear_their_experts_colour_in_the_chosen_layer(
+    browser: Browser, server: SimpleNamespace
+) -> None:
+    reads = told(browser, server)
     colours = browser.js(COLOURS.format("#legend b"))
     assert len(set(colours)) == 4
     worn = COLOURS.format(".token")
@@ -196,11 +201,7 @@ def test_tokens_wear_their_experts_colour_in_the_chosen_layer(
 def test_a_token_under_the_mouse_or_the_arrow_keys_tells_all_probabilities(
     browser: Browser, server: SimpleNamespace
 ) -> None:
-    browser.open(server)
-    browser.fill(seed=5)
-    browser.js("start()")
-    browser.wait(DONE)
-    reads = complete(server, "Once upon a time", seed=5, echo=True, routing=True).choices[0].routing
+    reads = told(browser, server)
     reads = [read for read in reads if read["text"]]
     rows, chosen = TEXTS.format("#tip .expert span"), TEXTS.format("#tip .chosen b")
     for read, reach in ((reads[3], "mouse"), (reads[0], "key"), (reads[1], "key")):

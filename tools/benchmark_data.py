@@ -10,14 +10,12 @@ that they share is counted for each). Loading: batches of the training loader, n
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +33,7 @@ from prepare_data import (  # noqa: E402 (the scripts lie one folder up)
     read_tokenizer,
     write_whole,
 )
+from tools.machine import machine  # noqa: E402
 from wandb_dataset import normalize_flags  # noqa: E402
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
@@ -135,17 +134,6 @@ def benchmark_loading(data_dir: Path, batch_size: int, block_size: int) -> dict:
     quantiles = statistics.quantiles(times, n=100)
     shape = {"batch_size": batch_size, "block_size": block_size, "batches": len(times)}
     return {**shape, "median_ms": 1e3 * statistics.median(times), "p99_ms": 1e3 * quantiles[98]}
-
-
-def machine() -> dict:
-    """Return what the figures depend on."""
-    packages = ("litgpt", "torch", "tokenizers", "numpy")
-    versions = {name: version(name) for name in packages}
-    return {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine()} | {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-    }
 
 
 def table(result: dict) -> str:

@@ -9,7 +9,6 @@ Stock is `litgpt.generate.base.generate_fn` on a stock `litgpt.GPT` with `LLaMAM
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a tool runs from anywhere; the scripts lie one up
 
+from tools.machine import machine
 from wandb_dataset import normalize_flags
 
 if TYPE_CHECKING:
@@ -92,28 +92,6 @@ def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, r
         "ratio": medians["ours"] / medians["stock"],
         "tokens_equal": equal,
     }
-
-
-def machine() -> dict[str, str | int]:
-    """Return what the figures depend on: processor, threads and versions."""
-    from importlib.metadata import version
-
-    import torch
-
-    names = (line for line in _cpu_info() if line.startswith("model name"))
-    cpu = next(names, platform.processor()).split(":")[-1].strip()
-    versions = {name: version(name) for name in ("torch", "litgpt")}
-    return {
-        "device": "cpu",
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    } | versions
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

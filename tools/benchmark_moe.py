@@ -9,10 +9,8 @@ the machine and the versions too.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -306,25 +304,6 @@ def figures(times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     }
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Return what the figures were taken on."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "litgpt": importlib.metadata.version("litgpt"),
-        "allocator": {name: os.environ.get(name, "") for name in ALLOCATOR},
-    }
-
-
 def show(title: str, rows: dict[str, Any]) -> None:
     """Print one table."""
     print(f"\n{title}\n{'':34}{'forward':>10}{'+ backward':>12}{'of dense':>10}{'of stock':>10}")
@@ -351,7 +330,11 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"error: --hf_env {args.hf_env}: {error}; --hf_env '' leaves them out", file=sys.stderr)
         return 2
-    results: dict[str, Any] = {"machine": machine(device), "tokens": args.tokens, "rounds": args.rounds}
+    from tools.machine import machine
+
+    allocator = {name: os.environ.get(name, "") for name in ALLOCATOR}
+    where = {**machine(), "measured_on": device, "allocator": allocator}
+    results: dict[str, Any] = {"machine": where, "tokens": args.tokens, "rounds": args.rounds}
     for shape in args.shapes.split(","):
         for dtype in args.dtypes.split(","):
             rows = measure(args, shape, dtype, device, python)

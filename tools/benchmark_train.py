@@ -13,11 +13,9 @@ versions too.
 import argparse
 import contextlib
 import functools
-import importlib.metadata
 import io
 import json
 import logging
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
 import run_train  # noqa: E402
+from tools.machine import machine  # noqa: E402
 from wandb_dataset import normalize_flags  # noqa: E402
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
@@ -291,7 +290,9 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     run = make_run(args, config, folder)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "machine": machine(run),
+        "machine": machine(),
+        "precision": run.precision,
+        "compiled": run_train.will_compile(run.settings)[0],
         "model": config.name,
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
@@ -312,21 +313,6 @@ def _mfu(run: run_train.Run, seconds: float) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flops = run_train.model_flops_per_token(run.config, run.block_size) * run.tokens_per_step
     return flops / seconds / run_train.peak_flops(device, run.precision)
-
-
-def machine(run: run_train.Run) -> dict[str, Any]:
-    """Return what the figures were taken on."""
-    import torch
-
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "precision": run.precision,
-        "compiled": run_train.will_compile(run.settings)[0],
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "litgpt": importlib.metadata.version("litgpt"),
-    }
 
 
 def show(figures: dict[str, Any]) -> None:
