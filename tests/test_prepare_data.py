@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import http.server
 import json
 import os
 import random
@@ -10,10 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +17,7 @@ import pytest
 import torch
 
 import prepare_data
-from prepare_data import PrepareSettings, StoryEncoder, TokenBatches, TokenStream, prepare, read_tokenizer
+from prepare_data import PrepareSettings, StoryEncoder, TokenStream, prepare, read_tokenizer
 
 SEPARATOR = "<|endoftext|>"
 NASTY = [
@@ -100,7 +96,6 @@ def trained_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stories_of(data_dir: Path, tokenizer_dir: Path, split: str) -> list[str]:
     """Return the stories of a split, decoded by LitGPT's tokenizer from the shards' bytes."""
-    import torch
     from litgpt import Tokenizer
 
     tokenizer = Tokenizer(tokenizer_dir)
@@ -682,265 +677,6 @@ def test_own_text_is_not_mixed_with_the_demo_corpus(tmp_path: Path) -> None:
     write_text(tmp_path / "train" / "own.txt", make_text(5))
     with pytest.raises(ValueError, match=r"demo corpus .* is beside other text"):
         prepare_data.list_text(tmp_path)
-
-
-# --- hub ---------------------------------------------------------------------------------------------------
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download needs: HEAD and GET of a file, with ranges."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012 (set by the fixture)
-    ranges: list[str] = []  # noqa: RUF012
-    to_break: list[str] = []  # noqa: RUF012 (paths whose first download ends half way)
-
-    def do_HEAD(self) -> None:
-        self.answer(send_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(send_body=True)
-
-    def answer(self, send_body: bool) -> None:
-        body = self.files.get(self.path)
-        if body is None:
-            self.send_error(404)
-            return
-        start = 0
-        if send_body and (header := self.headers.get("Range")):
-            self.ranges.append(header)
-            start = int(re.match(r"bytes=(\d+)-", header)[1])
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{len(body)}-{hash(body) & 0xFFFFFF:x}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(body) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.end_headers()
-        if send_body and self.path in self.to_break:
-            self.to_break.remove(self.path)
-            self.wfile.write(body[: len(body) // 2])
-            self.close_connection = True
-        elif send_body:
-            self.wfile.write(body[start:])
-
-    def log_message(self, *_: object) -> None:
-        """Keep quiet."""
-
-
-@pytest.fixture
-def hub(settings: PrepareSettings) -> Iterator[tuple[str, type[Hub]]]:
-    """A hub on this machine with TinyStories of ours and a tokenizer."""
-    data = "/datasets/roneneldan/TinyStories/resolve/main"
-    handler = type("Hub", (Hub,), {"ranges": [], "to_break": [f"{data}/TinyStories-train.txt"]})
-    handler.files = {
-        # 25 MB, since an interrupted download goes on from its last whole 10 MB
-        f"{data}/TinyStories-train.txt": (settings.data_dir / "train" / "a.txt").read_bytes() * 660,
-        f"{data}/TinyStories-valid.txt": (settings.data_dir / "val" / "b.txt").read_bytes(),
-    }
-    for path in settings.tokenizer_dir.iterdir():
-        handler.files[f"/{prepare_data.TOKENIZER_REPO}/resolve/main/{path.name}"] = path.read_bytes()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    server.server_close()
-
-
-def test_tinystories_and_its_tokenizer_come_from_the_hub_and_downloads_resume(
-    hub: tuple, tmp_path: Path, run_script: object, tiny_tokenizer_dir: Path
-) -> None:
-    endpoint, handler = hub
-    arguments = ("--dataset", "tinystories", "--data_dir", tmp_path / "d", "--tokenizer_dir", tmp_path / "t")
-    environment = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    train = handler.files["/datasets/roneneldan/TinyStories/resolve/main/TinyStories-train.txt"]
-    done = run_script("prepare_data.py", *arguments, env=environment)
-    if done.returncode:  # whether one run tries again by itself is huggingface_hub's to decide
-        assert done.returncode == 1 and "run again to go on" in done.stderr
-        done = run_script("prepare_data.py", *arguments, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert handler.ranges == [f"bytes={10 << 20}-"]
-    assert (tmp_path / "d/train/TinyStories-train.txt").read_bytes() == train
-    assert (tmp_path / "t/tokenizer.json").read_bytes() == (
-        tiny_tokenizer_dir / "tokenizer.json"
-    ).read_bytes()
-    assert stories_of(tmp_path / "d", tmp_path / "t", "train") == make_text(200)
-    assert not list((tmp_path / "d").rglob(".download"))
-    again = run_script("prepare_data.py", *arguments, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert again.returncode == 0 and "nothing to do" in again.stderr
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [{}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}],
-    ids=["offline", "refused"],
-)
-def test_without_the_hub_both_ways_on_are_named(
-    settings: PrepareSettings, run_script: object, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    arguments = ("--data_dir", settings.data_dir, "--tokenizer_dir", tmp_path / "none")
-    done = run_script("prepare_data.py", *arguments, env=environment)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "--tokenizer_dir" in line and "--train_tokenizer" in line
-    assert not (tmp_path / "none").exists()
-
-
-# --- batches -----------------------------------------------------------------------------------------------
-
-
-class Counting:
-    """A token stream whose ids are their own positions."""
-
-    def __init__(self, n_tokens: int) -> None:
-        self.n_tokens = self.vocab_size = n_tokens
-
-    def __len__(self) -> int:
-        return self.n_tokens
-
-    def read_into(self, ids: np.ndarray, start: int) -> None:
-        ids[:] = np.arange(start, start + len(ids))
-
-
-def test_the_stream_reads_across_shards(settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_data, "SHARD_BYTES", 3000)
-    monkeypatch.setattr(prepare_data, "BLOCK_BYTES", 1000)
-    manifest = prepare(settings)
-    shards = manifest["splits"]["train"]["shards"]
-    whole = np.concatenate([np.fromfile(settings.data_dir / s["path"], dtype="<u2") for s in shards])
-    stream = TokenStream(settings.data_dir, "train")
-    assert len(shards) > 3 and len(stream) == len(whole)
-    rng = random.Random(0)
-    for _ in range(200):
-        start = rng.randrange(len(whole))
-        stop = rng.randint(start, min(len(whole), start + rng.choice((5, 5000))))
-        ids = stream.read(start, stop)
-        assert ids.dtype == np.int64 and ids.tolist() == whole[start:stop].tolist()
-    with pytest.raises(IndexError):
-        stream.read(0, len(whole) + 1)
-
-
-def test_an_epoch_predicts_every_token_once_in_a_new_order() -> None:
-    batches = TokenBatches(Counting(10 * 12 + 1), batch_size=3, block_size=10, seed=42)
-    epochs = [np.concatenate([batch.numpy() for batch in islice(batches, 4)]) for _ in range(2)]
-    assert len(batches) == 4
-    for rows in epochs:
-        assert rows.shape == (12, 11) and sorted(rows[:, 1:].ravel().tolist()) == list(range(1, 121))
-        assert (np.diff(rows) == 1).all()
-    assert epochs[0].tolist() != epochs[1].tolist()
-    again = TokenBatches(Counting(121), batch_size=3, block_size=10, seed=42)
-    assert np.concatenate([batch.numpy() for batch in islice(again, 4)]).tolist() == epochs[0].tolist()
-
-
-def test_a_batch_reaches_into_the_next_epoch_in_training_and_ends_short_in_validation() -> None:
-    train = TokenBatches(Counting(112), batch_size=4, block_size=10, seed=0)
-    val = TokenBatches(Counting(112), batch_size=4, block_size=10, seed=None)
-    flow = [start for batch in islice(train, 6) for start in batch[:, 0].tolist()]
-    assert sorted(flow[:11]) == sorted(flow[11:22]) == list(range(0, 110, 10))
-    assert [len(batch) for batch in val] == [4, 4, 3] and len(val) == 3
-    assert [row[0].item() for batch in val for row in batch] == list(range(0, 110, 10))
-
-
-def test_ranks_share_out_the_same_steps_as_one_rank_over_epoch_ends() -> None:
-    one = TokenBatches(Counting(231), batch_size=4, block_size=10, seed=0)
-    ranks = [TokenBatches(Counting(231), 2, 10, 0, rank, 2) for rank in range(2)]
-    for whole, *parts in islice(zip(one, *ranks, strict=True), 20):
-        assert whole.tolist() == [row for part in parts for row in part.tolist()]
-    assert one.state_dict() == ranks[0].state_dict() == ranks[1].state_dict()
-    assert one.epoch == 3
-
-
-def test_worker_processes_give_the_batches_that_one_process_gives_from_any_position(
-    settings: PrepareSettings,
-) -> None:
-    prepare(settings)
-
-    def batches(num_workers: int) -> TokenBatches:
-        stream = TokenStream(settings.data_dir, "train")
-        return TokenBatches(stream, batch_size=3, block_size=32, seed=1, num_workers=num_workers)
-
-    alone, read_ahead = batches(0), batches(2)
-    before = torch.random.get_rng_state()
-    for n_batches in (5, len(alone), 3):  # each goes on where the last left off, the second over an epoch end
-        pairs = zip(islice(alone, n_batches), islice(read_ahead, n_batches), strict=True)
-        assert all(one.equal(other) for one, other in pairs)
-        assert alone.state_dict() == read_ahead.state_dict()
-    assert alone.epoch == 1
-    assert before.equal(torch.random.get_rng_state())
-
-
-def test_resume_is_bitwise_equal_across_an_epoch_end(
-    settings: PrepareSettings, tmp_path: Path, eager: None
-) -> None:
-    import lightning
-    from litgpt.utils import CycleIterator
-
-    prepare(settings)
-    fabric = lightning.Fabric(accelerator="cpu", devices=1)
-
-    def loader() -> object:
-        shards = prepare_data.TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
-        shards.connect(batch_size=8, max_seq_length=64)
-        return fabric.setup_dataloaders(shards.train_dataloader())
-
-    state = {"train_dataloader": loader()}
-    per_epoch = len(state["train_dataloader"])
-    cycle = CycleIterator(state["train_dataloader"])
-    for n_seen in range(1, 2 * per_epoch + 2):
-        next(cycle)
-        if n_seen in (1, per_epoch - 1, per_epoch, per_epoch + 1):
-            fabric.save(tmp_path / f"{n_seen}.ckpt", state)
-    cycle = CycleIterator(loader())
-    expected = [next(cycle) for _ in range(3 * per_epoch)]
-    for n_seen in (1, per_epoch - 1, per_epoch, per_epoch + 1):
-        state = {"train_dataloader": loader()}
-        fabric.load(tmp_path / f"{n_seen}.ckpt", state)
-        cycle = CycleIterator(state["train_dataloader"])
-        for batch in expected[n_seen:]:
-            assert next(cycle).equal(batch), n_seen
-
-
-def test_changed_data_on_resume_starts_the_next_epoch() -> None:
-    old, new = (TokenBatches(Counting(n), 2, 10, 0) for n in (101, 201))
-    next(iter(old))
-    new.load_state_dict(old.state_dict())
-    assert (new.epoch, new.n_used) == (1, 0)
-
-
-def test_litgpts_own_loop_gets_its_loaders_from_the_class_path(settings: PrepareSettings) -> None:
-    import jsonargparse
-    import lightning
-    from litgpt import Tokenizer
-    from litgpt.args import TrainArgs
-    from litgpt.data import DataModule
-    from litgpt.pretrain import get_dataloaders
-
-    parser = jsonargparse.ArgumentParser()
-    parser.add_argument("--data", type=DataModule)
-    arguments = {
-        "train_data_path": str(settings.data_dir / "train"),
-        "tokenizer_dir": str(settings.tokenizer_dir),
-    }
-    config = {"data": {"class_path": "prepare_data.TextShards", "init_args": arguments}}
-    data = parser.instantiate_classes(parser.parse_object(config)).data
-    assert type(data) is prepare_data.TextShards
-    prepare(settings)
-    write_text(settings.data_dir / "val" / "b.txt", make_text(5, seed=4))  # stale: made again by the loop
-    tokenizer = Tokenizer(settings.tokenizer_dir)
-    fabric = lightning.Fabric(accelerator="cpu", devices=1)
-    train, val = get_dataloaders(fabric, data, tokenizer, TrainArgs(micro_batch_size=4), 32)
-    assert next(iter(train)).shape == (4, 33)
-    ids = TokenStream(settings.data_dir, "val")
-    rows = [row for batch in val for row in batch.tolist()]
-    assert rows == [ids.read(i * 32, i * 32 + 33).tolist() for i in range((len(ids) - 1) // 32)]
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_too_little_text_is_named_with_numbers(settings: PrepareSettings, split: str) -> None:
-    prepare(settings)
-    shards = prepare_data.TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
-    shards.connect(batch_size=4, max_seq_length=100_000)
-    with pytest.raises(ValueError, match=rf"the {split} split has [\d,]+ tokens, 0 sequences of 100000, but"):
-        getattr(shards, f"{split}_dataloader")()
 
 
 # --- the script --------------------------------------------------------------------------------------------
