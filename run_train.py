@@ -1404,8 +1404,12 @@ class Monitor:
         logs = run.settings.out_dir / "logs"
         self.metrics, self.spikes = LogFile(logs / "csv/metrics.csv"), LogFile(logs / "spikes.csv")
         self.loads, self.stories = LogFile(logs / "expert_load.csv"), LogFile(logs / "stories.csv")
-        self.logs = {"n_rows": self.metrics, "n_spikes": self.spikes, "n_loads": self.loads}
-        self.logs["n_stories"] = self.stories
+        self.logs = {  # by the names of their lengths in a checkpoint
+            "n_rows": self.metrics,
+            "n_spikes": self.spikes,
+            "n_loads": self.loads,
+            "n_stories": self.stories,
+        }
         self.loader: TrainLoader | None = None
         self.fabric: Fabric | None = None
         self.model: Any = None  # LitGPT's GPT, inside whatever compiles and shards it
