@@ -1544,10 +1544,9 @@ class Monitor:
 
         counts, read = router_statistics(self.model, self.sum_over_ranks)
         counts = counts.cpu()
-        if is_main_process():
-            for layer, row in zip(moe_layers(self.model), counts.tolist(), strict=True):
-                load = {f"e{expert}": int(n) for expert, n in enumerate(row[:-4])}
-                self.loads.write({"step": self.step, "layer": layer, **load})
+        for layer, row in zip(moe_layers(self.model), counts.tolist(), strict=True):
+            load = {f"e{expert}": int(n) for expert, n in enumerate(row[:-4])}
+            self.loads.write({"step": self.step, "layer": layer, **load})
         return read(counts)
 
     def sum_over_ranks(self, tensor: "torch.Tensor") -> "torch.Tensor":
@@ -1738,7 +1737,10 @@ def _worst_layer(row: dict[str, Any]) -> list[str]:
 
 
 class LogFile:
-    """One CSV over all resumes; Lightning's CSVLogger opens a new one each time and loses the last rows."""
+    """One CSV over all resumes; Lightning's CSVLogger opens a new one each time and loses the last rows.
+
+    In all processes but the first nothing is written, so that whoever has a row need not ask.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -1750,7 +1752,7 @@ class LogFile:
 
     def keep(self, n_rows: int) -> None:
         """Keep the first rows, which were there when the checkpoint was made; the others come again."""
-        if not self.path.is_file():
+        if not self.path.is_file() or not is_main_process():
             return
         # the last row may be torn or worse, if the machine stopped while it was written
         with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
@@ -1762,6 +1764,8 @@ class LogFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append `row`; a new column rewrites the file with a wider header."""
+        if not is_main_process():
+            return
         self._late.append(row)
         self.n_rows += 1
         with contextlib.suppress(PermissionError):
@@ -2217,6 +2221,8 @@ def explain(error: Exception, out_dir: Path) -> str | None:
     """Return what to tell of a failure in training, None for one that only a bug can cause."""
     if isinstance(error, RunFailed):
         return str(error)
+    if "by peer" in str(error):  # gloo's "Connection closed by peer", or "reset"
+        return "another process of this run has ended, see its message; then continue with --resume auto"
     if is_disk_full(error):
         return f"{out_dir}: the disk is full; make room and continue with --resume auto"
     return f"{error}; put it right and continue with --resume auto" if isinstance(error, OSError) else None

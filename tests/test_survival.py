@@ -465,3 +465,14 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_its_log_anew(tmp_pat
     again.keep(0)
     again.write({"step": 1, "loss": 3.0})
     assert log.path.read_text(encoding="utf-8").splitlines() == ["step,loss", "1,3.0"]
+
+
+def test_only_the_first_process_writes_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = run_train.LogFile(tmp_path / "spikes.csv")
+    log.write({"step": 1})
+    before = log.path.read_bytes()
+    monkeypatch.setenv("RANK", "1")
+    other = run_train.LogFile(log.path)
+    other.keep(0)
+    other.write({"step": 2})
+    assert log.path.read_bytes() == before
