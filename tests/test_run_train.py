@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -515,16 +516,26 @@ def test_the_stories_settings_of_the_repository_are_valid() -> None:
         assert run_train.train_problems(settings, block_size, 1) == []
 
 
-def test_a_resumed_run_goes_on_in_its_wandb_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    assert run("--logger_name", "wandb", "--max_tokens", 4 * 256, "--schedule.name", "constant") == 0
+def test_a_resumed_run_goes_on_in_its_wandb_run(workspace: Path, run_script: Callable) -> None:
+    def ids(
+        *flags: object,
+    ) -> set[str]:  # in processes of their own: wandb keeps its folder for a whole process
+        flags = (
+            "--config",
+            "train_config.yaml",
+            "--logger_name",
+            "wandb",
+            "--schedule.name",
+            "constant",
+            *flags,
+        )
+        assert run_script("run_train.py", *flags, cwd=workspace).returncode == 0
+        return {path.name.rpartition("-")[2] for path in workspace.rglob("offline-run-*")}
+
+    first = ids("--max_tokens", 4 * 256)
     shutil.rmtree("out/final")
-    assert run("--logger_name", "wandb", "--schedule.name", "constant", "--resume", "auto") == 0
-    ids = {path.name.rpartition("-")[2] for path in Path().rglob("offline-run-*")}
-    assert ids == {Path("out/.wandb_run_id").read_text(encoding="utf-8")}
-    assert run("--logger_name", "wandb", "--overwrite") == 0
-    assert len({path.name.rpartition("-")[2] for path in Path().rglob("offline-run-*")}) == 2
+    assert ids("--resume", "auto") == first == {Path("out/.wandb_run_id").read_text(encoding="utf-8")}
+    assert len(ids("--overwrite")) == 2
 
 
 def test_a_run_shorter_than_its_log_interval_tells_its_loss_all_the_same(
