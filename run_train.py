@@ -1,6 +1,6 @@
 """Pretrain a Mixture-of-Experts model with LitGPT's own loop and tell a story with it.
 
-Run: uv run python run_train.py     (3.5 minutes on two CPU cores: demo model, demo stories)
+Run: uv run python run_train.py     (3 minutes on two CPU cores: demo model, demo stories)
 
 With CUDA it takes model_config.yaml and train_config.yaml, without it the demo settings in configs/.
 Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 1000000`.
