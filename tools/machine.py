@@ -15,7 +15,7 @@ def machine() -> dict[str, str | int]:
         "cpu": _processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "system": platform.platform(),
+        "system": platform.system(),
         "python": platform.python_version(),
     } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
 
