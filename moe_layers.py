@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -447,8 +448,9 @@ class MoE(LLaMAMoE):
             y_RC = _module_loop(x_RC, plan.ends, self.experts) * weights_R1
             return _Combine.apply(y_RC, plan.token, plan.inverse)
         matrices = [[getattr(e, name).weight for e in self.experts] for name in ("fc_1", "fc_2", "proj")]
-        if way == "segments":
-            return _segment_experts(x_NC, weights_R1, plan, *matrices)
+        if way in ("segments", "triton"):
+            run_experts = _segment_experts if way == "segments" else _triton_experts
+            return run_experts(x_NC, weights_R1, plan, *matrices)
         x_RC = _Gather.apply(x_NC, plan.token, plan.inverse)
         y_RC = _grouped_mm_experts(x_RC, weights_R1, plan.ends, *matrices)
         return _Combine.apply(y_RC, plan.token, plan.inverse)
@@ -843,6 +845,7 @@ def has_fast_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
 
 WAYS = {
     "grouped_mm": "grouped GEMM (torch.nn.functional.grouped_mm)",
+    "triton": "grouped GEMM (Triton, moe_layers.py)",
     "segments": "one GEMM for each expert's sorted rows",
     "loop": "a loop over the experts' modules",
 }
@@ -853,7 +856,10 @@ def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
     if config.bias:
         return "loop"
     is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # rows of 16 bytes in bf16
-    return "grouped_mm" if is_aligned and has_fast_grouped_mm(device, dtype) else "segments"
+    if is_aligned and has_fast_grouped_mm(device, dtype):
+        return "grouped_mm"
+    has_kernels = dtype != torch.float64 and has_triton(device.type)
+    return "triton" if has_kernels else "segments"
 
 
 def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -862,7 +868,7 @@ def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype)
         return "none"
     device = torch.device(device)
     way = choose_way(config, device, dtype)
-    waits = "" if way == "grouped_mm" or device.type == "cpu" else ", which waits for the device"
+    waits = "" if way in ("grouped_mm", "triton") or device.type == "cpu" else ", which waits for the device"
     return WAYS[way] + waits
 
 
@@ -880,6 +886,296 @@ def _no_autocast(x: torch.Tensor) -> AbstractContextManager:
 def _is_decoding(x_NC: torch.Tensor) -> bool:
     # Up to four tokens (measured on CPU) sorting costs more than it saves. CUDA would wait for the indices.
     return x_NC.size(0) <= 4 and x_NC.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+# --- the experts in Triton: CUDA without a fast grouped GEMM ------------------------------------------------
+
+
+tl: Any = None  # triton.language: a kernel looks for it among its module's names; `_triton_kernels` sets it
+constexpr = "tl.constexpr"  # Triton goes by the name of an annotation, its interpreter by how it is spelled
+
+
+@torch.compiler.assume_constant_result  # what is installed does not change under a compiled graph
+@lru_cache
+def has_triton(device_type: str) -> bool:
+    """Return whether Triton can start kernels on this kind of device; it also needs a C compiler on Linux."""
+    if device_type != "cuda":
+        return False
+    try:
+        import triton
+
+        target = triton.runtime.driver.active.get_current_target()
+        return target.backend == "cuda" and target.arch >= 75  # Turing is the first that Triton compiles for
+    except (ImportError, OSError, RuntimeError, SubprocessError):
+        return False
+
+
+@lru_cache
+def _triton_kernels() -> tuple[Any, Any]:
+    """Return the two kernels. Triton is imported here: a machine without it has the other ways."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    return triton.jit(_rows_kernel), triton.jit(_matrices_kernel)
+
+
+def _tile(n_rows: int, n_expert: int, dtype: torch.dtype) -> dict[str, int]:
+    """Return the sides of the kernels' tiles (rows, output, input), warps and stages of their pipelines.
+
+    Three stages of the largest take 48 KB of shared memory: two such programs fit the 99 KB that one may use
+    on consumer cards (SM86, SM89, SM120), one the 64 KB of Turing. Not tuned on a GPU yet.
+    """
+    if dtype == torch.float32:
+        # twice the bytes; and without TF32 the products of a larger tile spill registers
+        return {"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 3}
+    # an expert's last tile is half empty on average: of 256 rows, tiles of 128 would waste a fifth
+    rows, warps = (128, 8) if n_rows >= 512 * n_expert else (64, 4)
+    return {"BLOCK_R": rows, "BLOCK_O": 128, "BLOCK_I": 32, "num_warps": warps, "num_stages": 3}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Return Triton's name for how float32 is multiplied, as torch.set_float32_matmul_precision says."""
+    is_exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if is_exact else "tf32"
+
+
+def _rows_kernel(
+    x,
+    rows,
+    w,
+    y,
+    ends,
+    tile_ends,
+    tile_experts,
+    n_expert,
+    n_out,
+    n_in,
+    x_stride,
+    e_stride,
+    o_stride,
+    i_stride,
+    GATHER: constexpr,
+    BLOCK_R: constexpr,
+    BLOCK_O: constexpr,
+    BLOCK_I: constexpr,
+    PRECISION: constexpr,
+):
+    """One tile of y[r] = w[expert of r] @ x[rows[r]]: rows of one expert times columns of its outputs."""
+    tiles_across = (n_out + BLOCK_O - 1) // BLOCK_O
+    tile = tl.program_id(0) // tiles_across  # neighbours read the same rows of x
+    expert = tl.load(tile_experts + tile)
+    if expert >= n_expert:  # the grid has room for the worst load, and this tile is not needed
+        return
+    first_tile = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    row_R = start + (tile - first_tile) * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_row_R1 = (row_R < tl.load(ends + expert))[:, None]
+    column_O = tl.program_id(0) % tiles_across * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_column_1O = (column_O < n_out)[None, :]
+    source_R = row_R
+    if GATHER:
+        source_R = tl.load(rows + row_R, mask=row_R < tl.load(ends + expert), other=0)
+    inner_I = tl.arange(0, BLOCK_I)
+    x_RI = x + source_R[:, None] * x_stride + inner_I[None, :]
+    w_IO = w + expert * e_stride + inner_I[:, None] * i_stride + column_O[None, :] * o_stride
+    y_RO = tl.full((BLOCK_R, BLOCK_O), 0.0, tl.float32)
+    for at in range(0, n_in, BLOCK_I):
+        left = n_in - at
+        x_tile = tl.load(x_RI, mask=is_row_R1 & (inner_I < left)[None, :], other=0.0)
+        w_tile = tl.load(w_IO, mask=(inner_I < left)[:, None] & is_column_1O, other=0.0)
+        y_RO = tl.dot(x_tile, w_tile, y_RO, input_precision=PRECISION)
+        x_RI += BLOCK_I
+        w_IO += BLOCK_I * i_stride
+    place_RO = y + row_R[:, None] * n_out + column_O[None, :]
+    tl.store(place_RO, y_RO.to(y.dtype.element_ty), mask=is_row_R1 & is_column_1O)
+
+
+def _matrices_kernel(
+    y,
+    y_rows,
+    x,
+    x_rows,
+    w,
+    ends,
+    n_out,
+    n_in,
+    y_stride,
+    x_stride,
+    GATHER_Y: constexpr,
+    GATHER_X: constexpr,
+    BLOCK_R: constexpr,
+    BLOCK_O: constexpr,
+    BLOCK_I: constexpr,
+    PRECISION: constexpr,
+):
+    """One tile of w[e] = sum of y[y_rows[r]]^T x[x_rows[r]] over the rows r of expert e, zero without any."""
+    expert = tl.program_id(1).to(tl.int64)
+    tiles_across = (n_in + BLOCK_I - 1) // BLOCK_I
+    column_O = tl.program_id(0) // tiles_across * BLOCK_O + tl.arange(0, BLOCK_O)
+    column_I = tl.program_id(0) % tiles_across * BLOCK_I + tl.arange(0, BLOCK_I)
+    is_column_O1, is_column_1I = (column_O < n_out)[:, None], (column_I < n_in)[None, :]
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends + expert)
+    w_OI = tl.full((BLOCK_O, BLOCK_I), 0.0, tl.float32)
+    for at in range(start, end, BLOCK_R):
+        row_R = (at + tl.arange(0, BLOCK_R)).to(tl.int64)
+        is_row_R = row_R < end
+        y_R, x_R = row_R, row_R
+        if GATHER_Y:
+            y_R = tl.load(y_rows + row_R, mask=is_row_R, other=0)
+        if GATHER_X:
+            x_R = tl.load(x_rows + row_R, mask=is_row_R, other=0)
+        y_OR = y + column_O[:, None] + y_R[None, :] * y_stride
+        x_RI = x + x_R[:, None] * x_stride + column_I[None, :]
+        y_tile = tl.load(y_OR, mask=is_column_O1 & is_row_R[None, :], other=0.0)
+        x_tile = tl.load(x_RI, mask=is_row_R[:, None] & is_column_1I, other=0.0)
+        w_OI = tl.dot(y_tile, x_tile, w_OI, input_precision=PRECISION)
+    place_OI = w + (expert * n_out + column_O[:, None]) * n_in + column_I[None, :]
+    tl.store(place_OI, w_OI.to(w.dtype.element_ty), mask=is_column_O1 & is_column_1I)
+
+
+@torch.library.custom_op("moe::expert_rows", mutates_args=())
+def _expert_rows(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    rows: torch.Tensor | None,
+    ends: torch.Tensor,
+    tile_ends: torch.Tensor,
+    tile_experts: torch.Tensor,
+) -> torch.Tensor:
+    """Return w[e] (E, O, I) times each sorted row of x, (R, O); with `rows`, times x[rows] (R,)."""
+    y = _expert_rows_shape(x, w, rows, ends, tile_ends, tile_experts)
+    tile = _tile(y.size(0), w.size(0), x.dtype)
+    kernel = _triton_kernels()[0]
+    grid = (tile_experts.size(0) * -(-w.size(1) // tile["BLOCK_O"]),)
+    numbers = (*w.shape, x.stride(0), *w.stride())
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            x,
+            ends if rows is None else rows,
+            w,
+            y,
+            ends,
+            tile_ends,
+            tile_experts,
+            *numbers,
+            GATHER=rows is not None,
+            PRECISION=_precision(x.dtype),
+            **tile,
+        )
+    return y
+
+
+@_expert_rows.register_fake
+def _expert_rows_shape(x: Any, w: Any, rows: Any, ends: Any, tile_ends: Any, tile_experts: Any) -> Any:
+    return x.new_empty(x.size(0) if rows is None else rows.size(0), w.size(1))
+
+
+@torch.library.custom_op("moe::expert_matrices", mutates_args=())
+def _expert_matrices(
+    y: torch.Tensor,
+    y_rows: torch.Tensor | None,
+    x: torch.Tensor,
+    x_rows: torch.Tensor | None,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """Return each expert's y^T x over its sorted rows, (E, O, I): the gradient of its matrix."""
+    w = _expert_matrices_shape(y, y_rows, x, x_rows, ends)
+    n_rows = (x if x_rows is None else x_rows).size(0)
+    tile = _tile(n_rows, w.size(0), x.dtype)
+    # the sum runs over rows here: its step is the other kernel's step over inputs
+    tile |= {"BLOCK_R": tile["BLOCK_I"], "BLOCK_O": tile["BLOCK_R"], "BLOCK_I": tile["BLOCK_O"]}
+    grid = (-(-w.size(1) // tile["BLOCK_O"]) * -(-w.size(2) // tile["BLOCK_I"]), w.size(0))
+    with torch.cuda.device_of(x):
+        _triton_kernels()[1][grid](
+            y,
+            ends if y_rows is None else y_rows,
+            x,
+            ends if x_rows is None else x_rows,
+            w,
+            ends,
+            *w.shape[1:],
+            y.stride(0),
+            x.stride(0),
+            GATHER_Y=y_rows is not None,
+            GATHER_X=x_rows is not None,
+            PRECISION=_precision(x.dtype),
+            **tile,
+        )
+    return w
+
+
+@_expert_matrices.register_fake
+def _expert_matrices_shape(y: Any, y_rows: Any, x: Any, x_rows: Any, ends: Any) -> Any:
+    return x.new_empty(ends.size(0), y.size(1), x.size(1))
+
+
+@register_flop_formula(torch.ops.moe.expert_rows)
+def _(x: Any, w: Any, rows: Any, *_: Any, **__: Any) -> int:
+    return 2 * (x if rows is None else rows)[0] * math.prod(w[1:])
+
+
+@register_flop_formula(torch.ops.moe.expert_matrices)
+def _(y: Any, y_rows: Any, x: Any, x_rows: Any, *_: Any, **__: Any) -> int:
+    return 2 * (x if x_rows is None else x_rows)[0] * y[1] * x[1]
+
+
+def _triton_experts(
+    x_NC: torch.Tensor,
+    weights_R1: torch.Tensor,
+    plan: "Plan",
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> torch.Tensor:
+    """Return each token's weighted sum, (N, C), by grouped GEMMs that gather their rows as they load them."""
+    n_rows, n_expert = plan.token.size(0), len(proj)
+    size = _tile(n_rows, n_expert, x_NC.dtype)["BLOCK_R"]
+    # a tile has rows of one expert only; on the host only their largest possible number is known
+    tile_ends_E = ((plan.tokens_per_expert + size - 1) // size).cumsum(0)
+    tiles_T = torch.arange(n_rows // size + min(n_expert, n_rows), device=x_NC.device)
+    tile_experts_T = torch.searchsorted(tile_ends_E, tiles_T, right=True)
+    up_EOC = torch.stack([w for pair in zip(fc_1, fc_2, strict=True) for w in pair]).to(x_NC.dtype)
+    proj_ECF = torch.stack(proj).to(x_NC.dtype)
+    sorting = (plan.token, plan.inverse, plan.ends, tile_ends_E, tile_experts_T)
+    return _TritonExperts.apply(x_NC, weights_R1, up_EOC.view(n_expert, -1, x_NC.size(1)), proj_ECF, *sorting)
+
+
+class _TritonExperts(torch.autograd.Function):
+    """SwiGLU experts from fc_1 on fc_2 (E, 2F, C) and proj (E, C, F); backward keeps x and their products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NC, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles
+    ) -> torch.Tensor:
+        x_NC = x_NC.contiguous()
+        both_RO = torch.ops.moe.expert_rows(x_NC, up_EOC, token_R, ends_E, *tiles)
+        gate_RF, up_RF = both_RO.chunk(2, dim=1)
+        hidden_RF = F.silu(gate_RF) * up_RF * weights_R1
+        y_RC = torch.ops.moe.expert_rows(hidden_RF, proj_ECF, None, ends_E, *tiles)
+        ctx.save_for_backward(
+            x_NC, both_RO, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles
+        )
+        return _sum_of_rows(y_RC, inverse_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_NC, both_RO, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles = ctx.saved_tensors
+        grad_NC = grad_NC.contiguous()
+        gate_RF, up_RF = both_RO.chunk(2, dim=1)
+        silu_RF = F.silu(gate_RF)
+        hidden_RF = silu_RF * up_RF
+        grad_RF = torch.ops.moe.expert_rows(grad_NC, proj_ECF.mT, token_R, ends_E, *tiles)
+        proj_grad = torch.ops.moe.expert_matrices(grad_NC, token_R, hidden_RF * weights_R1, None, ends_E)
+        weights_grad_R1 = (grad_RF * hidden_RF).sum(1, keepdim=True)
+        grad_RF = grad_RF * weights_R1
+        gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
+        grad_RO = torch.cat([gate_grad_RF, grad_RF * silu_RF], dim=1)
+        x_grad_RC = torch.ops.moe.expert_rows(grad_RO, up_EOC.mT, None, ends_E, *tiles)
+        up_grad = torch.ops.moe.expert_matrices(grad_RO, None, x_NC, token_R, ends_E)
+        x_grad_NC = _sum_of_rows(x_grad_RC, inverse_NK)
+        return x_grad_NC, weights_grad_R1, up_grad, proj_grad, *[None] * (3 + len(tiles))
 
 
 # --- balance: losses, selection bias, statistics ------------------------------------------------------------
