@@ -622,22 +622,34 @@ class _Combine(torch.autograd.Function):
         return grad_NC.index_select(0, *ctx.saved_tensors), None, None
 
 
+def _swiglu(gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up * weight, (R, F)."""
+    return F.silu(gate_RF).mul_(up_RF).mul_(weights_R1)
+
+
+def _swiglu_grad(
+    grad_RF: torch.Tensor, gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `_swiglu` gave, computed again, and the gradients of its three arguments."""
+    activated_RF = F.silu(gate_RF)
+    hidden_RF = activated_RF * up_RF
+    weights_grad_R1 = (grad_RF * hidden_RF).sum(1, keepdim=True)
+    grad_RF = grad_RF * weights_R1
+    gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
+    return hidden_RF.mul_(weights_R1), gate_grad_RF, activated_RF.mul_(grad_RF), weights_grad_R1
+
+
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up * weight, of which backward keeps the inputs alone and computes the rest again."""
+    """`_swiglu`, of which backward keeps the inputs alone and computes the rest again."""
 
     @staticmethod
     def forward(ctx: Any, gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor):
         ctx.save_for_backward(gate_RF, up_RF, weights_R1)
-        return F.silu(gate_RF).mul_(up_RF).mul_(weights_R1)
+        return _swiglu(gate_RF, up_RF, weights_R1)
 
     @staticmethod
     def backward(ctx: Any, grad_RF: torch.Tensor):
-        gate_RF, up_RF, weights_R1 = ctx.saved_tensors
-        activated_RF = F.silu(gate_RF)
-        by_weight_R1 = (grad_RF * activated_RF).mul_(up_RF).sum(1, keepdim=True)
-        grad_RF = grad_RF * weights_R1
-        gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
-        return gate_grad_RF, activated_RF.mul_(grad_RF), by_weight_R1
+        return _swiglu_grad(grad_RF, *ctx.saved_tensors)[1:]
 
 
 def _grouped_mm_experts(
@@ -668,10 +680,15 @@ def _segment_experts(
 ) -> torch.Tensor:
     """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows.
 
-    Two custom operators and their gradients, each one node of a compiled graph at any number of experts. They
-    gather an expert's rows as they need them: while these are in the cache, and with no copy to keep.
+    Custom operators and their gradients, each one node at any number of experts. They gather an expert's rows
+    as they need them: while these are in the cache, and with no copy to keep. Eager, one operator does all of
+    an expert at once. Compiled, two leave SwiGLU to Inductor, which passes over its rows only once.
     Autocast casts nothing inside: each matrix is cast as it is used.
     """
+    if not torch.compiler.is_compiling():
+        return torch.ops.moe.experts(x_NC, weights_R1, plan.token, plan.inverse, plan.ends, fc_1, fc_2, proj)[
+            0
+        ]
     gate_RF, up_RF = torch.ops.moe.up(x_NC, plan.token, plan.inverse, plan.ends, fc_1, fc_2)
     hidden_RF = _SwiGLU.apply(gate_RF, up_RF, weights_R1)
     return torch.ops.moe.down(hidden_RF, plan.token, plan.inverse, plan.ends, proj)
@@ -681,6 +698,75 @@ def _segments(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
     """Yield (expert, its sorted rows). On CUDA this waits for the device, on the CPU it is free."""
     ends = ends_E.tolist()
     yield from ((e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
+
+
+@torch.library.custom_op("moe::experts", mutates_args=())
+def _experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each token's weighted sum, (N, C), and fc_1 and fc_2 of each sorted row, (R, F) both."""
+    gate_RF, up_RF = _up_shapes(x, token, inverse, ends, fc_1, fc_2)
+    y_RC = x.new_empty(token.size(0), x.size(1))
+    for e, rows in _segments(ends):
+        if rows.stop > rows.start:
+            x_SC, gate_SF, up_SF = x.index_select(0, token[rows]), gate_RF[rows], up_RF[rows]
+            torch.mm(x_SC, fc_1[e].to(x.dtype).t(), out=gate_SF)
+            torch.mm(x_SC, fc_2[e].to(x.dtype).t(), out=up_SF)
+            hidden_SF = _swiglu(gate_SF, up_SF, weights[rows])
+            torch.mm(hidden_SF, proj[e].to(x.dtype).t(), out=y_RC[rows])
+    return _sum_of_rows(y_RC, inverse), gate_RF, up_RF
+
+
+@_experts.register_fake
+def _(x: Any, weights: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any, proj: Any) -> Any:
+    return torch.empty_like(x), *_up_shapes(x, token, inverse, ends, fc_1, fc_2)
+
+
+@torch.library.custom_op("moe::experts_grad", mutates_args=())
+def _experts_grad(
+    grad: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    token: torch.Tensor,
+    inverse: torch.Tensor,
+    ends: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the gradients of x, of the weights, and of every fc_1, fc_2 and proj."""
+    x_grad_RC, weights_grad_R1 = x.new_empty(token.size(0), x.size(1)), torch.empty_like(weights)
+    fc_1_grads, fc_2_grads, proj_grads = [], [], []
+    for e, rows in _segments(ends):
+        grad_SC, x_SC = grad.index_select(0, token[rows]), x.index_select(0, token[rows])
+        hidden_grad_SF = torch.mm(grad_SC, proj[e].to(x.dtype))
+        hidden_SF, gate_grad_SF, up_grad_SF, weights_grad_R1[rows] = _swiglu_grad(
+            hidden_grad_SF, gate[rows], up[rows], weights[rows]
+        )
+        # an empty segment's product is zero, as its gradient must be
+        proj_grads.append(torch.mm(grad_SC.t(), hidden_SF).to(proj[e].dtype))
+        fc_1_grads.append(torch.mm(gate_grad_SF.t(), x_SC).to(fc_1[e].dtype))
+        fc_2_grads.append(torch.mm(up_grad_SF.t(), x_SC).to(fc_2[e].dtype))
+        if rows.stop > rows.start:
+            torch.mm(gate_grad_SF, fc_1[e].to(x.dtype), out=x_grad_RC[rows])
+            x_grad_RC[rows].addmm_(up_grad_SF, fc_2[e].to(x.dtype))
+    return [_sum_of_rows(x_grad_RC, inverse), weights_grad_R1, *fc_1_grads, *fc_2_grads, *proj_grads]
+
+
+@_experts_grad.register_fake
+def _(
+    grad: Any, gate: Any, up: Any, x: Any, weights: Any, token: Any, inverse: Any, ends: Any, *maps: Any
+) -> Any:
+    return [torch.empty_like(tensor) for tensor in (x, weights, *itertools.chain(*maps))]
 
 
 @torch.library.custom_op("moe::up", mutates_args=())
@@ -781,6 +867,22 @@ def _(y_grad: Any, hidden: Any, token: Any, ends: Any, proj: Any) -> Any:
     return [torch.empty_like(tensor) for tensor in (hidden, *proj)]
 
 
+def _experts_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, fc_1, fc_2, proj = inputs
+    ctx.save_for_backward(*output[1:], *tensors, *fc_1, *fc_2, *proj)
+    ctx.set_materialize_grads(False)  # gate and up have none
+
+
+def _experts_backward(ctx: Any, grad: torch.Tensor, *_: None):
+    saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
+    *tensors, ends = saved[:7]
+    matrices, n_expert = saved[7:], ends.numel()
+    maps = [matrices[at : at + n_expert] for at in range(0, 3 * n_expert, n_expert)]
+    x_grad, weights_grad, *grads = torch.ops.moe.experts_grad(grad.contiguous(), *tensors, ends, *maps)
+    map_grads = (grads[at : at + n_expert] for at in range(0, 3 * n_expert, n_expert))
+    return x_grad, weights_grad, None, None, None, *map_grads
+
+
 def _up_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, token, inverse, ends, fc_1, fc_2 = inputs
     ctx.save_for_backward(x, token, inverse, ends, *fc_1, *fc_2)
@@ -807,6 +909,7 @@ def _down_backward(ctx: Any, y_grad: torch.Tensor):
     return hidden_grad, None, None, None, grads
 
 
+_experts.register_autograd(_experts_backward, setup_context=_experts_keep)
 _up.register_autograd(_up_backward, setup_context=_up_keep)
 _down.register_autograd(_down_backward, setup_context=_down_keep)
 
@@ -814,6 +917,16 @@ _down.register_autograd(_down_backward, setup_context=_down_keep)
 @register_flop_formula([torch.ops.moe.up, torch.ops.moe.down])
 def _(x: Any, token: Any, inverse: Any, ends: Any, *maps: Any, **_: Any) -> int:
     return sum(2 * token[0] * math.prod(matrices[0]) for matrices in maps)
+
+
+@register_flop_formula(torch.ops.moe.experts)
+def _(x: Any, weights: Any, token: Any, inverse: Any, ends: Any, *maps: Any, **_: Any) -> int:
+    return sum(2 * token[0] * math.prod(matrices[0]) for matrices in maps)
+
+
+@register_flop_formula(torch.ops.moe.experts_grad)
+def _(grad: Any, gate: Any, up: Any, x: Any, weights: Any, token: Any, *others: Any, **_: Any) -> int:
+    return sum(2 * 2 * token[0] * math.prod(matrices[0]) for matrices in others[2:])
 
 
 @register_flop_formula(torch.ops.moe.up_grad)
@@ -1151,8 +1264,7 @@ class _TritonExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         x_NC = x_NC.contiguous()
         both_RO = torch.ops.moe.expert_rows(x_NC, up_EOC, token_R, ends_E, *tiles)
-        gate_RF, up_RF = both_RO.chunk(2, dim=1)
-        hidden_RF = F.silu(gate_RF) * up_RF * weights_R1
+        hidden_RF = _swiglu(*both_RO.chunk(2, dim=1), weights_R1)
         y_RC = torch.ops.moe.expert_rows(hidden_RF, proj_ECF, None, ends_E, *tiles)
         ctx.save_for_backward(
             x_NC, both_RO, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles
@@ -1163,15 +1275,10 @@ class _TritonExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_NC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_NC, both_RO, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles = ctx.saved_tensors
         grad_NC = grad_NC.contiguous()
-        gate_RF, up_RF = both_RO.chunk(2, dim=1)
-        silu_RF = F.silu(gate_RF)
-        hidden_RF = silu_RF * up_RF
         grad_RF = torch.ops.moe.expert_rows(grad_NC, proj_ECF.mT, token_R, ends_E, *tiles)
-        proj_grad = torch.ops.moe.expert_matrices(grad_NC, token_R, hidden_RF * weights_R1, None, ends_E)
-        weights_grad_R1 = (grad_RF * hidden_RF).sum(1, keepdim=True)
-        grad_RF = grad_RF * weights_R1
-        gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
-        grad_RO = torch.cat([gate_grad_RF, grad_RF * silu_RF], dim=1)
+        hidden_RF, *both_grads, weights_grad_R1 = _swiglu_grad(grad_RF, *both_RO.chunk(2, dim=1), weights_R1)
+        proj_grad = torch.ops.moe.expert_matrices(grad_NC, token_R, hidden_RF, None, ends_E)
+        grad_RO = torch.cat(both_grads, dim=1)
         x_grad_RC = torch.ops.moe.expert_rows(grad_RO, up_EOC.mT, None, ends_E, *tiles)
         up_grad = torch.ops.moe.expert_matrices(grad_RO, None, x_NC, token_R, ends_E)
         x_grad_NC = _sum_of_rows(x_grad_RC, inverse_NK)
