@@ -659,12 +659,23 @@ def read_manifest(data_dir: Path) -> dict:
             raise ValueError(f"{shard}: a link out of its folder; {RUN_AGAIN}")
         if shard.stat().st_size != size:
             raise ValueError(f"{shard}: {shard.stat().st_size} bytes, {MANIFEST} says {size}; {RUN_AGAIN}")
-    written = path.stat().st_mtime_ns
-    for entry in listed(manifest, "shards"):
-        shard = data_dir / entry["path"]
-        if shard.stat().st_mtime_ns > written and sha256_file(shard) != entry["sha256"]:
-            raise ValueError(f"{shard}: altered since it was made; {RUN_AGAIN}")
     return manifest
+
+
+def altered_shards(data_dir: Path, manifest: dict) -> list[str]:
+    """Return a sentence for each shard whose content is not what the manifest records, by its SHA-256."""
+    width, entries = np.dtype(manifest["dtype"]).itemsize, listed(manifest, "shards")
+    total = width * sum(entry["n_tokens"] for entry in entries)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="checking shards", disable=None, delay=1)
+    reasons = []
+    # threads, for hashlib and reading let others run: 1 GB takes a core 0.6 to 0.9 s
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar as progress:
+        found = pool.map(lambda entry: sha256_file(data_dir / entry["path"]), entries)
+        for entry, sha256 in zip(entries, found, strict=True):
+            progress.update(width * entry["n_tokens"])
+            if sha256 != entry["sha256"]:
+                reasons.append(f"{data_dir / entry['path']}: altered since it was made; {RUN_AGAIN}")
+    return reasons
 
 
 def check_types(manifest: dict) -> None:
@@ -696,11 +707,14 @@ def check_types(manifest: dict) -> None:
             raise ValueError(f"the shards of {split} do not add up to its n_tokens")
 
 
-def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = None) -> list[str]:
+def stale_reasons(
+    data_dir: Path, tokenizer_dir: Path, options: dict | None = None, contents: bool = True
+) -> list[str]:
     """Return why the shards no longer match text, tokenizer, options or format; [] if they do.
 
-    Sizes and time stamps decide; a file is only hashed if its time stamp alone differs. A directory whose
-    text was removed altogether (to save space) is judged by its tokenizer.
+    Shards are hashed, unless another process has seen to their `contents`. Of a text, size and time stamp
+    decide; it is only hashed if its time stamp alone differs. A directory whose text was removed altogether
+    (to save space) is judged by its tokenizer.
     """
     try:
         manifest = read_manifest(data_dir)
@@ -725,7 +739,7 @@ def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = No
             reasons.append(f"{path}: new")
         elif has_changed(path, recorded[path]):
             reasons.append(f"{path}: changed")
-    return reasons
+    return reasons or (altered_shards(data_dir, manifest) if contents else [])
 
 
 def has_changed(path: Path, recorded: dict) -> bool:
@@ -827,6 +841,9 @@ class SplitWriter:
         shards = self._shards.items()
         return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
 
+    def _is_whole(self, entry: dict) -> bool:
+        return sha256_file(self.data_dir / entry["path"]) == entry.get("sha256")
+
     def _flush(self, split: str, pool: Executor) -> None:
         """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
         stories, hashes = self._waiting[split]
@@ -834,9 +851,9 @@ class SplitWriter:
         facts, shards = self.facts, self._shards[split]
         made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
         key = hashlib.blake2b(b"".join(hashes) + made_by.encode(), digest_size=8).hexdigest()
-        if key in self._finished:
-            shards.append(self._finished[key])
-            self.n_reused_bytes += self._finished[key]["n_bytes"]
+        if (made := self._finished.get(key)) and self._is_whole(made):
+            shards.append(made)
+            self.n_reused_bytes += made["n_bytes"]
             return
         if len(self._submitted) >= self.workers:  # no more text in memory than is worked on
             self._submitted[-self.workers].result()
@@ -1086,9 +1103,12 @@ def _read_ahead(batches: TokenBatches, plan: Iterator[list[int]]) -> "Iterator[t
     )
 
 
-def refresh(data_dir: Path, tokenizer_dir: Path) -> None:
+def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True) -> None:
     """Make the shards again, with the options that they were made with, if they are stale."""
-    if stale_reasons(data_dir, tokenizer_dir):
+    if reasons := stale_reasons(data_dir, tokenizer_dir, contents=contents):
+        if (data_dir / MANIFEST).is_file() and not any((data_dir / "train").glob("*.txt")):
+            reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
+            raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
         options = {}
         with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
             before = read_json(data_dir / MANIFEST)["options"]
@@ -1155,11 +1175,14 @@ def text_shards_class() -> type:
                 raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
             if self.num_workers < 0:
                 raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
-            self.train_data_path, self.data_dir = train, train.parent
+            self.train_data_path, self.data_dir, self._is_checked = train, train.parent, False
             super().__post_init__()
 
         def prepare_data(self) -> None:
-            refresh(self.data_dir, Path(self.tokenizer_dir))
+            # LitGPT asks in every process, and run_train.py before; shards are hashed once on a machine
+            rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+            refresh(self.data_dir, Path(self.tokenizer_dir), contents=not self._is_checked and rank == "0")
+            self._is_checked = True
 
         def train_dataloader(self) -> "DataLoader":
             return open_split(self, "train", self.seed)

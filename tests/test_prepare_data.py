@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import alter
 
 import prepare_data
 from prepare_data import PrepareSettings, StoryEncoder, TokenStream, prepare, read_tokenizer
@@ -504,6 +505,27 @@ def test_a_truncated_shard_is_refused_and_repaired(settings: PrepareSettings) ->
     with pytest.raises(ValueError, match=rf"{shard.name}: {len(content) - 10} bytes, .* says {len(content)}"):
         TokenStream(settings.data_dir, "train")
     assert prepare(settings) == before
+    assert shard.read_bytes() == content
+
+
+def test_a_shard_altered_at_equal_size_and_time_is_found_and_repaired(settings: PrepareSettings) -> None:
+    before = prepare(settings)
+    (shard,) = settings.data_dir.glob("val/val/*.bin")
+    content = shard.read_bytes()
+    alter(shard)
+    (reason,) = prepare_data.stale_reasons(settings.data_dir, settings.tokenizer_dir)
+    assert reason.startswith(f"{shard}: altered since it was made")
+    assert prepare(settings) == before
+    assert shard.read_bytes() == content
+
+
+def test_a_finished_shard_that_was_altered_is_not_taken_up_again(settings: PrepareSettings) -> None:
+    prepare(settings)
+    (shard,) = settings.data_dir.glob("train/train/*.bin")
+    content = shard.read_bytes()
+    alter(shard)
+    write_text(settings.data_dir / "val" / "b.txt", make_text(30, seed=1))  # the train shard is to stay
+    prepare(settings)
     assert shard.read_bytes() == content
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_CONFIG
+from conftest import ROOT, TINY_CONFIG, alter
 
+import prepare_data
 import run_train
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -445,18 +446,34 @@ def test_a_shard_with_tokens_above_the_vocabulary_is_told_though_all_hashes_agre
     assert "damaged: token 32767 of a vocabulary of" in err and "error: copy/train/train" in err
 
 
-def test_a_shard_altered_at_equal_size_is_found(
+def test_a_shard_altered_at_equal_size_and_time_is_made_again(
     workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_data, "copy")
     shard = next(Path("copy/train/train").glob("*.bin"))
-    os.utime("copy/manifest.json")
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 1
-    shard.write_bytes(data)
-    os.utime(shard)
+    whole = shard.read_bytes()
+    alter(shard)
     assert run("--dataset_dir", "copy", "--max_tokens", 256) == 0
-    assert "altered since it was made" in capsys.readouterr().err  # and made again from the text
+    assert "altered since it was made" in capsys.readouterr().err
+    assert shard.read_bytes() == whole
+
+
+def test_a_shard_altered_where_the_text_is_gone_is_refused(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "copy", ignore=shutil.ignore_patterns("*.txt"))
+    alter(next(Path("copy/train/train").glob("*.bin")))
+    assert run("--dataset_dir", "copy", "--max_tokens", 256) == 2
+    err = capsys.readouterr().err
+    assert "altered since it was made" in err and "no text to make it again from" in err
+
+
+def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    check = prepare_data.altered_shards
+    monkeypatch.setattr(prepare_data, "altered_shards", lambda *args: hashed.append(1) or check(*args))
+    assert run("--max_tokens", 256) == 0
+    assert len(hashed) == 1
 
 
 def test_the_seed_sets_the_order_of_the_data_too(workspace: Path) -> None:
