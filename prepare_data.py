@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -133,6 +134,11 @@ def check_settings(settings: PrepareSettings) -> None:
         ("separator", len(s.separator.splitlines()) <= 1, "the text of one line"),
     )
     problems = [f"{name} is {getattr(settings, name)!r}; choose {rule}" for name, ok, rule in rules if not ok]
+    problems += [
+        f"{folder}: a file; name a folder with --{name}"
+        for name in ("data_dir", "tokenizer_dir")
+        if (folder := getattr(settings, name)).exists() and not folder.is_dir()
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -183,6 +189,70 @@ def read_json(path: Path) -> dict:
     return content
 
 
+class FolderInUse(OSError):
+    """Another process works in the folder; the text says which."""
+
+
+class FolderLock:
+    """Keeps a second process out of a folder. The system drops the lock with the process, however it ends."""
+
+    def __init__(self, folder: Path, name: str, doing: str, way_out: str) -> None:
+        self.folder, self.doing, self.way_out = folder, doing, way_out
+        self.path = folder / f".{name}.lock"
+        self.identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
+
+    def acquire(self, wait: bool = False) -> None:
+        """Take the lock, or raise FolderInUse unless told to wait for it."""
+        from filelock import FileLock, Timeout
+
+        self._lock, self._made = FileLock(self.path), not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=-1 if wait else 0)
+            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            self.identity.write_text(json.dumps(me), encoding="utf-8")
+        except Timeout:
+            raise FolderInUse(self._refusal()) from None
+        except OSError:
+            pass  # a folder that cannot be written, or is full: whoever writes there tells of it
+
+    def release(self) -> None:
+        """Give the lock back; a folder that was made for it and stayed empty goes too."""
+        with contextlib.suppress(OSError):
+            self.identity.unlink(missing_ok=True)
+            if self._made and os.listdir(self.folder) == [self.path.name]:  # noqa: PTH208
+                self.path.unlink()
+                self.folder.rmdir()
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def problem(self) -> str | None:
+        """Return a sentence if a live process holds the lock."""
+        from filelock import FileLock, Timeout
+
+        if not self.path.exists():
+            return None
+        try:
+            with FileLock(self.path).acquire(blocking=False):
+                return None
+        except Timeout:
+            return self._refusal()
+        except OSError:
+            return None  # a folder that cannot be written is told elsewhere
+
+    def _refusal(self) -> str:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            me = json.loads(self.identity.read_text(encoding="utf-8"))
+            who = f"process {me['process']} on {me['host']}, since {me['since']}"
+        return f"{self.folder}: {self.doing} there ({who}); {self.way_out}"
+
+
 # --- text -> stories ---------------------------------------------------------------------------------------
 
 
@@ -195,6 +265,8 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
         way_out = f"put UTF-8 text into {train}/*.txt, or use --dataset demo or --dataset tinystories"
         raise FileNotFoundError(f"{missing}; {way_out}")
     for path in text["train"] + text["val"]:
+        if not path.is_file():
+            raise ValueError(f"{path}: not a file; move it away, or put the text itself there")
         if path.stat().st_size < 1 << 16 and not path.read_bytes().strip():
             raise ValueError(f"{path}: empty; put text into it or remove it")
     if (train / "demo.json").is_file() and len(text["train"]) > 1:
@@ -884,6 +956,7 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     splits = {}
     for split in SPLITS:
         if not shards[split]:
+            clean(data_dir, listed_in_place(data_dir))
             raise ValueError(
                 f"{data_dir}: no story for the {split} split; give more text, or end each story by "
                 f"a line {settings.separator!r} (--separator names another, '' splits at blank lines)"
@@ -896,22 +969,50 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     return splits
 
 
-def clean(data_dir: Path, manifest: dict) -> None:
-    """Remove our own files that the manifest does not list: old shards, journals, parts of killed runs."""
-    keep = {data_dir / shard["path"] for shard in listed(manifest, "shards")}
-    for path in [path for split in SPLITS for path in (data_dir / split / split).glob("*")]:
-        if OWN_FILE.fullmatch(path.name) and path not in keep:
-            with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
-                path.unlink()
+def listed_in_place(data_dir: Path) -> list[dict]:
+    """Return the entries of the shards that the manifest in place lists, [] if it is damaged or not there."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return [entry for entry in listed(read_json(data_dir / MANIFEST), "shards") if entry["path"]]
+    return []
 
 
-def prepare(settings: PrepareSettings) -> dict:
+def clean(data_dir: Path, shards: list[dict]) -> None:
+    """Remove our own files but these shards: old ones, journals, parts of killed runs, then empty folders."""
+    keep = {data_dir / shard["path"] for shard in shards}
+    for folder in (data_dir / split / split for split in SPLITS):
+        for path in folder.glob("*"):
+            if OWN_FILE.fullmatch(path.name) and path not in keep:
+                with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
+                    path.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty
+
+
+def lock_data(data_dir: Path) -> FolderLock:
+    """Return what keeps a second preparation out of a data directory."""
+    return FolderLock(data_dir, "prepare", "prepare_data.py is at work", "wait for it to end, then run again")
+
+
+def prepare(settings: PrepareSettings, wait: bool = False) -> dict:
     """Return the manifest of a data directory whose shards match its text, tokenizer and options.
 
     Does only what is missing: text (demo, tinystories), tokenizer, stale shards. Raises ValueError for bad
-    settings or text, OSError for a missing folder, a full disk or an unreachable hub; what was there stays.
+    settings or text, FolderInUse if another process is at it (or waits for that one), OSError for a missing
+    folder, a full disk or an unreachable hub; what was there stays.
     """
     check_settings(settings)
+    if settings.dataset == "custom":
+        list_text(settings.data_dir)  # before a folder is made for a name that was mistyped
+    lock = lock_data(settings.data_dir)
+    lock.acquire(wait)
+    try:
+        return _prepare(settings)
+    finally:
+        lock.release()
+
+
+def _prepare(settings: PrepareSettings) -> dict:
+    """Do what `prepare` says, alone in the folder."""
     data_dir = settings.data_dir
     if settings.dataset == "demo":
         write_demo_corpus(data_dir, settings.demo_stories, settings.seed, settings.overwrite)
@@ -935,7 +1036,7 @@ def prepare(settings: PrepareSettings) -> dict:
     except BrokenExecutor as error:
         raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
     write_json(data_dir / MANIFEST, manifest)
-    clean(data_dir, manifest)
+    clean(data_dir, listed(manifest, "shards"))
     return manifest
 
 
@@ -1103,8 +1204,11 @@ def _read_ahead(batches: TokenBatches, plan: Iterator[list[int]]) -> "Iterator[t
     )
 
 
-def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True) -> None:
-    """Make the shards again, with the options that they were made with, if they are stale."""
+def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
+    """Make the shards again, with the options that they were made with, if they are stale.
+
+    `contents` and `wait` as of `stale_reasons` and `prepare`.
+    """
     if reasons := stale_reasons(data_dir, tokenizer_dir, contents=contents):
         if (data_dir / MANIFEST).is_file() and not any((data_dir / "train").glob("*.txt")):
             reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
@@ -1113,7 +1217,14 @@ def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
             before = read_json(data_dir / MANIFEST)["options"]
             options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
-        prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options))
+        prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)
+
+
+def is_one_of_many() -> bool:
+    """Return whether this process trains together with others."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
@@ -1121,7 +1232,7 @@ def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
     from torch import distributed
     from torch.utils.data import ChainDataset, DataLoader
 
-    ranked = seed is not None and distributed.is_available() and distributed.is_initialized()
+    ranked = seed is not None and is_one_of_many()
     ranks = (distributed.get_rank(), distributed.get_world_size()) if ranked else (0, 1)
     stream = TokenStream(data.data_dir, split)
     batches = TokenBatches(
@@ -1181,7 +1292,8 @@ def text_shards_class() -> type:
         def prepare_data(self) -> None:
             # LitGPT asks in every process, and run_train.py before; shards are hashed once on a machine
             rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-            refresh(self.data_dir, Path(self.tokenizer_dir), contents=not self._is_checked and rank == "0")
+            contents = not self._is_checked and rank == "0"
+            refresh(self.data_dir, Path(self.tokenizer_dir), contents, wait=is_one_of_many())
             self._is_checked = True
 
         def train_dataloader(self) -> "DataLoader":
@@ -1256,7 +1368,7 @@ def main(argv: list[str] | None = None) -> int:
         print(summary(manifest, settings, time.perf_counter() - start if is_new else None))
         if args.log_to_wandb:
             print(push_from_flags(args, settings.data_dir, settings.tokenizer_dir))
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, FolderInUse) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ConnectionError as error:

@@ -24,7 +24,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -798,7 +797,7 @@ def memory_problems(run: Run) -> list[str]:
 def out_dir_problems(run: Run) -> list[str]:
     """Return a sentence if the place holds another run, cannot be written, or is too full."""
     out_dir = run.settings.out_dir
-    if is_main_process() and (live := RunLock(out_dir).problem()):
+    if is_main_process() and (live := run_lock(out_dir).problem()):
         return [live]
     if run.initial and run.settings.overwrite and out_dir.resolve() in run.initial.resolve().parents:
         return [
@@ -1103,49 +1102,9 @@ def tidy(out_dir: Path, start_step: int) -> None:
             note(f"{path} is not part of this run's history: renamed to {superseded.name}")
 
 
-class RunLock:
-    """Keeps a second run out of `out_dir`. The system drops the lock with the process, however it ends."""
-
-    def __init__(self, out_dir: Path) -> None:
-        self.out_dir, self.path = out_dir, out_dir / ".run.lock"
-        self.identity = out_dir / ".run.json"  # beside it: on Windows a locked file cannot be read
-
-    def __enter__(self) -> None:
-        from filelock import FileLock, Timeout
-
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise RunFailed(self._refusal()) from None
-        me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        self.identity.write_text(json.dumps(me), encoding="utf-8")
-
-    def __exit__(self, *_: object) -> None:
-        self.identity.unlink(missing_ok=True)
-        self._lock.release()
-
-    def problem(self) -> str | None:
-        """Return a sentence if a live run holds the lock."""
-        from filelock import FileLock, Timeout
-
-        if not self.path.exists():
-            return None
-        try:
-            with FileLock(self.path).acquire(blocking=False):
-                return None
-        except Timeout:
-            return self._refusal()
-        except OSError:
-            return None  # a folder that cannot be written is told elsewhere
-
-    def _refusal(self) -> str:
-        who = "another process"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            me = json.loads(self.identity.read_text(encoding="utf-8"))
-            who = f"process {me['process']} on {me['host']}, since {me['since']}"
-        return f"{self.out_dir}: a run is live there ({who}); wait for it or choose another --out_dir"
+def run_lock(out_dir: Path) -> prepare_data.FolderLock:
+    """Return what keeps a second run out of `out_dir`."""
+    return prepare_data.FolderLock(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
 
 
 # --- the end of a run before its time -----------------------------------------------------------------------
@@ -2219,7 +2178,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def explain(error: Exception, out_dir: Path) -> str | None:
     """Return what to tell of a failure in training, None for one that only a bug can cause."""
-    if isinstance(error, RunFailed):
+    if isinstance(error, RunFailed | prepare_data.FolderInUse):
         return str(error)
     if "by peer" in str(error):  # gloo's "Connection closed by peer", or "reset"
         return "another process of this run has ended, see its message; then continue with --resume auto"
@@ -2279,7 +2238,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 1 if is_work else 2)
     run.started, out_dir = started, run.settings.out_dir
     try:
-        with RunLock(out_dir) if is_main_process() else contextlib.nullcontext():
+        with run_lock(out_dir) if is_main_process() else contextlib.nullcontext():
             with StopSignals() as stops:
                 monitor = train(run, stops)
             if is_main_process() and monitor.ending:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
 LONG = int(os.environ.get("FUZZ_CASES", "1000"))
 TRAIN = ["--config", "train_config.yaml", "--model_config", "model_config.yaml", "--dataset_dir", "d"]
-SECONDS = 60  # a case that takes longer hangs
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))  # a case that takes longer hangs
 MEMORY = 8 << 30
 MAX_TOKENS_PER_STEP = 4096
 
