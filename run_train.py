@@ -677,7 +677,7 @@ def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
         return "it was not written to its end"
     try:
         verify_checkpoint(checkpoint_dir)
-        read_state(checkpoint_dir / CHECKPOINT_FILE)
+        check_state(read_state(checkpoint_dir / CHECKPOINT_FILE), checkpoint_dir)
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -701,9 +701,8 @@ def resume_step(run: Run) -> int:
     checkpoint_dir = run.resume.parent
     check_weights(checkpoint_dir, run.config)
     state = read_state(run.resume)
-    step = state.get("step_count")
-    if not isinstance(step, int):
-        raise ValueError(f"{run.resume} holds weights alone; start from it with --initial_checkpoint_dir")
+    check_state(state, checkpoint_dir, run)
+    step = state["step_count"]
     if run.settings.moe.bias_update_rate and not has_selection_bias(state["model"]):
         raise ValueError(
             f"{checkpoint_dir} was trained without a selection bias; drop moe.bias_update_rate, or start "
@@ -730,6 +729,205 @@ def resume_step(run: Run) -> int:
             "the rest follows the new total."
         )
     return step
+
+
+# --- the training state of a checkpoint: checked whole before any of it is used -----------------------------
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_loss_list(value: Any) -> bool:
+    return type(value) is list and len(value) <= Guard.WINDOW and all(map(_is_finite, value))
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+FIGURES: dict[str, Callable[[Any], bool]] = {  # what `Monitor.save` adds is under run and rng
+    "step_count": _is_count,
+    "iter_num": _is_count,
+    "run.time_s": lambda value: _is_finite(value) and value >= 0,
+    "run.told_step": lambda value: value == -1 or _is_count(value),
+    "run.n_rows": _is_count,
+    "run.n_spikes": _is_count,
+    "run.n_loads": _is_count,
+    "run.n_stories": _is_count,
+    "run.guard.n_skipped": _is_count,
+    "run.guard.n_in_a_row": _is_count,
+    "run.guard.losses": _is_loss_list,
+}
+
+
+def check_state(state: dict[str, Any], checkpoint_dir: Path, run: Run | None = None) -> None:
+    """Check that training can go on from `state`; with a run, that this run can.
+
+    Raises:
+        ValueError: it is not as it was saved, or holds weights alone.
+    """
+    if "step_count" not in state:
+        raise ValueError(f"{checkpoint_dir} holds weights alone; start from it with --initial_checkpoint_dir")
+    is_ours = "run" in state or "rng" in state or (checkpoint_dir / "checkpoint.json").exists()
+    parts = [figure_problems(state, checkpoint_dir, is_ours), loader_problems(state, run)]
+    if is_ours:  # a checkpoint of LitGPT's own loop has neither
+        parts += [rng_problems(state), router_problems(state)]
+    parts.append(optimizer_problems(state, run))
+    if (problem := next(itertools.chain(*parts), None)) is not None:
+        raise ValueError(
+            f"{checkpoint_dir}: its training state is damaged: {problem}; resume from another step-*, "
+            f"or start from its weights with --initial_checkpoint_dir {checkpoint_dir}"
+        )
+
+
+def _part(state: Any, key: str) -> Any:
+    """Return what is at a dotted key of nested dicts, None if nothing is."""
+    for name in key.split("."):
+        # no kind of dict whose methods a file could hide behind values of its own
+        state = state.get(name) if type(state) is dict else None
+    return state
+
+
+def _wrong_part(state: Any, key: str) -> str:
+    text = " ".join(repr(_part(state, key)).split())
+    return f"{key} is {text if len(text) < 60 else text[:57] + '...'}"
+
+
+def figure_problems(state: dict[str, Any], checkpoint_dir: Path, is_ours: bool) -> Iterator[str]:
+    """Yield what is wrong with the counts and figures of a training state."""
+    for key, is_right in FIGURES.items():
+        if (is_ours or not key.startswith("run.")) and not is_right(_part(state, key)):
+            yield _wrong_part(state, key)
+    named = re.fullmatch(r"step-(\d+)", checkpoint_dir.name)
+    recorded = prepare_data.read_json(checkpoint_dir / "checkpoint.json").get("step")
+    for step in (int(named[1]) if named else None, recorded):
+        if step is not None and step != state["step_count"]:
+            yield f"step_count is {state['step_count']}, and the checkpoint that of step {step!r:.20}"
+    n_skipped = _part(state, "run.guard.n_skipped") or 0
+    if n_skipped > state["step_count"] or (_part(state, "run.guard.n_in_a_row") or 0) > n_skipped:
+        yield _wrong_part(state, "run.guard")
+
+
+def loader_problems(state: dict[str, Any], run: Run | None) -> Iterator[str]:
+    """Yield what is wrong with the position in the data; other data modules may keep what they like."""
+    is_own = run is not None and is_own_data(run.data)
+    for name in ("epoch", "n_used", "n_sequences", "n_batches"):
+        value = _part(state, f"train_dataloader.{name}")
+        if not _is_count(value) and (value is not None or (is_own and name != "n_batches")):
+            yield _wrong_part(state, f"train_dataloader.{name}")
+    n_sequences = _part(state, "train_dataloader.n_sequences")
+    if n_sequences is not None and not (_part(state, "train_dataloader.n_used") or 0) < n_sequences:
+        yield _wrong_part(state, "train_dataloader")
+
+
+def rng_problems(state: dict[str, Any]) -> Iterator[str]:
+    """Yield which state of a random generator cannot be set, found by setting it in one of no use."""
+    import numpy as np
+    import torch
+
+    def cuda(states: list[torch.Tensor]) -> None:
+        if type(states) is not list or any(s.dtype != torch.uint8 or s.ndim != 1 for s in states):
+            raise ValueError
+
+    for name, set_state in (
+        ("python", lambda value: random.Random().setstate(python_state(value))),
+        ("numpy", lambda value: np.random.RandomState().set_state(numpy_state(value))),
+        ("torch", lambda value: torch.Generator().set_state(value)),
+        ("cuda", cuda),
+    ):
+        try:
+            set_state(_part(state, f"rng.{name}"))
+        except Exception:  # each generator has errors of its own for what it does not take
+            yield _wrong_part(state, f"rng.{name}")
+
+
+def router_problems(state: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the tokens and losses that each MoE layer counted since the last row."""
+    import torch
+
+    counts, weights = _part(state, "run.router"), state.get("model")
+    gates = dict.items(weights) if isinstance(weights, dict) else ()
+    shapes = [gate.shape[:1] for name, gate in gates if str(name).endswith(".mlp.gate.weight")]
+    if type(counts) is not list or len(counts) != len(shapes):
+        yield _wrong_part(state, "run.router")
+        return
+    for layer, (count, shape) in enumerate(zip(counts, shapes, strict=True)):
+        load, sums = _part(count, "load"), _part(count, "sums")
+        if (
+            not (isinstance(load, torch.Tensor) and isinstance(sums, torch.Tensor))
+            or (load.dtype, load.shape) != (torch.int64, shape)
+            or (sums.dtype, sums.shape) != (torch.float32, (4,))
+            or bool((load < 0).any())
+            or not sums.isfinite().all()
+        ):
+            yield f"run.router.{layer} is not what a layer counts"
+
+
+def meta_model(config: "MoEConfig") -> Any:
+    """Return the model without its values: names and shapes alone."""
+    import torch
+    from litgpt import GPT
+
+    with torch.device("meta"):
+        return GPT(config)
+
+
+MOMENTS = {  # what torch's optimizers keep of a weight
+    "Muon": {"momentum_buffer"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Adam": {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+def optimizer_problems(state: dict[str, Any], run: Run | None) -> Iterator[str]:
+    """Yield what is wrong with the optimizer's state; with a run, whether it is one of that optimizer."""
+    kept, groups = _part(state, "optimizer.state"), _part(state, "optimizer.param_groups")
+    if type(kept) is not dict:
+        yield _wrong_part(state, "optimizer.state")
+    elif type(groups) is not list or any(type(_part(group, "params")) is not list for group in groups):
+        yield _wrong_part(state, "optimizer.param_groups")
+    elif run is not None:
+        optimizer = make_optimizer(run.settings, meta_model(run.config), run.optimizer)
+        names = [name for group in groups for name in group["params"]]
+        sizes = [len(group["params"]) for group in groups]
+        wanted = [len(group["params"]) for group in optimizer.param_groups]
+        if any(type(name) not in (int, str) for name in names) or len(set(names)) < len(names):
+            yield "optimizer.param_groups name a weight twice, or none"
+        elif sizes != wanted:
+            yield f"optimizer.param_groups have {sizes} weights, not {wanted}"
+        elif not set(kept) <= set(names) or len(kept) not in (0, len(names)):
+            yield f"optimizer.state is of {len(kept)} weights, not {len(names)}"
+        else:
+            n_steps = state["step_count"] - (_part(state, "run.guard.n_skipped") or 0)
+            yield from moment_problems(kept, names, optimizer, n_steps)
+        if name := non_finite(state):
+            yield f"{name} holds values that are no numbers"
+
+
+def moment_problems(kept: dict[Any, Any], names: list[Any], optimizer: Any, n_steps: int) -> Iterator[str]:
+    """Yield which weight's moments are not what `optimizer` has after `n_steps`. `names` are in its order."""
+    import torch
+
+    parts = getattr(optimizer, "parts", [optimizer])
+    groups = [(type(part).__name__, group) for part in parts for group in part.param_groups]
+    weights = [(kind, group, weight) for kind, group in groups for weight in group["params"]]
+    if bool(kept) != bool(n_steps):
+        yield f"optimizer.state is of {len(kept)} weights after {n_steps} steps"
+    for name, (kind, group, weight) in zip(names, weights if kept else [], strict=False):
+        moments = kept[name]
+        wanted = MOMENTS.get(kind) and MOMENTS[kind] | ({"max_exp_avg_sq"} if group.get("amsgrad") else set())
+        if type(moments) is not dict or (wanted and set(moments) != wanted):
+            yield f"optimizer.state.{name!r:.60} is not what {kind} keeps"
+            continue
+        for key, value in moments.items() if wanted else ():
+            is_tensor = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if key == "step":
+                is_right = is_tensor and value.numel() == 1 and value.item() == n_steps
+            else:
+                is_right = is_tensor and value.shape == weight.shape
+            if not is_right or (key.endswith("_sq") and bool((value < 0).any())):
+                yield f"optimizer.state.{name!r:.60}.{key} is not what {kind} has after {n_steps} steps"
 
 
 def is_own_data(data: Any) -> bool:
@@ -826,7 +1024,7 @@ def _way_on(out_dir: Path, earlier: list[Path]) -> str:
     """Return the sentence on a place that holds a run already."""
     whole = next((path for path in reversed(earlier) if checkpoint_flaw(path) is None), None)
     if whole is None:
-        way = "none of it is whole"
+        way = "none of it can be continued"
     elif whole.name.startswith("step-"):
         way = "continue it with --resume auto"
     else:  # a run shorter than save_interval
@@ -1168,7 +1366,8 @@ class Guard:
         return {"n_skipped": self.n_skipped, "n_in_a_row": self.n_in_a_row, "losses": self.losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.n_skipped, self.n_in_a_row = state["n_skipped"], state["n_in_a_row"]
+        self.losses = state["losses"]
 
 
 def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int, lr: float) -> float:
@@ -1195,11 +1394,9 @@ def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int
 
 def sort_parameters(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the hidden matrices, the output head, and all else: embedding, routers, norms and biases."""
-    import torch
-    from litgpt import GPT
 
-    with torch.device("meta"):  # the shapes, of which FSDP leaves flat pieces
-        n_dims = {name: weight.ndim for name, weight in GPT(model.config).named_parameters()}
+    # the shapes, of which FSDP leaves flat pieces
+    n_dims = {name: weight.ndim for name, weight in meta_model(model.config).named_parameters()}
     matrices, head, rest = [], [], []
     for name, weight in model.named_parameters():
         name = name.replace("_fsdp_wrapped_module.", "")
@@ -1333,14 +1530,31 @@ def rng_state() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
+def python_state(state: Any) -> Any:
+    """Return the state as `random.setstate` takes it, which does not look at the last part."""
+    _, _, gauss = state
+    if gauss is not None and not _is_finite(gauss):
+        raise ValueError(gauss)
+    return state
+
+
+def numpy_state(state: Any) -> tuple[Any, ...]:
+    """Return the state as `numpy.random.set_state` takes it, which does not look at the position."""
+    import numpy as np
+
+    name, keys, position, *rest = state
+    if type(position) is not int or not 0 <= position <= 624:
+        raise ValueError(position)
+    return (name, keys.numpy().astype(np.uint32), position, *rest)
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put the generators where `rng_state` found them."""
     import numpy as np
     import torch
 
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(python_state(state["python"]))
+    np.random.set_state(numpy_state(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -1534,18 +1748,19 @@ class Monitor:
     def resume(self, state: dict[str, Any], rest: dict[str, Any]) -> None:
         """Go on where the checkpoint that LitGPT has just loaded into `state` was made."""
         state["iter_num"] = state["step_count"] * self.accumulation  # other devices take other micro-batches
-        if "rng" in rest:
-            set_rng_state(rest["rng"])
-        mine = rest.get("run", {})
+        if "run" not in rest:  # LitGPT's own loop wrote it
+            return
+        set_rng_state(rest["rng"])
+        mine = rest["run"]
         if self.fabric.is_global_zero:  # what a row sums over all ranks
-            for balance, counts in zip(self._balances(), mine.get("router", []), strict=False):
+            for balance, counts in zip(self._balances(), mine["router"], strict=True):
                 balance.load.copy_(counts["load"])
                 balance.sums.copy_(counts["sums"])
-        self.before_s = self.row_s = mine.get("time_s", 0.0)
-        self.guard.load_state_dict(mine.get("guard", {}))
-        self.told_step = mine.get("told_step", -1)
+        self.before_s = self.row_s = mine["time_s"]
+        self.guard.load_state_dict(mine["guard"])
+        self.told_step = mine["told_step"]
         for name, log in self.logs.items():
-            log.keep(mine.get(name, 0))
+            log.keep(mine[name])
 
     def save(
         self, fabric: "Fabric", state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path
@@ -1860,8 +2075,14 @@ def training_fabric() -> type:
             return norm
 
         def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
+            groups = state["optimizer"].param_groups if "iter_num" in (state or {}) else []
+            # the run's own settings hold, not those saved with the moments: else a changed weight_decay
+            # would be taken and never used
+            settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
             rest = super().load(path, state, strict=strict, weights_only=True)
             if "iter_num" in (state or {}):
+                for group, own in zip(state["optimizer"].param_groups, settings, strict=True):
+                    group.update(own)
                 self.monitor.resume(state, rest)
             return rest
 
