@@ -7,6 +7,12 @@ Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many storie
 in a flat array of ids; manifest.json says what made it, and shards that no longer match are made again.
 """
 
+import signal
+
+# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import bisect
 import codecs
@@ -23,7 +29,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -42,6 +47,7 @@ from tqdm import tqdm
 from wandb_dataset import (
     add_wandb_flags,
     check_inside,
+    hear_ctrl_c,
     is_outside,
     normalize_flags,
     push_from_flags,
@@ -1363,6 +1369,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = PrepareSettings(**{item.name: getattr(args, item.name) for item in fields(PrepareSettings)})
     start, start_ns = time.perf_counter(), time.time_ns()
     try:
+        hear_ctrl_c()
         manifest = prepare(settings)
         is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
         print(summary(manifest, settings, time.perf_counter() - start if is_new else None))

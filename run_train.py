@@ -6,6 +6,12 @@ With CUDA it takes model_config.yaml and train_config.yaml, without it the demo 
 Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 1000000`.
 """
 
+import signal
+
+# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import csv
 import difflib
@@ -23,7 +29,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +40,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
 
 import yaml
 
@@ -220,6 +225,8 @@ class Settings:
     log: litgpt_args.LogArgs = field(default_factory=litgpt_args.LogArgs)
     """Names for the W&B logger."""
 
+    places: ClassVar[dict[str, str]] = {}  # dotted key -> the file, variable or flag that set it
+
 
 # --- settings: flag > environment variable > YAML > default -------------------------------------------------
 
@@ -330,8 +337,19 @@ def load_settings(argv: list[str]) -> Settings:
     try:
         typed = parser.instantiate_classes(parser.parse_object(values.as_dict()))
     except (ArgumentError, ValueError) as error:  # TrainArgs checks its warm-up itself
-        raise ValueError(f"{config}: {' '.join(str(error).split())}") from error
-    return Settings(**{f.name: typed[f.name] for f in fields(Settings)})
+        keys = [key for key in given if key.rpartition(".")[2] in str(error)]
+        places = dict.fromkeys(given[key][1] for key in keys) or [config]
+        raise ValueError(f"{', '.join(map(str, places))}: {' '.join(str(error).split())}") from error
+    settings = Settings(**{f.name: typed[f.name] for f in fields(Settings)})
+    settings.places = {key: place for key, (_, place) in given.items()}
+    return settings
+
+
+def with_places(problems: list[str], settings: Settings) -> list[str]:
+    """Return the problems, those that begin with a key after the file, variable or flag that set it."""
+    keys = [re.match(r"[\w.]+(?= is )", problem) for problem in problems]
+    places = [settings.places.get(key[0]) if key else None for key in keys]
+    return [f"{place}: {text}" if place else text for place, text in zip(places, problems, strict=True)]
 
 
 def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
@@ -436,7 +454,7 @@ def check_run(settings: Settings) -> Run:
     data, optimizer = _collect(problems, build_classes, settings) or (None, None)
     resume = _collect(problems, find_resume, settings)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(with_places(problems, settings)))
     initial = _collect(problems, find_initial, settings, config)
     run = Run(settings, config, data, optimizer, precision, devices, resume, initial)
     if is_own_data(data):
@@ -448,7 +466,7 @@ def check_run(settings: Settings) -> Run:
     if resume:
         run.start_step = _collect(problems, resume_step, run) or 0
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(with_places(problems, settings)))
     # what runs is what is saved: whole steps, and the device's own precision
     settings.train.max_tokens = run.n_steps * run.tokens_per_step
     settings.train.log_interval = min(
@@ -607,10 +625,18 @@ def build_classes(settings: Settings) -> tuple[Any, dict[str, Any]]:
     weight = [torch.nn.Parameter(torch.zeros(2, 2))]
     optimizer = _collect(problems, _build, "optimizer", settings.optimizer, torch.optim.Optimizer, weight)
     if problems:
-        raise ValueError("\n".join(f"{settings.config} or a flag: {problem}" for problem in problems))
+        raise ValueError("\n".join(f"{_place(settings, problem)}: {problem}" for problem in problems))
     kind, values = type(optimizer), settings.optimizer.get("init_args") or {}
     init_args = {name: optimizer.defaults.get(name, value) for name, value in values.items()}
     return module, {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init_args}
+
+
+def _place(settings: Settings, problem: str) -> str:
+    """Return what set the class or the argument of it that a problem of `_build` is about."""
+    key, _, rest = problem.partition(": ")
+    names = [name for name in re.findall(r"\w+", rest) if f"{key}.{name}" in settings.places]
+    class_path = f"{key.partition('.')[0]}.class_path"
+    return settings.places.get(f"{key}.{names[0]}" if names else class_path, str(settings.config))
 
 
 def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
@@ -957,6 +983,8 @@ def has_text(data: Any) -> bool:
 def tokenizer_problems(run: Run) -> list[str]:
     """Return a sentence if the tokenizer in place is unusable or has more pieces than the model has rows."""
     folder, rows = run.settings.tokenizer_dir, run.config.padded_vocab_size
+    if folder.exists() and not folder.is_dir():
+        return [f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json"]
     if not (folder / "tokenizer.json").is_file():
         return []  # prepare_data makes or fetches one, or says why it cannot
     try:
@@ -981,7 +1009,7 @@ def memory_problems(run: Run) -> list[str]:
 
     total, _ = count_parameters(run.config)
     needed = 2 * total * (2 if run.precision.endswith("16-true") else 4)
-    has = psutil.virtual_memory().total
+    has = min([psutil.virtual_memory().total, *cgroup_limits()])
     if torch.cuda.is_available() and run.settings.accelerator in ("auto", "cuda", "gpu"):
         has = torch.cuda.mem_get_info()[1] * run.devices * run.settings.num_nodes
     if needed <= has:
@@ -990,6 +1018,24 @@ def memory_problems(run: Run) -> list[str]:
         f"{run.settings.model_config}: {total:,} parameters and their gradients need {needed / 1e9:.4g} GB "
         f"of memory but there are {has / 1e9:.4g}; choose a smaller model"
     ]
+
+
+def cgroup_limits(root: Path = Path("/")) -> list[int]:
+    """Return the limits of memory in bytes that a container or a service gives this process (Linux)."""
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)  # "0::/a/b" in version 2, "9:memory:/a/b" in 1
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+            group = Path(path.strip("/"))
+            # each group above holds too; a container sees its own as the top, whatever the path says
+            for part in (group, *group.parents):
+                file = root / "sys/fs/cgroup" / top / part / name
+                with contextlib.suppress(OSError, ValueError):  # "max": none
+                    limits.append(int(file.read_text(encoding="utf-8")))
+    return limits
 
 
 def out_dir_problems(run: Run) -> list[str]:
@@ -2451,6 +2497,7 @@ def main(argv: list[str] | None = None) -> int:
         # without segments that grow the caching allocator keeps a block for each until memory is in pieces.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
+        wandb_dataset.hear_ctrl_c()
         run = set_up(argv)
     except KeyboardInterrupt:
         return _fail("stopped before training began; the same command goes on", 130)

@@ -183,6 +183,74 @@ def test_each_variable_of_the_design_sets_what_its_flag_sets(
     assert by_variable == run_train.load_settings(["--config", "train_config.yaml", flag, text])
 
 
+@pytest.mark.parametrize(
+    ("flags", "variables", "begins"),
+    [
+        ([], {"MAX_TOKENS": "5"}, "error: $MAX_TOKENS: train.max_tokens is 5"),
+        (["--max_tokens", "5"], {}, "error: --max_tokens: train.max_tokens is 5"),
+        ([], {"MICRO_BATCH_SIZE": "0"}, "error: $MICRO_BATCH_SIZE: train.micro_batch_size is 0"),
+        (["--optimizer.lr", "x"], {}, "error: --optimizer.lr: optimizer.init_args: lr is 'x'"),
+        (["--optimizer", "AdamV"], {}, "error: --optimizer: optimizer.class_path is AdamV"),
+        (["--seed", "-1"], {}, "error: --seed: seed is -1"),
+        (["--lr_warmup_fraction", "0.5"], {}, "error: --lr_warmup_fraction: unknown key"),
+        (["--train.lr_warmup_fraction", "0.5"], {}, "error: train_config.yaml, --train.lr_warmup_fraction: "),
+    ],
+)
+def test_a_problem_names_the_place_that_its_value_came_from(
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    variables: dict[str, str],
+    begins: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(*flags) == 2
+    assert any(line.startswith(begins) for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_tokenizer_dir_that_is_a_file_is_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--tokenizer_dir", "model_config.yaml") == 2
+    line = "error: --tokenizer_dir: tokenizer_dir is model_config.yaml, a file"
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        (
+            "0::/a/b\n",
+            {"a/b/memory.max": "max\n", "a/memory.max": "3000\n", "memory.max": "9000"},
+            [3000, 9000],
+        ),
+        ("9:memory:/docker/x\n8:cpu:/\n", {"memory/memory.limit_in_bytes": "5000\n"}, [5000]),  # of version 1
+        ("0::/../other\n", {}, []),
+        ("", {}, []),
+    ],
+)
+def test_the_memory_that_a_container_may_use_is_read(
+    tmp_path: Path, groups: str, files: dict[str, str], limits: list[int]
+) -> None:
+    for name, text in {
+        "proc/self/cgroup": groups,
+        **{f"sys/fs/cgroup/{k}": v for k, v in files.items()},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert run_train.cgroup_limits(tmp_path) == limits
+
+
+def test_a_model_larger_than_the_container_s_memory_is_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_train, "cgroup_limits", lambda: [100_000])
+    assert run() == 2
+    assert "GB of memory but there are 0.0001" in capsys.readouterr().err
+
+
 def test_progress_can_be_switched_off(workspace: Path) -> None:
     assert run_train.load_settings(["--config", "train_config.yaml"]).progress is True
     assert run_train.load_settings(["--config", "train_config.yaml", "--no_progress"]).progress is False
