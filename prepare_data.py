@@ -1226,11 +1226,26 @@ def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bo
         prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)
 
 
+def refresh_once(data: "TextFiles") -> None:
+    """Refresh a data module's shards, which are hashed once in a run on each machine.
+
+    LitGPT asks for it in every process, and run_train.py before.
+    """
+    contents = not data.is_checked and is_first_on_machine()
+    refresh(data.data_dir, Path(data.tokenizer_dir), contents, wait=is_one_of_many())
+    data.is_checked = True
+
+
 def is_one_of_many() -> bool:
     """Return whether this process trains together with others."""
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
+
+
+def is_first_on_machine() -> bool:
+    """Return whether this is a run's only process, or the first of those on this machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
@@ -1292,15 +1307,11 @@ def text_shards_class() -> type:
                 raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
             if self.num_workers < 0:
                 raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
-            self.train_data_path, self.data_dir, self._is_checked = train, train.parent, False
+            self.train_data_path, self.data_dir, self.is_checked = train, train.parent, False
             super().__post_init__()
 
         def prepare_data(self) -> None:
-            # LitGPT asks in every process, and run_train.py before; shards are hashed once on a machine
-            rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-            contents = not self._is_checked and rank == "0"
-            refresh(self.data_dir, Path(self.tokenizer_dir), contents, wait=is_one_of_many())
-            self._is_checked = True
+            refresh_once(self)
 
         def train_dataloader(self) -> "DataLoader":
             return open_split(self, "train", self.seed)

@@ -2122,13 +2122,11 @@ def training_fabric() -> type:
 
         def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
             groups = state["optimizer"].param_groups if "iter_num" in (state or {}) else []
-            # the run's own settings hold, not those saved with the moments: else a changed weight_decay
-            # would be taken and never used
-            settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
             rest = super().load(path, state, strict=strict, weights_only=True)
-            if "iter_num" in (state or {}):
-                for group, own in zip(state["optimizer"].param_groups, settings, strict=True):
-                    group.update(own)
+            if own:  # the run's own settings hold: a changed weight_decay would be taken and never used
+                for group, settings in zip(state["optimizer"].param_groups, own, strict=True):
+                    group.update(settings)
                 self.monitor.resume(state, rest)
             return rest
 
@@ -2469,6 +2467,7 @@ def resume_command(argv: list[str]) -> str:
 
 def set_up(argv: list[str]) -> Run:
     """Return the checked run with its data on disk. ValueError and OSError tell what is wrong."""
+    wandb_dataset.hear_ctrl_c()
     if problems := launcher_problems():  # before Lightning, whose import trips over them
         raise ValueError("\n".join(problems))
     settings = load_settings(argv)
@@ -2497,7 +2496,6 @@ def main(argv: list[str] | None = None) -> int:
         # without segments that grow the caching allocator keeps a block for each until memory is in pieces.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
-        wandb_dataset.hear_ctrl_c()
         run = set_up(argv)
     except KeyboardInterrupt:
         return _fail("stopped before training began; the same command goes on", 130)
