@@ -8,6 +8,12 @@ the mean over those predictions, BOS and EOS among them, in nats per token. Its 
 the spread of the windows' means, weighted by length. Bits per byte is all nats over the bytes of the text.
 """
 
+import signal
+
+# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import math
@@ -33,7 +39,7 @@ from prepare_data import (
     read_tokenizer,
     stale_reasons,
 )
-from wandb_dataset import find_tokenizer, manifest_fingerprint, normalize_flags, sha256_file
+from wandb_dataset import find_tokenizer, hear_ctrl_c, manifest_fingerprint, normalize_flags, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -413,6 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input."""
     args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
     try:
+        hear_ctrl_c()
         model, corpus, identity = set_up(args)
     except KeyboardInterrupt:
         return 130

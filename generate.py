@@ -13,6 +13,12 @@ these are taken: top_k, min_p, repetition_penalty, and `"routing": true`, with w
 tokens that the model has read so far: `[{"text", "experts": by layer, "probs": by layer, in 1/1000}]`.
 """
 
+import signal
+
+# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import errno
@@ -38,7 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
-from wandb_dataset import normalize_flags
+from wandb_dataset import hear_ctrl_c, normalize_flags
 
 if TYPE_CHECKING:
     import tokenizers
@@ -1083,6 +1089,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input, 130 after Ctrl-C."""
     args = parse_args(argv)
     try:
+        hear_ctrl_c()
         sampling, prompt = check_args(args), read_prompt(args)
         if args.serve:
             serve(args, prompt)

@@ -7,6 +7,12 @@ Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many storie
 in a flat array of ids; manifest.json says what made it, and shards that no longer match are made again.
 """
 
+import signal
+
+# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import bisect
 import codecs
@@ -23,7 +29,7 @@ import os
 import random
 import re
 import shutil
-import signal
+import socket
 import sys
 import threading
 import time
@@ -41,6 +47,7 @@ from tqdm import tqdm
 from wandb_dataset import (
     add_wandb_flags,
     check_inside,
+    hear_ctrl_c,
     is_outside,
     normalize_flags,
     push_from_flags,
@@ -133,6 +140,11 @@ def check_settings(settings: PrepareSettings) -> None:
         ("separator", len(s.separator.splitlines()) <= 1, "the text of one line"),
     )
     problems = [f"{name} is {getattr(settings, name)!r}; choose {rule}" for name, ok, rule in rules if not ok]
+    problems += [
+        f"{folder}: a file; name a folder with --{name}"
+        for name in ("data_dir", "tokenizer_dir")
+        if (folder := getattr(settings, name)).exists() and not folder.is_dir()
+    ]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -183,6 +195,70 @@ def read_json(path: Path) -> dict:
     return content
 
 
+class FolderInUse(OSError):
+    """Another process works in the folder; the text says which."""
+
+
+class FolderLock:
+    """Keeps a second process out of a folder. The system drops the lock with the process, however it ends."""
+
+    def __init__(self, folder: Path, name: str, doing: str, way_out: str) -> None:
+        self.folder, self.doing, self.way_out = folder, doing, way_out
+        self.path = folder / f".{name}.lock"
+        self.identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
+
+    def acquire(self, wait: bool = False) -> None:
+        """Take the lock, or raise FolderInUse unless told to wait for it."""
+        from filelock import FileLock, Timeout
+
+        self._lock, self._made = FileLock(self.path), not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=-1 if wait else 0)
+            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            self.identity.write_text(json.dumps(me), encoding="utf-8")
+        except Timeout:
+            raise FolderInUse(self._refusal()) from None
+        except OSError:
+            pass  # a folder that cannot be written, or is full: whoever writes there tells of it
+
+    def release(self) -> None:
+        """Give the lock back; a folder that was made for it and stayed empty goes too."""
+        with contextlib.suppress(OSError):
+            self.identity.unlink(missing_ok=True)
+            if self._made and os.listdir(self.folder) == [self.path.name]:  # noqa: PTH208
+                self.path.unlink()
+                self.folder.rmdir()
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def problem(self) -> str | None:
+        """Return a sentence if a live process holds the lock."""
+        from filelock import FileLock, Timeout
+
+        if not self.path.exists():
+            return None
+        try:
+            with FileLock(self.path).acquire(blocking=False):
+                return None
+        except Timeout:
+            return self._refusal()
+        except OSError:
+            return None  # a folder that cannot be written is told elsewhere
+
+    def _refusal(self) -> str:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            me = json.loads(self.identity.read_text(encoding="utf-8"))
+            who = f"process {me['process']} on {me['host']}, since {me['since']}"
+        return f"{self.folder}: {self.doing} there ({who}); {self.way_out}"
+
+
 # --- text -> stories ---------------------------------------------------------------------------------------
 
 
@@ -195,6 +271,8 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
         way_out = f"put UTF-8 text into {train}/*.txt, or use --dataset demo or --dataset tinystories"
         raise FileNotFoundError(f"{missing}; {way_out}")
     for path in text["train"] + text["val"]:
+        if not path.is_file():
+            raise ValueError(f"{path}: not a file; move it away, or put the text itself there")
         if path.stat().st_size < 1 << 16 and not path.read_bytes().strip():
             raise ValueError(f"{path}: empty; put text into it or remove it")
     if (train / "demo.json").is_file() and len(text["train"]) > 1:
@@ -659,12 +737,23 @@ def read_manifest(data_dir: Path) -> dict:
             raise ValueError(f"{shard}: a link out of its folder; {RUN_AGAIN}")
         if shard.stat().st_size != size:
             raise ValueError(f"{shard}: {shard.stat().st_size} bytes, {MANIFEST} says {size}; {RUN_AGAIN}")
-    written = path.stat().st_mtime_ns
-    for entry in listed(manifest, "shards"):
-        shard = data_dir / entry["path"]
-        if shard.stat().st_mtime_ns > written and sha256_file(shard) != entry["sha256"]:
-            raise ValueError(f"{shard}: altered since it was made; {RUN_AGAIN}")
     return manifest
+
+
+def altered_shards(data_dir: Path, manifest: dict) -> list[str]:
+    """Return a sentence for each shard whose content is not what the manifest records, by its SHA-256."""
+    width, entries = np.dtype(manifest["dtype"]).itemsize, listed(manifest, "shards")
+    total = width * sum(entry["n_tokens"] for entry in entries)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="checking shards", disable=None, delay=1)
+    reasons = []
+    # threads, for hashlib and reading let others run: 1 GB takes a core 0.6 to 0.9 s
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar as progress:
+        found = pool.map(lambda entry: sha256_file(data_dir / entry["path"]), entries)
+        for entry, sha256 in zip(entries, found, strict=True):
+            progress.update(width * entry["n_tokens"])
+            if sha256 != entry["sha256"]:
+                reasons.append(f"{data_dir / entry['path']}: altered since it was made; {RUN_AGAIN}")
+    return reasons
 
 
 def check_types(manifest: dict) -> None:
@@ -696,11 +785,14 @@ def check_types(manifest: dict) -> None:
             raise ValueError(f"the shards of {split} do not add up to its n_tokens")
 
 
-def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = None) -> list[str]:
+def stale_reasons(
+    data_dir: Path, tokenizer_dir: Path, options: dict | None = None, contents: bool = True
+) -> list[str]:
     """Return why the shards no longer match text, tokenizer, options or format; [] if they do.
 
-    Sizes and time stamps decide; a file is only hashed if its time stamp alone differs. A directory whose
-    text was removed altogether (to save space) is judged by its tokenizer.
+    Shards are hashed, unless another process has seen to their `contents`. Of a text, size and time stamp
+    decide; it is only hashed if its time stamp alone differs. A directory whose text was removed altogether
+    (to save space) is judged by its tokenizer.
     """
     try:
         manifest = read_manifest(data_dir)
@@ -725,7 +817,7 @@ def stale_reasons(data_dir: Path, tokenizer_dir: Path, options: dict | None = No
             reasons.append(f"{path}: new")
         elif has_changed(path, recorded[path]):
             reasons.append(f"{path}: changed")
-    return reasons
+    return reasons or (altered_shards(data_dir, manifest) if contents else [])
 
 
 def has_changed(path: Path, recorded: dict) -> bool:
@@ -827,6 +919,9 @@ class SplitWriter:
         shards = self._shards.items()
         return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
 
+    def _is_whole(self, entry: dict) -> bool:
+        return sha256_file(self.data_dir / entry["path"]) == entry.get("sha256")
+
     def _flush(self, split: str, pool: Executor) -> None:
         """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
         stories, hashes = self._waiting[split]
@@ -834,9 +929,9 @@ class SplitWriter:
         facts, shards = self.facts, self._shards[split]
         made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
         key = hashlib.blake2b(b"".join(hashes) + made_by.encode(), digest_size=8).hexdigest()
-        if key in self._finished:
-            shards.append(self._finished[key])
-            self.n_reused_bytes += self._finished[key]["n_bytes"]
+        if (made := self._finished.get(key)) and self._is_whole(made):
+            shards.append(made)
+            self.n_reused_bytes += made["n_bytes"]
             return
         if len(self._submitted) >= self.workers:  # no more text in memory than is worked on
             self._submitted[-self.workers].result()
@@ -867,6 +962,7 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     splits = {}
     for split in SPLITS:
         if not shards[split]:
+            clean(data_dir, listed_in_place(data_dir))
             raise ValueError(
                 f"{data_dir}: no story for the {split} split; give more text, or end each story by "
                 f"a line {settings.separator!r} (--separator names another, '' splits at blank lines)"
@@ -879,22 +975,50 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     return splits
 
 
-def clean(data_dir: Path, manifest: dict) -> None:
-    """Remove our own files that the manifest does not list: old shards, journals, parts of killed runs."""
-    keep = {data_dir / shard["path"] for shard in listed(manifest, "shards")}
-    for path in [path for split in SPLITS for path in (data_dir / split / split).glob("*")]:
-        if OWN_FILE.fullmatch(path.name) and path not in keep:
-            with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
-                path.unlink()
+def listed_in_place(data_dir: Path) -> list[dict]:
+    """Return the entries of the shards that the manifest in place lists, [] if it is damaged or not there."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return [entry for entry in listed(read_json(data_dir / MANIFEST), "shards") if entry["path"]]
+    return []
 
 
-def prepare(settings: PrepareSettings) -> dict:
+def clean(data_dir: Path, shards: list[dict]) -> None:
+    """Remove our own files but these shards: old ones, journals, parts of killed runs, then empty folders."""
+    keep = {data_dir / shard["path"] for shard in shards}
+    for folder in (data_dir / split / split for split in SPLITS):
+        for path in folder.glob("*"):
+            if OWN_FILE.fullmatch(path.name) and path not in keep:
+                with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
+                    path.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty
+
+
+def lock_data(data_dir: Path) -> FolderLock:
+    """Return what keeps a second preparation out of a data directory."""
+    return FolderLock(data_dir, "prepare", "prepare_data.py is at work", "wait for it to end, then run again")
+
+
+def prepare(settings: PrepareSettings, wait: bool = False) -> dict:
     """Return the manifest of a data directory whose shards match its text, tokenizer and options.
 
     Does only what is missing: text (demo, tinystories), tokenizer, stale shards. Raises ValueError for bad
-    settings or text, OSError for a missing folder, a full disk or an unreachable hub; what was there stays.
+    settings or text, FolderInUse if another process is at it (or waits for that one), OSError for a missing
+    folder, a full disk or an unreachable hub; what was there stays.
     """
     check_settings(settings)
+    if settings.dataset == "custom":
+        list_text(settings.data_dir)  # before a folder is made for a name that was mistyped
+    lock = lock_data(settings.data_dir)
+    lock.acquire(wait)
+    try:
+        return _prepare(settings)
+    finally:
+        lock.release()
+
+
+def _prepare(settings: PrepareSettings) -> dict:
+    """Do what `prepare` says, alone in the folder."""
     data_dir = settings.data_dir
     if settings.dataset == "demo":
         write_demo_corpus(data_dir, settings.demo_stories, settings.seed, settings.overwrite)
@@ -918,7 +1042,7 @@ def prepare(settings: PrepareSettings) -> dict:
     except BrokenExecutor as error:
         raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
     write_json(data_dir / MANIFEST, manifest)
-    clean(data_dir, manifest)
+    clean(data_dir, listed(manifest, "shards"))
     return manifest
 
 
@@ -1086,14 +1210,42 @@ def _read_ahead(batches: TokenBatches, plan: Iterator[list[int]]) -> "Iterator[t
     )
 
 
-def refresh(data_dir: Path, tokenizer_dir: Path) -> None:
-    """Make the shards again, with the options that they were made with, if they are stale."""
-    if stale_reasons(data_dir, tokenizer_dir):
+def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
+    """Make the shards again, with the options that they were made with, if they are stale.
+
+    `contents` and `wait` as of `stale_reasons` and `prepare`.
+    """
+    if reasons := stale_reasons(data_dir, tokenizer_dir, contents=contents):
+        if (data_dir / MANIFEST).is_file() and not any((data_dir / "train").glob("*.txt")):
+            reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
+            raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
         options = {}
         with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
             before = read_json(data_dir / MANIFEST)["options"]
             options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
-        prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options))
+        prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)
+
+
+def refresh_once(data: "TextFiles") -> None:
+    """Refresh a data module's shards, which are hashed once in a run on each machine.
+
+    LitGPT asks for it in every process, and run_train.py before.
+    """
+    contents = not data.is_checked and is_first_on_machine()
+    refresh(data.data_dir, Path(data.tokenizer_dir), contents, wait=is_one_of_many())
+    data.is_checked = True
+
+
+def is_one_of_many() -> bool:
+    """Return whether this process trains together with others."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def is_first_on_machine() -> bool:
+    """Return whether this is a run's only process, or the first of those on this machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
@@ -1101,7 +1253,7 @@ def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
     from torch import distributed
     from torch.utils.data import ChainDataset, DataLoader
 
-    ranked = seed is not None and distributed.is_available() and distributed.is_initialized()
+    ranked = seed is not None and is_one_of_many()
     ranks = (distributed.get_rank(), distributed.get_world_size()) if ranked else (0, 1)
     stream = TokenStream(data.data_dir, split)
     batches = TokenBatches(
@@ -1155,11 +1307,11 @@ def text_shards_class() -> type:
                 raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
             if self.num_workers < 0:
                 raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
-            self.train_data_path, self.data_dir = train, train.parent
+            self.train_data_path, self.data_dir, self.is_checked = train, train.parent, False
             super().__post_init__()
 
         def prepare_data(self) -> None:
-            refresh(self.data_dir, Path(self.tokenizer_dir))
+            refresh_once(self)
 
         def train_dataloader(self) -> "DataLoader":
             return open_split(self, "train", self.seed)
@@ -1228,12 +1380,13 @@ def main(argv: list[str] | None = None) -> int:
     settings = PrepareSettings(**{item.name: getattr(args, item.name) for item in fields(PrepareSettings)})
     start, start_ns = time.perf_counter(), time.time_ns()
     try:
+        hear_ctrl_c()
         manifest = prepare(settings)
         is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
         print(summary(manifest, settings, time.perf_counter() - start if is_new else None))
         if args.log_to_wandb:
             print(push_from_flags(args, settings.data_dir, settings.tokenizer_dir))
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, FolderInUse) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ConnectionError as error:

@@ -6,6 +6,12 @@ With CUDA it takes model_config.yaml and train_config.yaml, without it the demo 
 Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 1000000`.
 """
 
+import signal
+
+# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import csv
 import difflib
@@ -23,8 +29,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,7 +40,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
 
 import yaml
 
@@ -221,6 +225,8 @@ class Settings:
     log: litgpt_args.LogArgs = field(default_factory=litgpt_args.LogArgs)
     """Names for the W&B logger."""
 
+    places: ClassVar[dict[str, str]] = {}  # dotted key -> the file, variable or flag that set it
+
 
 # --- settings: flag > environment variable > YAML > default -------------------------------------------------
 
@@ -331,8 +337,19 @@ def load_settings(argv: list[str]) -> Settings:
     try:
         typed = parser.instantiate_classes(parser.parse_object(values.as_dict()))
     except (ArgumentError, ValueError) as error:  # TrainArgs checks its warm-up itself
-        raise ValueError(f"{config}: {' '.join(str(error).split())}") from error
-    return Settings(**{f.name: typed[f.name] for f in fields(Settings)})
+        keys = [key for key in given if key.rpartition(".")[2] in str(error)]
+        places = dict.fromkeys(given[key][1] for key in keys) or [config]
+        raise ValueError(f"{', '.join(map(str, places))}: {' '.join(str(error).split())}") from error
+    settings = Settings(**{f.name: typed[f.name] for f in fields(Settings)})
+    settings.places = {key: place for key, (_, place) in given.items()}
+    return settings
+
+
+def with_places(problems: list[str], settings: Settings) -> list[str]:
+    """Return the problems, those that begin with a key after the file, variable or flag that set it."""
+    keys = [re.match(r"[\w.]+(?= is )", problem) for problem in problems]
+    places = [settings.places.get(key[0]) if key else None for key in keys]
+    return [f"{place}: {text}" if place else text for place, text in zip(places, problems, strict=True)]
 
 
 def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
@@ -437,7 +454,7 @@ def check_run(settings: Settings) -> Run:
     data, optimizer = _collect(problems, build_classes, settings) or (None, None)
     resume = _collect(problems, find_resume, settings)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(with_places(problems, settings)))
     initial = _collect(problems, find_initial, settings, config)
     run = Run(settings, config, data, optimizer, precision, devices, resume, initial)
     if is_own_data(data):
@@ -449,7 +466,7 @@ def check_run(settings: Settings) -> Run:
     if resume:
         run.start_step = _collect(problems, resume_step, run) or 0
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(with_places(problems, settings)))
     # what runs is what is saved: whole steps, and the device's own precision
     settings.train.max_tokens = run.n_steps * run.tokens_per_step
     settings.train.log_interval = min(
@@ -608,10 +625,18 @@ def build_classes(settings: Settings) -> tuple[Any, dict[str, Any]]:
     weight = [torch.nn.Parameter(torch.zeros(2, 2))]
     optimizer = _collect(problems, _build, "optimizer", settings.optimizer, torch.optim.Optimizer, weight)
     if problems:
-        raise ValueError("\n".join(f"{settings.config} or a flag: {problem}" for problem in problems))
+        raise ValueError("\n".join(f"{_place(settings, problem)}: {problem}" for problem in problems))
     kind, values = type(optimizer), settings.optimizer.get("init_args") or {}
     init_args = {name: optimizer.defaults.get(name, value) for name, value in values.items()}
     return module, {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init_args}
+
+
+def _place(settings: Settings, problem: str) -> str:
+    """Return what set the class or the argument of it that a problem of `_build` is about."""
+    key, _, rest = problem.partition(": ")
+    names = [name for name in re.findall(r"\w+", rest) if f"{key}.{name}" in settings.places]
+    class_path = f"{key.partition('.')[0]}.class_path"
+    return settings.places.get(f"{key}.{names[0]}" if names else class_path, str(settings.config))
 
 
 def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
@@ -678,7 +703,7 @@ def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
         return "it was not written to its end"
     try:
         verify_checkpoint(checkpoint_dir)
-        read_state(checkpoint_dir / CHECKPOINT_FILE)
+        check_state(read_state(checkpoint_dir / CHECKPOINT_FILE), checkpoint_dir)
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -702,9 +727,8 @@ def resume_step(run: Run) -> int:
     checkpoint_dir = run.resume.parent
     check_weights(checkpoint_dir, run.config)
     state = read_state(run.resume)
-    step = state.get("step_count")
-    if not isinstance(step, int):
-        raise ValueError(f"{run.resume} holds weights alone; start from it with --initial_checkpoint_dir")
+    check_state(state, checkpoint_dir, run)
+    step = state["step_count"]
     if run.settings.moe.bias_update_rate and not has_selection_bias(state["model"]):
         raise ValueError(
             f"{checkpoint_dir} was trained without a selection bias; drop moe.bias_update_rate, or start "
@@ -731,6 +755,205 @@ def resume_step(run: Run) -> int:
             "the rest follows the new total."
         )
     return step
+
+
+# --- the training state of a checkpoint: checked whole before any of it is used -----------------------------
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_loss_list(value: Any) -> bool:
+    return type(value) is list and len(value) <= Guard.WINDOW and all(map(_is_finite, value))
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+FIGURES: dict[str, Callable[[Any], bool]] = {  # what `Monitor.save` adds is under run and rng
+    "step_count": _is_count,
+    "iter_num": _is_count,
+    "run.time_s": lambda value: _is_finite(value) and value >= 0,
+    "run.told_step": lambda value: value == -1 or _is_count(value),
+    "run.n_rows": _is_count,
+    "run.n_spikes": _is_count,
+    "run.n_loads": _is_count,
+    "run.n_stories": _is_count,
+    "run.guard.n_skipped": _is_count,
+    "run.guard.n_in_a_row": _is_count,
+    "run.guard.losses": _is_loss_list,
+}
+
+
+def check_state(state: dict[str, Any], checkpoint_dir: Path, run: Run | None = None) -> None:
+    """Check that training can go on from `state`; with a run, that this run can.
+
+    Raises:
+        ValueError: it is not as it was saved, or holds weights alone.
+    """
+    if "step_count" not in state:
+        raise ValueError(f"{checkpoint_dir} holds weights alone; start from it with --initial_checkpoint_dir")
+    is_ours = "run" in state or "rng" in state or (checkpoint_dir / "checkpoint.json").exists()
+    parts = [figure_problems(state, checkpoint_dir, is_ours), loader_problems(state, run)]
+    if is_ours:  # a checkpoint of LitGPT's own loop has neither
+        parts += [rng_problems(state), router_problems(state)]
+    parts.append(optimizer_problems(state, run))
+    if (problem := next(itertools.chain(*parts), None)) is not None:
+        raise ValueError(
+            f"{checkpoint_dir}: its training state is damaged: {problem}; resume from another step-*, "
+            f"or start from its weights with --initial_checkpoint_dir {checkpoint_dir}"
+        )
+
+
+def _part(state: Any, key: str) -> Any:
+    """Return what is at a dotted key of nested dicts, None if nothing is."""
+    for name in key.split("."):
+        # no kind of dict whose methods a file could hide behind values of its own
+        state = state.get(name) if type(state) is dict else None
+    return state
+
+
+def _wrong_part(state: Any, key: str) -> str:
+    text = " ".join(repr(_part(state, key)).split())
+    return f"{key} is {text if len(text) < 60 else text[:57] + '...'}"
+
+
+def figure_problems(state: dict[str, Any], checkpoint_dir: Path, is_ours: bool) -> Iterator[str]:
+    """Yield what is wrong with the counts and figures of a training state."""
+    for key, is_right in FIGURES.items():
+        if (is_ours or not key.startswith("run.")) and not is_right(_part(state, key)):
+            yield _wrong_part(state, key)
+    named = re.fullmatch(r"step-(\d+)", checkpoint_dir.name)
+    recorded = prepare_data.read_json(checkpoint_dir / "checkpoint.json").get("step")
+    for step in (int(named[1]) if named else None, recorded):
+        if step is not None and step != state["step_count"]:
+            yield f"step_count is {state['step_count']}, and the checkpoint that of step {step!r:.20}"
+    n_skipped = _part(state, "run.guard.n_skipped") or 0
+    if n_skipped > state["step_count"] or (_part(state, "run.guard.n_in_a_row") or 0) > n_skipped:
+        yield _wrong_part(state, "run.guard")
+
+
+def loader_problems(state: dict[str, Any], run: Run | None) -> Iterator[str]:
+    """Yield what is wrong with the position in the data; other data modules may keep what they like."""
+    is_own = run is not None and is_own_data(run.data)
+    for name in ("epoch", "n_used", "n_sequences", "n_batches"):
+        value = _part(state, f"train_dataloader.{name}")
+        if not _is_count(value) and (value is not None or (is_own and name != "n_batches")):
+            yield _wrong_part(state, f"train_dataloader.{name}")
+    n_sequences = _part(state, "train_dataloader.n_sequences")
+    if n_sequences is not None and not (_part(state, "train_dataloader.n_used") or 0) < n_sequences:
+        yield _wrong_part(state, "train_dataloader")
+
+
+def rng_problems(state: dict[str, Any]) -> Iterator[str]:
+    """Yield which state of a random generator cannot be set, found by setting it in one of no use."""
+    import numpy as np
+    import torch
+
+    def cuda(states: list[torch.Tensor]) -> None:
+        if type(states) is not list or any(s.dtype != torch.uint8 or s.ndim != 1 for s in states):
+            raise ValueError
+
+    for name, set_state in (
+        ("python", lambda value: random.Random().setstate(python_state(value))),
+        ("numpy", lambda value: np.random.RandomState().set_state(numpy_state(value))),
+        ("torch", lambda value: torch.Generator().set_state(value)),
+        ("cuda", cuda),
+    ):
+        try:
+            set_state(_part(state, f"rng.{name}"))
+        except Exception:  # each generator has errors of its own for what it does not take
+            yield _wrong_part(state, f"rng.{name}")
+
+
+def router_problems(state: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the tokens and losses that each MoE layer counted since the last row."""
+    import torch
+
+    counts, weights = _part(state, "run.router"), state.get("model")
+    gates = dict.items(weights) if isinstance(weights, dict) else ()
+    shapes = [gate.shape[:1] for name, gate in gates if str(name).endswith(".mlp.gate.weight")]
+    if type(counts) is not list or len(counts) != len(shapes):
+        yield _wrong_part(state, "run.router")
+        return
+    for layer, (count, shape) in enumerate(zip(counts, shapes, strict=True)):
+        load, sums = _part(count, "load"), _part(count, "sums")
+        if (
+            not (isinstance(load, torch.Tensor) and isinstance(sums, torch.Tensor))
+            or (load.dtype, load.shape) != (torch.int64, shape)
+            or (sums.dtype, sums.shape) != (torch.float32, (4,))
+            or bool((load < 0).any())
+            or not sums.isfinite().all()
+        ):
+            yield f"run.router.{layer} is not what a layer counts"
+
+
+def meta_model(config: "MoEConfig") -> Any:
+    """Return the model without its values: names and shapes alone."""
+    import torch
+    from litgpt import GPT
+
+    with torch.device("meta"):
+        return GPT(config)
+
+
+MOMENTS = {  # what torch's optimizers keep of a weight
+    "Muon": {"momentum_buffer"},
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Adam": {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+def optimizer_problems(state: dict[str, Any], run: Run | None) -> Iterator[str]:
+    """Yield what is wrong with the optimizer's state; with a run, whether it is one of that optimizer."""
+    kept, groups = _part(state, "optimizer.state"), _part(state, "optimizer.param_groups")
+    if type(kept) is not dict:
+        yield _wrong_part(state, "optimizer.state")
+    elif type(groups) is not list or any(type(_part(group, "params")) is not list for group in groups):
+        yield _wrong_part(state, "optimizer.param_groups")
+    elif run is not None:
+        optimizer = make_optimizer(run.settings, meta_model(run.config), run.optimizer)
+        names = [name for group in groups for name in group["params"]]
+        sizes = [len(group["params"]) for group in groups]
+        wanted = [len(group["params"]) for group in optimizer.param_groups]
+        if any(type(name) not in (int, str) for name in names) or len(set(names)) < len(names):
+            yield "optimizer.param_groups name a weight twice, or none"
+        elif sizes != wanted:
+            yield f"optimizer.param_groups have {sizes} weights, not {wanted}"
+        elif not set(kept) <= set(names) or len(kept) not in (0, len(names)):
+            yield f"optimizer.state is of {len(kept)} weights, not {len(names)}"
+        else:
+            n_steps = state["step_count"] - (_part(state, "run.guard.n_skipped") or 0)
+            yield from moment_problems(kept, names, optimizer, n_steps)
+        if name := non_finite(state):
+            yield f"{name} holds values that are no numbers"
+
+
+def moment_problems(kept: dict[Any, Any], names: list[Any], optimizer: Any, n_steps: int) -> Iterator[str]:
+    """Yield which weight's moments are not what `optimizer` has after `n_steps`. `names` are in its order."""
+    import torch
+
+    parts = getattr(optimizer, "parts", [optimizer])
+    groups = [(type(part).__name__, group) for part in parts for group in part.param_groups]
+    weights = [(kind, group, weight) for kind, group in groups for weight in group["params"]]
+    if bool(kept) != bool(n_steps):
+        yield f"optimizer.state is of {len(kept)} weights after {n_steps} steps"
+    for name, (kind, group, weight) in zip(names, weights if kept else [], strict=False):
+        moments = kept[name]
+        wanted = MOMENTS.get(kind) and MOMENTS[kind] | ({"max_exp_avg_sq"} if group.get("amsgrad") else set())
+        if type(moments) is not dict or (wanted and set(moments) != wanted):
+            yield f"optimizer.state.{name!r:.60} is not what {kind} keeps"
+            continue
+        for key, value in moments.items() if wanted else ():
+            is_tensor = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if key == "step":
+                is_right = is_tensor and value.numel() == 1 and value.item() == n_steps
+            else:
+                is_right = is_tensor and value.shape == weight.shape
+            if not is_right or (key.endswith("_sq") and bool((value < 0).any())):
+                yield f"optimizer.state.{name!r:.60}.{key} is not what {kind} has after {n_steps} steps"
 
 
 def is_own_data(data: Any) -> bool:
@@ -760,6 +983,8 @@ def has_text(data: Any) -> bool:
 def tokenizer_problems(run: Run) -> list[str]:
     """Return a sentence if the tokenizer in place is unusable or has more pieces than the model has rows."""
     folder, rows = run.settings.tokenizer_dir, run.config.padded_vocab_size
+    if folder.exists() and not folder.is_dir():
+        return [f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json"]
     if not (folder / "tokenizer.json").is_file():
         return []  # prepare_data makes or fetches one, or says why it cannot
     try:
@@ -784,7 +1009,7 @@ def memory_problems(run: Run) -> list[str]:
 
     total, _ = count_parameters(run.config)
     needed = 2 * total * (2 if run.precision.endswith("16-true") else 4)
-    has = psutil.virtual_memory().total
+    has = min([psutil.virtual_memory().total, *cgroup_limits()])
     if torch.cuda.is_available() and run.settings.accelerator in ("auto", "cuda", "gpu"):
         has = torch.cuda.mem_get_info()[1] * run.devices * run.settings.num_nodes
     if needed <= has:
@@ -795,10 +1020,28 @@ def memory_problems(run: Run) -> list[str]:
     ]
 
 
+def cgroup_limits(root: Path = Path("/")) -> list[int]:
+    """Return the limits of memory in bytes that a container or a service gives this process (Linux)."""
+    limits = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)  # "0::/a/b" in version 2, "9:memory:/a/b" in 1
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+            group = Path(path.strip("/"))
+            # each group above holds too; a container sees its own as the top, whatever the path says
+            for part in (group, *group.parents):
+                file = root / "sys/fs/cgroup" / top / part / name
+                with contextlib.suppress(OSError, ValueError):  # "max": none
+                    limits.append(int(file.read_text(encoding="utf-8")))
+    return limits
+
+
 def out_dir_problems(run: Run) -> list[str]:
     """Return a sentence if the place holds another run, cannot be written, or is too full."""
     out_dir = run.settings.out_dir
-    if is_main_process() and (live := RunLock(out_dir).problem()):
+    if is_main_process() and (live := run_lock(out_dir).problem()):
         return [live]
     if run.initial and run.settings.overwrite and out_dir.resolve() in run.initial.resolve().parents:
         return [
@@ -827,7 +1070,7 @@ def _way_on(out_dir: Path, earlier: list[Path]) -> str:
     """Return the sentence on a place that holds a run already."""
     whole = next((path for path in reversed(earlier) if checkpoint_flaw(path) is None), None)
     if whole is None:
-        way = "none of it is whole"
+        way = "none of it can be continued"
     elif whole.name.startswith("step-"):
         way = "continue it with --resume auto"
     else:  # a run shorter than save_interval
@@ -1103,49 +1346,9 @@ def tidy(out_dir: Path, start_step: int) -> None:
             note(f"{path} is not part of this run's history: renamed to {superseded.name}")
 
 
-class RunLock:
-    """Keeps a second run out of `out_dir`. The system drops the lock with the process, however it ends."""
-
-    def __init__(self, out_dir: Path) -> None:
-        self.out_dir, self.path = out_dir, out_dir / ".run.lock"
-        self.identity = out_dir / ".run.json"  # beside it: on Windows a locked file cannot be read
-
-    def __enter__(self) -> None:
-        from filelock import FileLock, Timeout
-
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise RunFailed(self._refusal()) from None
-        me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        self.identity.write_text(json.dumps(me), encoding="utf-8")
-
-    def __exit__(self, *_: object) -> None:
-        self.identity.unlink(missing_ok=True)
-        self._lock.release()
-
-    def problem(self) -> str | None:
-        """Return a sentence if a live run holds the lock."""
-        from filelock import FileLock, Timeout
-
-        if not self.path.exists():
-            return None
-        try:
-            with FileLock(self.path).acquire(blocking=False):
-                return None
-        except Timeout:
-            return self._refusal()
-        except OSError:
-            return None  # a folder that cannot be written is told elsewhere
-
-    def _refusal(self) -> str:
-        who = "another process"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            me = json.loads(self.identity.read_text(encoding="utf-8"))
-            who = f"process {me['process']} on {me['host']}, since {me['since']}"
-        return f"{self.out_dir}: a run is live there ({who}); wait for it or choose another --out_dir"
+def run_lock(out_dir: Path) -> prepare_data.FolderLock:
+    """Return what keeps a second run out of `out_dir`."""
+    return prepare_data.FolderLock(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
 
 
 # --- the end of a run before its time -----------------------------------------------------------------------
@@ -1209,7 +1412,8 @@ class Guard:
         return {"n_skipped": self.n_skipped, "n_in_a_row": self.n_in_a_row, "losses": self.losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.n_skipped, self.n_in_a_row = state["n_skipped"], state["n_in_a_row"]
+        self.losses = state["losses"]
 
 
 def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int, lr: float) -> float:
@@ -1236,11 +1440,9 @@ def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int
 
 def sort_parameters(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the hidden matrices, the output head, and all else: embedding, routers, norms and biases."""
-    import torch
-    from litgpt import GPT
 
-    with torch.device("meta"):  # the shapes, of which FSDP leaves flat pieces
-        n_dims = {name: weight.ndim for name, weight in GPT(model.config).named_parameters()}
+    # the shapes, of which FSDP leaves flat pieces
+    n_dims = {name: weight.ndim for name, weight in meta_model(model.config).named_parameters()}
     matrices, head, rest = [], [], []
     for name, weight in model.named_parameters():
         name = name.replace("_fsdp_wrapped_module.", "")
@@ -1374,14 +1576,31 @@ def rng_state() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
+def python_state(state: Any) -> Any:
+    """Return the state as `random.setstate` takes it, which does not look at the last part."""
+    _, _, gauss = state
+    if gauss is not None and not _is_finite(gauss):
+        raise ValueError(gauss)
+    return state
+
+
+def numpy_state(state: Any) -> tuple[Any, ...]:
+    """Return the state as `numpy.random.set_state` takes it, which does not look at the position."""
+    import numpy as np
+
+    name, keys, position, *rest = state
+    if type(position) is not int or not 0 <= position <= 624:
+        raise ValueError(position)
+    return (name, keys.numpy().astype(np.uint32), position, *rest)
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put the generators where `rng_state` found them."""
     import numpy as np
     import torch
 
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(python_state(state["python"]))
+    np.random.set_state(numpy_state(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -1575,18 +1794,19 @@ class Monitor:
     def resume(self, state: dict[str, Any], rest: dict[str, Any]) -> None:
         """Go on where the checkpoint that LitGPT has just loaded into `state` was made."""
         state["iter_num"] = state["step_count"] * self.accumulation  # other devices take other micro-batches
-        if "rng" in rest:
-            set_rng_state(rest["rng"])
-        mine = rest.get("run", {})
+        if "run" not in rest:  # LitGPT's own loop wrote it
+            return
+        set_rng_state(rest["rng"])
+        mine = rest["run"]
         if self.fabric.is_global_zero:  # what a row sums over all ranks
-            for balance, counts in zip(self._balances(), mine.get("router", []), strict=False):
+            for balance, counts in zip(self._balances(), mine["router"], strict=True):
                 balance.load.copy_(counts["load"])
                 balance.sums.copy_(counts["sums"])
-        self.before_s = self.row_s = mine.get("time_s", 0.0)
-        self.guard.load_state_dict(mine.get("guard", {}))
-        self.told_step = mine.get("told_step", -1)
+        self.before_s = self.row_s = mine["time_s"]
+        self.guard.load_state_dict(mine["guard"])
+        self.told_step = mine["told_step"]
         for name, log in self.logs.items():
-            log.keep(mine.get(name, 0))
+            log.keep(mine[name])
 
     def save(
         self, fabric: "Fabric", state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path
@@ -1901,8 +2121,12 @@ def training_fabric() -> type:
             return norm
 
         def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
+            groups = state["optimizer"].param_groups if "iter_num" in (state or {}) else []
+            own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
             rest = super().load(path, state, strict=strict, weights_only=True)
-            if "iter_num" in (state or {}):
+            if own:  # the run's own settings hold: a changed weight_decay would be taken and never used
+                for group, settings in zip(state["optimizer"].param_groups, own, strict=True):
+                    group.update(settings)
                 self.monitor.resume(state, rest)
             return rest
 
@@ -2219,7 +2443,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def explain(error: Exception, out_dir: Path) -> str | None:
     """Return what to tell of a failure in training, None for one that only a bug can cause."""
-    if isinstance(error, RunFailed):
+    if isinstance(error, RunFailed | prepare_data.FolderInUse):
         return str(error)
     if "by peer" in str(error):  # gloo's "Connection closed by peer", or "reset"
         return "another process of this run has ended, see its message; then continue with --resume auto"
@@ -2243,6 +2467,7 @@ def resume_command(argv: list[str]) -> str:
 
 def set_up(argv: list[str]) -> Run:
     """Return the checked run with its data on disk. ValueError and OSError tell what is wrong."""
+    wandb_dataset.hear_ctrl_c()
     if problems := launcher_problems():  # before Lightning, whose import trips over them
         raise ValueError("\n".join(problems))
     settings = load_settings(argv)
@@ -2279,7 +2504,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 1 if is_work else 2)
     run.started, out_dir = started, run.settings.out_dir
     try:
-        with RunLock(out_dir) if is_main_process() else contextlib.nullcontext():
+        with run_lock(out_dir) if is_main_process() else contextlib.nullcontext():
             with StopSignals() as stops:
                 monitor = train(run, stops)
             if is_main_process() and monitor.ending:

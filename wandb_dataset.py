@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ class TransferError(OSError):
 def normalize_flags(argv: list[str]) -> list[str]:
     """Return `argv` with hyphens in flag names made underscores; values stay as they are."""
     return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
+
+
+def hear_ctrl_c() -> None:
+    """Have Ctrl-C raise KeyboardInterrupt again: while a script imports, it ends the process and no more."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def sha256_file(path: Path) -> str:

@@ -26,6 +26,14 @@ SENTENCES = [
 SENTENCE = "Lily had a blue kite and saw a big cat."
 
 
+def alter(shard: Path, at: int = 100) -> None:
+    """Change one token of a shard; its size and its time stamp stay."""
+    stat, data = shard.stat(), bytearray(shard.read_bytes())
+    data[at] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real stories and the real tokenizer beside the checkout; skips where it is absent."""

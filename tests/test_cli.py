@@ -3,6 +3,7 @@
 import ast
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,22 @@ def test_the_header_of_a_model_configuration_tells_its_true_counts(path: Path) -
     count = count_params(MoEConfig.from_file(path))
     assert f"{count.total_params / 1e6:.1f}M parameters" in header_of(path)
     assert f"{count.active_params / 1e6:.1f}M of them active" in header_of(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@pytest.mark.parametrize("script", ["run_train.py", "prepare_data.py", "evaluate.py", "generate.py"])
+def test_ctrl_c_while_a_script_imports_ends_it_without_a_traceback(script: str) -> None:
+    # -v names each module that is imported, and waits for its reader before the last of them
+    process = subprocess.Popen(
+        [sys.executable, "-v", str(ROOT / script), "--help"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    lines = iter(process.stderr)
+    assert any("import 'argparse'" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == -signal.SIGINT
+    assert "Traceback" not in rest

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, alter
 
 import evaluate
 from evaluate import Corpus, iter_batches, main, score, summarize
@@ -315,6 +315,12 @@ def test_a_truncated_shard_is_one_sentence(data_dir, tiny_checkpoint, capsys):
     path = data_dir / "val" / "val" / "00001.bin"
     path.write_bytes(path.read_bytes()[:-2])
     assert str(path) in failure(capsys, "--ckpt_dir", tiny_checkpoint, "--data_dir", data_dir)
+
+
+def test_a_shard_altered_at_equal_size_and_time_is_one_sentence(data_dir, tiny_checkpoint, capsys):
+    alter(next(data_dir.glob("val/val/00002.bin")), 10)
+    error = failure(capsys, "--ckpt_dir", tiny_checkpoint, "--data_dir", data_dir)
+    assert "00002.bin: altered since it was made" in error
 
 
 def test_a_changed_text_is_refused(data_dir, tiny_checkpoint, capsys):

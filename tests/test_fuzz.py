@@ -4,6 +4,9 @@ FUZZ_CASES sets the cases of each long test (1,000), FUZZ_SEED other ones than t
 """
 
 import contextlib
+import copy
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -12,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from test_run_train import workspace  # noqa: F401
+from test_run_train import weights, workspace  # noqa: F401
 
 import evaluate
 import generate
@@ -24,11 +28,11 @@ import run_train
 import wandb_dataset
 from tools import inspect_checkpoint
 
-pytestmark = pytest.mark.usefixtures("eager", "workspace")
+pytestmark = pytest.mark.usefixtures("lightning_log", "eager", "workspace")
 
 LONG = int(os.environ.get("FUZZ_CASES", "1000"))
 TRAIN = ["--config", "train_config.yaml", "--model_config", "model_config.yaml", "--dataset_dir", "d"]
-SECONDS = 60  # a case that takes longer hangs
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))  # a case that takes longer hangs
 MEMORY = 8 << 30
 MAX_TOKENS_PER_STEP = 4096
 
@@ -43,7 +47,7 @@ VALUES = st.one_of(
     st.integers(),
     st.floats(),
     st.text(max_size=8),
-)
+).map(copy.deepcopy)  # a list that a case changes must not stay so for the next
 
 
 def fuzz(cases: int) -> Callable:
@@ -87,16 +91,23 @@ def limits() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, soft)
 
 
+@pytest.fixture(scope="session")
+def lightning_log() -> None:
+    """Import Lightning before `capsys` comes: its log goes for ever to the stream that it then finds."""
+    import lightning  # noqa: F401
+
+
 @pytest.fixture
-def check(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[list], int], list], None]:
+def check(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[list], int], list], int]:
     """A function that runs a script: status 0, or 1 or 2 with messages. An exception fails the test."""
 
-    def run(main: Callable[[list], int], argv: list) -> None:
+    def run(main: Callable[[list], int], argv: list) -> int:
         with limits():
             status = main(argv)
         err = capsys.readouterr().err
-        assert status in (0, 1, 2) and "Traceback" not in err
+        assert status in (0, 1, 2) and "Traceback" not in err, err
         assert status == 0 or "error: " in err or main is inspect_checkpoint.main
+        return status
 
     return run
 
@@ -283,3 +294,110 @@ def test_much_mutated_checkpoints_are_used_or_refused(
     check: Callable, tiny_checkpoint: Path, data: st.DataObject
 ) -> None:
     run_checkpoint_case(check, data.draw, tiny_checkpoint)
+
+
+def tensors(draw: Callable) -> torch.Tensor:
+    shape = draw(st.sampled_from([(), (1,), (4,), (16,), (512, 16), (0,)]))
+    dtype = draw(st.sampled_from([torch.float32, torch.int64, torch.uint8, torch.bool, torch.complex64]))
+    return torch.full(shape, draw(st.sampled_from([0, 1, 255])), dtype=dtype)
+
+
+def state_places(node: object, path: tuple = ()) -> Iterator[tuple]:
+    """The places of a training state, the 625 numbers of a generator's left out."""
+    items = (
+        node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    )
+    for key, value in itertools.islice(items, 60):
+        yield (*path, key)
+        yield from state_places(value, (*path, key))
+
+
+def changed(node: object, path: tuple, change: Callable[[object], object]) -> object:
+    """The nested value with another one at `path`; `change` returns ... to remove it."""
+    if not path:
+        return change(node)
+    key, *rest = path
+    value = changed(node[key], tuple(rest), change)
+    if isinstance(node, dict):
+        return {k: value if k == key else v for k, v in node.items() if k != key or value is not ...}
+    parts = [value if i == key else part for i, part in enumerate(node) if i != key or value is not ...]
+    return tuple(parts) if isinstance(node, tuple) else parts
+
+
+def mutate_state(draw: Callable, state: dict) -> tuple[dict, list[tuple]]:
+    """The state with one or two parts replaced or removed, and their places."""
+    places = []
+    for _ in range(draw(st.integers(1, 2))):
+        part = draw(st.sampled_from(sorted(state)))  # or most would be in the many weights and moments
+        path = draw(st.sampled_from([(part,), *state_places(state[part], (part,))]))
+        kind = draw(st.sampled_from(["value", "tensor", "remove", "near", "shorter"]))
+        # outside of `change`, so that a case draws as much whatever is at its place
+        value, step = draw(VALUES) if kind == "value" else None, draw(st.sampled_from([-1, 1]))
+        new = tensors(draw) if kind == "tensor" else ... if kind == "remove" else value
+
+        def change(old: object, kind: str = kind, new: object = new, step: int = step) -> object:
+            if kind == "near" and type(old) in (int, float):
+                return old + step
+            if kind == "shorter" and isinstance(old, str | list | tuple | torch.Tensor):
+                return old[:1] if not isinstance(old, torch.Tensor) or old.ndim else old.int()
+            return old if kind in ("near", "shorter") else new
+
+        state = changed(state, path, change)
+        places.append(path)
+        if not state:
+            break
+    return state, places
+
+
+HARMLESS = (  # another value of the same kind is as good a state: it is told, or nobody can know
+    ("train_dataloader",),
+    ("model",),
+    ("optimizer", "state"),
+)
+
+
+def run_state_case(check: Callable, draw: Callable) -> None:
+    for name in ("out", "case"):
+        shutil.rmtree(name, ignore_errors=True)
+    shutil.copytree("whole", "out")
+    step = Path("out/step-00000002")
+    state, places = mutate_state(draw, torch.load(step / "lit_model.pth", weights_only=True))
+    torch.save(state, step / "lit_model.pth")
+    record = json.loads((step / "checkpoint.json").read_text(encoding="utf-8"))
+    content = (step / "lit_model.pth").read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    record["files"]["lit_model.pth"] = entry  # all hashes agree: the state alone can tell
+    (step / "checkpoint.json").write_text(json.dumps(record), encoding="utf-8")
+    status = check(run_train.main, [*TRAIN, *STATE_RUN, "--resume", str(step)])
+    if status == 0 and not any(place[: len(part)] == part for place in places for part in HARMLESS):
+        right = weights("right")
+        assert all(torch.equal(tensor, right[name]) for name, tensor in weights("out/final").items()), places
+
+
+STATE_RUN = ["--max_tokens", str(3 * 256), "--train.save_interval", "2", "--eval.interval", "1000"]
+
+
+@pytest.fixture
+def three_steps(tiny_data: Path) -> None:
+    """A run of three steps: right/ is its end, whole/ has the checkpoint of the second."""
+    shutil.copytree(tiny_data, "d")
+    assert run_train.main([*TRAIN, *STATE_RUN]) == 0
+    Path("out/final").rename("right")
+    Path("out").rename("whole")
+
+
+@fuzz(20)
+@given(data=st.data())
+def test_a_mutated_training_state_is_gone_on_from_rightly_or_refused(
+    check: Callable, three_steps: None, data: st.DataObject
+) -> None:
+    run_state_case(check, data.draw)
+
+
+@pytest.mark.slow
+@fuzz(LONG)
+@given(data=st.data())
+def test_a_much_mutated_training_state_is_gone_on_from_rightly_or_refused(
+    check: Callable, three_steps: None, data: st.DataObject
+) -> None:
+    run_state_case(check, data.draw)

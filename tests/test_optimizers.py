@@ -125,3 +125,10 @@ def test_the_load_the_stories_and_the_command_are_on_file_and_sampling_changes_n
 def csv_rows(path: str) -> list[dict[str, str]]:
     with Path(path).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_resumed_run_takes_its_own_weight_decay_and_not_the_saved_one() -> None:
+    assert run("--max_tokens", 1024) == 0
+    assert run("--max_tokens", 1280, "--resume", "auto", "--optimizer.weight_decay", 0.5) == 0
+    state = torch.load("out/final/lit_model.pth", weights_only=True)
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.0]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import alter
 
 import prepare_data
 from prepare_data import PrepareSettings, StoryEncoder, TokenStream, prepare, read_tokenizer
@@ -507,6 +508,27 @@ def test_a_truncated_shard_is_refused_and_repaired(settings: PrepareSettings) ->
     assert shard.read_bytes() == content
 
 
+def test_a_shard_altered_at_equal_size_and_time_is_found_and_repaired(settings: PrepareSettings) -> None:
+    before = prepare(settings)
+    (shard,) = settings.data_dir.glob("val/val/*.bin")
+    content = shard.read_bytes()
+    alter(shard)
+    (reason,) = prepare_data.stale_reasons(settings.data_dir, settings.tokenizer_dir)
+    assert reason.startswith(f"{shard}: altered since it was made")
+    assert prepare(settings) == before
+    assert shard.read_bytes() == content
+
+
+def test_a_finished_shard_that_was_altered_is_not_taken_up_again(settings: PrepareSettings) -> None:
+    prepare(settings)
+    (shard,) = settings.data_dir.glob("train/train/*.bin")
+    content = shard.read_bytes()
+    alter(shard)
+    write_text(settings.data_dir / "val" / "b.txt", make_text(30, seed=1))  # the train shard is to stay
+    prepare(settings)
+    assert shard.read_bytes() == content
+
+
 @pytest.mark.parametrize("content", ["", '{"format_version": 1, "spl', "[]", "{}", '{"format_version": 1}'])
 def test_a_damaged_manifest_is_refused_and_repaired(settings: PrepareSettings, content: str) -> None:
     before = prepare(settings)
@@ -569,6 +591,65 @@ def test_one_story_cannot_be_two_splits(tmp_path: Path, tiny_tokenizer_dir: Path
     write_text(tmp_path / "train" / "a.txt", make_text(1))
     with pytest.raises(ValueError, match="no story for the train split"):
         prepare(PrepareSettings(tmp_path, tokenizer_dir=tiny_tokenizer_dir))
+
+
+def test_a_corpus_that_is_too_short_leaves_nothing_behind(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    text = write_text(tmp_path / "train" / "a.txt", make_text(1))
+    with pytest.raises(ValueError, match="no story for the train split"):
+        prepare(PrepareSettings(tmp_path, tokenizer_dir=tiny_tokenizer_dir))
+    assert {p for p in tmp_path.rglob("[!.]*") if p.is_file()} == {text}
+
+
+def test_a_corpus_that_became_too_short_leaves_the_shards_before(settings: PrepareSettings) -> None:
+    manifest = prepare(settings)
+    before = {path for path in settings.data_dir.rglob("[!.]*") if path.suffix != ".txt"}
+    write_text(settings.data_dir / "train" / "a.txt", make_text(1, seed=9))
+    (settings.data_dir / "val" / "b.txt").unlink()
+    with pytest.raises(ValueError, match="no story for the train split"):
+        prepare(settings)
+    assert {path for path in settings.data_dir.rglob("[!.]*") if path.suffix != ".txt"} == before
+    assert prepare_data.read_manifest(settings.data_dir) == manifest
+
+
+def test_a_second_prepare_in_one_folder_is_refused(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--data_dir", settings.data_dir, "--tokenizer_dir", settings.tokenizer_dir)
+    with prepare_data.lock_data(settings.data_dir):
+        status, line = error_of(capsys, *flags)
+    me = f"text: prepare_data.py is at work there (process {os.getpid()} on "
+    assert status == 2 and me in line and "wait for it" in line
+    assert not (settings.data_dir / "manifest.json").exists()
+    prepare(settings)
+    assert not (settings.data_dir / ".prepare.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")
+def test_prepared_data_on_a_disk_for_reading_alone_is_fresh(settings: PrepareSettings) -> None:
+    prepare(settings)
+    settings.data_dir.chmod(0o500)
+    try:
+        assert prepare(settings)["format_version"] == 1
+    finally:
+        settings.data_dir.chmod(0o700)
+
+
+def test_a_folder_named_as_a_text_is_refused(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = settings.data_dir / "train" / "d.txt"
+    path.mkdir()
+    status, line = error_of(capsys, "--data_dir", settings.data_dir)
+    assert status == 2 and f"{path}: not a file" in line
+
+
+def test_a_tokenizer_dir_that_is_a_file_is_refused(
+    settings: PrepareSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (settings.tokenizer_dir / "tokenizer.json", tmp_path / "file"):
+        place.touch()
+        status, line = error_of(capsys, "--data_dir", settings.data_dir, "--tokenizer_dir", place)
+        assert status == 2 and f"{place}: a file" in line and "folder" in line
 
 
 def test_utf16_is_named(settings: PrepareSettings) -> None:

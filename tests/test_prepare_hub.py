@@ -111,3 +111,9 @@ def test_without_the_hub_both_ways_on_are_named(
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "--tokenizer_dir" in line and "--train_tokenizer" in line
     assert not (tmp_path / "none").exists()
+
+
+def test_a_download_that_failed_leaves_no_empty_folder(run_script: object, tmp_path: Path) -> None:
+    arguments = ("--dataset", "tinystories", "--data_dir", tmp_path / "new")
+    assert run_script("prepare_data.py", *arguments).returncode == 1
+    assert not (tmp_path / "new").exists()

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_CONFIG
+from conftest import ROOT, TINY_CONFIG, alter
 
+import prepare_data
 import run_train
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -180,6 +181,74 @@ def test_each_variable_of_the_design_sets_what_its_flag_sets(
     monkeypatch.delenv(name)
     flag = "--" + name.lower().replace("wandb_dataset_artifact", "wandb_dataset")
     assert by_variable == run_train.load_settings(["--config", "train_config.yaml", flag, text])
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "begins"),
+    [
+        ([], {"MAX_TOKENS": "5"}, "error: $MAX_TOKENS: train.max_tokens is 5"),
+        (["--max_tokens", "5"], {}, "error: --max_tokens: train.max_tokens is 5"),
+        ([], {"MICRO_BATCH_SIZE": "0"}, "error: $MICRO_BATCH_SIZE: train.micro_batch_size is 0"),
+        (["--optimizer.lr", "x"], {}, "error: --optimizer.lr: optimizer.init_args: lr is 'x'"),
+        (["--optimizer", "AdamV"], {}, "error: --optimizer: optimizer.class_path is AdamV"),
+        (["--seed", "-1"], {}, "error: --seed: seed is -1"),
+        (["--lr_warmup_fraction", "0.5"], {}, "error: --lr_warmup_fraction: unknown key"),
+        (["--train.lr_warmup_fraction", "0.5"], {}, "error: train_config.yaml, --train.lr_warmup_fraction: "),
+    ],
+)
+def test_a_problem_names_the_place_that_its_value_came_from(
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    variables: dict[str, str],
+    begins: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(*flags) == 2
+    assert any(line.startswith(begins) for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_tokenizer_dir_that_is_a_file_is_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--tokenizer_dir", "model_config.yaml") == 2
+    line = "error: --tokenizer_dir: tokenizer_dir is model_config.yaml, a file"
+    assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        (
+            "0::/a/b\n",
+            {"a/b/memory.max": "max\n", "a/memory.max": "3000\n", "memory.max": "9000"},
+            [3000, 9000],
+        ),
+        ("9:memory:/docker/x\n8:cpu:/\n", {"memory/memory.limit_in_bytes": "5000\n"}, [5000]),  # of version 1
+        ("0::/../other\n", {}, []),
+        ("", {}, []),
+    ],
+)
+def test_the_memory_that_a_container_may_use_is_read(
+    tmp_path: Path, groups: str, files: dict[str, str], limits: list[int]
+) -> None:
+    for name, text in {
+        "proc/self/cgroup": groups,
+        **{f"sys/fs/cgroup/{k}": v for k, v in files.items()},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert run_train.cgroup_limits(tmp_path) == limits
+
+
+def test_a_model_larger_than_the_container_s_memory_is_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_train, "cgroup_limits", lambda: [100_000])
+    assert run() == 2
+    assert "GB of memory but there are 0.0001" in capsys.readouterr().err
 
 
 def test_progress_can_be_switched_off(workspace: Path) -> None:
@@ -445,18 +514,34 @@ def test_a_shard_with_tokens_above_the_vocabulary_is_told_though_all_hashes_agre
     assert "damaged: token 32767 of a vocabulary of" in err and "error: copy/train/train" in err
 
 
-def test_a_shard_altered_at_equal_size_is_found(
+def test_a_shard_altered_at_equal_size_and_time_is_made_again(
     workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_data, "copy")
     shard = next(Path("copy/train/train").glob("*.bin"))
-    os.utime("copy/manifest.json")
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 1
-    shard.write_bytes(data)
-    os.utime(shard)
+    whole = shard.read_bytes()
+    alter(shard)
     assert run("--dataset_dir", "copy", "--max_tokens", 256) == 0
-    assert "altered since it was made" in capsys.readouterr().err  # and made again from the text
+    assert "altered since it was made" in capsys.readouterr().err
+    assert shard.read_bytes() == whole
+
+
+def test_a_shard_altered_where_the_text_is_gone_is_refused(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "copy", ignore=shutil.ignore_patterns("*.txt"))
+    alter(next(Path("copy/train/train").glob("*.bin")))
+    assert run("--dataset_dir", "copy", "--max_tokens", 256) == 2
+    err = capsys.readouterr().err
+    assert "altered since it was made" in err and "no text to make it again from" in err
+
+
+def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    check = prepare_data.altered_shards
+    monkeypatch.setattr(prepare_data, "altered_shards", lambda *args: hashed.append(1) or check(*args))
+    assert run("--max_tokens", 256) == 0
+    assert len(hashed) == 1
 
 
 def test_the_seed_sets_the_order_of_the_data_too(workspace: Path) -> None:

@@ -406,7 +406,7 @@ def test_a_validation_loss_too_large_for_its_exponential_ends_nothing(
 
 
 def test_a_second_run_into_a_live_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with run_train.RunLock(Path("out")):
+    with run_train.run_lock(Path("out")):
         for flags in ([], ["--resume", "auto"], ["--overwrite"]):
             assert run(*flags) == 2
             assert f"out: a run is live there (process {os.getpid()} on " in capsys.readouterr().err
@@ -417,7 +417,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "import run_train\n"
-        "run_train.RunLock(Path('out')).__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
+        "run_train.run_lock(Path('out')).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     if sys.platform == "win32":
         code = code.replace("os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)")

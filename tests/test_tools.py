@@ -10,7 +10,16 @@ import pytest
 import yaml
 from conftest import TINY_CONFIG
 
-from tools import benchmark_train, count_params, env_sanity_check, inspect_checkpoint, lock
+from tools import (
+    benchmark_data,
+    benchmark_generate,
+    benchmark_startup,
+    benchmark_train,
+    count_params,
+    env_sanity_check,
+    inspect_checkpoint,
+    lock,
+)
 
 # --- lock ---------------------------------------------------------------------------------------------------
 
@@ -357,3 +366,14 @@ def test_benchmark_train_compares_whole_steps_of_the_three(tmp_path: Path) -> No
 def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", [benchmark_data, benchmark_generate, benchmark_startup, benchmark_train])
+@pytest.mark.parametrize("value", ["0", "-3", "x", "9" * 30])
+def test_a_benchmark_refuses_a_count_that_is_none(
+    tool: object, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--rounds", value])
+    assert ended.value.code == 2
+    assert "argument --rounds: " in capsys.readouterr().err

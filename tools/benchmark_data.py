@@ -8,6 +8,7 @@ that they share is counted for each). Loading: batches of the training loader, n
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -33,7 +34,7 @@ from prepare_data import (  # noqa: E402 (the scripts lie one folder up)
     read_tokenizer,
     write_whole,
 )
-from tools.machine import machine  # noqa: E402
+from tools.machine import count, machine  # noqa: E402
 from wandb_dataset import normalize_flags  # noqa: E402
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
@@ -172,6 +173,13 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     }
 
 
+def _megabytes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e6:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status."""
     parser = argparse.ArgumentParser(
@@ -180,11 +188,16 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="text to tokenize (default: the demo corpus)")
     add("--tokenizer_dir", type=Path, metavar="DIR", help="default: 2,048 pieces trained on the demo corpus")
-    add("--megabytes", type=float, default=1.0, help="of the text to tokenize in turns (default %(default)s)")
-    add("--rounds", type=int, default=5, help="of each tokenizer (default %(default)s)")
-    add("--big_mb", type=int, default=100, help="of the file for the memory figure (default %(default)s)")
-    add("--batch_size", type=int, default=8, help="sequences (default %(default)s)")
-    add("--block_size", type=int, default=1024, help="tokens (default %(default)s)")
+    add(
+        "--megabytes",
+        type=_megabytes,
+        default=1.0,
+        help="of the text to tokenize (default %(default)s)",
+    )
+    add("--rounds", type=count, default=5, help="of each tokenizer (default %(default)s)")
+    add("--big_mb", type=count, default=100, help="of the file for the memory figure (default %(default)s)")
+    add("--batch_size", type=count, default=8, help="sequences (default %(default)s)")
+    add("--block_size", type=count, default=1024, help="tokens (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
     try:

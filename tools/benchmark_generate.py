@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a tool runs from anywhere; the scripts lie one up
 
-from tools.machine import machine
+from tools.machine import count, machine
 from wandb_dataset import normalize_flags
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="model config (default %(default)s)",
     )
     add("--ckpt_dir", type=Path, help="trained checkpoint to take instead (default: seeded random weights)")
-    add("--prompt_tokens", type=int, default=16, help="tokens in the prompt (default %(default)s)")
-    add("--max_tokens", type=int, default=64, help="new tokens in a round (default %(default)s)")
-    add("--rounds", type=int, default=5, help="timed rounds, after one to warm up (default %(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    add("--prompt_tokens", type=count, default=16, help="tokens in the prompt (default %(default)s)")
+    add("--max_tokens", type=count, default=64, help="new tokens in a round (default %(default)s)")
+    add("--rounds", type=count, default=5, help="timed rounds, after one to warm up (default %(default)s)")
+    add("--threads", type=count, default=None, help="CPU threads (default: torch's choice)")
     add("--seed", type=int, default=0, help="seed of the weights and the prompt (default %(default)s)")
     add("--json", type=Path, help="file for the figures (default: none is written)")
     return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))

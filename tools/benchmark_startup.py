@@ -25,6 +25,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
+from tools.machine import count  # noqa: E402
 from wandb_dataset import normalize_flags  # noqa: E402
 
 HELP_GOAL_S = 1.0
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each, whose median counts (default 5)")
+    parser.add_argument("--rounds", type=count, default=5, help="runs of each; the median counts (default 5)")
     parser.add_argument("--help_only", action="store_true", help="time --help alone, start no training")
     args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
     try:

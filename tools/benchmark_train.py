@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
 import run_train  # noqa: E402
-from tools.machine import machine  # noqa: E402
+from tools.machine import count, machine  # noqa: E402
 from wandb_dataset import normalize_flags  # noqa: E402
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
@@ -43,21 +43,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model_config", type=Path, default=ROOT / "configs/moe_30m_debug.yaml")
-    parser.add_argument("--micro_batch_size", type=_count, default=4)
-    parser.add_argument("--accumulation", type=_count, default=1, help="micro-batches of a step")
-    parser.add_argument("--max_seq_length", type=_count, help="tokens of a sequence (default: block_size)")
-    parser.add_argument("--steps", type=_count, default=5, help="timed steps of a round")
-    parser.add_argument("--rounds", type=_count, default=3)
+    parser.add_argument("--micro_batch_size", type=count, default=4)
+    parser.add_argument("--accumulation", type=count, default=1, help="micro-batches of a step")
+    parser.add_argument("--max_seq_length", type=count, help="tokens of a sequence (default: block_size)")
+    parser.add_argument("--steps", type=count, default=5, help="timed steps of a round")
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--precision", choices=("32-true", "bf16-true", "bf16-mixed"), default=None)
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What the figures of a benchmark depend on, for all of them. Nothing to run here."""
 
+import argparse
 import os
 import platform
 from importlib.metadata import version
@@ -18,6 +19,13 @@ def machine() -> dict[str, str | int]:
         "system": platform.system(),
         "python": platform.python_version(),
     } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
+
+
+def count(text: str) -> int:
+    """Return the number of 1 or more that a flag's text is, for argparse."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number of 1 or more")
+    return int(text)
 
 
 def _processor() -> str:
