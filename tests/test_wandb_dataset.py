@@ -48,7 +48,7 @@ class FakeArtifact:
 
     def __init__(self, source: Path) -> None:
         self.source, self.digest, self.downloads, self.extra = source, "0123abcd" * 4, 0, {}
-        self.fail_after_download = False
+        self.fail_after_download, self.source_qualified_name = False, REFERENCE
 
     @property
     def manifest(self) -> SimpleNamespace:
@@ -228,7 +228,7 @@ def test_pull_gives_a_whole_data_directory_with_its_tokenizer(served, data_dir, 
     folder = pull(REFERENCE, tmp_path / "artifacts")
     assert fingerprint(folder) == fingerprint(data_dir)
     assert (folder / "tokenizer" / "tokenizer.json").is_file()
-    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [folder.name]
+    assert [path.name for path in (tmp_path / "artifacts").glob("[!.]*")] == [folder.name]
 
 
 def test_pull_records_the_times_of_the_downloaded_texts(served, tmp_path):
@@ -252,14 +252,14 @@ def test_a_download_that_breaks_off_leaves_nothing(served, tmp_path, capsys):
     served.fail_after_download = True
     artifacts = tmp_path / "artifacts"
     assert main(["pull", "--wandb-artifacts-dir", str(artifacts), REFERENCE]) == 1
-    assert "the connection broke" in capsys.readouterr().err and not any(artifacts.iterdir())
+    assert "the connection broke" in capsys.readouterr().err and not list(artifacts.glob("*/"))
 
 
 def test_a_download_with_other_content_is_not_used(served, tmp_path):
     (served.source / "train" / "a.txt").write_bytes(b"other")
     with pytest.raises(OSError, match=r"a\.txt: its content is not what .* is not used"):
         pull(REFERENCE, tmp_path / "artifacts")
-    assert not any((tmp_path / "artifacts").iterdir())
+    assert not list((tmp_path / "artifacts").glob("*/"))
 
 
 @pytest.mark.parametrize(
