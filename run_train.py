@@ -1759,7 +1759,9 @@ class WandbLog:
     A thread of its own sends data and checkpoints: without a network, W&B tries each again for minutes.
     """
 
-    PATIENCE_S = 300  # at the end, for what is still to be sent
+    PATIENCE_S = (
+        150  # at the end, for data and checkpoints, then for the rest; `wandb sync` sends what is left
+    )
 
     def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
         self.run, self.tell = run, tell
@@ -1800,6 +1802,7 @@ class WandbLog:
             init_timeout=wandb_dataset.CONNECT_SECONDS, finish_timeout=self.PATIENCE_S
         )
         options |= {"id": wandb_run_id(self.run), "resume": "allow", "log_args": log_args}
+        options["save_dir"] = os.environ.get("WANDB_DIR") or "."  # which Lightning's logger passes over
         logger = choose_logger("wandb", settings.out_dir, name, **options)
         _ = logger.experiment  # connects
         self.logger = logger
