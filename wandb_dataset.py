@@ -118,12 +118,14 @@ def lineage(data_dir: Path) -> dict[str, str | None]:
 
 def verify(data_dir: Path) -> list[str]:
     """Return a sentence for each text or shard that is missing, new or not as recorded; [] is whole."""
+    from tqdm import tqdm
+
     listed = listed_files(load_manifest(data_dir))
     problems = []
     for path in sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")]):
         if path.relative_to(data_dir).as_posix() not in listed:
             problems.append(f"{path}: there but not listed in {MANIFEST}")
-    for name, expected in sorted(listed.items()):
+    for name, expected in tqdm(sorted(listed.items()), "checking", unit="file", delay=1, disable=None):
         path = data_dir / name
         if not path.is_file():
             problems.append(f"{path}: listed in {MANIFEST} but not there")

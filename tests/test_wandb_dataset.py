@@ -119,6 +119,12 @@ def test_verify_names_a_missing_and_a_changed_file(data_dir):
     assert "its content is not" in changed
 
 
+def test_verify_names_a_text_that_came_after_the_manifest(data_dir):
+    (data_dir / "val" / "new.txt").write_bytes(b"A new one.")
+    (new,) = verify(data_dir)
+    assert "new.txt: there but not listed in manifest.json" in new
+
+
 def test_verify_command_prints_count_and_fingerprint(data_dir, capsys):
     assert main(["verify", "--data-dir", str(data_dir)]) == 0
     assert f"3 files match manifest.json; fingerprint {fingerprint(data_dir)}" in capsys.readouterr().out
@@ -229,6 +235,15 @@ def test_pull_gives_a_whole_data_directory_with_its_tokenizer(served, data_dir, 
     assert fingerprint(folder) == fingerprint(data_dir)
     assert (folder / "tokenizer" / "tokenizer.json").is_file()
     assert [path.name for path in (tmp_path / "artifacts").glob("[!.]*")] == [folder.name]
+
+
+def test_a_directory_is_its_artifact_until_its_data_change(served, tmp_path):
+    folder = pull(REFERENCE, tmp_path / "artifacts")
+    assert wandb_dataset.lineage(folder) == {"artifact": REFERENCE, "fingerprint": fingerprint(folder)}
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["dtype"] = "uint32"
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert wandb_dataset.lineage(folder)["artifact"] is None
 
 
 def test_pull_records_the_times_of_the_downloaded_texts(served, tmp_path):
