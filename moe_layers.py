@@ -515,6 +515,7 @@ class GroupedRouter(GroupedTopkRouter):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.register_buffer(BIAS_NAME, torch.zeros(config.n_expert, dtype=torch.float32))
+        self.reset_parameters()  # as nn.Linear does: litgpt 0.5.13 leaves what was in memory before
 
     def reset_parameters(self) -> None:
         # the same variance as LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)

@@ -20,6 +20,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -1036,6 +1037,7 @@ def _prepare(settings: PrepareSettings) -> dict:
         for reason in reasons:
             say(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
     manifest = {"format_version": FORMAT_VERSION, "dtype": facts.dtype.name, "options": options}
+    manifest["code"] = code_version()
     manifest["tokenizer"] = {key: getattr(facts, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
     try:
         manifest["splits"] = write_splits(settings, text, facts)
@@ -1044,6 +1046,14 @@ def _prepare(settings: PrepareSettings) -> dict:
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir, listed(manifest, "shards"))
     return manifest
+
+
+def code_version() -> dict[str, str]:
+    """Return what identifies the code that makes shards: this file's SHA-256, and the libraries' versions."""
+    source = Path(__file__).read_bytes().replace(b"\r\n", b"\n")  # which git may write on Windows
+    names = ("litgpt", "tokenizers")
+    digest = hashlib.sha256(source).hexdigest()
+    return {"prepare_data.py": digest, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def note_times(data_dir: Path) -> dict:

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -144,7 +145,7 @@ class ScheduleArgs:
 
 @dataclass
 class CheckpointArgs:
-    """Which checkpoints stay, and what a full disk means."""
+    """Which checkpoints stay, which go to W&B, and what a full disk means."""
 
     keep_last: int | None = None
     """Newest step-* to keep; older ones are deleted after a save (null: all stay)."""
@@ -152,6 +153,8 @@ class CheckpointArgs:
     """Steps; step-* that are multiples of it stay beside keep_last (null: none)."""
     on_full_disk: Literal["continue", "stop"] = "continue"
     """continue: go on training, the next save may succeed; stop: end the run with status 1."""
+    to_wandb: Literal["final", "kept", "none"] = "final"
+    """With logger_name wandb, artifacts of: final/; also each step-* that is kept for good; nothing."""
 
 
 @dataclass
@@ -586,6 +589,8 @@ def ignored_problems(settings: Settings) -> list[str]:
         is_read = is_wandb and name in ("project", "run", "group")
         if value != getattr(litgpt_args.LogArgs(), name) and not is_read:
             problems.append(f"log.{name} is {value}, which logger_name {settings.logger_name} does not read")
+    if settings.checkpoints.to_wandb != CheckpointArgs.to_wandb and not is_wandb:
+        problems.append(f"checkpoints.to_wandb needs logger_name wandb; it is {settings.logger_name}")
     return problems
 
 
@@ -1111,6 +1116,7 @@ class CheckpointWriter:
         self.out_dir, self.args, self.tell = settings.out_dir, settings.checkpoints, tell
         # as text and now: a request to stop changes train.save_interval later
         self.settings_text = yaml.safe_dump(plain_settings(settings), sort_keys=False)
+        self.on_saved: Callable[[Path, int], None] = lambda folder, step: None  # told of each, in the thread
         self.failure: str | None = None  # why the latest save failed
         self.lasting_s = 0.0  # how long the latest save took, writing included
         self.selection_bias = False  # whether stock LitGPT would refuse the weights
@@ -1186,6 +1192,7 @@ class CheckpointWriter:
             self.failure, self.lasting_s = None, time.perf_counter() - started
             self.tell(f"Saved {target}")
             self._prune()
+            self.on_saved(target, step)
         except (OSError, RuntimeError, ValueError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             if is_disk_full(error):
@@ -1212,7 +1219,7 @@ class CheckpointWriter:
         args, steps = self.args, sorted(self.out_dir.glob("step-*"))
         for path in steps[: -args.keep_last] if args.keep_last else []:
             number = path.name.removeprefix("step-")
-            if number.isdecimal() and not (args.keep_every and int(number) % args.keep_every == 0):
+            if number.isdecimal() and not is_kept(args, int(number)):
                 doomed = self._staging(path)  # a kill amid the deletion must not leave half a step-*
                 with contextlib.suppress(
                     OSError
@@ -1223,6 +1230,11 @@ class CheckpointWriter:
     @staticmethod
     def _staging(target: Path) -> Path:
         return target.with_name(f".{target.name}.tmp")
+
+
+def is_kept(args: CheckpointArgs, step: int) -> bool:
+    """Return whether the step-* of `step` stays for good."""
+    return args.keep_last is None or bool(args.keep_every and step % args.keep_every == 0)
 
 
 class HashingFile:
@@ -1634,6 +1646,9 @@ class Monitor:
         self.model: Any = None  # LitGPT's GPT, inside whatever compiles and shards it
         self.tokenizer: Any = None
         self.bar: Any = None
+        self.wandb = WandbLog(run, self.print) if run.settings.logger_name == "wandb" else None
+        if self.wandb:
+            self.writer.on_saved = self.wandb.log_checkpoint
         self.values: dict[str, str] = {}
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
         self.loss_sum: Any = 0.0  # on the device, of this step's micro-batches
@@ -1939,10 +1954,12 @@ class Monitor:
         return steps * self.run.tokens_per_step / seconds if steps > 0 and seconds > 0 else None
 
     def close(self) -> None:
-        """Finish the bar, and the save in progress."""
+        """Finish the bar, the save in progress, and W&B."""
         self.writer.wait()
         if self.bar is not None:
             self.bar.close()
+        if self.wandb:
+            self.wandb.close()
 
 
 def _worst_layer(row: dict[str, Any]) -> list[str]:
@@ -1954,6 +1971,112 @@ def _worst_layer(row: dict[str, Any]) -> list[str]:
     value, layer = max(loads)
     dead = int(row[f"moe/dead_experts/layer_{layer}"])
     return [f"load x{value:.2f} in layer {int(layer)}" + (f", {dead} dead" if dead else "")]
+
+
+class WandbLog:
+    """The run on W&B. What fails there is told, and training goes on.
+
+    A thread of its own sends data and checkpoints: without a network, W&B tries each again for minutes.
+    """
+
+    PATIENCE_S = (
+        150  # at the end, for data and checkpoints, then for the rest; `wandb sync` sends what is left
+    )
+
+    def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
+        self.run, self.tell = run, tell
+        self.logger: Any = None  # Lightning's; None before `begin`, in other processes, and once W&B is lost
+        self.figures: dict[str, float] = {}
+        self.lineage: dict[str, str | None] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._work, name="wandb", daemon=True)
+
+    def begin(self) -> None:
+        """Begin the run on W&B, offline where it cannot be reached; RunFailed where nobody has logged in."""
+        from wandb import errors
+
+        try:
+            self._open()
+        except (errors.UsageError, errors.AuthenticationError) as error:
+            reason = wandb_dataset.first_line(error)
+            raise RunFailed(f"W&B: {reason}; WANDB_MODE=offline trains without a login") from error
+        except errors.Error as error:
+            self._open(mode="offline")
+            self.tell(
+                f"Warning: no W&B ({wandb_dataset.first_line(error)}): recording offline, for wandb sync"
+            )
+        self._worker.start()
+        if is_own_data(self.run.data):
+            data_dir = Path(self.run.data.train_data_path).parent
+            self.lineage = wandb_dataset.lineage(data_dir)
+            self.logger.experiment.config.update({"dataset": self.lineage}, allow_val_change=True)
+            self._send(wandb_dataset.use_dataset, data_dir, self.run.settings.tokenizer_dir)
+
+    def _open(self, **options: Any) -> None:
+        import wandb
+        from litgpt.utils import choose_logger
+
+        settings, name = self.run.settings, f"pretrain-{self.run.config.name}"
+        log_args = {key: value for key, value in asdict(settings.log).items() if value is not None}
+        options["settings"] = wandb.Settings(
+            init_timeout=wandb_dataset.CONNECT_SECONDS, finish_timeout=self.PATIENCE_S
+        )
+        options |= {"id": wandb_run_id(self.run), "resume": "allow", "log_args": log_args}
+        options["save_dir"] = os.environ.get("WANDB_DIR") or "."  # which Lightning's logger passes over
+        logger = choose_logger("wandb", settings.out_dir, name, **options)
+        _ = logger.experiment  # connects
+        self.logger = logger
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self._guarded(lambda: self.logger.log_hyperparams(params))
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.figures |= {key: float(metrics[key]) for key in ("loss", "val_loss") if key in metrics}
+        self._guarded(lambda: self.logger.log_metrics(metrics, step))
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            if self.logger is not None:
+                call()
+        except Exception as error:  # of any kind: none is worth the training
+            self.logger = None
+            reason = wandb_dataset.first_line(error)
+            self.tell(
+                f"Warning: W&B is lost ({reason}); training goes on, {self.run.settings.out_dir}/logs has all"
+            )
+
+    def log_checkpoint(self, folder: Path, step: int) -> None:
+        """Send a checkpoint that is in its place, if the settings want it."""
+        args = self.run.settings.checkpoints
+        if args.to_wandb == "none" or (
+            folder.name != "final" and not (args.to_wandb == "kept" and is_kept(args, step))
+        ):
+            return
+        tokens = step * self.run.tokens_per_step
+        metadata = {"step": step, "tokens": tokens, **self.figures, "dataset": self.lineage}
+        self._send(wandb_dataset.log_checkpoint, folder, self.run.config.name, metadata)
+
+    def _send(self, function: Callable[..., None], subject: Path, *args: Any) -> None:
+        def job() -> None:
+            try:
+                if self.logger is not None:
+                    function(self.logger.experiment, subject, *args)
+            except Exception as error:  # as above
+                reason = wandb_dataset.first_line(error)
+                self.tell(f"Warning: {subject} is not recorded on W&B: {reason}; training goes on")
+
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def close(self) -> None:
+        """Wait, within bounds, until W&B has everything."""
+        if self.logger is not None:
+            self._jobs.put(None)
+            self._worker.join(self.PATIENCE_S)
+            self._guarded(self.logger.experiment.finish)
 
 
 class LogFile:
@@ -2162,15 +2285,10 @@ def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
 
     settings = run.settings
     loggers: list[Any] = [monitor]
-    if settings.logger_name != "csv":
-        name = f"pretrain-{run.config.name}"
-        log_args = {key: value for key, value in asdict(settings.log).items() if value is not None}
-        options = {"id": wandb_run_id(run)} if settings.logger_name == "wandb" else {}
-        loggers.append(
-            choose_logger(
-                settings.logger_name, settings.out_dir, name, log_args=log_args, resume="allow", **options
-            )
-        )
+    if settings.logger_name == "tensorboard":
+        loggers.append(choose_logger("tensorboard", settings.out_dir, f"pretrain-{run.config.name}"))
+    elif monitor.wandb:
+        loggers.append(monitor.wandb)
     strategy: Any = "auto"
     if run.devices * settings.num_nodes > 1:
         # as litgpt.pretrain.setup; it knows FSDP alone, which the CPU lacks
@@ -2254,6 +2372,8 @@ def train(run: Run, stops: StopSignals) -> Monitor:
     fabric.launch()
     tokenizer = monitor.tokenizer = Tokenizer(settings.tokenizer_dir)
     if fabric.is_global_zero:
+        if monitor.wandb:
+            monitor.wandb.begin()
         clear_out_dir(run, monitor)
     for logger in fabric.loggers[1:]:
         logger.log_hyperparams(plain_settings(settings))
@@ -2278,8 +2398,6 @@ def train(run: Run, stops: StopSignals) -> Monitor:
             )
     finally:
         monitor.close()
-        if wandb := sys.modules.get("wandb"):  # loaded by its logger alone; its own exit handler comes late
-            wandb.finish()
     if monitor.writer.failure is not None:
         raise RunFailed(f"{monitor.writer.failure}; then continue with --resume auto")
     return monitor

@@ -5,9 +5,11 @@ Run: uv run python wandb_dataset.py push --data_dir data/custom_text
 
 The artifact holds manifest.json, the texts and token shards that it lists, and the tokenizer's files
 under tokenizer/, so a pulled directory trains as it is. The way back: pull entity/project/name:alias.
+push and pull leave the artifact's name in the directory, so that a run can tell what it trained on.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +17,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import wandb
 
 MANIFEST = "manifest.json"
+LINEAGE = "artifact.json"  # beside it: the artifact that this directory is
 TOKENIZER = "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 DEFAULT_PROJECT = "litgpt-moe"
@@ -103,10 +105,34 @@ def manifest_fingerprint(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def remember_artifact(data_dir: Path, artifact: str) -> None:
+    """Write down that the data directory, as it is now, is `artifact`."""
+    facts = {"artifact": artifact, "fingerprint": manifest_fingerprint(load_manifest(data_dir))}
+    whole = (data_dir / LINEAGE).with_suffix(".tmp")
+    whole.write_text(json.dumps(facts), encoding="utf-8")
+    whole.replace(data_dir / LINEAGE)
+
+
+def lineage(data_dir: Path) -> dict[str, str | None]:
+    """Return a data directory's fingerprint and the artifact that it is, None if (or now that) it is none."""
+    now = {"artifact": None, "fingerprint": manifest_fingerprint(load_manifest(data_dir))}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # never pushed, or a damaged note
+        then = json.loads((data_dir / LINEAGE).read_text(encoding="utf-8"))
+        if then["fingerprint"] == now["fingerprint"]:
+            now["artifact"] = str(then["artifact"])
+    return now
+
+
 def verify(data_dir: Path) -> list[str]:
-    """Return a sentence for each text or shard that is missing or not as the manifest says; [] is whole."""
+    """Return a sentence for each text or shard that is missing, new or not as recorded; [] is whole."""
+    from tqdm import tqdm
+
+    listed = listed_files(load_manifest(data_dir))
     problems = []
-    for name, expected in sorted(listed_files(load_manifest(data_dir)).items()):
+    for path in sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")]):
+        if path.relative_to(data_dir).as_posix() not in listed:
+            problems.append(f"{path}: there but not listed in {MANIFEST}")
+    for name, expected in tqdm(sorted(listed.items()), "checking", unit="file", delay=1, disable=None):
         path = data_dir / name
         if not path.is_file():
             problems.append(f"{path}: listed in {MANIFEST} but not there")
@@ -166,8 +192,7 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: str) 
     counts = ("n_stories", "n_tokens", "n_bytes")
     metadata = {
         "fingerprint": manifest_fingerprint(manifest),
-        "format_version": manifest.get("format_version"),
-        "tokenizer": manifest.get("tokenizer"),
+        **{key: manifest.get(key) for key in ("format_version", "tokenizer", "options", "code")},
         "splits": {s: {key: split.get(key) for key in counts} for s, split in manifest["splits"].items()},
     }
     artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
@@ -219,9 +244,45 @@ def log_artifact(
     policy = "mutable" if run.offline else "immutable"
     logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
     if run.offline:
+        remember_artifact(data_dir, name)
         return f"{name}: recorded; send it with: wandb sync {Path(run.dir).parent}"
     logged.wait()
+    remember_artifact(data_dir, logged.source_qualified_name)
     return f"{logged.source_qualified_name}: uploaded; run_train.py --wandb_dataset takes that name"
+
+
+def use_dataset(run: "wandb.Run", data_dir: Path, tokenizer_dir: Path) -> None:
+    """Record that `run` reads the artifact that the data directory is; one that is none is not sent."""
+    reference = lineage(data_dir)["artifact"]
+    if reference is None or run.disabled:
+        return
+    if "/" in reference and not run.offline:
+        run.use_artifact(reference)
+        return
+    artifact = build_artifact(data_dir, tokenizer_dir, artifact_name(reference), "immutable")
+    if run.offline:
+        # wandb 0.31 refuses use_artifact offline, though its sync knows how; the server keeps equal data once
+        run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    else:  # pushed offline: the name that `wandb sync` gave it is not known here
+        run.use_artifact(artifact)
+
+
+def log_checkpoint(run: "wandb.Run", folder: Path, name: str, metadata: dict) -> None:
+    """Log a checkpoint directory as an artifact of `run`, which so comes from what the run used."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=metadata)
+    for path in sorted(folder.iterdir()):  # add_dir would print about each
+        # immutable: no second copy of all weights; W&B refuses what changed before it was sent
+        artifact.add_file(str(path), policy="immutable")
+    logged = run.log_artifact(artifact, aliases=["latest", folder.name])
+    if not run.offline:
+        logged.wait()  # what the server refused is an error here
+
+
+def artifact_name(reference: str) -> str:
+    """Return `name` of entity/project/name:alias."""
+    return reference.rsplit("/", 1)[-1].partition(":")[0]
 
 
 def first_line(error: Exception) -> str:
@@ -232,26 +293,35 @@ def first_line(error: Exception) -> str:
 def fetch(reference: str, artifacts_dir: Path) -> Path:
     """Return the folder of an artifact, downloaded and checked unless its digest is there already."""
     import wandb
+    from filelock import FileLock
 
     source = wandb.Api().artifact(reference)
     for path, entry in source.manifest.entries.items():
         check_inside(path)
         if entry.ref:  # a reference could copy any file of this machine into the folder
             raise ValueError(f"the entry {path!r} is a link to {entry.ref}; refusing it")
-    name = reference.rsplit("/", 1)[-1].partition(":")[0]
-    target = artifacts_dir / f"{name}-{re.sub(r'[^0-9A-Za-z]', '', source.digest)[:32]}"
-    if target.is_dir():
-        return target
-    artifacts_dir.mkdir(parents=True, exist_ok=True)
-    # beside the target, so that the rename is atomic and half a download is never taken for a whole one
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=artifacts_dir))
+    digest = re.sub(r"[^0-9A-Za-z]", "", source.digest)[:32]
+    target = artifacts_dir / f"{artifact_name(reference)}-{digest}"
+    if not target.is_dir():
+        artifacts_dir.mkdir(parents=True, exist_ok=True)
+        # beside the target, so that the rename is atomic and half a download is never taken for a whole one
+        part = artifacts_dir / f".part-{target.name}"
+        with FileLock(f"{part}.lock"):  # several processes of a run ask for the same; the first one fetches
+            if not target.is_dir():
+                download(source, part, target)
+    return target
+
+
+def download(source: "wandb.Artifact", part: Path, target: Path) -> None:
+    """Fetch an artifact into `part`, check it, and rename it to `target`."""
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed; W&B's cache has what it fetched
     try:
         source.download(root=str(part))
         check_download(part)
+        remember_artifact(part, source.source_qualified_name)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target
 
 
 def check_download(folder: Path) -> None:

@@ -375,3 +375,11 @@ def test_no_checkpoint_is_told_with_the_place(tmp_path: Path) -> None:
 
 def test_grouped_gemm_is_not_called_fast_on_the_cpu() -> None:
     assert not moe_layers.has_fast_grouped_mm(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_router_with_groups_begins_with_random_weights_not_with_old_memory() -> None:
+    config = MoEConfig(**TINY_CONFIG, n_expert_groups=2, n_topk_groups=1, n_topk_scores_per_group=2)
+    torch.manual_seed(0)
+    gate = MoE(config).gate
+    # 64 numbers of standard deviation sqrt(2 / 5 / 16) = 0.158
+    assert 0.1 < gate.weight.std().item() < 0.25 and gate.weight.abs().max() < 1

@@ -48,7 +48,7 @@ class FakeArtifact:
 
     def __init__(self, source: Path) -> None:
         self.source, self.digest, self.downloads, self.extra = source, "0123abcd" * 4, 0, {}
-        self.fail_after_download = False
+        self.fail_after_download, self.source_qualified_name = False, REFERENCE
 
     @property
     def manifest(self) -> SimpleNamespace:
@@ -117,6 +117,12 @@ def test_verify_names_a_missing_and_a_changed_file(data_dir):
     missing, changed = verify(data_dir)
     assert "a.txt: listed in manifest.json but not there" in missing
     assert "its content is not" in changed
+
+
+def test_verify_names_a_text_that_came_after_the_manifest(data_dir):
+    (data_dir / "val" / "new.txt").write_bytes(b"A new one.")
+    (new,) = verify(data_dir)
+    assert "new.txt: there but not listed in manifest.json" in new
 
 
 def test_verify_command_prints_count_and_fingerprint(data_dir, capsys):
@@ -228,7 +234,16 @@ def test_pull_gives_a_whole_data_directory_with_its_tokenizer(served, data_dir, 
     folder = pull(REFERENCE, tmp_path / "artifacts")
     assert fingerprint(folder) == fingerprint(data_dir)
     assert (folder / "tokenizer" / "tokenizer.json").is_file()
-    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [folder.name]
+    assert [path.name for path in (tmp_path / "artifacts").glob("[!.]*")] == [folder.name]
+
+
+def test_a_directory_is_its_artifact_until_its_data_change(served, tmp_path):
+    folder = pull(REFERENCE, tmp_path / "artifacts")
+    assert wandb_dataset.lineage(folder) == {"artifact": REFERENCE, "fingerprint": fingerprint(folder)}
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["dtype"] = "uint32"
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert wandb_dataset.lineage(folder)["artifact"] is None
 
 
 def test_pull_records_the_times_of_the_downloaded_texts(served, tmp_path):
@@ -252,14 +267,14 @@ def test_a_download_that_breaks_off_leaves_nothing(served, tmp_path, capsys):
     served.fail_after_download = True
     artifacts = tmp_path / "artifacts"
     assert main(["pull", "--wandb-artifacts-dir", str(artifacts), REFERENCE]) == 1
-    assert "the connection broke" in capsys.readouterr().err and not any(artifacts.iterdir())
+    assert "the connection broke" in capsys.readouterr().err and not list(artifacts.glob("*/"))
 
 
 def test_a_download_with_other_content_is_not_used(served, tmp_path):
     (served.source / "train" / "a.txt").write_bytes(b"other")
     with pytest.raises(OSError, match=r"a\.txt: its content is not what .* is not used"):
         pull(REFERENCE, tmp_path / "artifacts")
-    assert not any((tmp_path / "artifacts").iterdir())
+    assert not list((tmp_path / "artifacts").glob("*/"))
 
 
 @pytest.mark.parametrize(

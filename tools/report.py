@@ -310,9 +310,11 @@ def summary(run: RunLog) -> dict[str, float | None]:
     def last(values: "np.ndarray") -> float:
         return values[-1]
 
-    figures = {
-        name: of(name, last, run.train) for name in ("step", "tokens", "time", "flops", "loss", "left")
-    }
+    figures = {name: of(name, last, run.train) for name in ("flops", "loss", "left")}
+    for name in ("step", "tokens", "time"):  # the last validation may come after the last row of training
+        figures[name] = max(
+            filter(None, (of(name, last, part) for part in (run.train, run.val))), default=None
+        )
     figures |= {name: of(name, np.median, run.train) for name in ("rate", "mfu")}
     figures |= {name: of(name, np.max, run.train) for name in ("memory", "skipped", "dead", "imbalance")}
     figures |= {"imbalance_now": of("imbalance", last, run.train)}
