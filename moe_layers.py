@@ -1004,8 +1004,9 @@ def _is_decoding(x_NC: torch.Tensor) -> bool:
 # --- the experts in Triton: CUDA without a fast grouped GEMM ------------------------------------------------
 
 
-tl: Any = None  # triton.language: a kernel looks for it among its module's names; `_triton_kernels` sets it
-constexpr = "tl.constexpr"  # Triton goes by the name of an annotation, its interpreter by how it is spelled
+# What a kernel uses of triton.language, which it looks for in its module; `_triton_kernels` imports it here.
+tl: Any = None
+constexpr: Any = "constexpr"
 
 
 @torch.compiler.assume_constant_result  # what is installed does not change under a compiled graph
@@ -1026,25 +1027,26 @@ def has_triton(device_type: str) -> bool:
 @lru_cache
 def _triton_kernels() -> tuple[Any, Any]:
     """Return the two kernels. Triton is imported here: a machine without it has the other ways."""
-    global tl
+    global tl, constexpr
     import triton
     import triton.language as tl
 
+    constexpr = tl.constexpr
     return triton.jit(_rows_kernel), triton.jit(_matrices_kernel)
 
 
 def _tile(n_rows: int, n_expert: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the sides of the kernels' tiles (rows, output, input), warps and stages of their pipelines.
 
-    Three stages of the largest take 48 KB of shared memory: two such programs fit the 99 KB that one may use
-    on consumer cards (SM86, SM89, SM120), one the 64 KB of Turing. Not tuned on a GPU yet.
+    Four stages hold three pairs of tiles, 48 KB of shared memory for the largest: two such programs fit the
+    100 KB of a consumer card's processor (SM86, SM89, SM120). Not tuned on a GPU yet.
     """
     if dtype == torch.float32:
         # twice the bytes; and without TF32 the products of a larger tile spill registers
-        return {"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 4}
     # an expert's last tile is half empty on average: of 256 rows, tiles of 128 would waste a fifth
     rows, warps = (128, 8) if n_rows >= 512 * n_expert else (64, 4)
-    return {"BLOCK_R": rows, "BLOCK_O": 128, "BLOCK_I": 32, "num_warps": warps, "num_stages": 3}
+    return {"BLOCK_R": rows, "BLOCK_O": 128, "BLOCK_I": 32, "num_warps": warps, "num_stages": 4}
 
 
 def _precision(dtype: torch.dtype) -> str:
