@@ -587,13 +587,39 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: torch.Tensor, weight_EC: torch.Tensor, dtype: torch.dtype):
         ctx.save_for_backward(x_NC, weight_EC)
-        return F.linear(x_NC.to(dtype), weight_EC.to(dtype))
+        return _product(x_NC.to(dtype), weight_EC.to(dtype).t())
 
     @staticmethod
     def backward(ctx: Any, grad_NE: torch.Tensor):
         x_NC, weight_EC = ctx.saved_tensors
-        x_grad_NC = (grad_NE @ weight_EC.to(grad_NE.dtype)).to(x_NC.dtype)
-        return x_grad_NC, (grad_NE.t() @ x_NC.to(grad_NE.dtype)).to(weight_EC.dtype), None
+        x_grad_NC = _product(grad_NE, weight_EC.to(grad_NE.dtype)).to(x_NC.dtype)
+        return x_grad_NC, _product(grad_NE.t(), x_NC.to(grad_NE.dtype)).to(weight_EC.dtype), None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b, on CUDA too in whole float32: TF32, the 10 bits of which may be allowed, makes ties."""
+    return torch.ops.moe.exact_product(a, b) if a.device.type == "cuda" else a @ b
+
+
+# An operator, for a compiled graph knows no setting that holds for one product.
+@torch.library.custom_op("moe::exact_product", mutates_args=())
+def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return a @ b
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@_exact_product.register_fake
+def _(a: Any, b: Any) -> torch.Tensor:
+    return a.new_empty(a.size(0), b.size(1))
+
+
+@register_flop_formula(torch.ops.moe.exact_product)
+def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a) * b[1]
 
 
 class _Gather(torch.autograd.Function):
@@ -971,8 +997,7 @@ def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
     is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # rows of 16 bytes in bf16
     if is_aligned and has_fast_grouped_mm(device, dtype):
         return "grouped_mm"
-    has_kernels = dtype != torch.float64 and has_triton(device.type)
-    return "triton" if has_kernels else "segments"
+    return "triton" if has_triton(device.type, dtype) else "segments"
 
 
 def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -1011,17 +1036,18 @@ constexpr: Any = "constexpr"
 
 @torch.compiler.assume_constant_result  # what is installed does not change under a compiled graph
 @lru_cache
-def has_triton(device_type: str) -> bool:
-    """Return whether Triton can start kernels on this kind of device; it also needs a C compiler on Linux."""
-    if device_type != "cuda":
+def has_triton(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether Triton starts kernels here that are worth it (on Linux it needs a C compiler too)."""
+    if device_type != "cuda" or dtype not in DTYPES.values():
         return False
     try:
         import triton
 
         target = triton.runtime.driver.active.get_current_target()
-        return target.backend == "cuda" and target.arch >= 75  # Turing is the first that Triton compiles for
     except (ImportError, OSError, RuntimeError, SubprocessError):
         return False
+    # Triton 3.6 knows no tensor cores before SM80, and there spills kilobytes of registers in 16 bits
+    return target.backend == "cuda" and target.arch >= (75 if dtype == torch.float32 else 80)
 
 
 @lru_cache
@@ -1201,6 +1227,7 @@ def _expert_matrices(
     tile = _tile(n_rows, w.size(0), x.dtype)
     # the sum runs over rows here: its step is the other kernel's step over inputs
     tile |= {"BLOCK_R": tile["BLOCK_I"], "BLOCK_O": tile["BLOCK_R"], "BLOCK_I": tile["BLOCK_O"]}
+    tile["num_stages"] += 1  # Triton gives the numbers of gathered rows stages of their own
     grid = (-(-w.size(1) // tile["BLOCK_O"]) * -(-w.size(2) // tile["BLOCK_I"]), w.size(0))
     with torch.cuda.device_of(x):
         _triton_kernels()[1][grid](
