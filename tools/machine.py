@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +19,14 @@ def machine() -> dict[str, str | int]:
         "system": platform.system(),
         "python": platform.python_version(),
     } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
+
+
+def results_path(script: str, device: str) -> Path:
+    """Return where a benchmark's JSON lies: beside its script, named by the GPU if `device` is one."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    return Path(script).with_name("_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())]) + ".json")
 
 
 def _processor() -> str:
