@@ -1035,19 +1035,23 @@ constexpr: Any = "constexpr"
 
 
 @torch.compiler.assume_constant_result  # what is installed does not change under a compiled graph
-@lru_cache
 def has_triton(device_type: str, dtype: torch.dtype) -> bool:
     """Return whether Triton starts kernels here that are worth it (on Linux it needs a C compiler too)."""
-    if device_type != "cuda" or dtype not in DTYPES.values():
-        return False
+    # Triton 3.6 knows no tensor cores before SM80, and there spills kilobytes of registers in 16 bits
+    oldest = 75 if dtype == torch.float32 else 80
+    return device_type == "cuda" and dtype in DTYPES.values() and _triton_arch() >= oldest
+
+
+@lru_cache
+def _triton_arch() -> int:
+    """Return the NVIDIA GPU that Triton starts kernels on, 86 for SM86; 0 without one."""
     try:
         import triton
 
         target = triton.runtime.driver.active.get_current_target()
     except (ImportError, OSError, RuntimeError, SubprocessError):
-        return False
-    # Triton 3.6 knows no tensor cores before SM80, and there spills kilobytes of registers in 16 bits
-    return target.backend == "cuda" and target.arch >= (75 if dtype == torch.float32 else 80)
+        return 0
+    return target.arch if target.backend == "cuda" else 0
 
 
 @lru_cache

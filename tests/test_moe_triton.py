@@ -4,6 +4,7 @@ import contextlib
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,8 @@ def test_a_forward_on_cuda_asks_the_device_for_nothing(way: str, config: dict, m
         x = torch.zeros(2, 64, dtype=torch.int64)
         assert model(x).device.type == "cuda"
         assert moe_layers.moe_layers(model)[0].tokens_per_expert.device.type == "cuda"
+        statistics, _ = moe_layers.router_statistics(model)  # of all layers, to be fetched at once
+        assert statistics.device.type == "cuda" and statistics.shape == (2, 4 + 4)
     assert len(started.grids) == (4 if way == "triton" else 0)
 
 
@@ -394,18 +397,27 @@ def test_ways_are_chosen_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_triton_is_taken_where_it_has_the_hardware(arch: int, dtypes: list, monkeypatch) -> None:
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver(arch))
-    moe_layers.has_triton.cache_clear()
+    moe_layers._triton_arch.cache_clear()
     try:
         kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         assert [dtype for dtype in kinds if moe_layers.has_triton("cuda", dtype)] == dtypes
         assert not moe_layers.has_triton("cpu", torch.float32)
     finally:
-        moe_layers.has_triton.cache_clear()
+        moe_layers._triton_arch.cache_clear()
+
+
+def test_asking_for_triton_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_layers, "_triton_arch", lru_cache(lambda: 86))
+    torch.compiler.set_stance("default")
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if moe_layers.has_triton("cuda", x.dtype) else x
+
+    assert torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(())) == 1
 
 
 def test_without_a_driver_triton_is_not_taken() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
-    moe_layers.has_triton.cache_clear()
+    moe_layers._triton_arch.cache_clear()
     assert not moe_layers.has_triton("cuda", torch.float32)
-    moe_layers.has_triton.cache_clear()
