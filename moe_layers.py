@@ -588,13 +588,39 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: torch.Tensor, weight_EC: torch.Tensor, dtype: torch.dtype):
         ctx.save_for_backward(x_NC, weight_EC)
-        return F.linear(x_NC.to(dtype), weight_EC.to(dtype))
+        return _product(x_NC.to(dtype), weight_EC.to(dtype).t())
 
     @staticmethod
     def backward(ctx: Any, grad_NE: torch.Tensor):
         x_NC, weight_EC = ctx.saved_tensors
-        x_grad_NC = (grad_NE @ weight_EC.to(grad_NE.dtype)).to(x_NC.dtype)
-        return x_grad_NC, (grad_NE.t() @ x_NC.to(grad_NE.dtype)).to(weight_EC.dtype), None
+        x_grad_NC = _product(grad_NE, weight_EC.to(grad_NE.dtype)).to(x_NC.dtype)
+        return x_grad_NC, _product(grad_NE.t(), x_NC.to(grad_NE.dtype)).to(weight_EC.dtype), None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b, on CUDA too in whole float32: TF32, the 10 bits of which may be allowed, makes ties."""
+    return torch.ops.moe.exact_product(a, b) if a.device.type == "cuda" else a @ b
+
+
+# An operator, for a compiled graph knows no setting that holds for one product.
+@torch.library.custom_op("moe::exact_product", mutates_args=())
+def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return a @ b
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@_exact_product.register_fake
+def _(a: Any, b: Any) -> torch.Tensor:
+    return a.new_empty(a.size(0), b.size(1))
+
+
+@register_flop_formula(torch.ops.moe.exact_product)
+def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a) * b[1]
 
 
 class _Gather(torch.autograd.Function):
@@ -972,8 +998,7 @@ def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
     is_aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0  # rows of 16 bytes in bf16
     if is_aligned and has_fast_grouped_mm(device, dtype):
         return "grouped_mm"
-    has_kernels = dtype != torch.float64 and has_triton(device.type)
-    return "triton" if has_kernels else "segments"
+    return "triton" if has_triton(device.type, dtype) else "segments"
 
 
 def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -1005,47 +1030,54 @@ def _is_decoding(x_NC: torch.Tensor) -> bool:
 # --- the experts in Triton: CUDA without a fast grouped GEMM ------------------------------------------------
 
 
-tl: Any = None  # triton.language: a kernel looks for it among its module's names; `_triton_kernels` sets it
-constexpr = "tl.constexpr"  # Triton goes by the name of an annotation, its interpreter by how it is spelled
+# What a kernel uses of triton.language, which it looks for in its module; `_triton_kernels` imports it here.
+tl: Any = None
+constexpr: Any = "constexpr"
 
 
 @torch.compiler.assume_constant_result  # what is installed does not change under a compiled graph
+def has_triton(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether Triton starts kernels here that are worth it (on Linux it needs a C compiler too)."""
+    # Triton 3.6 knows no tensor cores before SM80, and there spills kilobytes of registers in 16 bits
+    oldest = 75 if dtype == torch.float32 else 80
+    return device_type == "cuda" and dtype in DTYPES.values() and _triton_arch() >= oldest
+
+
 @lru_cache
-def has_triton(device_type: str) -> bool:
-    """Return whether Triton can start kernels on this kind of device; it also needs a C compiler on Linux."""
-    if device_type != "cuda":
-        return False
+def _triton_arch() -> int:
+    """Return the NVIDIA GPU that Triton starts kernels on, 86 for SM86; 0 without one."""
     try:
         import triton
 
         target = triton.runtime.driver.active.get_current_target()
-        return target.backend == "cuda" and target.arch >= 75  # Turing is the first that Triton compiles for
     except (ImportError, OSError, RuntimeError, SubprocessError):
-        return False
+        return 0
+    return target.arch if target.backend == "cuda" else 0
 
 
 @lru_cache
 def _triton_kernels() -> tuple[Any, Any]:
     """Return the two kernels. Triton is imported here: a machine without it has the other ways."""
-    global tl
+    global tl, constexpr
     import triton
     import triton.language as tl
 
+    constexpr = tl.constexpr
     return triton.jit(_rows_kernel), triton.jit(_matrices_kernel)
 
 
 def _tile(n_rows: int, n_expert: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the sides of the kernels' tiles (rows, output, input), warps and stages of their pipelines.
 
-    Three stages of the largest take 48 KB of shared memory: two such programs fit the 99 KB that one may use
-    on consumer cards (SM86, SM89, SM120), one the 64 KB of Turing. Not tuned on a GPU yet.
+    Four stages hold three pairs of tiles, 48 KB of shared memory for the largest: two such programs fit the
+    100 KB of a consumer card's processor (SM86, SM89, SM120). Not tuned on a GPU yet.
     """
     if dtype == torch.float32:
         # twice the bytes; and without TF32 the products of a larger tile spill registers
-        return {"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "num_warps": 4, "num_stages": 4}
     # an expert's last tile is half empty on average: of 256 rows, tiles of 128 would waste a fifth
     rows, warps = (128, 8) if n_rows >= 512 * n_expert else (64, 4)
-    return {"BLOCK_R": rows, "BLOCK_O": 128, "BLOCK_I": 32, "num_warps": warps, "num_stages": 3}
+    return {"BLOCK_R": rows, "BLOCK_O": 128, "BLOCK_I": 32, "num_warps": warps, "num_stages": 4}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -1200,6 +1232,7 @@ def _expert_matrices(
     tile = _tile(n_rows, w.size(0), x.dtype)
     # the sum runs over rows here: its step is the other kernel's step over inputs
     tile |= {"BLOCK_R": tile["BLOCK_I"], "BLOCK_O": tile["BLOCK_R"], "BLOCK_I": tile["BLOCK_O"]}
+    tile["num_stages"] += 1  # Triton gives the numbers of gathered rows stages of their own
     grid = (-(-w.size(1) // tile["BLOCK_O"]) * -(-w.size(2) // tile["BLOCK_I"]), w.size(0))
     with torch.cuda.device_of(x):
         _triton_kernels()[1][grid](

@@ -203,6 +203,8 @@ class Settings:
     """Machines."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles on CUDA where Triton is installed, and runs eager elsewhere."""
+    float32_matmul_precision: Literal["highest", "high"] = "high"
+    """Of float32 products on CUDA: high is TF32, as `litgpt pretrain` has it; highest is float32 itself."""
     seed: int = 42
     """Seed of the weights and the order of the data."""
     optimizer: dict = field(default_factory=lambda: {"class_path": "torch.optim.AdamW"})
@@ -2369,6 +2371,8 @@ def train(run: Run, stops: StopSignals) -> Monitor:
     torch.compiler.set_stance("default" if compiled else "force_eager")  # litgpt 0.5.13 always calls compile
     monitor = Monitor(run, stops)
     fabric = make_fabric(run, monitor)
+    if fabric.device.type == "cuda":  # elsewhere it may mean other roundings, and no speed
+        torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     fabric.launch()
     tokenizer = monitor.tokenizer = Tokenizer(settings.tokenizer_dir)
     if fabric.is_global_zero:
@@ -2435,10 +2439,11 @@ def describe(run: Run, fabric: "Fabric", mode: str, why: str) -> str:
 
     total, active = count_parameters(run.config)
     dtype = torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"
     resumed = f", resuming after step {run.start_step} ({run.resume.parent})" if run.resume else ""
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
-        f"Device  {fabric.device}, {run.precision}, {mode} ({why})\n"
+        f"Device  {fabric.device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why})\n"
         f"Experts {experts_path(run.config, fabric.device, dtype)}\n"
         f"Run     {run.n_steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
     )

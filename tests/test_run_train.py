@@ -275,6 +275,7 @@ BAD_TRAIN_VALUES = {
     "eval.interval": (0, "eval.interval is 0; choose 1 or more"),
     "eval.max_new_tokens": (-5, "eval.max_new_tokens is -5"),
     "moe.aux_loss_coef": (-0.1, "moe.aux_loss_coef is -0.1; choose 0 or more"),
+    "float32_matmul_precision": ("low", "float32_matmul_precision is 'low'; it must be Literal['highest'"),
     "weight_decay_on": ("some", "weight_decay_on is 'some'; it must be"),
     "precision": ("16-mixed", "precision is '16-mixed'; choose one of 32-true, bf16-true, bf16-mixed"),
     "accelerator": ("tpu", "accelerator is 'tpu'; it must be Literal['auto', 'cpu'"),

@@ -4,8 +4,9 @@ Run: uv run python tools/benchmark_moe.py     (--shapes 30M --rounds 5 for a fir
 
 All variants have the same weights and take turns in every round; a figure is the median over rounds, a
 ratio the median of the rounds' ratios. Hugging Face's blocks run in a process and an environment of their
-own, which uv makes below --hf_env at the first run: their huggingface-hub is not LitGPT's. The JSON holds
-the machine and the versions too.
+own, which uv makes below --hf_env at the first run: their huggingface-hub is not LitGPT's. What gives another
+output than stock is not timed. float32 is TF32 on CUDA, as in training. The JSON, beside this script with the
+GPU in its name, holds the machine and the versions too.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=str(ROOT / ".hf_env"),
         help="environment for Hugging Face's blocks; '' leaves them out",
     )
-    add("--out", default=str(ROOT / "tools/benchmark_moe.json"), help="JSON to write")
+    add("--out", default="", help="JSON to write (default: beside this script, named by the GPU)")
     add("--hf_worker", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for flag, choices in (("shapes", list(SHAPES)), ("dtypes", ["float32", "bfloat16"])):
@@ -92,6 +93,20 @@ def make_step(layer: Any, x: Any) -> Callable[[], tuple[float, float]]:
     return step
 
 
+def check_output(y: Any, expected: Any) -> None:
+    """Raise RuntimeError if a variant does not compute what stock does.
+
+    The median of the tokens' relative errors must be small, not each: with a router in bf16 or TF32 two close
+    experts change places for some tokens.
+    """
+    import torch
+
+    errors = (y.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    allowed = 2e-3 if y.dtype == torch.float32 else 3e-2  # TF32 has 10 bits, bf16 7
+    if not (error := errors.median().item()) <= allowed:
+        raise RuntimeError(f"its output differs from stock's by {error:.2g}")
+
+
 def make_input(shape: str, dtype: str, device: str, n_tokens: int) -> Any:
     """Return the seeded input, (4, tokens / 4, C)."""
     import torch
@@ -106,7 +121,7 @@ def our_layers(shape: str, dtype: str, device: str) -> dict[str, Any]:
     import torch
     from litgpt.model import LLaMAMLP, LLaMAMoE
 
-    from moe_layers import MoE, MoEConfig, choose_way
+    from moe_layers import MoE, MoEConfig, choose_way, has_triton
 
     n_embd, width, n_expert, top_k = SHAPES[shape]
     config = MoEConfig(
@@ -125,13 +140,15 @@ def our_layers(shape: str, dtype: str, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
     kind = {"dtype": getattr(torch, dtype), "device": device}
     layers = {"stock": LLaMAMoE(config), "dense": LLaMAMLP(config, intermediate_size=width * top_k)}
-    chosen = choose_way(config, torch.device(device), kind["dtype"])
-    for way in sorted({chosen, "segments", "loop"}):
+    fast = {choose_way(config, torch.device(device), kind["dtype"]), "segments"}
+    if has_triton(torch.device(device).type, kind["dtype"]):
+        fast.add("triton")
+    for way in sorted(fast | {"loop"}):
         layers[f"ours {way}"] = MoE(config)
         layers[f"ours {way}"].way = way
         layers[f"ours {way}"].load_state_dict(layers["stock"].state_dict())
     layers = {name: layer.to(**kind) for name, layer in layers.items()}
-    for way in sorted({chosen, "segments"}):
+    for way in sorted(fast):
         # a layer of its own: its eager twin must not share its gradients
         layer = MoE(config).to(**kind)
         layer.load_state_dict(layers["stock"].state_dict())
@@ -149,10 +166,13 @@ def make_hf_environment(folder: Path) -> Path:
 
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not python.exists():
-        version = torch.__version__.split("+")[0]
+        version, _, build = torch.__version__.partition("+")
         print(f"Making {folder} with torch {version} and the newest transformers...", file=sys.stderr)
         subprocess.run(["uv", "venv", "-q", "--python", "3.12", str(folder)], check=True)
         packages = [f"torch=={version}", "transformers>=5", "numpy"]
+        if sys.platform == "win32" and build.startswith("cu"):  # where the index has torch for the CPU alone
+            packages = [f"torch=={torch.__version__}", "--find-links", str(ROOT / "tools/torch-cu128.html")]
+            packages += ["transformers>=5", "numpy"]
         subprocess.run(["uv", "pip", "install", "-q", "--python", str(python), *packages], check=True)
     return python
 
@@ -160,12 +180,14 @@ def make_hf_environment(folder: Path) -> Path:
 class HuggingFace:
     """A process that times Hugging Face's blocks one step at a time, when it is asked."""
 
-    def __init__(self, python: Path, shape: str, dtype: str, device: str, n_tokens: int, stock: Any) -> None:
+    def __init__(
+        self, python: Path, shape: str, dtype: str, device: str, n_tokens: int, stock: Any, expected: Any
+    ) -> None:
         import torch
 
         self._folder = tempfile.TemporaryDirectory()
         weights = Path(self._folder.name) / "stock.pth"
-        torch.save(stock.state_dict(), weights)
+        torch.save({"weights": stock.state_dict(), "output": expected}, weights)
         command = [str(python), __file__, "--hf_worker", str(weights), shape, dtype, device, str(n_tokens)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
@@ -231,19 +253,31 @@ def hf_worker(path: str, shape: str, dtype: str, device: str, n_tokens: str) -> 
     import transformers
 
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
-    weights = torch.load(path, weights_only=True, map_location=device)
+    stock = torch.load(path, weights_only=True, map_location=device)
+    use_tf32(device)
     x, steps = make_input(shape, dtype, device, int(n_tokens)), {}
     print(json.dumps({"transformers": transformers.__version__}), file=answers, flush=True)
     for line in sys.stdin:
         name = line.strip()
         try:
             if name not in steps:
-                steps[name] = make_step(hf_block(name, weights, shape), x)
+                block = hf_block(name, stock["weights"], shape)
+                with torch.no_grad():
+                    check_output(block(x), stock["output"])
+                steps[name] = make_step(block, x)
             answer: Any = steps[name]()
         except Exception as error:  # a backend that this machine lacks
             answer = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         print(json.dumps(answer), file=answers, flush=True)
     return 0
+
+
+def use_tf32(device: str) -> None:
+    """Multiply float32 as training does on that device (run_train.py, float32_matmul_precision)."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -259,7 +293,11 @@ def measure(
     layers = our_layers(shape, dtype, device)
     x = make_input(shape, dtype, device, args.tokens)
     steps = {name: make_step(layer, x) for name, layer in layers.items()}
-    hf = HuggingFace(python, shape, dtype, device, args.tokens, layers["stock"]) if python else None
+    with torch.no_grad():
+        expected = layers["stock"](x)
+    hf = None
+    if python:
+        hf = HuggingFace(python, shape, dtype, device, args.tokens, layers["stock"], expected)
     for name in HF_VARIANTS if hf else []:
         steps[name] = lambda name=name: hf.step(name)
     words = args.only.split(",") if args.only else [""]
@@ -271,6 +309,9 @@ def measure(
     failures = {}
     for name in list(steps):
         try:
+            if name.startswith("ours"):
+                with torch.no_grad():
+                    check_output(layers[name](x), expected)
             for _ in range(2):  # compiles, and fills the caches
                 steps[name]()
         except RuntimeError as error:
@@ -330,8 +371,10 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"error: --hf_env {args.hf_env}: {error}; --hf_env '' leaves them out", file=sys.stderr)
         return 2
-    from tools.machine import machine
+    from tools.machine import machine, results_path
 
+    use_tf32(device)
+    out = Path(args.out) if args.out else results_path(__file__, device)
     allocator = {name: os.environ.get(name, "") for name in ALLOCATOR}
     where = {**machine(), "measured_on": device, "allocator": allocator}
     results: dict[str, Any] = {"machine": where, "tokens": args.tokens, "rounds": args.rounds}
@@ -340,10 +383,10 @@ def main(argv: list[str] | None = None) -> int:
             rows = measure(args, shape, dtype, device, python)
             results[f"{shape} {dtype}"] = rows
             show(f"{shape} {SHAPES[shape]}, {dtype}, {args.tokens} tokens, {device}", rows)
-            partial = Path(args.out).with_suffix(".tmp")
+            partial = out.with_suffix(".tmp")
             partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            partial.replace(args.out)
-    print(f"\nWritten to {args.out}")
+            partial.replace(out)
+    print(f"\nWritten to {out}")
     return 0
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
@@ -126,6 +127,12 @@ def train_ours(run: run_train.Run) -> None:
     run_train.train(run, run_train.StopSignals())
 
 
+def train_by_triton(run: run_train.Run) -> None:
+    """Train as run_train.py does on a GPU for which torch has no fast grouped GEMM."""
+    with mock.patch("moe_layers.choose_way", lambda *_: "triton"):
+        train_ours(run)
+
+
 def train_stock(run: run_train.Run) -> None:
     """Train as `litgpt pretrain` does; `save_checkpoint` has no part in what is timed."""
     import lightning as L
@@ -143,6 +150,8 @@ def train_stock(run: run_train.Run) -> None:
     try:
         pretrain.measure_flops, pretrain.save_checkpoint = lambda *_: 1.0, lambda *_: None
         fabric = L.Fabric(devices=1, precision=run.precision, accelerator="auto")
+        if fabric.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # as litgpt/__main__.py does
         pretrain.main(
             fabric=fabric,
             devices=1,
@@ -252,8 +261,20 @@ def _now(torch: Any) -> float:
     return time.perf_counter()
 
 
+def triton_is_another_way(args: argparse.Namespace, config: Any, folder: Path) -> bool:
+    """Return whether experts could be run by Triton here, and are not."""
+    import torch
+
+    from moe_layers import choose_way, has_triton
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_bf16 = make_run(args, config, folder).precision.startswith("bf16")
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    return has_triton(device.type, dtype) and choose_way(config, device, dtype) != "triton"
+
+
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the figures of the three."""
+    """Return the figures of the three, on CUDA also of ours with the experts in Triton."""
     import torch
 
     from moe_layers import MoEConfig
@@ -268,6 +289,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         n_expert_per_token=0,
     )
     kinds = {"ours": (train_ours, config), "stock": (train_stock, config), "dense": (train_ours, dense)}
+    if triton_is_another_way(args, config, folder):
+        kinds["ours, Triton"] = (train_by_triton, config)
     times: dict[str, list[float]] = {name: [] for name in kinds}
     memory: dict[str, float] = {}
     for _ in range(args.rounds):
@@ -313,10 +336,10 @@ def show(figures: dict[str, Any]) -> None:
     """Print the table."""
     device = figures["machine"]["device"]
     print(f"{figures['model']}, {figures['tokens_per_step']:,} tokens a step, {device}")
-    print(f"{'':8}{'tokens/s':>10}" + "".join(f"{part:>11}" for part in PARTS))
+    print(f"{'':13}{'tokens/s':>10}" + "".join(f"{part:>11}" for part in PARTS))
     for name, rate in figures["tokens_per_s"].items():
         parts = "".join(f"{figures['share_of_step'][name][part]:>11.1%}" for part in PARTS)
-        print(f"{name:8}{rate:>10,.0f}{parts}")
+        print(f"{name:13}{rate:>10,.0f}{parts}")
     ratios = f"{figures['of_stock']:.2f} times stock, {figures['of_dense']:.2f} of dense"
     print(f"ours: {ratios}, MFU {figures['mfu']:.1%}")
 

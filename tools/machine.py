@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number of 1 or more")
     return int(text)
+
+
+def results_path(script: str, device: str) -> Path:
+    """Return where a benchmark's JSON lies: beside its script, named by the GPU if `device` is one."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
+    return Path(script).with_name("_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())]) + ".json")
 
 
 def _processor() -> str:
