@@ -1319,6 +1319,120 @@ class _TritonExperts(torch.autograd.Function):
         return x_grad_NC, weights_grad_R1, up_grad, proj_grad, *[None] * (3 + len(tiles))
 
 
+# --- the loss of a large vocabulary -------------------------------------------------------------------------
+
+IGNORED_TOKEN = -100  # a target without loss, as in LitGPT and PyTorch
+# values of a chunk of logits: 16 MB in float32 stay in a CPU's cache, 256 MB keep a GPU's GEMMs large
+CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight_VC: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return the mean cross-entropy, float32 or wider, of the logits `hidden @ weight_VC.T`, chunk by chunk.
+
+    The logits and their gradient are never there as a whole: with 32,000 words they are the largest tensors
+    of a small model's step. The gradients are computed in forward, as a chunk's logits are at hand.
+    Liger Kernel, section 3.2 (arxiv.org/abs/2410.10989).
+
+    Args:
+        hidden: (..., C) what the head would multiply.
+        targets: (...) words, or IGNORED_TOKEN.
+        dtype: of the GEMMs; the weight's if not given.
+    """
+    hidden_NC = hidden.reshape(-1, hidden.size(-1))
+    # inside `forward` no_grad does not show
+    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight_VC.requires_grad)
+    dtype = dtype or weight_VC.dtype
+    return _LinearCrossEntropy.apply(hidden_NC, weight_VC, targets.reshape(-1), dtype, has_backward)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NC: torch.Tensor,
+        weight_VC: torch.Tensor,
+        targets_N: torch.Tensor,
+        dtype: torch.dtype,
+        has_backward: bool,
+    ) -> torch.Tensor:
+        is_kept_N1 = (targets_N != IGNORED_TOKEN)[:, None]
+        words_N1 = targets_N.clamp_min(0)[:, None]
+        n_kept = is_kept_N1.sum().clamp_min(1)
+        x_NC, w_VC, exact = hidden_NC.to(dtype), weight_VC.to(dtype), _accumulator(hidden_NC)
+        loss = torch.zeros((), dtype=exact, device=x_NC.device)
+        gradients = None
+        if has_backward:
+            # many chunks are added up: not in bfloat16
+            gradients = torch.empty_like(hidden_NC), torch.zeros_like(weight_VC, dtype=exact)
+        size = max(1, CHUNK_VALUES.get(x_NC.device.type, 1 << 22) // w_VC.size(0))
+        for at in range(0, x_NC.size(0), size):
+            rows = slice(at, at + size)
+            log_probs_SV = F.log_softmax(x_NC[rows] @ w_VC.t(), dim=1, dtype=exact)
+            loss -= (log_probs_SV.gather(1, words_N1[rows]) * is_kept_N1[rows]).sum()
+            if gradients is not None:
+                _add_gradients(log_probs_SV, words_N1, is_kept_N1, rows, x_NC, w_VC, *gradients)
+        if gradients is not None:
+            ctx.save_for_backward(*gradients, n_kept)
+            ctx.weight_dtype = weight_VC.dtype
+        return loss / n_kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor):
+        hidden_grad_NC, weight_grad_VC, n_kept = ctx.saved_tensors
+        scale = grad / n_kept
+        weight_grad_VC = (weight_grad_VC * scale).to(ctx.weight_dtype)
+        return hidden_grad_NC * scale.to(hidden_grad_NC.dtype), weight_grad_VC, None, None, None
+
+
+def _add_gradients(
+    log_probs_SV: torch.Tensor,
+    words_N1: torch.Tensor,
+    is_kept_N1: torch.Tensor,
+    rows: slice,
+    x_NC: torch.Tensor,
+    w_VC: torch.Tensor,
+    hidden_grad_NC: torch.Tensor,
+    weight_grad_VC: torch.Tensor,
+) -> None:
+    """Write the rows' gradients of the summed loss into the last two; `log_probs_SV` is used up."""
+    words_S1, is_kept_S1 = words_N1[rows], is_kept_N1[rows]
+    grad_SV = log_probs_SV.exp_().scatter_add_(
+        1, words_S1, -torch.ones_like(words_S1, dtype=log_probs_SV.dtype)
+    )
+    grad_SV = grad_SV.to(x_NC.dtype)
+    hidden_grad_NC[rows] = (grad_SV @ w_VC) * is_kept_S1
+    x_SC = x_NC[rows] * is_kept_S1
+    if weight_grad_VC.dtype == grad_SV.dtype:
+        weight_grad_VC.addmm_(grad_SV.t(), x_SC)
+    else:
+        weight_grad_VC += grad_SV.t() @ x_SC
+
+
+class LossHead(nn.Linear):
+    """LitGPT's `lm_head` that can leave its product to `linear_cross_entropy`; see `defer_head`."""
+
+    is_deferred = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits (..., V), or `x` as it is while the loss multiplies by the weight itself."""
+        return x if self.is_deferred else super().forward(x)
+
+
+def defer_head(model: GPT) -> LossHead | None:
+    """Let the loss do the head's product from now on, and return the head; None where it cannot.
+
+    It cannot where something comes between them: a bias, or a soft cap on the logits.
+    """
+    head, config = model.lm_head, model.config
+    if type(head) is not nn.Linear or head.bias is not None or config.final_logit_softcapping is not None:
+        return None
+    head.__class__ = LossHead  # the same module, hooks and parameters
+    head.is_deferred = True
+    return head
+
+
 # --- balance: losses, selection bias, statistics ------------------------------------------------------------
 
 

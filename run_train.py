@@ -1646,6 +1646,7 @@ class Monitor:
         self.loader: TrainLoader | None = None
         self.fabric: Fabric | None = None
         self.model: Any = None  # LitGPT's GPT, inside whatever compiles and shards it
+        self.head: Any = None  # its lm_head, if the loss does the head's product
         self.tokenizer: Any = None
         self.bar: Any = None
         self.wandb = WandbLog(run, self.print) if run.settings.logger_name == "wandb" else None
@@ -1856,10 +1857,20 @@ class Monitor:
 
     def on_after_setup(self, fabric: "Fabric", module: Any) -> None:
         """Balance the experts, and load the weights to start from."""
-        from moe_layers import has_selection_bias, read_state, read_weights, set_balance, use_selection_bias
+        from moe_layers import (
+            defer_head,
+            has_selection_bias,
+            read_state,
+            read_weights,
+            set_balance,
+            use_selection_bias,
+        )
 
         self.fabric, self.model = fabric, module.module
         set_balance(self.model, **asdict(self.settings.moe), scale=1 / self.accumulation)
+        # FSDP's weights are whole inside the model's forward alone; float16 wants the loss scaled before
+        if "FSDP" not in type(fabric.strategy).__name__ and not self.run.precision.startswith("16"):
+            self.head = defer_head(self.model)
         source = self.run.initial or self.run.resume
         if has_bias := source is not None and has_selection_bias(read_weights(source)):
             use_selection_bias(self.model)  # trained with one, they choose with it for ever
@@ -1944,7 +1955,11 @@ class Monitor:
         cuda = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         with torch.random.fork_rng(cuda):
             torch.manual_seed(1)
+            if self.head is not None:
+                self.head.is_deferred = False
             text = write_story(self.model, self.tokenizer, self.settings.eval.max_new_tokens)
+            if self.head is not None:
+                self.head.is_deferred = True
         self.model.train()
         tokens = self.step * self.run.tokens_per_step
         self.stories.write({"step": self.step, "tokens": tokens, "prompt": PROMPT, "text": text})
@@ -2325,12 +2340,16 @@ def wandb_run_id(run: Run) -> str:
 
 @contextlib.contextmanager
 def litgpt_seams(monitor: Monitor) -> Iterator[None]:
-    """Put our functions in the place of three of litgpt.pretrain's (0.5.13) that it has no argument for."""
+    """Put our functions in the place of four of litgpt.pretrain's (0.5.13) that it has no argument for."""
+    import torch
     from litgpt import pretrain
 
-    names = ("save_checkpoint", "validate", "instantiate_torch_optimizer")
+    from moe_layers import linear_cross_entropy
+
+    names = ("save_checkpoint", "validate", "instantiate_torch_optimizer", "chunked_cross_entropy")
     originals = {name: getattr(pretrain, name) for name in names}
-    validate = pretrain.validate
+    validate, cross_entropy = pretrain.validate, pretrain.chunked_cross_entropy
+    loss_dtype = torch.bfloat16 if monitor.run.precision == "bf16-mixed" else None  # as autocast has it
 
     def watched(*args: Any, **options: Any) -> "torch.Tensor":
         started = time.perf_counter()
@@ -2345,9 +2364,15 @@ def litgpt_seams(monitor: Monitor) -> Iterator[None]:
     def optimizer(spec: dict[str, Any], *_: Any, **__: Any) -> "torch.optim.Optimizer":
         return make_optimizer(monitor.settings, monitor.model, spec)
 
+    def loss(output: "torch.Tensor", targets: "torch.Tensor", **options: Any) -> "torch.Tensor":
+        if monitor.head is None or options.get("chunk_size") == 0:  # 0: of the model whose FLOPs are counted
+            return cross_entropy(output, targets, **options)
+        return linear_cross_entropy(output, monitor.head.weight, targets, loss_dtype)
+
     # save_checkpoint writes the weights in place and re-parses sys.argv, which exits on our flags;
-    # instantiate_torch_optimizer knows one group of weights, and decides on `fused` itself
-    replacements = (monitor.save, watched, optimizer)
+    # instantiate_torch_optimizer knows one group of weights, and decides on `fused` itself;
+    # chunked_cross_entropy needs all logits at once
+    replacements = (monitor.save, watched, optimizer, loss)
     try:
         for name, replacement in zip(names, replacements, strict=True):
             setattr(pretrain, name, replacement)

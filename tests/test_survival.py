@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_run_train import edit_yaml, losses, rows, run, weights, workspace  # noqa: F401
 
+import moe_layers
 import run_train
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -65,21 +66,19 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
 @contextlib.contextmanager
 def loss_times(factor: float, *calls: int) -> Iterator[None]:
     """Multiply the loss of the given calls of LitGPT's loop (1 is the first after its sanity check)."""
-    from litgpt import pretrain
+    original, n_calls = moe_layers.linear_cross_entropy, 0
 
-    original, n_calls = pretrain.chunked_cross_entropy, 0
-
-    def cross_entropy(logits: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    def cross_entropy(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         nonlocal n_calls
-        n_calls += logits.requires_grad
-        loss = original(logits, *args, **options)
-        return loss * factor if logits.requires_grad and n_calls in calls else loss
+        n_calls += hidden.requires_grad
+        loss = original(hidden, *args, **options)
+        return loss * factor if hidden.requires_grad and n_calls in calls else loss
 
-    pretrain.chunked_cross_entropy = cross_entropy
+    moe_layers.linear_cross_entropy = cross_entropy
     try:
         yield
     finally:
-        pretrain.chunked_cross_entropy = original
+        moe_layers.linear_cross_entropy = original
 
 
 # --- exact resume and signals -------------------------------------------------------------------------------

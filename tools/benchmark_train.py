@@ -203,6 +203,8 @@ def part_times() -> Iterator[dict[str, float]]:
     from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
     from litgpt import pretrain
 
+    import moe_layers
+
     seconds, busy = dict.fromkeys(PARTS, 0.0), False
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -225,6 +227,7 @@ def part_times() -> Iterator[dict[str, float]]:
         ("data", pretrain.CycleIterator, "__next__"),
         ("forward", _FabricModule, "forward"),
         ("loss", pretrain, "chunked_cross_entropy"),
+        ("loss", moe_layers, "linear_cross_entropy"),
         ("optimizer", _FabricOptimizer, "step"),
         *(("backward", kind, "backward") for kind in (ours, L.Fabric)),
         *(("optimizer", kind, "clip_gradients") for kind in (ours, L.Fabric)),

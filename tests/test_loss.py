@@ -1,0 +1,73 @@
+"""The loss that does the head's product itself: exact, in chunks, and what LitGPT's loop trains on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CONFIG
+from litgpt.model import GPT
+from litgpt.utils import chunked_cross_entropy
+
+import moe_layers
+from moe_layers import MoEConfig, defer_head, linear_cross_entropy
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss * 0.25, leaves)]  # as with four accumulated batches
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100], ids="chunks of {} rows".format)
+@pytest.mark.parametrize("ignored", [0, 5, 21], ids="{} ignored".format)
+def test_loss_and_gradients_are_those_of_pytorch(monkeypatch, rows: int, ignored: int) -> None:
+    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", rows * 13)
+    hidden = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 13, (3, 7))
+    targets.view(-1)[:ignored] = moe_layers.IGNORED_TOKEN
+    ours = gradients(linear_cross_entropy(hidden, weight, targets), hidden, weight)
+    theirs = gradients(chunked_cross_entropy(hidden @ weight.t(), targets), hidden, weight)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_in_bfloat16_the_loss_is_float32_and_chunks_are_added_up_exactly(monkeypatch) -> None:
+    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", 4 * 100)  # 64 chunks
+    hidden = torch.randn(256, 32, requires_grad=True)  # float32, as Fabric hands over a bf16 model's output
+    weight = torch.randn(100, 32).bfloat16().requires_grad_(True)
+    targets = torch.randint(0, 100, (256,))
+    loss, *ours = gradients(linear_cross_entropy(hidden, weight, targets), hidden, weight)
+    exact = hidden.bfloat16().double() @ weight.double().t()
+    expected, *theirs = gradients(F.cross_entropy(exact, targets), hidden, weight)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=5e-3)
+    assert [grad.dtype for grad in ours] == [torch.float32, torch.bfloat16]
+    for found, wanted in zip(ours, theirs, strict=True):
+        assert (found - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_without_gradients_none_are_computed(monkeypatch) -> None:
+    monkeypatch.setattr(moe_layers, "_add_gradients", None)  # would be called
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True), torch.arange(4)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.t(), targets).detach())
+
+
+def test_a_deferred_head_leaves_the_product_to_the_loss_and_gives_logits_when_asked() -> None:
+    torch.manual_seed(0)
+    model = GPT(MoEConfig(**TINY_CONFIG))
+    words = torch.randint(0, model.config.vocab_size, (2, 9))
+    logits, names = model(words), list(model.state_dict())
+    head = defer_head(model)
+    assert model(words).shape == (2, 9, model.config.n_embd)
+    ours = linear_cross_entropy(model(words), head.weight, words)
+    torch.testing.assert_close(ours, chunked_cross_entropy(logits, words))
+    head.is_deferred = False
+    torch.testing.assert_close(model(words), logits)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("key", [{"lm_head_bias": True}, {"final_logit_softcapping": 30.0}])
+def test_a_head_with_more_to_do_is_left_alone(key: dict) -> None:
+    model = GPT(MoEConfig(**{**TINY_CONFIG, **key}))
+    assert defer_head(model) is None and type(model.lm_head) is torch.nn.Linear
