@@ -84,7 +84,7 @@ def test_a_run_uses_its_data_and_makes_the_checkpoints_that_stay(online: Workspa
     made = [artifact for run, artifact in online.server.made if run == run_id]
     assert made == [f"MoE-tiny-{run_id}:v{version}" for version in range(3)]
     aliases = [a["aliases"] for a in online.server.artifacts if a["type"] == "model"]
-    assert aliases == [["latest", "step-00000004"], ["latest", "step-00000008"], ["latest", "final"]]
+    assert aliases == [["latest", "step-00000004"], ["latest", "step-00000008"], ["final", "latest"]]
     assert {path.name for path in (online.folder / "out").glob("step-*")} == {
         "step-00000004",
         "step-00000008",

@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
             artifact |= {"digest": given["digest"], "type": given["artifactTypeName"]}
             artifact |= {"project": given["projectName"], "metadata": given.get("metadata")}
             artifacts.append(artifact)
-        artifact["aliases"] = [alias["alias"] for alias in given.get("aliases") or []]
+        artifact["aliases"] = sorted(alias["alias"] for alias in given.get("aliases") or [])
         if given.get("runName"):
             self.server.made.append((given["runName"], self.server.name(artifact)))
         latest = (
