@@ -224,11 +224,13 @@ class FolderLock:
             pass  # a folder that cannot be written, or is full: whoever writes there tells of it
 
     def release(self) -> None:
-        """Give the lock back; a folder that was made for it and stayed empty goes too."""
+        """Give the lock back and leave nothing of it, nor a folder that was made for it and stayed empty."""
+        if not self._lock.is_locked:
+            return
         with contextlib.suppress(OSError):
             self.identity.unlink(missing_ok=True)
-            if self._made and os.listdir(self.folder) == [self.path.name]:  # noqa: PTH208
-                self.path.unlink()
+            self.path.unlink()  # while it is held; filelock does not take a file that was unlinked meanwhile
+            if self._made:
                 self.folder.rmdir()
         self._lock.release()
 
