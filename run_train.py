@@ -250,7 +250,7 @@ def read_flags(argv: list[str]) -> dict[str, tuple[Any, str]]:
     """Return dotted key -> (text, place) for `--key value`, `--key=value`, `--flag` and `--no_flag`."""
     switches = {f.name for f in fields(Settings) if f.type is bool}
     given: dict[str, tuple[Any, str]] = {}
-    tokens = iter(argv)
+    tokens = iter(join_switches(argv))
     for token in tokens:
         if not re.fullmatch(r"--\w+(\.\w+)*(=.*)?", token, re.DOTALL):
             raise ValueError(f"{token!r} is not a flag; write --key value (see --help)")
@@ -273,6 +273,18 @@ def read_flags(argv: list[str]) -> dict[str, tuple[Any, str]]:
             value = _scalar(name, value)
         given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
     return given
+
+
+def join_switches(argv: list[str]) -> list[str]:
+    """Return `argv` with `--progress false` as one word: a switch needs no value, but may have one."""
+    switches = {f"--{f.name}" for f in fields(Settings) if f.type is bool}
+    joined: list[str] = []
+    for word in argv:
+        if word.lower() in ("true", "false") and joined and joined[-1] in switches:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _scalar(name: str, text: str) -> Any:
@@ -622,11 +634,14 @@ def build_classes(settings: Settings) -> tuple[Any, dict[str, Any]]:
     import torch
     from litgpt.data import DataModule
 
+    for key, base in (("data", DataModule), ("optimizer", torch.optim.Optimizer)):
+        with contextlib.suppress(ValueError):  # `_build` tells it
+            drop_arguments(settings, key, base)
+    problems: list[str] = []
     data = dict(settings.data)
     if settings.dataset_dir:
         paths = {f"{split}_data_path": str(settings.dataset_dir / split) for split in prepare_data.SPLITS}
         data["init_args"] = {**(data.get("init_args") or {}), **paths}
-    problems: list[str] = []
     module = _collect(problems, _build, "data", data, DataModule)
     # tried on one weight (a matrix, for Muon), so that a value it refuses is told before anything is written
     weight = [torch.nn.Parameter(torch.zeros(2, 2))]
@@ -646,11 +661,29 @@ def _place(settings: Settings, problem: str) -> str:
     return settings.places.get(f"{key}.{names[0]}" if names else class_path, str(settings.config))
 
 
-def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
-    """Return the object that a class_path and its init_args describe; ValueError names the wrong one."""
-    from jsonargparse import ArgumentError, ArgumentParser
+def drop_arguments(settings: Settings, key: str, base: type) -> None:
+    """Leave out the YAML's init_args that a class chosen by a flag does not know, and say so.
 
-    path, init_args = str(spec.get("class_path")), spec.get("init_args") or {}
+    They were written for the YAML's class. What both know (lr, weight_decay) stays, and so do flags.
+    """
+    spec, config = getattr(settings, key), str(settings.config)
+    types = _arguments(key, spec, base)[2]
+    if settings.places.get(f"{key}.class_path", config) == config:
+        return
+    init_args = spec.get("init_args") or {}
+    written = [name for name in init_args if settings.places.get(f"{key}.init_args.{name}") == config]
+    if foreign := [name for name in written if name not in types]:
+        names = ", ".join(foreign)
+        note(f"{spec['class_path']} has no {names}: left out what {config} says under {key}.init_args.")
+        kept = {name: value for name, value in init_args.items() if name not in foreign}
+        setattr(settings, key, {**spec, "init_args": kept})
+
+
+def _arguments(key: str, spec: dict[str, Any], base: type) -> tuple[type, Any, dict[str, Any]]:
+    """Return the class that a class_path names, a parser of its arguments, and these by name."""
+    from jsonargparse import ArgumentParser
+
+    path = str(spec.get("class_path"))
     package = {"optimizer": "torch.optim", "data": "litgpt.data"}[key]
     module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
     try:
@@ -662,8 +695,16 @@ def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{key}.class_path is {path}, which cannot be used: {error}") from None
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, skip={"params"} if args else set())
-    types = {action.dest: action for action in parser._actions}
+    parser.add_class_arguments(kind, skip={"params"} if key == "optimizer" else set())
+    return kind, parser, {action.dest: action for action in parser._actions}
+
+
+def _build(key: str, spec: dict[str, Any], base: type, *args: Any) -> Any:
+    """Return the object that a class_path and its init_args describe; ValueError names the wrong one."""
+    from jsonargparse import ArgumentError
+
+    kind, parser, types = _arguments(key, spec, base)
+    path, init_args = spec.get("class_path"), spec.get("init_args") or {}
     typed = {}
     for name, value in init_args.items():
         try:
@@ -2602,7 +2643,7 @@ def explain(error: Exception, out_dir: Path) -> str | None:
 
 def resume_command(argv: list[str]) -> str:
     """Return the command that goes on with the run that `argv` began."""
-    kept, flags = [], iter(argv)
+    kept, flags = [], iter(join_switches(argv))
     for flag in flags:
         name, equals, _ = flag.partition("=")
         if name in ("--resume", "--initial_checkpoint_dir"):

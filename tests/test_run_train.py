@@ -253,7 +253,28 @@ def test_a_model_larger_than_the_container_s_memory_is_refused(
 
 def test_progress_can_be_switched_off(workspace: Path) -> None:
     assert run_train.load_settings(["--config", "train_config.yaml"]).progress is True
-    assert run_train.load_settings(["--config", "train_config.yaml", "--no_progress"]).progress is False
+    for off in (["--no_progress"], ["--progress=false"], ["--progress", "false"]):
+        assert run_train.load_settings(["--config", "train_config.yaml", *off]).progress is False
+    assert run_train.resume_command(["--overwrite", "True", "--progress", "false"]).endswith(
+        "run_train.py --progress=false --resume auto"
+    )
+
+
+def test_a_class_chosen_by_a_flag_takes_what_it_knows_of_the_yaml_s_arguments(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_yaml("train_config.yaml", "optimizer.init_args.lr", 0.02)
+    edit_yaml("train_config.yaml", "optimizer.init_args.betas", [0.9, 0.95])
+    flags = ["--config", "train_config.yaml", "--optimizer"]
+    settings = run_train.load_settings([*flags, "torch.optim.Muon"])
+    init_args = run_train.build_classes(settings)[1]["init_args"]
+    assert init_args["lr"] == settings.optimizer["init_args"]["lr"] == 0.02
+    assert "betas" not in init_args and "betas" not in settings.optimizer["init_args"]
+    told = "torch.optim.Muon has no betas: left out what train_config.yaml says under optimizer.init_args."
+    assert told in capsys.readouterr().err
+    for wrong in (["torch.optim.Muon", "--optimizer.betas", "[0.9, 0.95]"], ["AdamX"]):
+        with pytest.raises(ValueError, match=r"unknown key betas|AdamX, which cannot be used"):
+            run_train.build_classes(run_train.load_settings([*flags, *wrong]))
 
 
 BAD_TRAIN_VALUES = {
