@@ -462,7 +462,7 @@ def test_import_says_what_a_name_that_is_nothing_could_be(tmp_path: Path, capsys
 
 
 @pytest.fixture
-def hub(mixtral: SimpleNamespace) -> Iterator[str]:
+def hub(mixtral: SimpleNamespace) -> Iterator[SimpleNamespace]:
     """A hub on this machine with one repository."""
     from test_prepare_hub import Hub
 
@@ -472,15 +472,15 @@ def hub(mixtral: SimpleNamespace) -> Iterator[str]:
     }
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", handler=handler)
     server.shutdown()
     server.server_close()
 
 
 def test_a_repository_of_the_hub_is_imported(
-    hub: str, mixtral: SimpleNamespace, tmp_path: Path, run_script: Callable
+    hub: SimpleNamespace, mixtral: SimpleNamespace, tmp_path: Path, run_script: Callable
 ) -> None:
-    env = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     done = run_script("tools/import_hf.py", "me/tiny", tmp_path / "lit", env=env)
     assert done.returncode == 0, done.stderr
     assert f"Wrote {tmp_path / 'lit'}: MoE-tiny" in done.stdout
@@ -491,6 +491,29 @@ def test_a_repository_of_the_hub_is_imported(
     missing = run_script("tools/import_hf.py", "me/none", tmp_path / "other", env=env)
     assert missing.returncode == 1 and "config.json of me/none could not be downloaded" in missing.stderr
     assert "Traceback" not in missing.stderr and not (tmp_path / "other").exists()
+
+
+def test_a_repository_in_several_files_is_imported_after_an_interrupted_download(
+    mixtral: SimpleNamespace, hub: SimpleNamespace, tmp_path: Path, run_script: Callable
+) -> None:
+    transformers_model(mixtral.out).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    names = sorted(path.name for path in (tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(names) > 2
+    address = "/me/several/resolve/main/"
+    kept = {name: hub.handler.files[f"/me/tiny/resolve/main/{name}"] for name in folders.TOKENIZER_FILES}
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()} | kept
+    hub.handler.files |= {address + name: content for name, content in parts.items()}
+    last = hub.handler.files.pop(address + names[-1])
+    env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    command = ("tools/import_hf.py", "me/several", tmp_path / "lit")
+    broken = run_script(*command, env=env)
+    assert broken.returncode == 1 and names[-1] in broken.stderr and "Traceback" not in broken.stderr
+    assert not (tmp_path / "lit").exists()
+    hub.handler.files = {address + names[-1]: last}  # what the first try brought is not asked for again
+    again = run_script(*command, env=env)
+    assert again.returncode == 0, again.stderr
+    before, after = weights_of(mixtral.checkpoint), weights_of(tmp_path / "lit")
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
 
 
 def test_the_command_says_what_it_made_and_what_comes_next(
