@@ -1666,11 +1666,15 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint directory that `path` means: itself, its `final/`, or its newest whole `step-*`.
 
     Raises:
-        FileNotFoundError: naming what was looked for.
+        FileNotFoundError, NotADirectoryError: naming what was looked for.
         ValueError: there are some, and none is whole; says what is wrong with the first.
     """
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
+    if path.is_file():
+        raise NotADirectoryError(
+            f"{path} is a file; name a checkpoint directory, which holds {CHECKPOINT_FILE}"
+        )
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
     if _has_model(path):  # named itself: verify_checkpoint tells what is wrong with it

@@ -1405,7 +1405,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error}; what was finished is kept, run again when that is mended", file=sys.stderr)
+        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"error: {reason}; what was finished is kept, run again when that is mended", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; finished shards are kept, run again to go on", file=sys.stderr)

@@ -371,6 +371,9 @@ def test_no_checkpoint_is_told_with_the_place(tmp_path: Path) -> None:
         moe_layers.find_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
         moe_layers.find_checkpoint(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file; name a checkpoint directory"):
+        moe_layers.find_checkpoint(tmp_path / "file")
 
 
 def test_grouped_gemm_is_not_called_fast_on_the_cpu() -> None:

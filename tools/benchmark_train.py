@@ -196,8 +196,8 @@ def step_times(train: Callable[[], None], at_step: Callable[[int], None] = lambd
 
 
 @contextlib.contextmanager
-def part_times() -> Iterator[dict[str, float]]:
-    """Yield part -> seconds of all its calls in here; a call within another counts once, as the outer."""
+def part_times() -> Iterator[list[tuple[str, float, float]]]:
+    """Yield (part, start, end) of each of its calls in here; a call within another counts as the outer."""
     import lightning as L
     import torch
     from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
@@ -205,7 +205,8 @@ def part_times() -> Iterator[dict[str, float]]:
 
     import moe_layers
 
-    seconds, busy = dict.fromkeys(PARTS, 0.0), False
+    spans: list[tuple[str, float, float]] = []
+    busy = False
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -218,7 +219,7 @@ def part_times() -> Iterator[dict[str, float]]:
                 return function(*args, **kwargs)
             finally:
                 busy = False
-                seconds[part] += _now(torch) - started
+                spans.append((part, started, _now(torch)))
 
         return call
 
@@ -237,7 +238,7 @@ def part_times() -> Iterator[dict[str, float]]:
     try:
         for (part, owner, name), original in zip(places, originals, strict=True):
             setattr(owner, name, timed(part, original))
-        yield seconds
+        yield spans
     finally:
         for (_, owner, name), original in zip(places, originals, strict=True):
             setattr(owner, name, original)
@@ -245,17 +246,14 @@ def part_times() -> Iterator[dict[str, float]]:
 
 def share_of_parts(train: Callable[[], None], n_steps: int) -> dict[str, float]:
     """Return part -> its share of the time of the timed steps."""
-    with part_times() as seconds:
-        counted = dict.fromkeys(PARTS, 0.0)
-
-        def at_step(step: int) -> None:
-            if step == LEFT_OUT:
-                seconds.update(counted)
-            elif step == LEFT_OUT + n_steps:
-                counted.update(seconds)
-
-        whole = sum(step_times(train, at_step))
-    return {part: round(value / whole, 3) for part, value in counted.items()}
+    ends: list[float] = []
+    with part_times() as spans:
+        step_times(train, lambda _: ends.append(time.perf_counter()))
+    begin, end = ends[LEFT_OUT - 1], ends[LEFT_OUT + n_steps - 1]
+    shares = dict.fromkeys(PARTS, 0.0)
+    for part, started, ended in spans:  # a step ends inside its optimizer's call
+        shares[part] += max(0.0, min(ended, end) - max(started, begin)) / (end - begin)
+    return {part: round(share, 3) for part, share in shares.items()}
 
 
 def _now(torch: Any) -> float:
