@@ -824,7 +824,7 @@ FIGURES: dict[str, Callable[[Any], bool]] = {  # what `Monitor.save` adds is und
     "step_count": _is_count,
     "iter_num": _is_count,
     "run.time_s": lambda value: _is_finite(value) and value >= 0,
-    "run.told_step": lambda value: value == -1 or _is_count(value),
+    "run.told_step": lambda value: type(value) is int and (value == -1 or _is_count(value)),
     "run.n_rows": _is_count,
     "run.n_spikes": _is_count,
     "run.n_loads": _is_count,

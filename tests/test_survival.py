@@ -127,6 +127,12 @@ def test_rows_that_a_killed_process_wrote_after_its_last_checkpoint_come_once(at
     assert_same_run("parts", "whole")
 
 
+@pytest.mark.parametrize("key", run_train.FIGURES)
+@pytest.mark.parametrize("odd", [torch.zeros(0), torch.zeros(2), [torch.zeros(0)], None, "1", True, -2, {}])
+def test_a_figure_of_a_training_state_is_no_tensor_text_or_bool(key: str, odd: object) -> None:
+    assert run_train.FIGURES[key](odd) is False
+
+
 def test_the_state_of_every_random_generator_is_put_back() -> None:
     import random
 
