@@ -314,8 +314,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": config.name,
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
-        "of_stock": round(medians["stock"] / medians["ours"], 3),
-        "of_dense": round(medians["dense"] / medians["ours"], 3),
+        "of_stock": float(f"{medians['stock'] / medians['ours']:.4g}"),
+        "of_dense": float(f"{medians['dense'] / medians['ours']:.4g}"),
         "mfu": round(_mfu(run, medians["ours"]), 4),
         "share_of_step": shares,
         # one process: on a CPU this is the highest of all so far
