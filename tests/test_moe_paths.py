@@ -70,6 +70,68 @@ def test_outputs_and_every_gradient_are_those_of_the_definition(way, shape, spec
     assert special != "empty" or not expected["experts.7.proj.weight"].any()
 
 
+@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("shape", "special"), CASES.values(), ids=CASES.keys())
+def test_either_library_gives_the_definition_in_float32(
+    monkeypatch, library, compiled, shape, special
+) -> None:
+    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
+    sizes = {"n_expert": 8, "n_expert_per_token": 3, **WIDE}
+    exact, layer = (pair(LLaMAMoE, dtype, **sizes)[1] for dtype in (torch.float64, torch.float32))
+    with torch.no_grad():
+        if special == "empty":
+            exact.gate.weight[3:, 0] = -1e3
+        if special == "ties":
+            exact.gate.weight[4:] = exact.gate.weight[:4]
+        for ours, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
+            theirs.copy_(ours.copy_(theirs))  # what float32 holds
+    x = torch.randn(*shape, 64)
+    x[..., 0] = x[..., 0].abs() + 0.5
+    exact.way = "loop"
+    expected = run(exact, x.double())
+    if compiled:
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+        layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for name, found in run(layer, x).items():
+        wanted = expected[name.removeprefix("_orig_mod.")]
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
+def test_linear_takes_any_strides_and_nothing_at_all(monkeypatch, library) -> None:
+    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
+    x, weight = torch.randn(13, 40), torch.randn(24, 40)
+    expected = (x.double() @ weight.double().t()).float()
+    out = torch.empty(2, 13, 24)
+    moe_layers.linear(x, weight, out=out[1])
+    moe_layers.add_linear(total := torch.ones(13, 24), x, weight)
+    transposed = moe_layers.linear(x.t().contiguous().t(), weight.t().contiguous().t())
+    for found in (moe_layers.linear(x, weight), transposed, out[1], total - 1):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert moe_layers.linear(x[:0], weight).shape == (0, 24)
+    assert torch.equal(moe_layers.linear(x[:0].t(), weight[:, :0].t()[:0].t()), torch.zeros(40, 24))
+
+
+def test_onednn_is_asked_for_few_sizes(monkeypatch) -> None:
+    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: True)
+    x, sizes = torch.empty(1, 1), set()
+    for n in range(1, 4097):
+        ends = torch.tensor([5, 5 + n, 10_000])
+        (_, first, _), (e, rows, own), _ = moe_layers._segments(ends, x)
+        assert (e, rows.start, own, first) == (1, 5, n, slice(0, 16))
+        assert n <= rows.stop - rows.start < n + max(16, n / 16 + 1)
+        sizes.add(rows.stop - rows.start)
+    assert len(sizes) <= 96
+    assert [rows for _, rows, _ in moe_layers._segments(torch.tensor([3, 3, 7]), x)] == [
+        slice(0, 7),  # no further than the rows there are
+        slice(3, 3),
+        slice(3, 7),
+    ]
+    assert [rows.stop for _, rows, _ in moe_layers._segments(torch.tensor([3, 7]))] == [3, 7]
+
+
 class Counter(TorchDispatchMode):
     """Counts the operators that make new memory, and the bytes of what they make."""
 
