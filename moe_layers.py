@@ -645,6 +645,42 @@ def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> No
         total += linear(x, weight)
 
 
+class _LinearFunction(torch.autograd.Function):
+    """`linear`, and its gradients by it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x_MK, weight_NK)
+        return linear(x_MK, weight_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x_MK, weight_NK = ctx.saved_tensors
+        x_grad_MK = linear(grad_MN, weight_NK.t()) if ctx.needs_input_grad[0] else None
+        return x_grad_MK, linear(grad_MN.t(), x_MK.t()) if ctx.needs_input_grad[1] else None
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without a bias, by `linear` where oneDNN wins; see `use_fast_linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ weight.T, (..., out_features)."""
+        # decoding's few rows are bound by memory; a compiled graph and autocast have products of their own
+        is_large = x.numel() >= 16 * x.size(-1)
+        if torch.compiler.is_compiling() or not (is_large and _prefers_onednn(x)):
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return _LinearFunction.apply(x.reshape(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+def use_fast_linear(model: nn.Module) -> None:
+    """Let the model's plain linear maps, those of attention above all, be multiplied as the experts are."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is None:
+            module.__class__ = Linear  # the same module, hooks and parameters
+
+
 def _uses_onednn(x: torch.Tensor) -> bool:
     is_half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     return is_half or _prefers_onednn(x)
@@ -1470,7 +1506,7 @@ def _add_gradients(
     add_linear(weight_grad_CV, x_SC.t(), grad_SV.t())
 
 
-class LossHead(nn.Linear):
+class LossHead(Linear):
     """LitGPT's `lm_head` that can leave its product to `linear_cross_entropy`; see `defer_head`."""
 
     is_deferred = False
@@ -1486,7 +1522,8 @@ def defer_head(model: GPT) -> LossHead | None:
     It cannot where something comes between them: a bias, or a soft cap on the logits.
     """
     head, config = model.lm_head, model.config
-    if type(head) is not nn.Linear or head.bias is not None or config.final_logit_softcapping is not None:
+    is_plain = type(head) in (nn.Linear, Linear) and head.bias is None
+    if not is_plain or config.final_logit_softcapping is not None:
         return None
     head.__class__ = LossHead  # the same module, hooks and parameters
     head.is_deferred = True
@@ -1859,6 +1896,7 @@ def load_model(
         for name, weight in weights.items()
     }
     model.load_state_dict(weights, assign=True)
+    use_fast_linear(model)
     model.cos, model.sin = model.rope_cache(device=torch.device(device))
     for layer in moe_layers(model).values():
         layer.tokens_per_expert = torch.zeros(config.n_expert, dtype=torch.int64, device=device)

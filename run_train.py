@@ -1904,10 +1904,12 @@ class Monitor:
             read_state,
             read_weights,
             set_balance,
+            use_fast_linear,
             use_selection_bias,
         )
 
         self.fabric, self.model = fabric, module.module
+        use_fast_linear(self.model)
         set_balance(self.model, **asdict(self.settings.moe), scale=1 / self.accumulation)
         # FSDP's weights are whole inside the model's forward alone; float16 wants the loss scaled before
         if "FSDP" not in type(fabric.strategy).__name__ and not self.run.precision.startswith("16"):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from conftest import TINY_CONFIG
-from litgpt.model import LLaMAMoE
+from litgpt.model import GPT, LLaMAMoE
 from test_moe_layers import pair, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_layers
-from moe_layers import MoE, MoEConfig, choose_way, set_balance
+from moe_layers import MoE, MoEConfig, choose_way, set_balance, use_fast_linear
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -112,6 +112,36 @@ def test_linear_takes_any_strides_and_nothing_at_all(monkeypatch, library) -> No
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert moe_layers.linear(x[:0], weight).shape == (0, 24)
     assert torch.equal(moe_layers.linear(x[:0].t(), weight[:, :0].t()[:0].t()), torch.zeros(40, 24))
+
+
+@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
+def test_a_model_of_fast_linear_maps_gives_the_same_logits_and_gradients(monkeypatch, library) -> None:
+    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
+    torch.manual_seed(0)
+    model, words = GPT(MoEConfig(**TINY_CONFIG)), torch.randint(0, 10, (3, 16))
+
+    def outcome() -> list[torch.Tensor]:
+        model.zero_grad()
+        logits = model(words)
+        logits.log_softmax(-1)[..., 0].sum().backward()
+        return [logits.detach(), model(words[:1, :3]).detach(), *(p.grad for p in model.parameters())]
+
+    expected, names = outcome(), list(model.state_dict())
+    use_fast_linear(model)
+    calls = []
+    product = moe_layers.linear
+    monkeypatch.setattr(moe_layers, "linear", lambda *args, **kw: calls.append(1) or product(*args, **kw))
+    layer = model.transformer.h[0].attn.qkv
+    assert layer(torch.randn(2, 16, 16)).shape == (2, 16, layer.out_features)
+    assert len(calls) == (library == "oneDNN")
+    for found, wanted in zip(outcome(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == names
+    assert type(model.lm_head) is moe_layers.Linear
+    model.float().double()(words)  # what oneDNN does not take goes the old way
+    with torch.device("meta"):
+        use_fast_linear(meta := GPT(model.config))
+    assert meta(torch.zeros(2, 16, dtype=torch.int64, device="meta")).shape == (2, 16, 512)
 
 
 def test_onednn_is_asked_for_few_sizes(monkeypatch) -> None:
