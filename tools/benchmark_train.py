@@ -1,13 +1,13 @@
 """Compare whole training steps: ours, stock LitGPT's loop and layer, and the dense model of the same FLOPs.
 
-Run: uv run python tools/benchmark_train.py      (5 min on 2 CPU cores for MoE-30M)
+Run: uv run python tools/benchmark_train.py      (3 min on 2 CPU cores for MoE-30M)
 
-All three train in turn in one process on the same random tokens; a round is a fresh run of each, of which the
+All train in turn in one process on the same random tokens; a round is a fresh run of each, of which the
 first steps are left out. Stock is `litgpt.pretrain.main` with LitGPT's own `LLaMAMoE` and one patch: its
 count of FLOPs, which raises on MoE layers (0.5.13), is skipped. Dense has one SwiGLU as wide as the experts
-that a token meets, and trains in our loop. Printed are medians, ratios of tokens/s and where the time of a
-step goes (from one more round, for there the clock waits for the device); the JSON has the machine and
-versions too.
+that a token meets, and trains in our loop and in LitGPT's ("stock dense"). Printed are medians, ratios of
+tokens/s and where the time of a step goes (from one more round, for there the clock waits for the device);
+the JSON has the machine and versions too.
 """
 
 import argparse
@@ -275,7 +275,7 @@ def triton_is_another_way(args: argparse.Namespace, config: Any, folder: Path) -
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the figures of the three, on CUDA also of ours with the experts in Triton."""
+    """Return the figures of all, on CUDA also of ours with the experts in Triton."""
     import torch
 
     from moe_layers import MoEConfig
@@ -289,7 +289,12 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         n_expert=0,
         n_expert_per_token=0,
     )
-    kinds = {"ours": (train_ours, config), "stock": (train_stock, config), "dense": (train_ours, dense)}
+    kinds = {
+        "ours": (train_ours, config),
+        "stock": (train_stock, config),
+        "dense": (train_ours, dense),
+        "stock dense": (train_stock, dense),
+    }
     if triton_is_another_way(args, config, folder):
         kinds["ours, Triton"] = (train_by_triton, config)
     times: dict[str, list[float]] = {name: [] for name in kinds}
@@ -314,8 +319,10 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": config.name,
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
-        "of_stock": float(f"{medians['stock'] / medians['ours']:.4g}"),
-        "of_dense": float(f"{medians['dense'] / medians['ours']:.4g}"),
+        **{
+            "of_" + name.replace(" ", "_"): float(f"{medians[name] / medians['ours']:.4g}")
+            for name in ("stock", "dense", "stock dense")
+        },
         "mfu": round(_mfu(run, medians["ours"]), 4),
         "share_of_step": shares,
         # one process: on a CPU this is the highest of all so far
@@ -341,8 +348,8 @@ def show(figures: dict[str, Any]) -> None:
     for name, rate in figures["tokens_per_s"].items():
         parts = "".join(f"{figures['share_of_step'][name][part]:>11.1%}" for part in PARTS)
         print(f"{name:13}{rate:>10,.0f}{parts}")
-    ratios = f"{figures['of_stock']:.2f} times stock, {figures['of_dense']:.2f} of dense"
-    print(f"ours: {ratios}, MFU {figures['mfu']:.1%}")
+    dense = f"{figures['of_dense']:.2f} of dense, {figures['of_stock_dense']:.2f} of dense in LitGPT's loop"
+    print(f"ours: {figures['of_stock']:.2f} times stock, {dense}, MFU {figures['mfu']:.1%}")
 
 
 def main(argv: list[str] | None = None) -> int:
