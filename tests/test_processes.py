@@ -34,7 +34,7 @@ def start(*flags: object, log: str = "log.txt") -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, log: str = "log.txt") -> None:
-    status = process.wait(timeout=240)
+    status = process.wait(timeout=600)
     assert status == 0, Path(log).read_text(encoding="utf-8")[-3000:]
 
 
@@ -102,7 +102,7 @@ def test_a_second_signal_leaves_at_once_and_does_no_harm() -> None:
 # --- kills --------------------------------------------------------------------------------------------------
 
 
-def wait_for(event: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> bool:
+def wait_for(event: Callable[[], bool], process: subprocess.Popen, seconds: float = 600) -> bool:
     """Return whether `event` came before the process ended."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
