@@ -27,7 +27,8 @@ from dataclasses import dataclass, fields
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from subprocess import SubprocessError
-from typing import Any, NamedTuple, NoReturn
+from types import NoneType
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -78,6 +79,18 @@ FILLS = (
 )  # what is there already
 BIAS_NAME = "e_score_correction_bias"  # as in LitGPT and Hugging Face
 STATISTICS = ("load_imbalance", "dead_experts", "router_entropy", "aux_loss", "z_loss")
+TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this order
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    bool: "true or false",
+    dict: "`key: value` lines",
+    list: "a list",
+    tuple: "a list",
+    None: "null",  # of an argument without a type, which takes anything
+    NoneType: "null",
+}
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -244,10 +257,22 @@ def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
         if value is None and "Optional" not in str(kind := annotations[key]) and "None" not in str(kind):
             raise ArgumentError(None, "null")  # which jsonargparse lets pass
     except ArgumentError:
-        kind = annotations[key]
-        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        return f"{key} is {value!r}; it must be {wanted}"
+        return f"{key} is {value!r}; it must be {type_words(annotations[key])}"
     return None
+
+
+def type_words(kind: Any) -> str:
+    """Return what a value of an annotated type looks like in YAML, as one says it: "a number or null"."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is tuple and parts and ... not in parts:
+        return f"a list of {len(parts)} values"
+    if origin in TYPE_WORDS:
+        return TYPE_WORDS[origin]
+    words = dict.fromkeys(type_words(part) for part in parts)  # a union; null comes last
+    known = [text for text in words if text in TYPE_WORDS.values() or text.startswith(("one of", "a list"))]
+    return " or ".join(known or words) or getattr(kind, "__name__", str(kind))
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

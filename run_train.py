@@ -345,7 +345,7 @@ def load_settings(argv: list[str]) -> Settings:
             continue
         try:
             values[key] = parser.parse_object(Namespace({key: value}).as_dict())[key]
-            if value is None and "None" not in _type_name(types[key]):  # jsonargparse lets null pass
+            if value is None and "null" not in _wanted(types[key]):  # jsonargparse lets it pass
                 raise ArgumentError(None, "null")
         except ArgumentError:
             problems.append(f"{place}: {_wrong(key, value, types)}")
@@ -373,13 +373,13 @@ def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1)
         return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
-    return f"{key} is {value!r}; it must be {_type_name(types[key]).replace('None', 'null')}"
+    return f"{key} is {value!r}; it must be {_wanted(types[key])}"
 
 
-def _type_name(action: Any) -> str:
-    kind = getattr(action, "_typehint", None) or action.type
-    name = kind.__name__ if isinstance(kind, type) else str(kind)
-    return name.replace("typing.", "").replace("NoneType", "None").replace("Optional", "None or ")
+def _wanted(action: Any) -> str:
+    from moe_layers import type_words
+
+    return type_words(getattr(action, "_typehint", None) or action.type)
 
 
 def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:

@@ -262,8 +262,8 @@ BAD_VALUES = {
     "n_expert_groups": (3, "n_expert_groups is 3, which must be 2 or more and divide n_expert 4"),
     "n_topk_groups": (1, "ignored without n_expert_groups"),
     "n_layers": (2, "unknown key 'n_layers'; did you mean n_layer?"),
-    "bias": ("perhaps", "bias is 'perhaps'; it must be bool"),
-    "norm_class_name": ("BatchNorm", "norm_class_name is 'BatchNorm'; it must be Literal"),
+    "bias": ("perhaps", "bias is 'perhaps'; it must be true or false"),
+    "norm_class_name": ("BatchNorm", "norm_class_name is 'BatchNorm'; it must be one of LayerNorm, RMSNorm"),
 }
 
 
