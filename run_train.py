@@ -2393,12 +2393,15 @@ def litgpt_seams(monitor: Monitor) -> Iterator[None]:
     originals = {name: getattr(pretrain, name) for name in names}
     validate, cross_entropy = pretrain.validate, pretrain.chunked_cross_entropy
     loss_dtype = torch.bfloat16 if monitor.run.precision == "bf16-mixed" else None  # as autocast has it
+    is_trying = True  # fit begins with a validation on trial, in a resumed process once more
 
     def watched(*args: Any, **options: Any) -> "torch.Tensor":
+        nonlocal is_trying
         started = time.perf_counter()
         val_loss = validate(*args, **options)
-        if monitor.settings.eval.max_new_tokens and monitor.step:
+        if monitor.settings.eval.max_new_tokens and not is_trying:
             monitor.tell_story()
+        is_trying = False
         monitor.paused_s += time.perf_counter() - started
         if not val_loss.isfinite():
             monitor.print(f"Warning: the validation loss is {val_loss.item():g} at step {monitor.step}.")

@@ -43,6 +43,9 @@ def assert_same_run(out_dir: str, expected: str) -> None:
         assert torch.equal(tensor, same), name
     assert one["train_dataloader"] == other["train_dataloader"]
     assert history(out_dir) == history(expected)
+    for name in ("expert_load.csv", "stories.csv", "spikes.csv"):
+        logs = [Path(path, "logs", name) for path in (out_dir, expected)]
+        assert len({log.read_bytes() if log.exists() else None for log in logs}) == 1, name
 
 
 @pytest.fixture
@@ -93,6 +96,7 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_neve
     # 93 sequences: 40 steps of 4 reach into the second epoch; 4 micro-batches a step; two worker processes
     common = ["--max_tokens", 40 * 256, "--micro_batch_size", 1, "--data.init_args.num_workers", 2]
     common += [*BALANCED, "--train.log_interval", 2]  # the end comes between two rows
+    common += ["--eval.max_new_tokens", 5]
     assert run("--out_dir", "whole", *common) == 0
     capsys.readouterr()
     at_step(26, lambda: signal.raise_signal(getattr(signal, name)))
