@@ -986,15 +986,18 @@ def listed_in_place(data_dir: Path) -> list[dict]:
 
 
 def clean(data_dir: Path, shards: list[dict]) -> None:
-    """Remove our own files but these shards: old ones, journals, parts of killed runs, then empty folders."""
+    """Remove our own files but these shards: old ones, journals, parts of killed runs."""
     keep = {data_dir / shard["path"] for shard in shards}
-    for folder in (data_dir / split / split for split in SPLITS):
+    for folder in shard_folders(data_dir):
         for path in folder.glob("*"):
             if OWN_FILE.fullmatch(path.name) and path not in keep:
                 with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
                     path.unlink()
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if it is empty
+
+
+def shard_folders(data_dir: Path) -> list[Path]:
+    """Return where the shards of each split are."""
+    return [data_dir / split / split for split in SPLITS]
 
 
 def lock_data(data_dir: Path) -> FolderLock:
@@ -1017,6 +1020,9 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> dict:
     try:
         return _prepare(settings)
     finally:
+        for folder in shard_folders(settings.data_dir):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if it is empty
         lock.release()
 
 

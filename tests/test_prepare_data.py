@@ -497,6 +497,18 @@ def test_a_full_disk_ends_with_status_1_and_earlier_data_intact(
     prepare_data.read_manifest(settings.data_dir)
 
 
+def test_a_full_disk_leaves_no_folder_where_the_first_shard_was_to_be(
+    settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(settings)
+    assert not list(settings.data_dir.glob("*/*/"))
+
+
 def test_a_truncated_shard_is_refused_and_repaired(settings: PrepareSettings) -> None:
     before = prepare(settings)
     (shard,) = settings.data_dir.glob("train/train/*.bin")
