@@ -469,6 +469,8 @@ def check_run(settings: Settings) -> Run:
     problems += launcher_problems(devices * settings.num_nodes)
     problems += train_problems(settings, config.block_size if config else None, devices * settings.num_nodes)
     data, optimizer = _collect(problems, build_classes, settings) or (None, None)
+    if is_main_process() and (live := run_lock(settings.out_dir).problem()):
+        raise ValueError(live)  # what lies there is changing
     resume = _collect(problems, find_resume, settings)
     if problems:
         raise ValueError("\n".join(with_places(problems, settings)))
@@ -744,7 +746,7 @@ def find_resume(settings: Settings) -> Path | None:
 
 
 def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed from, None if it is whole."""
+    """Return why a checkpoint cannot be resumed from, None if it is whole; its name is left to the caller."""
     from moe_layers import CHECKPOINT_FILE, read_state, verify_checkpoint
 
     if not (checkpoint_dir / "model_config.yaml").is_file():  # LitGPT, which has no digests, writes it last
@@ -753,7 +755,8 @@ def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
         verify_checkpoint(checkpoint_dir)
         check_state(read_state(checkpoint_dir / CHECKPOINT_FILE), checkpoint_dir)
     except (ValueError, OSError) as error:
-        return str(error)
+        reason = str(error).removeprefix(str(checkpoint_dir)).lstrip(f": {os.sep}")
+        return re.split("; (?:use|resume from) another", reason)[0]
     return None
 
 
@@ -796,11 +799,12 @@ def resume_step(run: Run) -> int:
             raise ValueError(f"{checkpoint_dir}: {key} was {then[key]}, now {value}; resume with what it was")
     if step > run.n_steps:
         raise ValueError(f"{checkpoint_dir} is past the {run.n_steps} steps of train.max_tokens; raise that")
-    total = then.get("train.max_tokens", 0)
-    if total != run.n_steps * run.tokens_per_step and run.settings.schedule.name != "constant":
+    total = then.get("train.max_tokens")  # of a checkpoint of LitGPT's own, anything
+    n_steps = total // run.tokens_per_step if isinstance(total, int) else run.n_steps
+    if n_steps != run.n_steps and run.settings.schedule.name != "constant":
         note(
-            f"Warning: train.max_tokens was {total:,} in {checkpoint_dir} and set the learning rates so far; "
-            "the rest follows the new total."
+            f"Warning: {checkpoint_dir} is of a run of {n_steps:,} steps, now train.max_tokens makes it "
+            f"{run.n_steps:,}; the learning rates so far followed the old total, the rest follows the new."
         )
     return step
 
@@ -1089,8 +1093,6 @@ def cgroup_limits(root: Path = Path("/")) -> list[int]:
 def out_dir_problems(run: Run) -> list[str]:
     """Return a sentence if the place holds another run, cannot be written, or is too full."""
     out_dir = run.settings.out_dir
-    if is_main_process() and (live := run_lock(out_dir).problem()):
-        return [live]
     if run.initial and run.settings.overwrite and out_dir.resolve() in run.initial.resolve().parents:
         return [
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"

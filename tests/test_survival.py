@@ -195,6 +195,16 @@ def test_max_time_saves_and_ends_in_time(capsys: pytest.CaptureFixture[str]) -> 
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
+def test_another_total_at_resume_is_told_in_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--max_tokens", 2100) == 0  # 8 steps of 256; 2,048 is no number that anybody gave
+    shutil.rmtree("out/final")
+    capsys.readouterr()
+    assert run("--max_tokens", 2400, "--resume", "auto") == 0
+    error = capsys.readouterr().err.replace("\\", "/")
+    assert "Warning: out/step-00000008 is of a run of 8 steps, now train.max_tokens makes it 9" in error
+    assert "2,048" not in error
+
+
 def test_old_checkpoints_are_deleted_but_for_those_to_keep() -> None:
     flags = ("--checkpoints.keep_last", 2, "--checkpoints.keep_every", 3, "--train.save_interval", 1)
     assert run(*flags) == 0
@@ -225,7 +235,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(capsys: pytest.Capt
     capsys.readouterr()
     assert run("--resume", "auto") == 0
     error = capsys.readouterr().err.replace("\\", "/")
-    assert "Skipping out/step-00000008: out/step-00000008/lit_model.pth" in error
+    assert "Skipping out/step-00000008: lit_model.pth is damaged" in error
+    assert error.count("out/step-00000008:") == 1 and "use another" not in error  # another is what it uses
     assert "renamed to superseded-step-00000008" in error
     assert_same_run("out", "whole")
     assert Path("out/superseded-step-00000008").is_dir()
@@ -420,6 +431,17 @@ def test_a_second_run_into_a_live_folder_is_refused(capsys: pytest.CaptureFixtur
             assert run(*flags) == 2
             assert f"out: a run is live there (process {os.getpid()} on " in capsys.readouterr().err
     assert run("--max_tokens", 256) == 0
+
+
+def test_the_refusal_of_a_second_run_says_nothing_of_what_lies_in_the_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run() == 0
+    capsys.readouterr()
+    with run_train.run_lock(Path("out")):
+        assert run("--resume", "auto", "--max_tokens", 1024) == 2  # fewer tokens than it has been trained on
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Settings from")]
+    assert told.startswith("error: out: a run is live there")
 
 
 def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
