@@ -39,7 +39,7 @@ from prepare_data import (
     read_tokenizer,
     stale_reasons,
 )
-from wandb_dataset import find_tokenizer, hear_ctrl_c, manifest_fingerprint, normalize_flags, sha256_file
+from wandb_dataset import FlagParser, find_tokenizer, hear_ctrl_c, manifest_fingerprint, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -306,8 +306,7 @@ def load_row(layer: int, tokens_E: np.ndarray) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each default is written here and nowhere else."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("--ckpt_dir", metavar="DIR", type=Path, help="checkpoint, or folder of final/, step-*/ (checkpoints)")
     add("--random_weights", action="store_true", help="score --model_config as before training")
@@ -417,7 +416,7 @@ def record(result: dict, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input."""
-    args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = build_parser().parse_args(argv)
     try:
         hear_ctrl_c()
         model, corpus, identity = set_up(args)

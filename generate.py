@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
-from wandb_dataset import hear_ctrl_c, normalize_flags
+from wandb_dataset import FlagParser, hear_ctrl_c
 
 if TYPE_CHECKING:
     import tokenizers
@@ -925,8 +925,7 @@ def serve(args: argparse.Namespace, prompt: str) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags, hyphens and underscores alike; an unknown one ends with status 2."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
+    parser = FlagParser(
         description="Continue a text with a trained checkpoint.",
         usage="%(prog)s [--prompt TEXT | --prompt_file FILE] [--serve] [options]",
         epilog="stdout carries prompt and continuation, a line <|endoftext|> between samples.",
@@ -951,7 +950,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--serve", action="store_true", help="open a playground and OpenAI's /v1/completions instead")
     add("--host", default="127.0.0.1", help="--serve's address, 0.0.0.0 = everybody's (default %(default)s)")
     add("--port", type=int, default=8000, help="--serve's port, 0 = any free one (default %(default)s)")
-    return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> Sampling:

@@ -46,11 +46,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 
 from wandb_dataset import (
+    FlagParser,
     add_wandb_flags,
     check_inside,
     hear_ctrl_c,
     is_outside,
-    normalize_flags,
     push_from_flags,
     sha256_file,
 )
@@ -1354,9 +1354,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser; names, types, defaults and help of most flags come from PrepareSettings."""
     from docstring_parser import parse_from_object  # reads the text under each field
 
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     helps = {param.arg_name: param.description for param in parse_from_object(PrepareSettings).params}
     for setting in fields(PrepareSettings):
         name, default, text = f"--{setting.name}", setting.default, helps[setting.name]
@@ -1394,7 +1392,7 @@ def summary(manifest: dict, settings: PrepareSettings, seconds: float | None) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work (full disk, no hub), 2 for bad settings or text."""
-    args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = build_parser().parse_args(argv)
     settings = PrepareSettings(**{item.name: getattr(args, item.name) for item in fields(PrepareSettings)})
     start, start_ns = time.perf_counter(), time.time_ns()
     try:

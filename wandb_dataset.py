@@ -10,7 +10,9 @@ push and pull leave the artifact's name in the directory, so that a run can tell
 
 import argparse
 import contextlib
+import difflib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +21,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import wandb
@@ -33,6 +35,17 @@ CONNECT_SECONDS = 30  # W&B's own 90 is long to wait for the news that there is 
 REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 
+PLAIN_WORDS = {  # what argparse says (3.12, 3.13), and how we do
+    r"argument (\S+): invalid int value: (.*)": r"\1 is \2; it must be a whole number",
+    r"argument (\S+): invalid float value: (.*)": r"\1 is \2; it must be a number",
+    r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)": r"\1 is \2; choose one of \3",
+    r"argument (\S+): expected .*": r"\1 needs a value; see --help",
+    r"argument (\S+): not allowed with argument (\S+)": r"\1 and \2 exclude each other; drop one",
+    r"argument (\S+): (.*)": r"\1: \2",
+    r"the following arguments are required: (.*)": r"missing: \1; see --help",
+    r"unrecognized arguments: (.*)": r"nothing is to be done with \1; see --help",
+}
+
 
 class TransferError(OSError):
     """W&B could not be reached, refused us, or sent something that must not be used."""
@@ -41,6 +54,33 @@ class TransferError(OSError):
 def normalize_flags(argv: list[str]) -> list[str]:
     """Return `argv` with hyphens in flag names made underscores; values stay as they are."""
     return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse's parser, with hyphens and underscores alike, that tells what is wrong in one sentence."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return what argparse does, after a look for flags that there are not: it tells of them last."""
+        args = normalize_flags(sys.argv[1:] if args is None else args)
+        for arg in itertools.takewhile("--".__ne__, args):
+            if (flag := FLAG.match(arg)) and flag[0] not in self._option_string_actions:
+                near = difflib.get_close_matches(flag[0], self._option_string_actions, n=1)
+                way_out = f"did you mean {near[0]}?" if near else "see --help for the flags"
+                self.error(f"{flag[0]} is no flag; {way_out}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and the sentence, without the usage."""
+        what, choose, choices = " ".join(message.split()).partition("(choose from ")
+        text = what + choose + choices.replace("'", "")
+        for pattern, sentence in PLAIN_WORDS.items():
+            if match := re.fullmatch(pattern, text):
+                text = match.expand(sentence)
+                break
+        self.exit(2, f"error: {text}\n")
 
 
 def hear_ctrl_c() -> None:
@@ -387,9 +427,7 @@ def push_from_flags(args: argparse.Namespace, data_dir: Path, tokenizer_dir: Pat
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the three commands."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("command", nargs="?", choices=("push", "pull", "verify"), default="push", help="default push")
     add("reference", nargs="?", help=f"what to pull (default WANDB_DATASET_ARTIFACT); {REFERENCE_FORM}")
@@ -420,7 +458,7 @@ def run_command(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work (no network, damage found), 2 for bad input."""
-    args = build_parser().parse_intermixed_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = build_parser().parse_intermixed_args(argv)
     try:
         print(run_command(args))
     except (ValueError, OSError) as error:

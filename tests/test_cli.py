@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from wandb_dataset import FlagParser
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
 SCRIPTS = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
+WITH_FLAGS = [path for path in SCRIPTS if "FlagParser(" in path.read_text(encoding="utf-8")]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 MODEL_CONFIGS = [
     path
@@ -24,7 +27,7 @@ MODEL_CONFIGS = [
 # each of these alone takes longer to import than --help may take
 HEAVY = ("torch", "litgpt", "lightning", "wandb", "transformers", "tensorboard", "bitsandbytes")
 
-# DESIGN.md's table; wandb_dataset owns normalize_flags and is light, so whoever has flags may import it
+# DESIGN.md's table; wandb_dataset owns FlagParser and is light, so whoever has flags may import it
 OURS = {path.stem for path in ROOT.glob("*.py")}
 MAY_IMPORT = {
     "moe_layers": set(),
@@ -108,6 +111,48 @@ def test_a_script_has_the_house_main_and_says_how_to_run_it(script: Path) -> Non
     assert ast.unparse(main.returns) == "int"
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    raise SystemExit(main())"
     assert f"uv run python {relative(script)}" in (ast.get_docstring(tree) or "")
+
+
+@pytest.mark.parametrize("script", WITH_FLAGS, ids=relative)
+def test_an_unknown_flag_is_told_in_one_sentence_without_the_usage(script: Path) -> None:
+    result = run_python(RUN_AND_LIST_MODULES, script, "--hlep")
+    assert result.returncode == 2 and result.stdout == ""
+    line, imported = result.stderr.splitlines()
+    assert line.startswith("error: ") and "--hlep" in line and imported == "imported:"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--batch-sise", "4", "text"], "--batch_sise is no flag; did you mean --batch_size?"),
+        (["--batch_sise=4", "text"], "--batch_sise is no flag; did you mean --batch_size?"),
+        (["--nothing_like_it", "text"], "--nothing_like_it is no flag; see --help for the flags"),
+        (["--batch_size", "many", "text"], "--batch_size is 'many'; it must be a whole number"),
+        (["--share", "", "text"], "--share is ''; it must be a number"),
+        (["--split", "test", "text"], "--split is 'test'; choose one of train, val"),
+        (["text", "--batch_size"], "--batch_size needs a value; see --help"),
+        ([], "missing: file; see --help"),
+        (["text", "more"], "nothing is to be done with more; see --help"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_sentence(
+    flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = FlagParser(description="tried")
+    parser.add_argument("file")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--split", choices=("train", "val"))
+    for parse in (parser.parse_args, parser.parse_intermixed_args):
+        with pytest.raises(SystemExit) as end:
+            parse(flags)
+        assert (end.value.code, capsys.readouterr()) == (2, ("", f"error: {sentence}\n"))
+
+
+def test_a_value_that_begins_with_dashes_is_no_flag_after_two_dashes() -> None:
+    parser = FlagParser()
+    parser.add_argument("file")
+    assert parser.parse_args(["--", "--odd"]).file == "--odd"
 
 
 def imported_modules(path: Path) -> set[str]:

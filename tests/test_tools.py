@@ -376,4 +376,4 @@ def test_a_benchmark_refuses_a_count_that_is_none(
     with pytest.raises(SystemExit) as ended:
         tool.main(["--rounds", value])
     assert ended.value.code == 2
-    assert "argument --rounds: " in capsys.readouterr().err
+    assert "error: --rounds: " in capsys.readouterr().err

@@ -35,7 +35,7 @@ from prepare_data import (  # noqa: E402 (the scripts lie one folder up)
     write_whole,
 )
 from tools.machine import count, machine  # noqa: E402
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
 
@@ -182,9 +182,7 @@ def _megabytes(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="text to tokenize (default: the demo corpus)")
     add("--tokenizer_dir", type=Path, metavar="DIR", help="default: 2,048 pieces trained on the demo corpus")
@@ -199,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch_size", type=count, default=8, help="sequences (default %(default)s)")
     add("--block_size", type=count, default=1024, help="tokens (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory(prefix="benchmark_data") as folder:
             result = run(args, Path(folder))

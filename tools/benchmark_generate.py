@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a tool runs from anywhere; the scripts lie one up
 
 from tools.machine import count, machine
-from wandb_dataset import normalize_flags
+from wandb_dataset import FlagParser
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
@@ -96,7 +96,7 @@ def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, r
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags."""
-    parser = argparse.ArgumentParser(description="Time generate.py beside stock litgpt generate.")
+    parser = FlagParser(description="Time generate.py beside stock litgpt generate.")
     add = parser.add_argument
     add(
         "--config",
@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=count, default=None, help="CPU threads (default: torch's choice)")
     add("--seed", type=int, default=0, help="seed of the weights and the prompt (default %(default)s)")
     add("--json", type=Path, help="file for the figures (default: none is written)")
-    return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -24,6 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from wandb_dataset import FlagParser  # noqa: E402
+
 SHAPES = {  # n_embd, moe_intermediate_size, n_expert, n_expert_per_token
     "30M": (256, 512, 8, 2),
     "200M": (768, 1536, 8, 2),
@@ -42,9 +44,7 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the checked flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("--shapes", default="30M,200M,400M,E64", help=f"of {', '.join(SHAPES)} (default all)")
     add("--dtypes", default="float32,bfloat16", help="float32, bfloat16 (default both)")

@@ -10,7 +10,6 @@ the width of the experts one token meets: stock LitGPT 0.5.13 cannot start a run
 FLOPs raises in `LLaMAMoE` on the meta device).
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
 from tools.machine import count  # noqa: E402
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 HELP_GOAL_S = 1.0
 VOCABULARY = 512
@@ -161,12 +160,10 @@ def benchmark_first_step(rounds: int) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the figures as JSON; 1 when a run failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--rounds", type=count, default=5, help="runs of each; the median counts (default 5)")
     parser.add_argument("--help_only", action="store_true", help="time --help alone, start no training")
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     try:
         help_s = benchmark_help(args.rounds)
         report: dict[str, object] = {

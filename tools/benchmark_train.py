@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one le
 
 import run_train  # noqa: E402
 from tools.machine import count, machine  # noqa: E402
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
 LEFT_OUT = 2  # first steps of a run: allocations, compilation
@@ -38,11 +38,7 @@ LEFT_OUT = 2  # first steps of a run: allocations, compilation
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags."""
-    parser = argparse.ArgumentParser(
-        prog="tools/benchmark_train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = FlagParser(prog="tools/benchmark_train.py", description=__doc__)
     parser.add_argument("--model_config", type=Path, default=ROOT / "configs/moe_30m_debug.yaml")
     parser.add_argument("--micro_batch_size", type=count, default=4)
     parser.add_argument("--accumulation", type=count, default=1, help="micro-batches of a step")
@@ -52,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("32-true", "bf16-true", "bf16-mixed"), default=None)
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
-    return parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    return parser.parse_args(argv)
 
 
 @contextlib.contextmanager

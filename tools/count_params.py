@@ -5,7 +5,6 @@ so a size that would not fit is counted all the same. A name such as MoE-200M mu
 status is 1.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     from moe_layers import MoEConfig
@@ -104,12 +103,10 @@ def _gigabytes(n_bytes: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the counts; 1 when a name lies by more than 5%, 2 when a configuration cannot be read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     parser.add_argument("configs", nargs="*", type=Path, help="model configurations (default: ours)")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     from moe_layers import MoEConfig
 
     try:

@@ -6,7 +6,6 @@ The last line is a verdict. Status 0: ready. 1: something is broken.
 SKIP_BNB_RUNTIME=1 leaves bitsandbytes alone.
 """
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -224,10 +223,8 @@ def run_checks(project: dict) -> list[Check]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report and its verdict; 0 when training can start, 1 when something is broken."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    parser = FlagParser(description=__doc__)
+    parser.parse_args(argv)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = run_checks(project)
     width = max(len(line.subject) for line in lines)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -264,16 +264,14 @@ def export(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
     add("out", type=Path, help="folder to make; must not exist, or be empty")
     add("--dtype", choices=DTYPES, help="of the weights (default: as in the checkpoint)")
     add("--gguf", action="store_true", help="also write OUT/NAME.gguf for llama.cpp")
     add("--no_check", action="store_true", help="do not load the result with Transformers and compare")
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     from tools.folders import run_tool
 
     return run_tool(lambda: export(args))

@@ -6,7 +6,6 @@ The weights are memory-mapped and never run code (`weights_only`); only --tensor
 Status 0: complete. 1: something is missing or damaged. 2: no checkpoint there.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -187,14 +186,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print what the checkpoint holds; 0 when it is complete, 1 when not, 2 when there is none."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     parser.add_argument(
         "dir", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)"
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor with mean, std, bad values")
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     from moe_layers import find_checkpoint
 
     try:

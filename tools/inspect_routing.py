@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -410,9 +410,7 @@ def run(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
     add("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
@@ -431,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         default="auto",
         help="auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true",
     )
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     from tools.folders import run_tool
 
     return run_tool(lambda: run(args))

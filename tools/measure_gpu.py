@@ -6,7 +6,6 @@ The benchmarks' JSON lies beside their scripts with the GPU in its name, to be c
 own, with each command, its seconds and its status. A failure does not keep the rest from being measured.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+
+from wandb_dataset import FlagParser  # noqa: E402
 
 MODELS = {"30m": "configs/moe_30m_debug.yaml", "200m": "configs/moe_200m.yaml"}
 
@@ -40,11 +41,7 @@ def commands(out: Path) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return 0; 1 if a command failed; 2 without a GPU."""
-    argparse.ArgumentParser(
-        prog="tools/measure_gpu.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    FlagParser(prog="tools/measure_gpu.py", description=__doc__).parse_args(argv)
     import torch
 
     if not torch.cuda.is_available():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -373,9 +373,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="*", default=[Path("checkpoints")], help="out_dirs of runs (checkpoints)")
     add("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
@@ -421,7 +419,7 @@ def report(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
-    args = build_parser().parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = build_parser().parse_args(argv)
     from tools.folders import run_tool
 
     return run_tool(lambda: report(args))

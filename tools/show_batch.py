@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     from prepare_data import TokenBatches
@@ -47,9 +47,7 @@ def batches_of(checkpoint_dir: Path) -> tuple["TokenBatches", dict[str, Any]]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a run's out_dir, or one of its checkpoints")
     parser.add_argument("--step", type=int, required=True, help="optimizer step, 1 is the first")
     return parser
@@ -58,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 2 after a message on what cannot be read."""
     parser = build_parser()
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     if args.step < 1:
         parser.error(f"--step is {args.step}; choose 1 or more")
     try:

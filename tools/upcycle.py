@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import normalize_flags  # noqa: E402
+from wandb_dataset import FlagParser  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -181,9 +181,7 @@ def run(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("dense", type=Path, help="dense checkpoint directory, or an out_dir (then its final or newest)")
     add("out", type=Path, help="checkpoint directory to make; must not exist, or be empty")
@@ -197,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     noise = "standard deviation of the noise on the experts, relative to the weights' own (default 0.0 = off)"
     add("--noise", type=float, default=0.0, help=noise)
     add("--seed", type=int, default=42, help="of router and noise (default %(default)s)")
-    args = parser.parse_args(normalize_flags(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(argv)
     from tools.folders import run_tool
 
     return run_tool(lambda: run(args))
