@@ -1366,7 +1366,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(name, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
     on = os.environ.get("WANDB_LOG_DATASET", "").lower() in ("1", "true", "yes", "on")
     log_help = "upload the data directory to Weights & Biases (default WANDB_LOG_DATASET)"
-    parser.add_argument("--log_to_wandb", action=argparse.BooleanOptionalAction, default=on, help=log_help)
+    parser.add_argument("--log_to_wandb", action="store_true", default=on, help=log_help)
+    parser.add_argument("--no_log_to_wandb", dest="log_to_wandb", action="store_false", help="do not")
     add_wandb_flags(parser)
     return parser
 

@@ -497,6 +497,13 @@ def test_a_full_disk_ends_with_status_1_and_earlier_data_intact(
     prepare_data.read_manifest(settings.data_dir)
 
 
+@pytest.mark.parametrize("flag", ["--no_log_to_wandb", "--no-log-to-wandb", "--no-log_to_wandb"])
+def test_the_variable_that_uploads_gives_way_to_a_flag(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_LOG_DATASET", "1")
+    assert prepare_data.build_parser().parse_args([]).log_to_wandb is True
+    assert prepare_data.build_parser().parse_args([flag]).log_to_wandb is False
+
+
 def test_a_full_disk_leaves_no_folder_where_the_first_shard_was_to_be(
     settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
