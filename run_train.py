@@ -1105,13 +1105,13 @@ def out_dir_problems(run: Run) -> list[str]:
         return [f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir"]
     needed, free = checkpoint_bytes(run), shutil.disk_usage(parent).free
     if free < needed:
-        return [f"{out_dir}: a checkpoint needs {needed / 1e9:.2f} GB but {free / 1e9:.2f} GB are free"]
+        return [f"{out_dir}: a checkpoint needs {needed:,} bytes but {free:,} are free; make room there"]
     n_saves = 1 + (run.n_steps - run.start_step) // (run.settings.train.save_interval or run.n_steps)
     whole = needed * min(n_saves, (run.settings.checkpoints.keep_last or n_saves) + 2)
     if free < whole:
         note(
-            f"Warning: all checkpoints of this run need {whole / 1e9:.1f} GB but {free / 1e9:.1f} GB are "
-            f"free in {out_dir}; set checkpoints.keep_last, raise train.save_interval or make room."
+            f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
+            "set checkpoints.keep_last, raise train.save_interval or make room."
         )
     return []
 
@@ -1241,6 +1241,8 @@ class CheckpointWriter:
         except (OSError, RuntimeError, ValueError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             if is_disk_full(error):
+                if free >= needed:  # it filled up meanwhile
+                    free = shutil.disk_usage(self.out_dir).free
                 error = f"it needs {needed:,} bytes but {free:,} were free; make room on that disk"
             self.failure = f"{target} could not be saved: {error}"
             goes_on = "; training goes on" if self.args.on_full_disk == "continue" else ""
