@@ -2283,6 +2283,17 @@ def note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def own_moments(optimizer: Any) -> None:
+    """Copy the moments that an optimizer took from a mapped file, which deleting does not free till then."""
+    import torch
+
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Fabric's wrapper
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                moments[name] = value.clone()
+
+
 @functools.cache
 def training_fabric() -> type:
     """Return the Fabric whose calls in LitGPT's loop reach the monitor."""
@@ -2314,6 +2325,7 @@ def training_fabric() -> type:
             if own:  # the run's own settings hold: a changed weight_decay would be taken and never used
                 for group, settings in zip(state["optimizer"].param_groups, own, strict=True):
                     group.update(settings)
+                own_moments(state["optimizer"])
                 self.monitor.resume(state, rest)
             return rest
 

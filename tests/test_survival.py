@@ -243,6 +243,20 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(capsys: pytest.Capt
     assert Path("out/superseded-step-00000008").is_dir()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_the_checkpoint_resumed_from_is_not_held_so_that_deleting_it_makes_room(
+    optimizer: str, at_step: Callable
+) -> None:
+    flags = ("--optimizer", f"torch.optim.{optimizer}")
+    assert run("--max_tokens", 4 * 256, *flags) == 0
+    shutil.rmtree("out/final")
+    maps: list[str] = []
+    at_step(3, lambda: maps.append(Path("/proc/self/maps").read_text(encoding="utf-8")))
+    assert run("--resume", "auto", "--max_tokens", 8 * 256, *flags) == 0
+    assert len(maps) == 1 and "lit_model.pth" not in maps[0]
+
+
 def test_what_a_kill_amid_a_save_leaves_is_removed_or_put_back() -> None:
     assert run("--max_tokens", 1024) == 0
     shutil.rmtree("out/final")
