@@ -420,6 +420,25 @@ def test_a_loss_spike_is_written_down_with_the_place_of_its_batch(
     assert shown.count("--- step 41, sequence") == 4 and " liked that." in shown
 
 
+def test_the_stories_of_a_step_are_shown_from_any_folder(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys.path.insert(0, str(Path(run_train.__file__).parent / "tools"))
+    import show_batch
+
+    shutil.copytree(tiny_data, "data/mine")
+    assert run("--max_tokens", 256, "--out_dir", "runs/one", "--dataset_dir", "data/mine") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert show_batch.main(["../runs/one", "--step", "1"]) == 0
+    assert capsys.readouterr().out.count("--- step 1, sequence") == 4
+    (tmp_path / "runs/one").rename(tmp_path / "moved")
+    assert show_batch.main(["../moved", "--step", "1"]) == 2
+    error = capsys.readouterr().err.replace("\\", "/")
+    assert error.startswith("error: data/mine/manifest.json: not found; ") and "--data_dir" in error
+    assert show_batch.main(["../moved", "--step", "1", "--data_dir", "../data/mine"]) == 0
+
+
 def test_a_resumed_run_goes_on_with_the_losses_and_counts_of_its_guard(at_step: Callable) -> None:
     flags = ("--max_tokens", 45 * 256, "--train.lr_warmup_steps", 20, "--optimizer.lr", 0.001)
     with loss_times(math.nan, 30), loss_times(50.0, 41 * 2):

@@ -8,25 +8,34 @@ logs/spikes.csv of a run names the steps worth a look. Works on a run that is st
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
+import prepare_data  # noqa: E402
 from wandb_dataset import FlagParser  # noqa: E402
 
-if TYPE_CHECKING:
-    from prepare_data import TokenBatches
+
+def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
+    """Return the run's data directory: a relative one is looked for where the run was started, then here."""
+    init_args = settings["data"].get("init_args") or {}
+    named = Path(init_args.get("train_data_path", prepare_data.PrepareSettings.data_dir / "train")).parent
+    if settings.get("dataset_dir"):
+        named = Path(settings["dataset_dir"])
+    run_dir, out_dir = checkpoint_dir.resolve().parent, Path(settings.get("out_dir") or "")
+    is_relative = out_dir.parts and run_dir.parts[-len(out_dir.parts) :] == out_dir.parts
+    start = run_dir.parents[len(out_dir.parts) - 1] if is_relative else Path()
+    return start / named if (start / named).exists() else named
 
 
-def batches_of(checkpoint_dir: Path) -> tuple["TokenBatches", dict[str, Any]]:
-    """Return the run's training batches, one optimizer step each, and its settings.
+def batches_of(checkpoint_dir: Path, data_dir: Path | None = None) -> prepare_data.TokenBatches:
+    """Return the run's training batches, one optimizer step each.
 
     Raises:
         ValueError: the run did not train on our data module, or its data has changed since.
         OSError: a file is missing.
     """
-    import prepare_data
     from moe_layers import CONFIG_FILE, MoEConfig, read_mapping
 
     settings = read_mapping(checkpoint_dir / "train_config.yaml")
@@ -35,14 +44,13 @@ def batches_of(checkpoint_dir: Path) -> tuple["TokenBatches", dict[str, Any]]:
         raise ValueError(
             f"{checkpoint_dir}: its data is {data.get('class_path')}, not prepare_data.TextShards"
         )
-    init_args = data.get("init_args") or {}
-    data_dir = Path(init_args.get("train_data_path", prepare_data.PrepareSettings.data_dir / "train")).parent
-    if settings.get("dataset_dir"):
-        data_dir = Path(settings["dataset_dir"])
+    manifest = (data_dir or data_dir_of(checkpoint_dir, settings)) / prepare_data.MANIFEST
+    if not manifest.is_file():
+        raise FileNotFoundError(f"{manifest}: not found; name the run's data directory with --data_dir")
     block_size = train.get("max_seq_length") or MoEConfig.from_file(checkpoint_dir / CONFIG_FILE).block_size
-    seed = init_args.get("seed", settings.get("seed"))
-    stream = prepare_data.TokenStream(data_dir, "train")
-    return prepare_data.TokenBatches(stream, train["global_batch_size"], block_size, seed), settings
+    seed = (data.get("init_args") or {}).get("seed", settings.get("seed"))
+    stream = prepare_data.TokenStream(manifest.parent, "train")
+    return prepare_data.TokenBatches(stream, train["global_batch_size"], block_size, seed)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a run's out_dir, or one of its checkpoints")
     parser.add_argument("--step", type=int, required=True, help="optimizer step, 1 is the first")
+    parser.add_argument("--data_dir", type=Path, help="where its data is now (default: where it was)")
     return parser
 
 
@@ -65,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         from moe_layers import find_checkpoint
 
         checkpoint_dir = find_checkpoint(args.run)
-        batches, _ = batches_of(checkpoint_dir)
+        batches = batches_of(checkpoint_dir, args.data_dir)
         tokenizer = Tokenizer(checkpoint_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
