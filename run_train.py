@@ -345,8 +345,9 @@ def load_settings(argv: list[str]) -> Settings:
             continue
         try:
             values[key] = parser.parse_object(Namespace({key: value}).as_dict())[key]
-            if value is None and "null" not in _wanted(types[key]):  # jsonargparse lets it pass
-                raise ArgumentError(None, "null")
+            wanted = _wanted(types[key])  # jsonargparse lets null pass, and takes "" for this folder
+            if (value is None and "null" not in wanted) or (value == "" and "a path" in wanted):
+                raise ArgumentError(None, wanted)
         except ArgumentError:
             problems.append(f"{place}: {_wrong(key, value, types)}")
     if problems:
@@ -373,6 +374,8 @@ def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1)
         return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
+    if key in GROUPS:
+        return f"{key} is {value!r}; give one of its keys, as in --{key}.KEY VALUE"
     return f"{key} is {value!r}; it must be {_wanted(types[key])}"
 
 
@@ -578,12 +581,13 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     problems += ignored_problems(settings)
     steps = settings.train.lr_warmup_steps or 0
     n_tokens = settings.train.global_batch_size * (settings.train.max_seq_length or block_size or 1)
+    problems = problems or batch_problems(settings.train, block_size, world_size)
     if not problems and steps * n_tokens > (settings.train.max_tokens or 0):
         note(
             f"Warning: train.lr_warmup_steps is {steps} but the run has "
             f"{(settings.train.max_tokens or 0) // n_tokens} steps: the learning rate never gets to its top."
         )
-    return problems or batch_problems(settings.train, block_size, world_size)
+    return problems
 
 
 def ignored_problems(settings: Settings) -> list[str]:
@@ -656,11 +660,15 @@ def build_classes(settings: Settings) -> tuple[Any, dict[str, Any]]:
 
 
 def _place(settings: Settings, problem: str) -> str:
-    """Return what set the class or the argument of it that a problem of `_build` is about."""
+    """Return what set the class, or the arguments of it, that a problem of `_build` is about."""
     key, _, rest = problem.partition(": ")
-    names = [name for name in re.findall(r"\w+", rest) if f"{key}.{name}" in settings.places]
-    class_path = f"{key.partition('.')[0]}.class_path"
-    return settings.places.get(f"{key}.{names[0]}" if names else class_path, str(settings.config))
+    group = key.partition(".")[0]
+    prefix, class_path = f"{group}.init_args.", f"{group}.class_path"
+    given = {name.removeprefix(prefix): p for name, p in settings.places.items() if name.startswith(prefix)}
+    named = [given[word] for word in re.findall(r"\w+", rest) if word in given][:1]
+    if named or "init_args" not in problem:
+        return ", ".join(named) or settings.places.get(class_path, str(settings.config))
+    return ", ".join(sorted(set(given.values()))) or str(settings.config)
 
 
 def drop_arguments(settings: Settings, key: str, base: type) -> None:

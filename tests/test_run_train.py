@@ -339,6 +339,27 @@ def test_a_bad_setting_ends_in_one_message_and_writes_nothing(
     assert sorted(path.name for path in Path().iterdir()) == ["model_config.yaml", "train_config.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--out_dir", ""], "--out_dir: out_dir is ''; it must be a path"),
+        (["--dataset_dir="], "--dataset_dir: dataset_dir is ''; it must be a path or null"),
+        (["--train", "5"], "--train: train is '5'; give one of its keys, as in --train.KEY VALUE"),
+        (["--data.num_workers", "-1"], "--data.num_workers: data: prepare_data.TextShards does not take"),
+        (["--optimizer.lr", "-1"], "--optimizer.lr, train_config.yaml: optimizer: torch.optim.AdamW does"),
+        (["--max_tokens", "5"], "--max_tokens: train.max_tokens is 5, less than one step"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_one_sentence_that_names_it(
+    workspace: Path, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    (told,) = [line for line in lines if not line.startswith("Settings from")]
+    assert told.startswith(f"error: {sentence}")
+    assert sorted(path.name for path in Path().iterdir()) == ["model_config.yaml", "train_config.yaml"]
+
+
 def test_all_problems_of_both_files_are_told_at_once(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
