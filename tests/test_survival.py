@@ -432,6 +432,9 @@ def test_the_stories_of_a_step_are_shown_from_any_folder(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert show_batch.main(["../runs/one", "--step", "1"]) == 0
     assert capsys.readouterr().out.count("--- step 1, sequence") == 4
+    for step in ("0", "2"):
+        assert show_batch.main(["../runs/one", "--step", step]) == 2
+        assert f"error: --step is {step}; choose 1 to 1, the steps of " in capsys.readouterr().err
     (tmp_path / "runs/one").rename(tmp_path / "moved")
     assert show_batch.main(["../moved", "--step", "1"]) == 2
     error = capsys.readouterr().err.replace("\\", "/")

@@ -53,6 +53,15 @@ def batches_of(checkpoint_dir: Path, data_dir: Path | None = None) -> prepare_da
     return prepare_data.TokenBatches(stream, train["global_batch_size"], block_size, seed)
 
 
+def check_step(step: int, checkpoint_dir: Path, tokens_per_step: int) -> None:
+    """Raise ValueError if the run, as its newest checkpoint has it, is shorter."""
+    from moe_layers import read_mapping
+
+    n_steps = read_mapping(checkpoint_dir / "train_config.yaml")["train"]["max_tokens"] // tokens_per_step
+    if not 1 <= step <= n_steps:
+        raise ValueError(f"--step is {step}; choose 1 to {n_steps}, the steps of {checkpoint_dir.parent}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     parser = FlagParser(description=__doc__)
@@ -64,10 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 2 after a message on what cannot be read."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.step < 1:
-        parser.error(f"--step is {args.step}; choose 1 or more")
+    args = build_parser().parse_args(argv)
     try:
         from litgpt import Tokenizer
 
@@ -75,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
         checkpoint_dir = find_checkpoint(args.run)
         batches = batches_of(checkpoint_dir, args.data_dir)
+        check_step(args.step, checkpoint_dir, batches.batch_size * batches.block_size)
         tokenizer = Tokenizer(checkpoint_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
