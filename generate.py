@@ -976,7 +976,11 @@ def check_args(args: argparse.Namespace) -> Sampling:
 def read_prompt(args: argparse.Namespace) -> str:
     """Return the text to continue: --prompt, --prompt_file, standard input, or the default."""
     if args.prompt_file is not None:
-        return _utf8(args.prompt_file.read_bytes(), str(args.prompt_file))
+        try:
+            return _utf8(args.prompt_file.read_bytes(), str(args.prompt_file))
+        except OSError as error:
+            reason = f"--prompt_file is {args.prompt_file}: {error.strerror}"
+            raise ValueError(f"{reason}; name a UTF-8 text file that can be read") from None
     if args.prompt == "-" or (args.prompt is None and not args.serve and _is_piped_in()):
         text = _utf8(sys.stdin.buffer.read(), "standard input")
         return text or (DEFAULT_PROMPT if args.prompt is None else "")

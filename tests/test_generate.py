@@ -557,3 +557,16 @@ def test_a_closed_pipe_and_ctrl_c_end_quietly_and_keep_the_text(chatterbox: Path
         text, told = (beginning + rest).decode(), int(interrupted_log.split(b" new tokens")[0].split()[-1])
         assert text.startswith(expected[:20]) and 0 < told < 4000
         assert len(text) >= told  # no tail is lost: each token is a character or more
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [(".", "Is a directory"), ("none.txt", "No such file or directory")]
+)
+def test_a_prompt_file_that_cannot_be_read_is_told_in_one_sentence(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    assert main(["--ckpt_dir", str(tiny_checkpoint), "--prompt_file", str(path)]) == 2
+    wanted = f"error: --prompt_file is {path}: {reason}; name a UTF-8 text file that can be read\n"
+    if sys.platform != "win32":  # whose words are others
+        assert capsys.readouterr().err == wanted
