@@ -149,6 +149,9 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
 ) -> None:
     empty = write_log(tmp_path / "empty", "")
     fresh = write_log(tmp_path / "fresh", "step,loss\n")
+    begun = tmp_path / "begun"
+    (begun / "logs").mkdir(parents=True)
+    (begun / "logs/run.json").write_text("{}", encoding="utf-8")
     mine = tmp_path / "mine.html"
     mine.write_text("my own page", encoding="utf-8")
     out = tmp_path / "report.html"
@@ -156,6 +159,7 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
         ([tmp_path / "none", "--out", out], "none: no such folder; name the out_dir of a run"),
         ([run_dir / "none", "--out", out], "none: no such folder; name the out_dir of a run"),
         ([run_dir.parent, "--out", out], "no logs/csv/metrics.csv in it; name the out_dir of a run"),
+        ([begun, "--out", out], "no logs/csv/metrics.csv in it; wait for the run's first row"),
         ([empty, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
         ([fresh, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
         ([run_dir, "--out", tmp_path], "is a folder; name a file with --out, like report.html"),

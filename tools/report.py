@@ -243,7 +243,10 @@ def find_run(path: Path) -> Path:
     for folder in (path, path.absolute().parent):
         if (folder / "logs/csv/metrics.csv").is_file():
             return folder
-    raise FileNotFoundError(f"{path}: no logs/csv/metrics.csv in it; name the out_dir of a run")
+    # a run writes run.json as it starts, and metrics.csv with its first row
+    has_begun = (path / "logs/run.json").is_file()
+    way = "wait for the run's first row" if has_begun else "name the out_dir of a run"
+    raise FileNotFoundError(f"{path}: no logs/csv/metrics.csv in it; {way}")
 
 
 def read_run(folder: Path, name: str) -> RunLog:
