@@ -690,13 +690,11 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ weight.T, (..., out_features)."""
-        # decoding's few rows are bound by memory; a compiled graph and autocast have products of their own
-        is_large = x.numel() >= 16 * x.size(-1)
-        if torch.compiler.is_compiling() or not (is_large and _prefers_onednn(x)):
-            return super().forward(x)
-        if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        return _LinearFunction.apply(x.reshape(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+        # a compiled graph and autocast have products of their own; decoding's few rows are bound by memory
+        is_plain = not torch.compiler.is_compiling() and _compute_dtype(x) == x.dtype
+        if is_plain and x.numel() >= 16 * x.size(-1) and _prefers_onednn(x):
+            return _LinearFunction.apply(x.reshape(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+        return super().forward(x)
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -1483,9 +1481,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = None
         if has_backward:
             # many chunks are added up: not in bfloat16
-            weight_grad_CV = torch.zeros_like(
-                weight_VC.t(), dtype=exact, memory_format=torch.contiguous_format
-            )
+            weight_grad_CV = torch.zeros(weight_VC.shape[::-1], dtype=exact, device=x_NC.device)
             gradients = torch.empty_like(hidden_NC), weight_grad_CV
         size = max(1, CHUNK_VALUES.get(x_NC.device.type, 1 << 22) // w_VC.size(0))
         for at in range(0, x_NC.size(0), size):

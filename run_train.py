@@ -1685,6 +1685,7 @@ class Monitor:
         self.step = run.start_step
         self.ending = ""  # why the run ends after this step
         self.told_step = -1  # of the latest story
+        self.has_validated = False  # fit begins with a validation on trial, in a resumed process once more
         self.guard = Guard(run.settings.guard)
         self.writer = CheckpointWriter(run.settings, self.print)
         logs = run.settings.out_dir / "logs"
@@ -1997,6 +1998,18 @@ class Monitor:
             self.bar.write(line, file=sys.stderr)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def validate(self, validate: Callable[..., "torch.Tensor"], *args: Any, **options: Any) -> "torch.Tensor":
+        """Return LitGPT's validation loss; tell a story, and warn of a loss that is not finite."""
+        started = time.perf_counter()
+        val_loss = validate(*args, **options)
+        if self.settings.eval.max_new_tokens and self.has_validated:
+            self.tell_story()
+        self.has_validated = True
+        self.paused_s += time.perf_counter() - started
+        if not val_loss.isfinite():
+            self.print(f"Warning: the validation loss is {val_loss.item():g} at step {self.step}.")
+        return val_loss.clamp(max=700.0)  # fit takes its exponential, which overflows at 709 and raises
 
     def tell_story(self) -> None:
         """Write what the model makes of PROMPT to logs/stories.csv; training's random numbers stay."""
@@ -2415,21 +2428,8 @@ def litgpt_seams(monitor: Monitor) -> Iterator[None]:
 
     names = ("save_checkpoint", "validate", "instantiate_torch_optimizer", "chunked_cross_entropy")
     originals = {name: getattr(pretrain, name) for name in names}
-    validate, cross_entropy = pretrain.validate, pretrain.chunked_cross_entropy
+    cross_entropy = pretrain.chunked_cross_entropy
     loss_dtype = torch.bfloat16 if monitor.run.precision == "bf16-mixed" else None  # as autocast has it
-    is_trying = True  # fit begins with a validation on trial, in a resumed process once more
-
-    def watched(*args: Any, **options: Any) -> "torch.Tensor":
-        nonlocal is_trying
-        started = time.perf_counter()
-        val_loss = validate(*args, **options)
-        if monitor.settings.eval.max_new_tokens and not is_trying:
-            monitor.tell_story()
-        is_trying = False
-        monitor.paused_s += time.perf_counter() - started
-        if not val_loss.isfinite():
-            monitor.print(f"Warning: the validation loss is {val_loss.item():g} at step {monitor.step}.")
-        return val_loss.clamp(max=700.0)  # fit takes its exponential, which overflows at 709 and raises
 
     def optimizer(spec: dict[str, Any], *_: Any, **__: Any) -> "torch.optim.Optimizer":
         return make_optimizer(monitor.settings, monitor.model, spec)
@@ -2442,7 +2442,8 @@ def litgpt_seams(monitor: Monitor) -> Iterator[None]:
     # save_checkpoint writes the weights in place and re-parses sys.argv, which exits on our flags;
     # instantiate_torch_optimizer knows one group of weights, and decides on `fused` itself;
     # chunked_cross_entropy needs all logits at once
-    replacements = (monitor.save, watched, optimizer, loss)
+    validate = functools.partial(monitor.validate, pretrain.validate)
+    replacements = (monitor.save, validate, optimizer, loss)
     try:
         for name, replacement in zip(names, replacements, strict=True):
             setattr(pretrain, name, replacement)
@@ -2470,12 +2471,7 @@ def train(run: Run, stops: StopSignals) -> Monitor:
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     fabric.launch()
     tokenizer = monitor.tokenizer = Tokenizer(settings.tokenizer_dir)
-    if fabric.is_global_zero:
-        if monitor.wandb:
-            monitor.wandb.begin()
-        clear_out_dir(run, monitor)
-    for logger in fabric.loggers[1:]:
-        logger.log_hyperparams(plain_settings(settings))
+    open_logs(run, monitor, fabric)
     fabric.print(describe(run, fabric, "compiled" if compiled else "eager", why))
     try:
         with litgpt_seams(monitor), contextlib.suppress(Ending):
@@ -2500,6 +2496,16 @@ def train(run: Run, stops: StopSignals) -> Monitor:
     if monitor.writer.failure is not None:
         raise RunFailed(f"{monitor.writer.failure}; then continue with --resume auto")
     return monitor
+
+
+def open_logs(run: Run, monitor: Monitor, fabric: "Fabric") -> None:
+    """Clear the place, and tell the loggers the settings."""
+    if fabric.is_global_zero:
+        if monitor.wandb:
+            monitor.wandb.begin()
+        clear_out_dir(run, monitor)
+    for logger in fabric.loggers[1:]:
+        logger.log_hyperparams(plain_settings(run.settings))
 
 
 def clear_out_dir(run: Run, monitor: Monitor) -> None:
@@ -2570,7 +2576,7 @@ def peak_flops(device: "torch.device", precision: str) -> float:
             return float(known)
     size, best = (4096 if device.type == "cuda" else 1024), math.inf
     one = torch.ones(size, size, dtype=dtype, device=device)
-    for _ in range(5):
+    for _ in range(5 if device.type == "cuda" else 20):  # a CPU may be busy with other work for a while
         started = time.perf_counter()
         linear(one, one)[0, 0].item()  # waits for the product
         best = min(best, time.perf_counter() - started)
