@@ -306,7 +306,9 @@ def _expanded_size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the `key: value` lines of a YAML file. Raises ValueError or OSError, naming the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
+        raise FileNotFoundError(
+            f"{path}: no such configuration file; name one that is there, as those in configs/ are"
+        )
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
     try:

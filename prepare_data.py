@@ -1376,7 +1376,7 @@ def summary(manifest: dict, settings: PrepareSettings, seconds: float | None) ->
     """Return what there is now and what to do next."""
     line = (
         "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
-        "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced) in {n_shards:,} shards"
+        "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
     )
     splits = manifest["splits"].items()
     lines = [line.format(split=split, n_shards=len(entry["shards"]), **entry) for split, entry in splits]

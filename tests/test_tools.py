@@ -365,7 +365,7 @@ def test_benchmark_train_compares_whole_steps_of_all(tmp_path: Path) -> None:
 
 def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
-    assert "none.yaml" in capsys.readouterr().err
+    assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", [benchmark_data, benchmark_generate, benchmark_startup, benchmark_train])
