@@ -188,15 +188,21 @@ class HuggingFace:
         self._folder = tempfile.TemporaryDirectory()
         weights = Path(self._folder.name) / "stock.pth"
         torch.save({"weights": stock.state_dict(), "output": expected}, weights)
-        command = [str(python), __file__, "--hf_worker", str(weights), shape, dtype, device, str(n_tokens)]
+        self._command = [str(python), __file__, "--hf_worker", str(weights)]
+        self._command += [shape, dtype, device, str(n_tokens)]
+        self._start()
+
+    def _start(self) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self.versions = self._answer()
 
     def step(self, name: str) -> tuple[float, float]:
         """Return the seconds of one forward and backward; RuntimeError with what the block raised."""
+        if self._process.poll() is not None:  # the block before took more memory than there is
+            self._start()
         print(name, file=self._process.stdin, flush=True)
         answer = self._answer()
         if isinstance(answer, str):
@@ -284,9 +290,9 @@ def use_tf32(device: str) -> None:
 
 
 def measure(
-    args: argparse.Namespace, shape: str, dtype: str, device: str, python: Path | None
+    args: argparse.Namespace, where: dict[str, Any], shape: str, dtype: str, device: str, python: Path | None
 ) -> dict[str, Any]:
-    """Return name -> figures of every variant, at one shape and dtype."""
+    """Return name -> figures of every variant, at one shape and dtype; `where` hears of HF's version."""
     import torch
 
     torch._dynamo.reset()
@@ -298,6 +304,7 @@ def measure(
     hf = None
     if python:
         hf = HuggingFace(python, shape, dtype, device, args.tokens, layers["stock"], expected)
+        where |= hf.versions
     for name in HF_VARIANTS if hf else []:
         steps[name] = lambda name=name: hf.step(name)
     words = args.only.split(",") if args.only else [""]
@@ -380,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"machine": where, "tokens": args.tokens, "rounds": args.rounds}
     for shape in args.shapes.split(","):
         for dtype in args.dtypes.split(","):
-            rows = measure(args, shape, dtype, device, python)
+            rows = measure(args, where, shape, dtype, device, python)
             results[f"{shape} {dtype}"] = rows
             show(f"{shape} {SHAPES[shape]}, {dtype}, {args.tokens} tokens, {device}", rows)
             partial = out.with_suffix(".tmp")
