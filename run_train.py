@@ -1173,7 +1173,7 @@ class CheckpointWriter:
         self.failure: str | None = None  # why the latest save failed
         self.lasting_s = 0.0  # how long the latest save took, writing included
         self.selection_bias = False  # whether stock LitGPT would refuse the weights
-        self._host: dict[str, Any] | None = None
+        self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
 
@@ -1183,9 +1183,8 @@ class CheckpointWriter:
         """Copy the state to host memory and begin to write it."""
         self.wait()  # for the buffers of the save before
         target = checkpoint_file.parent
-        staging, self._host = self._staging(target), None
-        # through Fabric's strategy: `hold` gets the state, or (FSDP) the file is written here by all ranks
-        fabric.save(staging / checkpoint_file.name, state)
+        # through Fabric's strategy, which gives the whole state to `hold` on rank 0
+        fabric.save(self._staging(target) / checkpoint_file.name, state)
         if fabric.global_rank == 0:
             config = state["model"].config
             write = functools.partial(self._write, target, state["step_count"], config, tokenizer_dir)
@@ -1259,11 +1258,9 @@ class CheckpointWriter:
     def _fill(self, staging: Path, step: int, config: "MoEConfig", tokenizer_dir: Path) -> None:
         from litgpt.utils import copy_config_files, save_config
 
-        weights, files = staging / "lit_model.pth", {}
-        if self._host is not None:
-            if name := non_finite(self._host):
-                raise ValueError(f"{name} holds values that are no numbers")
-            files[weights.name] = write_state(self._host, weights)
+        if name := non_finite(self._host):
+            raise ValueError(f"{name} holds values that are no numbers")
+        files = {"lit_model.pth": write_state(self._host, staging / "lit_model.pth")}
         save_config(config, staging)
         (staging / "train_config.yaml").write_text(self.settings_text, encoding="utf-8")
         copy_config_files(tokenizer_dir, staging)
@@ -1339,7 +1336,7 @@ def write_record(
     """
     files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
     for path in sorted(folder.iterdir()):
-        if path.name not in files:  # lit_model.pth was hashed while it was written, except under FSDP
+        if path.name not in files:  # lit_model.pth was hashed while it was written
             with path.open("rb+") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
@@ -1505,6 +1502,11 @@ def learning_rate(settings: Settings, step: int, n_steps: int, warmup_steps: int
 # --- the optimizer ------------------------------------------------------------------------------------------
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has in the model itself, without those of FSDP's wrappers."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def sort_parameters(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the hidden matrices, the output head, and all else: embedding, routers, norms and biases."""
 
@@ -1512,7 +1514,7 @@ def sort_parameters(model: Any) -> tuple[list[Any], list[Any], list[Any]]:
     n_dims = {name: weight.ndim for name, weight in meta_model(model.config).named_parameters()}
     matrices, head, rest = [], [], []
     for name, weight in model.named_parameters():
-        name = name.replace("_fsdp_wrapped_module.", "")
+        name = plain_name(name)
         if (
             weight is model.transformer.wte.weight
             or n_dims.get(name, 1) < 2
@@ -1925,7 +1927,7 @@ class Monitor:
         use_fast_linear(self.model)
         set_balance(self.model, **asdict(self.settings.moe), scale=1 / self.accumulation)
         # FSDP's weights are whole inside the model's forward alone; float16 wants the loss scaled before
-        if "FSDP" not in type(fabric.strategy).__name__ and not self.run.precision.startswith("16"):
+        if not is_sharded(fabric) and not self.run.precision.startswith("16"):
             self.head = defer_head(self.model)
         source = self.run.initial or self.run.resume
         if has_bias := source is not None and has_selection_bias(read_weights(source)):
@@ -2015,7 +2017,7 @@ class Monitor:
         """Write what the model makes of PROMPT to logs/stories.csv; training's random numbers stay."""
         import torch
 
-        if not is_main_process() or "FSDP" in type(self.fabric.strategy).__name__:  # which has no whole model
+        if not is_main_process() or is_sharded(self.fabric):  # which has no whole model
             return
         if self.told_step == self.step:  # by the validation of this step, before the final one
             return
@@ -2374,10 +2376,97 @@ def checkpoint_io(writer: CheckpointWriter) -> Any:
     return BackgroundIO()
 
 
-def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
-    """Return the Fabric that LitGPT's loop runs on: one device, DDP on the CPU, FSDP on GPUs."""
+def sharded_strategy(writer: CheckpointWriter) -> Any:
+    """Return FSDP as litgpt.pretrain.setup has it, with the checkpoints of one process.
+
+    Fabric's own writes the file while training waits, and takes up the optimizer's state in the order of the
+    model's parameters, which is not that of the optimizer's groups.
+    """
+    import torch
     from lightning.fabric.strategies import FSDPStrategy
     from litgpt.model import Block
+
+    class ShardedStrategy(FSDPStrategy):
+        def save_checkpoint(self, path: Any, state: dict[str, Any], *_: Any, **__: Any) -> None:
+            with whole_tensors(state["model"], rank0_only=True):
+                moments = gather_moments(state["optimizer"], state["model"])
+                whole = {
+                    key: value.state_dict() if hasattr(value, "state_dict") else value
+                    for key, value in state.items()
+                    if key != "optimizer"
+                }
+            if self.is_global_zero:
+                writer.hold({**whole, "optimizer": moments})
+
+        def load_checkpoint(
+            self, path: Any, state: Any = None, strict: bool = True, *_: Any, **__: Any
+        ) -> dict[str, Any]:
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if not isinstance(state, dict):  # Fabric.load_raw: a file of bare weights
+                saved, state = {"model": saved}, {"model": state}
+            with whole_tensors(state["model"], rank0_only=False):
+                state["model"].load_state_dict(saved.pop("model"), strict=strict)
+                if "optimizer" in state:
+                    scatter_moments(state["optimizer"], state["model"], saved.pop("optimizer"))
+            for key in state.keys() & saved.keys():
+                value = saved.pop(key)
+                if hasattr(state[key], "load_state_dict"):
+                    state[key].load_state_dict(value)
+                else:
+                    state[key] = value
+            return saved
+
+    return ShardedStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
+
+
+def is_sharded(fabric: "Fabric") -> bool:
+    """Return whether each process holds a part of the weights alone (FSDP)."""
+    from lightning.fabric.strategies import FSDPStrategy
+
+    return isinstance(fabric.strategy, FSDPStrategy)
+
+
+def whole_tensors(module: Any, rank0_only: bool) -> contextlib.AbstractContextManager[Any]:
+    """Let FSDP's state dicts hold whole tensors, in host memory, gathered from all processes."""
+    from torch.distributed import fsdp
+
+    return fsdp.FullyShardedDataParallel.state_dict_type(
+        module,
+        fsdp.StateDictType.FULL_STATE_DICT,
+        fsdp.FullStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+        fsdp.FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+    )
+
+
+def _names(optimizer: Any, module: Any) -> list[str]:
+    """Return the names of the optimizer's parameters by the numbers that its state dict gives them."""
+    names = {id(weight): plain_name(name) for name, weight in module.named_parameters()}
+    return [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
+
+
+def gather_moments(optimizer: Any, module: Any) -> dict[str, Any]:
+    """Return on rank 0, of an optimizer sharded by FSDP, the state dict that one process would have."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    moments = FullyShardedDataParallel.optim_state_dict(module, optimizer).get("state", {})
+    return {
+        "state": {n: moments[name] for n, name in enumerate(_names(optimizer, module)) if name in moments},
+        "param_groups": optimizer.state_dict()["param_groups"],
+    }
+
+
+def scatter_moments(optimizer: Any, module: Any, saved: dict[str, Any]) -> None:
+    """Give each process its part of what `gather_moments` or one process saved."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    names = _names(optimizer, module)
+    groups = [{**group, "params": [names[n] for n in group["params"]]} for group in saved["param_groups"]]
+    named = {"state": {names[n]: moments for n, moments in saved["state"].items()}, "param_groups": groups}
+    optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, named))
+
+
+def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
+    """Return the Fabric that LitGPT's loop runs on: one device, DDP on the CPU, FSDP on GPUs."""
     from litgpt.utils import choose_logger
 
     settings = run.settings
@@ -2386,19 +2475,17 @@ def make_fabric(run: Run, monitor: Monitor) -> "Fabric":
         loggers.append(choose_logger("tensorboard", settings.out_dir, f"pretrain-{run.config.name}"))
     elif monitor.wandb:
         loggers.append(monitor.wandb)
-    strategy: Any = "auto"
-    if run.devices * settings.num_nodes > 1:
-        # as litgpt.pretrain.setup; it knows FSDP alone, which the CPU lacks
-        fsdp = FSDPStrategy(
-            auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD"
-        )
-        strategy = "ddp" if settings.accelerator == "cpu" or not _has_cuda() else fsdp
+    strategy, plugins = "auto", [checkpoint_io(monitor.writer)]
+    if run.devices * settings.num_nodes > 1:  # litgpt.pretrain.setup knows FSDP alone, which the CPU lacks
+        strategy = "ddp"
+        if settings.accelerator != "cpu" and _has_cuda():
+            strategy, plugins = sharded_strategy(monitor.writer), []
     fabric = training_fabric()(
         accelerator="cuda" if settings.accelerator == "gpu" else settings.accelerator,
         devices=run.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,
-        plugins=[] if isinstance(strategy, FSDPStrategy) else [checkpoint_io(monitor.writer)],
+        plugins=plugins,
         precision=run.precision,
         loggers=loggers,
         callbacks=[monitor],

@@ -1,5 +1,6 @@
 """Real processes: two of them train one model, and one that is killed again and again still gets there."""
 
+import json
 import os
 import random
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,11 @@ pytestmark = pytest.mark.usefixtures("eager", "workspace")
 RUN = [sys.executable, str(ROOT / "run_train.py"), "--config", "train_config.yaml"]
 
 
-def start(*flags: object, log: str = "log.txt") -> subprocess.Popen:
+def start(*flags: object, log: str = "log.txt", command: Sequence[str] = RUN) -> subprocess.Popen:
     """Start run_train.py as a user would, in a process group of its own."""
     with Path(log).open("ab") as file:
         return subprocess.Popen(
-            [*RUN, *map(str, flags)],
+            [*command, *map(str, flags)],
             env={**os.environ, **OFFLINE},
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -42,6 +43,13 @@ def validation(out_dir: str) -> list[float]:
     return [float(row["val_loss"]) for row in rows(out_dir) if row["val_loss"]]
 
 
+def go_back(*out_dirs: str) -> None:
+    """Delete the checkpoints after step 12."""
+    for step in (step for out_dir in out_dirs for step in Path(out_dir).glob("*/lit_model.pth")):
+        if step.parent.name > "step-00000012" or step.parent.name == "final":
+            shutil.rmtree(step.parent)
+
+
 # --- two processes ------------------------------------------------------------------------------------------
 
 
@@ -56,11 +64,7 @@ def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
     for column in ("step", *(key for key in rows("one")[0] if key.startswith("moe/dead_experts"))):
         assert [row[column] for row in rows("two")] == [row[column] for row in rows("one")]
 
-    for name in ("one", "two"):
-        shutil.rmtree(f"{name}/final")
-        for step in Path(name).glob("step-*"):
-            if step.name > "step-00000012":
-                shutil.rmtree(step)
+    go_back("one", "two")
     first = losses("one")
     more = start("--out_dir", "one", *flags, "--devices", 2, "--resume", "auto")
     assert run("--out_dir", "two", *flags, "--resume", "auto") == 0
@@ -68,6 +72,36 @@ def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
     assert losses("two") == pytest.approx(first, abs=1e-5)
     assert losses("one") == pytest.approx(first, abs=1e-5)
     assert validation("one") == pytest.approx(validation("two"), abs=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no NCCL, which FSDP wants on GPUs")
+def test_sharded_processes_resume_one_and_one_resumes_them() -> None:
+    flags = ["--max_tokens", 20 * 256, "--micro_batch_size", 1, *BALANCED]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    sharded = [
+        *launcher,
+        str(ROOT / "tests/fsdp_on_cpu.py"),
+        *RUN[2:],
+        "--devices",
+        "2",
+        "--accelerator",
+        "auto",
+    ]
+    both = start("--out_dir", "sharded", *flags, command=sharded)
+    assert run("--out_dir", "one", *flags) == 0
+    finish(both)
+    assert "ShardedStrategy" in Path("log.txt").read_text(encoding="utf-8")
+    first = {
+        name: losses(name) for name in ("one", "sharded")
+    }  # FSDP draws the first weights in another order
+
+    go_back("one", "sharded")
+    more = start("--out_dir", "one", *flags, "--resume", "auto", command=sharded)
+    assert run("--out_dir", "sharded", *flags, "--resume", "auto") == 0
+    finish(more)
+    for name in ("one", "sharded"):
+        assert losses(name) == pytest.approx(first[name], abs=1e-5)
+        assert json.loads(Path(name, "final/checkpoint.json").read_text(encoding="utf-8"))["step"] == 20
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
