@@ -1941,6 +1941,8 @@ def pick_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
             raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError, ImportError) as error:  # without CUDA torch raises AssertionError
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # and thirty names of devices
+            reason = "torch knows no such device"
         raise ValueError(f"--device {name} cannot be used here ({reason}); choose cpu or auto") from None
     if precision == "auto":
         precision = (

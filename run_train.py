@@ -67,7 +67,10 @@ FLAG_TO_KEY = {
     "train_config": "config",
     "wandb_dataset_artifact": "wandb_dataset",
 }
-CLASS_KEYS = ("data", "optimizer")  # each a class_path with init_args
+CLASS_KEYS = {  # each a class_path with init_args: where a bare name is looked for, and the usual class
+    "data": ("litgpt.data", "prepare_data.TextShards"),
+    "optimizer": ("torch.optim", "torch.optim.AdamW"),
+}
 GROUPS = ("train", "moe", "schedule", "checkpoints", "guard", "eval", "log")  # `key: value` lines under them
 VARIABLES = (
     "RESUME",
@@ -693,8 +696,10 @@ def _arguments(key: str, spec: dict[str, Any], base: type) -> tuple[type, Any, d
     """Return the class that a class_path names, a parser of its arguments, and these by name."""
     from jsonargparse import ArgumentParser
 
-    path = str(spec.get("class_path"))
-    package = {"optimizer": "torch.optim", "data": "litgpt.data"}[key]
+    package, usual = CLASS_KEYS[key]
+    path = spec.get("class_path")
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{key}.class_path is {path!r}; name a class, such as {usual}")
     module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
     try:
         if module_name.partition(".")[0] in sys.stdlib_module_names:  # importing some of them does things
@@ -807,6 +812,8 @@ def resume_step(run: Run) -> int:
             raise ValueError(f"{checkpoint_dir}: {key} was {then[key]}, now {value}; resume with what it was")
     if step > run.n_steps:
         raise ValueError(f"{checkpoint_dir} is past the {run.n_steps} steps of train.max_tokens; raise that")
+    if step == run.n_steps:
+        note(f"{checkpoint_dir} is at the last step of train.max_tokens; to train on, raise that.")
     total = then.get("train.max_tokens")  # of a checkpoint of LitGPT's own, anything
     n_steps = total // run.tokens_per_step if isinstance(total, int) else run.n_steps
     if n_steps != run.n_steps and run.settings.schedule.name != "constant":

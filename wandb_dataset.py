@@ -56,11 +56,19 @@ def normalize_flags(argv: list[str]) -> list[str]:
     return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
 
 
+def path_from_flag(text: str) -> Path:
+    """Return the path; an empty text, of a variable that is not set, would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"the path is {text!r}; name one, '.' is the current folder")
+    return Path(text)
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse's parser, with hyphens and underscores alike, that tells what is wrong in one sentence."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("type", Path, path_from_flag)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return what argparse does, after a look for flags that there are not: it tells of them last."""

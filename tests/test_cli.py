@@ -130,6 +130,7 @@ def test_an_unknown_flag_is_told_in_one_sentence_without_the_usage(script: Path)
         (["--batch_size", "many", "text"], "--batch_size is 'many'; it must be a whole number"),
         (["--share", "", "text"], "--share is ''; it must be a number"),
         (["--split", "test", "text"], "--split is 'test'; choose one of train, val"),
+        (["--folder", "", "text"], "--folder: the path is ''; name one, '.' is the current folder"),
         (["text", "--batch_size"], "--batch_size needs a value; see --help"),
         ([], "missing: file; see --help"),
         (["text", "more"], "nothing is to be done with more; see --help"),
@@ -143,6 +144,7 @@ def test_a_wrong_command_line_is_told_in_one_sentence(
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--share", type=float)
     parser.add_argument("--split", choices=("train", "val"))
+    parser.add_argument("--folder", type=Path)
     for parse in (parser.parse_args, parser.parse_intermixed_args):
         with pytest.raises(SystemExit) as end:
             parse(flags)

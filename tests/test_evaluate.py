@@ -389,7 +389,7 @@ def test_a_number_out_of_range_is_one_sentence(data_dir, tiny_checkpoint, capsys
 
 def test_an_unknown_device_is_one_sentence(tiny_checkpoint, capsys):
     assert main(["--ckpt_dir", str(tiny_checkpoint), "--device", "abacus"]) == 2
-    assert "--device abacus cannot be used here" in capsys.readouterr().err
+    assert "--device abacus cannot be used here (torch knows no such device)" in capsys.readouterr().err
 
 
 def test_an_unknown_precision_is_one_sentence(tiny_checkpoint, capsys):

@@ -306,6 +306,8 @@ BAD_TRAIN_VALUES = {
     "devices": (0, "devices is 0; choose auto or a number of 1 or more"),
     "num_nodes": (0, "num_nodes is 0"),
     "logger_name": ("paper", "logger_name is 'paper'; it must be one of csv, tensorboard, wandb"),
+    "optimizer": ({"class_path": 5}, "optimizer.class_path is 5; name a class, such as torch.optim.AdamW"),
+    "data": ({"class_path": None}, "data.class_path is None; name a class, such as prepare_data.TextShards"),
     "optimizer.class_path": (
         "torch.optim.AdamX",
         "optimizer.class_path is torch.optim.AdamX, which cannot be used",

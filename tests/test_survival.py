@@ -200,6 +200,11 @@ def test_another_total_at_resume_is_told_in_steps(capsys: pytest.CaptureFixture[
     assert run("--max_tokens", 2100) == 0  # 8 steps of 256; 2,048 is no number that anybody gave
     shutil.rmtree("out/final")
     capsys.readouterr()
+    assert run("--resume", "auto", "--max_tokens", 2100) == 0
+    assert (
+        "step-00000008 is at the last step of train.max_tokens; to train on, raise that"
+        in capsys.readouterr().err
+    )
     assert run("--max_tokens", 2400, "--resume", "auto") == 0
     error = capsys.readouterr().err.replace("\\", "/")
     assert "Warning: out/step-00000008 is of a run of 8 steps, now train.max_tokens makes it 9" in error
