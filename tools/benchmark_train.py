@@ -5,9 +5,10 @@ Run: uv run python tools/benchmark_train.py      (3 min on 2 CPU cores for MoE-3
 All train in turn in one process on the same random tokens; a round is a fresh run of each, of which the
 first steps are left out. Stock is `litgpt.pretrain.main` with LitGPT's own `LLaMAMoE` and one patch: its
 count of FLOPs, which raises on MoE layers (0.5.13), is skipped. Dense has one SwiGLU as wide as the experts
-that a token meets, and trains in our loop and in LitGPT's ("stock dense"). Printed are medians, ratios of
-tokens/s and where the time of a step goes (from one more round, for there the clock waits for the device);
-the JSON has the machine and versions too.
+that a token meets, LitGPT's layers, and our loop, loss and optimizer; "stock dense" trains in LitGPT's loop.
+Where our linear maps are multiplied by oneDNN (CPUs of AMD), "dense oneDNN" has those too. Printed are
+medians, ratios of tokens/s and where the time of a step goes (from one more round, for there the clock waits
+for the device); the JSON has the machine and versions too.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
@@ -36,10 +39,23 @@ PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
 LEFT_OUT = 2  # first steps of a run: allocations, compilation
 
 
+class Overrides(argparse.Action):
+    """Keys of the model configuration, as n_expert=8, with values as in YAML."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
+        for text in values:
+            try:
+                key, value = text.split("=", 1)
+                namespace.override = {**namespace.override, key: yaml.safe_load(value)}
+            except (ValueError, yaml.YAMLError):
+                parser.error(f"{flag}: {text} is no KEY=VALUE; write it as n_expert=8")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags."""
     parser = FlagParser(prog="tools/benchmark_train.py", description=__doc__)
     parser.add_argument("--model_config", type=Path, default=ROOT / "configs/moe_30m_debug.yaml")
+    parser.add_argument("--override", nargs="+", default={}, action=Overrides, metavar="KEY=VALUE")
     parser.add_argument("--micro_batch_size", type=count, default=4)
     parser.add_argument("--accumulation", type=count, default=1, help="micro-batches of a step")
     parser.add_argument("--max_seq_length", type=count, help="tokens of a sequence (default: block_size)")
@@ -121,6 +137,12 @@ def make_run(args: argparse.Namespace, config: Any, folder: Path) -> run_train.R
 def train_ours(run: run_train.Run) -> None:
     """Train as run_train.py does."""
     run_train.train(run, run_train.StopSignals())
+
+
+def train_with_litgpts_layers(run: run_train.Run) -> None:
+    """Train as run_train.py does, every linear map but the head multiplied as torch does it."""
+    with mock.patch("moe_layers.use_fast_linear", lambda _: None):
+        train_ours(run)
 
 
 def train_by_triton(run: run_train.Run) -> None:
@@ -260,14 +282,29 @@ def _now(torch: Any) -> float:
 
 def triton_is_another_way(args: argparse.Namespace, config: Any, folder: Path) -> bool:
     """Return whether experts could be run by Triton here, and are not."""
-    import torch
-
     from moe_layers import choose_way, has_triton
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_bf16 = make_run(args, config, folder).precision.startswith("bf16")
-    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    device, dtype = device_and_dtype(args, config, folder)
     return has_triton(device.type, dtype) and choose_way(config, device, dtype) != "triton"
+
+
+def uses_onednn(args: argparse.Namespace, config: Any, folder: Path) -> bool:
+    """Return whether our linear maps are multiplied in another way than torch's."""
+    import torch
+
+    from moe_layers import _prefers_onednn
+
+    device, dtype = device_and_dtype(args, config, folder)
+    return _prefers_onednn(torch.empty(0, device=device, dtype=dtype))
+
+
+def device_and_dtype(args: argparse.Namespace, config: Any, folder: Path) -> tuple[Any, Any]:
+    """Return what the runs compute on and in."""
+    import torch
+
+    is_bf16 = make_run(args, config, folder).precision.startswith("bf16")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.bfloat16 if is_bf16 else torch.float32
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -276,21 +313,20 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from moe_layers import MoEConfig
 
-    config = MoEConfig.from_file(args.model_config)
+    config = MoEConfig.from_file(args.model_config, **args.override)
     width = config.n_expert_per_token * config.moe_intermediate_size
+    no_experts = {"intermediate_size": width, "n_expert": 0, "n_expert_per_token": 0}
     dense = MoEConfig.from_file(
-        args.model_config,
-        mlp_class_name="LLaMAMLP",
-        intermediate_size=width,
-        n_expert=0,
-        n_expert_per_token=0,
+        args.model_config, **{**args.override, "mlp_class_name": "LLaMAMLP", **no_experts}
     )
     kinds = {
         "ours": (train_ours, config),
         "stock": (train_stock, config),
-        "dense": (train_ours, dense),
+        "dense": (train_with_litgpts_layers, dense),
         "stock dense": (train_stock, dense),
     }
+    if uses_onednn(args, config, folder):
+        kinds["dense oneDNN"] = (train_ours, dense)
     if triton_is_another_way(args, config, folder):
         kinds["ours, Triton"] = (train_by_triton, config)
     times: dict[str, list[float]] = {name: [] for name in kinds}
@@ -316,8 +352,9 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
         **{
-            "of_" + name.replace(" ", "_"): float(f"{medians[name] / medians['ours']:.4g}")
-            for name in ("stock", "dense", "stock dense")
+            "of_" + name.replace(" ", "_").lower(): float(f"{medians[name] / medians['ours']:.4g}")
+            for name in ("stock", "dense", "stock dense", "dense oneDNN")
+            if name in medians
         },
         "mfu": round(_mfu(run, medians["ours"]), 4),
         "share_of_step": shares,
@@ -340,12 +377,16 @@ def show(figures: dict[str, Any]) -> None:
     """Print the table."""
     device = figures["machine"]["device"]
     print(f"{figures['model']}, {figures['tokens_per_step']:,} tokens a step, {device}")
-    print(f"{'':13}{'tokens/s':>10}" + "".join(f"{part:>11}" for part in PARTS))
+    print(f"{'':14}{'tokens/s':>10}" + "".join(f"{part:>11}" for part in PARTS))
     for name, rate in figures["tokens_per_s"].items():
         parts = "".join(f"{figures['share_of_step'][name][part]:>11.1%}" for part in PARTS)
-        print(f"{name:13}{rate:>10,.0f}{parts}")
-    dense = f"{figures['of_dense']:.2f} of dense, {figures['of_stock_dense']:.2f} of dense in LitGPT's loop"
-    print(f"ours: {figures['of_stock']:.2f} times stock, {dense}, MFU {figures['mfu']:.1%}")
+        print(f"{name:14}{rate:>10,.0f}{parts}")
+    ratios = [
+        f"{figures[key]:.2f} of {key.removeprefix('of_').replace('_', ' ')}"
+        for key in ("of_dense", "of_dense_onednn", "of_stock_dense")
+        if key in figures
+    ]
+    print(f"ours: {figures['of_stock']:.2f} times stock, {', '.join(ratios)}, MFU {figures['mfu']:.1%}")
 
 
 def main(argv: list[str] | None = None) -> int:
