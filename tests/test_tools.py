@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_CONFIG
 
 from tools import (
-    benchmark_data,
-    benchmark_generate,
-    benchmark_startup,
-    benchmark_train,
     count_params,
     env_sanity_check,
     inspect_checkpoint,
@@ -347,44 +342,3 @@ def test_inspect_tells_the_step_and_whether_the_digests_hold(
     (folder / "tokenizer.json").write_bytes(files["tokenizer.json"] + b" ")
     assert inspect_checkpoint.main([str(folder)]) == 1
     assert "tokenizer.json is damaged" in capsys.readouterr().err
-
-
-def test_benchmark_train_compares_whole_steps_of_all(tmp_path: Path) -> None:
-    model, out = tmp_path / "model.yaml", tmp_path / "figures.json"
-    model.write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
-    flags = ["--model_config", model, "--steps", 2, "--rounds", 1, "--compile", "off", "--out", out]
-    flags += ["--override", "name=of-six", "n_expert=6"]
-    assert benchmark_train.main([str(flag) for flag in flags]) == 0
-    figures = json.loads(out.read_text(encoding="utf-8"))
-    rates = figures["tokens_per_s"]
-    assert rates.keys() - {"dense oneDNN"} == {"ours", "stock", "dense", "stock dense"}
-    assert min(rates.values()) > 0 and figures["model"] == "of-six"
-    # of medians, which are rounded apart
-    assert figures["of_stock"] == pytest.approx(rates["ours"] / rates["stock"], rel=0.01)
-    for shares in figures["share_of_step"].values():
-        assert 0.3 < sum(shares.values()) < 1.01 and shares["backward"] > shares["data"]
-
-
-@pytest.mark.parametrize("text", ["n_expert", "n_expert=["])
-def test_benchmark_train_tells_of_an_override_without_a_value(
-    text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        benchmark_train.main(["--override", text])
-    assert capsys.readouterr().err == f"error: --override: {text} is no KEY=VALUE; write it as n_expert=8\n"
-
-
-def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
-    assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("tool", [benchmark_data, benchmark_generate, benchmark_startup, benchmark_train])
-@pytest.mark.parametrize("value", ["0", "-3", "x", "9" * 30])
-def test_a_benchmark_refuses_a_count_that_is_none(
-    tool: object, value: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        tool.main(["--rounds", value])
-    assert ended.value.code == 2
-    assert "error: --rounds: " in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""The benchmarks and the script that runs them on a GPU: what they compare, write and refuse."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_CONFIG
+
+from tools import (
+    benchmark_data,
+    benchmark_generate,
+    benchmark_moe,
+    benchmark_startup,
+    benchmark_train,
+    machine,
+    measure_gpu,
+)
+
+# --- benchmark_train ----------------------------------------------------------------------------------------
+
+
+def test_benchmark_train_compares_whole_steps_of_all(tmp_path: Path) -> None:
+    model, out = tmp_path / "model.yaml", tmp_path / "figures.json"
+    model.write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
+    flags = ["--model_config", model, "--steps", 2, "--rounds", 1, "--compile", "off", "--out", out]
+    flags += ["--override", "name=of-six", "n_expert=6"]
+    assert benchmark_train.main([str(flag) for flag in flags]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    rates = figures["tokens_per_s"]
+    assert rates.keys() - {"dense oneDNN"} == {"ours", "stock", "dense", "stock dense"}
+    assert min(rates.values()) > 0 and figures["model"] == "of-six"
+    # of medians, which are rounded apart
+    assert figures["of_stock"] == pytest.approx(rates["ours"] / rates["stock"], rel=0.01)
+    for shares in figures["share_of_step"].values():
+        assert 0.3 < sum(shares.values()) < 1.01 and shares["backward"] > shares["data"]
+
+
+@pytest.mark.parametrize("text", ["n_expert", "n_expert=["])
+def test_benchmark_train_tells_of_an_override_without_a_value(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark_train.main(["--override", text])
+    assert capsys.readouterr().err == f"error: --override: {text} is no KEY=VALUE; write it as n_expert=8\n"
+
+
+def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark_train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", [benchmark_data, benchmark_generate, benchmark_startup, benchmark_train])
+@pytest.mark.parametrize("value", ["0", "-3", "x", "9" * 30])
+def test_a_benchmark_refuses_a_count_that_is_none(
+    tool: object, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--rounds", value])
+    assert ended.value.code == 2
+    assert "error: --rounds: " in capsys.readouterr().err
+
+
+# --- benchmark_moe ------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_computes_something_else_is_not_timed() -> None:
+    expected = torch.randn(2, 32, 8)
+    benchmark_moe.check_output(expected * (1 + 1e-4), expected)
+    few = expected.clone()
+    few[0, :8] = 0  # other experts, for a tenth of the tokens
+    benchmark_moe.check_output(few, expected)
+    for wrong in (expected * 1.01, torch.zeros_like(expected), expected * torch.nan):
+        with pytest.raises(RuntimeError, match="differs from stock's by"):
+            benchmark_moe.check_output(wrong, expected)
+    benchmark_moe.check_output((expected * 1.01).bfloat16(), expected)
+
+
+def test_ratios_are_medians_over_the_rounds() -> None:
+    times = {"stock": [(2.0, 4.0), (2.0, 4.0)], "dense": [(1.0, 1.0), (1.0, 1.0)], "ours": [(1.0, 3.0)] * 2}
+    ours = benchmark_moe.figures(times)["ours"]
+    assert ours == {"forward_ms": 1000, "forward_backward_ms": 4000, "of_dense": 0.5, "of_stock": 1.5}
+
+
+WORKER = """
+import json, os, sys
+print(json.dumps({"transformers": "5"}), flush=True)
+for line in sys.stdin:
+    if line == "greedy\\n":
+        os.abort()  # as the kernel ends what takes all memory
+    print(json.dumps("it has no such backend" if line == "odd\\n" else [1.0, 2.0]), flush=True)
+"""
+
+
+def test_the_block_after_one_that_ended_the_process_is_timed_all_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    hf = benchmark_moe.HuggingFace.__new__(benchmark_moe.HuggingFace)
+    hf._folder, hf._command = tempfile.TemporaryDirectory(), [sys.executable, str(script)]
+    hf._start()
+    assert hf.versions == {"transformers": "5"} and hf.step("plain") == (1.0, 2.0)
+    with pytest.raises(RuntimeError, match="no such backend"):
+        hf.step("odd")
+    with pytest.raises(RuntimeError, match="the process ended with status"):
+        hf.step("greedy")
+    assert hf.step("plain") == (1.0, 2.0)
+    hf.close()
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+def test_results_lie_beside_their_script_and_are_named_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.results_path("tools/some.py", "cpu") == Path("tools/some.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3 (PCIe)")
+    assert machine.results_path("tools/some.py", "cuda:0") == Path(
+        "tools/some_nvidia_h100_80gb_hbm3_pcie.json"
+    )
+
+
+def test_measure_gpu_gives_commands_that_the_scripts_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
+    commands = measure_gpu.commands(tmp_path)
+    parsers = {
+        "tools/benchmark_moe.py": benchmark_moe.parse,
+        "tools/benchmark_train.py": benchmark_train.parse,
+    }
+    for script, *flags in commands:
+        assert script == "-m" or (ROOT / script).is_file()
+        if script in parsers:
+            parsers[script](flags)
+        for path in (flag for flag in flags if flag.endswith(".yaml")):
+            assert (ROOT / path).is_file()
+    outputs = [flags[flags.index("--out") + 1] for _, *flags in commands if "--out" in flags]
+    assert [Path(path).name for path in outputs] == [
+        "benchmark_train_nvidia_x_30m.json",
+        "benchmark_train_nvidia_x_200m.json",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and would be measured")
+def test_measure_gpu_without_one_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure_gpu.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: this torch sees no CUDA device; ")
