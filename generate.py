@@ -587,7 +587,7 @@ def read_request(body: Any, engine: Engine) -> CompletionRequest:
     sampling = {o.name: _take(rest, o.name, o.type, getattr(args, o.name)) for o in fields(Sampling)}
     options = _take(rest, "stream_options", dict, {})
     wanted = {
-        "max_tokens": _take(rest, "max_tokens", int, args.max_tokens, 1),
+        "max_tokens": _max_tokens(rest, engine),
         "n": _take(rest, "n", int, args.num_samples, 1, MAX_CHOICES),
         "seed": _take(rest, "seed", int, args.seed, 0, 2**63 - 1),
         "stop": _stops(rest.pop("stop", None)),
@@ -626,6 +626,20 @@ def _take(
         upper = "or more" if high == math.inf else f"to {high}"
         raise ApiError(400, f"{name} is {value!r:.80}; choose {low} {upper}", name)
     return value
+
+
+def _max_tokens(body: dict, engine: Engine) -> int:
+    """Take `max_tokens` out of `body` and return it. ApiError, as from OpenAI, if the context holds fewer.
+
+    Up to there it is an upper bound: clients send 256 or so unasked, and a story may end before. One that
+    fills the context ends with finish_reason `length`, and `ending` says so.
+    """
+    context = engine.model.max_seq_length
+    wanted = _take(body, "max_tokens", int, min(engine.args.max_tokens, context), 1)
+    if wanted > context:
+        told = f"max_tokens is {wanted!r:.80}, but the model's context holds {context} tokens with the prompt"
+        raise ApiError(400, f"{told}; ask for {context} or fewer", "max_tokens", "invalid_value")
+    return wanted
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -815,7 +829,9 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     }
     names = ["prompt", "max_tokens", "num_samples", "seed", *(option.name for option in fields(Sampling))]
     defaults = {name: getattr(engine.args, name) for name in names}
-    more = {"max_model_len": engine.model.max_seq_length, "defaults": defaults}
+    context = engine.model.max_seq_length
+    defaults["max_tokens"] = min(defaults["max_tokens"], context)  # what a request leaves out
+    more = {"max_model_len": context, "defaults": defaults, "folder": str(engine.args.ckpt_dir)}
     return {**entry, **more, "routing": routing if layers else None}
 
 

@@ -171,9 +171,23 @@ def test_a_story_ends_at_its_end_and_a_full_context_is_told(storyteller: Path, t
         choice = complete(server, "Lily had").choices[0]
     assert choice.text == SENTENCE.removeprefix("Lily had")
     assert (choice.finish_reason, choice.ending) == ("stop", "the story ended")
-    choice = complete(tiny, "Once upon a time", max_tokens=500, temperature=0).choices[0]
+    choice = complete(tiny, "Once upon a time", max_tokens=64, temperature=0).choices[0]
     assert (choice.finish_reason, choice.ending) == ("length", "the context of 64 tokens is full")
     assert complete(tiny, "Tom", max_tokens=3).choices[0].ending == "max_tokens reached"
+
+
+def test_more_tokens_than_the_context_holds_are_refused_as_by_openai(tiny: SimpleNamespace) -> None:
+    told = "max_tokens is 1000000000, but the model's context holds 64 tokens.* ask for 64 or fewer"
+    with pytest.raises(openai.BadRequestError, match=told) as caught:
+        complete(tiny, "Tom", max_tokens=10**9)
+    assert (caught.value.param, caught.value.code) == ("max_tokens", "invalid_value")
+
+
+def test_a_server_whose_max_tokens_are_above_the_context_fills_it(storyteller: Path) -> None:
+    with serving(storyteller, "--max_tokens=4000", "--temperature=0") as server:
+        (model,) = server.client.models.list().data
+        assert model.defaults["max_tokens"] == 64  # what the page asks for
+        assert complete(server, "Lily had").choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("prompt", ["Tom", "Tom \N{GRINNING FACE}"])
@@ -274,7 +288,7 @@ BAD = {
     "temperature": [(-1, "choose 0 (greedy) or 0.001 or more"), ("hot", "it must be a number")],
     "top_p": [(0, "above 0"), (2, "above 0"), (10**400, "it must be a number")],
     "top_k": [(-1, "0 (off) or more"), (1.5, "it must be a whole number")],
-    "max_tokens": [(0, "choose 1 or more"), (True, "it must be a whole number")],
+    "max_tokens": [(0, "choose 1 or more"), (True, "a whole number"), (65, "64 or fewer"), (10**30, "64 or")],
     "n": [(0, "choose 1 to 8"), (9, "choose 1 to 8")],
     "seed": [(-1, "choose 0 to 9223372036854775807"), (2**63, "choose 0 to")],
     "stop": [("", "1 to 100 characters"), (["a"] * 5, "one to four"), ([1], "texts"), (7, "texts")],
@@ -346,7 +360,7 @@ def test_extreme_settings_draw_a_token(tiny: SimpleNamespace) -> None:
         {"temperature": 1e-3, "repetition_penalty": 1e30},
         {"repetition_penalty": 1e-3},
         {"top_p": 1e-12, "min_p": 1, "top_k": 10**30},
-        {"max_tokens": 10**30},
+        {"max_tokens": 64},
     ):
         body = {"prompt": "Tom Tom", "max_tokens": 10, **extreme}
         status, answer = post(tiny, json.dumps(body).encode())

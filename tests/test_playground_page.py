@@ -164,7 +164,9 @@ def test_ctrl_enter_tells_the_stories_that_the_server_has_for_the_seed(
     assert browser.js(STORIES) == [choice.text for choice in answer.choices]
     state = browser.js("samples[0].state.textContent")
     assert state.startswith("20 tokens, ") and state.endswith(" · max_tokens reached")
-    assert browser.js("$('repeat').textContent").endswith(
+    command = browser.js("$('repeat').lastElementChild.textContent")
+    assert command.startswith(f"uv run python generate.py --ckpt_dir {server.engine.args.ckpt_dir} --prompt")
+    assert command.endswith(
         "--prompt 'Tom went' --seed 5 --num_samples 3 --max_tokens 20 --temperature 1.2 --top_k 50 "
         "--top_p 0.9 --min_p 0 --repetition_penalty 1"
     )
