@@ -2746,7 +2746,8 @@ def summarize(run: Run, monitor: Monitor) -> None:
     print(
         "Next:\n"
         f'  uv run python generate.py --ckpt_dir {final} --prompt "One day, a little dog"\n'
-        f"  uv run python evaluate.py --ckpt_dir {final}{data_flag}"
+        f"  uv run python evaluate.py --ckpt_dir {final}{data_flag}\n"
+        f"  uv run python tools/report.py {run.settings.out_dir}"
     )
     if run.demo_data:
         print(

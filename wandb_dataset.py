@@ -213,16 +213,21 @@ def resolve_artifact(reference: str, entity: str | None) -> str:
 
 
 def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
-    """Return the folder of the tokenizer that made the shards: the one named, else inside or beside."""
+    """Return the folder of the tokenizer that made the shards: the one named, else one inside or beside."""
     wanted = load_manifest(data_dir).get("tokenizer", {}).get("sha256")
-    inside = data_dir / TOKENIZER
-    folder = tokenizer_dir or (inside if inside.is_dir() else data_dir.parent / TOKENIZER)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; name the tokenizer's folder with --tokenizer_dir")
-    if sha256_file(path) != wanted:
-        raise ValueError(f"{path}: not the one that made {data_dir}; name that one with --tokenizer_dir")
-    return folder
+    beside = sorted(path.parent for path in data_dir.parent.glob("*/tokenizer.json"))
+    near = [data_dir / TOKENIZER, data_dir.parent / TOKENIZER, *beside]
+    for folder in [tokenizer_dir] if tokenizer_dir else near:
+        path = folder / "tokenizer.json"
+        if path.is_file() and sha256_file(path) == wanted:
+            return folder
+    what = "not the one" if path.is_file() else "not found, so not the one"
+    if tokenizer_dir:
+        raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
+    raise ValueError(
+        f"{data_dir}: the tokenizer that made it is not in {near[0]}, nor in a folder beside {data_dir}; "
+        "name its folder with --tokenizer_dir"
+    )
 
 
 def without_times(node: object) -> object:
@@ -293,10 +298,11 @@ def log_artifact(
     logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
     if run.offline:
         remember_artifact(data_dir, name)
-        return f"{name}: recorded; send it with: wandb sync {Path(run.dir).parent}"
+        return f"{name}: recorded; send it with: uv run wandb sync {Path(run.dir).parent}"
     logged.wait()
     remember_artifact(data_dir, logged.source_qualified_name)
-    return f"{logged.source_qualified_name}: uploaded; run_train.py --wandb_dataset takes that name"
+    name = logged.source_qualified_name
+    return f"{name}: uploaded; train on it with: uv run python run_train.py --wandb_dataset {name}"
 
 
 def use_dataset(run: "wandb.Run", data_dir: Path, tokenizer_dir: Path) -> None:
@@ -441,7 +447,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("reference", nargs="?", help=f"what to pull (default WANDB_DATASET_ARTIFACT); {REFERENCE_FORM}")
     data_dir = Path("data/custom_text")
     add("--data_dir", metavar="DIR", type=Path, default=data_dir, help="push, verify: default %(default)s")
-    add("--tokenizer_dir", metavar="DIR", type=Path, help="push: default tokenizer/ in or beside --data_dir")
+    tokenizer = "push: default the one that made the data, in a folder in or beside --data_dir"
+    add("--tokenizer_dir", metavar="DIR", type=Path, help=tokenizer)
     artifacts_dir = Path(variable("WANDB_ARTIFACTS_DIR") or "artifacts")
     add("--wandb_artifacts_dir", metavar="DIR", type=Path, default=artifacts_dir, help="default %(default)s")
     add_wandb_flags(parser)
@@ -452,7 +459,7 @@ def run_command(args: argparse.Namespace) -> str:
     """Return the result of the command as the sentence to print."""
     if args.command == "pull":
         folder = pull(args.reference or variable("WANDB_DATASET_ARTIFACT") or "", args.wandb_artifacts_dir)
-        return f"{folder}: whole; train on it with: run_train.py --dataset_dir {folder}"
+        return f"{folder}: whole; train on it with: uv run python run_train.py --dataset_dir {folder}"
     if args.reference:
         raise ValueError(f"{args.command} takes no {args.reference!r}; name the folder with --data_dir")
     if args.command == "push":
@@ -461,7 +468,8 @@ def run_command(args: argparse.Namespace) -> str:
         raise TransferError("\nerror: ".join(problems))
     manifest = load_manifest(args.data_dir)
     n_files = len(listed_files(manifest))
-    return f"{args.data_dir}: {n_files} files match {MANIFEST}; fingerprint {manifest_fingerprint(manifest)}"
+    whole = f"{args.data_dir}: {n_files} files match {MANIFEST}; fingerprint {manifest_fingerprint(manifest)}"
+    return f"{whole}\nshare it with: uv run python wandb_dataset.py push --data_dir {args.data_dir}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -177,12 +177,14 @@ def test_a_named_run_without_a_whole_step_is_not_started_afresh(
     assert not Path("more").exists()
 
 
-def test_the_command_to_measure_names_the_data_of_the_run(
+def test_the_next_commands_name_the_data_and_the_folder_of_the_run(
     workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("--max_tokens", 256)
     final = Path("out/final")
-    assert f"evaluate.py --ckpt_dir {final} --data_dir {tiny_data}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"evaluate.py --ckpt_dir {final} --data_dir {tiny_data}\n" in out
+    assert out.endswith("  uv run python tools/report.py out\n")
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(

@@ -1,6 +1,7 @@
 """upcycle: the dense model's logits to the last digits, experts as told, and training from there."""
 
 import csv
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def test_the_checkpoint_is_whole_and_named_by_its_size(
     out = capsys.readouterr().out
     assert f"{n_parameters:,} parameters" in out and "logits, within" in out
     assert f"--initial_checkpoint_dir {moe} --tokenizer_dir {moe}" in out.splitlines()[-1]
+    assert "--config" not in out  # nothing is known of the run that made it
 
 
 def test_noise_is_a_fraction_of_each_matrix_and_makes_experts_differ(dense: Callable) -> None:
@@ -121,7 +123,11 @@ def test_bfloat16_stays_bfloat16(dense: Callable) -> None:
 
 @pytest.mark.usefixtures("eager")
 def test_training_goes_on_from_where_the_dense_model_stood(
-    tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_data: Path,
+    tiny_tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("dense.yaml").write_text(yaml.dump(DENSE), encoding="utf-8")
@@ -147,17 +153,24 @@ def test_training_goes_on_from_where_the_dense_model_stood(
             *flags,
         ]
         assert run_train.main(given) == 0
+        return losses(out_dir)
+
+    def losses(out_dir: str) -> list[float]:
         with Path(out_dir, "logs/csv/metrics.csv").open(encoding="utf-8", newline="") as file:
             return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
     dense_losses = train("dense", 40, "--model_config", "dense.yaml")
+    capsys.readouterr()
     assert upcycle.main(["dense", "moe", "--n_expert", "4", "--n_expert_per_token", "2"]) == 0
-    start = ["--initial_checkpoint_dir", "moe", "--model_config", "moe/model_config.yaml"]
-    moe_losses = train("out", 12, *start)
+    # pasted, the last line trains with the dense run's data and settings, which lie at no default place
+    uv, run, python, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (uv, run, python, script) == ("uv", "run", "python", "run_train.py")
+    assert run_train.main([*flags, "--max_tokens", str(12 * 4 * 64)]) == 0
+    moe_losses = losses("moe_trained")
     assert dense_losses[0] > 5.5 and dense_losses[-1] < dense_losses[0] - 1
     assert moe_losses[0] == pytest.approx(dense_losses[-1], abs=0.5)  # another batch, the same model
     assert moe_losses[-1] < moe_losses[0]
-    trained = read_weights(Path("out/final/lit_model.pth"))
+    trained = read_weights(Path("moe_trained/final/lit_model.pth"))
     experts = [trained[f"transformer.h.0.mlp.experts.{e}.fc_1.weight"] for e in range(4)]
     assert not experts[0].equal(experts[1])  # they see different tokens, so they part
 

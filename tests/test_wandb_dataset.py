@@ -127,7 +127,9 @@ def test_verify_names_a_text_that_came_after_the_manifest(data_dir):
 
 def test_verify_command_prints_count_and_fingerprint(data_dir, capsys):
     assert main(["verify", "--data-dir", str(data_dir)]) == 0
-    assert f"3 files match manifest.json; fingerprint {fingerprint(data_dir)}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"3 files match manifest.json; fingerprint {fingerprint(data_dir)}" in out
+    assert out.endswith(f"uv run python wandb_dataset.py push --data_dir {data_dir}\n")
 
 
 def test_verify_command_ends_with_status_1_on_damage(data_dir, capsys):
@@ -212,10 +214,25 @@ def test_push_takes_variables_and_flags_win_over_them(data_dir, monkeypatch):
     assert list(seen.values())[1:6] == ["p", "mine", "a", ["x", "y"], ["u"]]
 
 
-def test_push_refuses_a_tokenizer_that_did_not_make_the_shards(data_dir, capsys):
+def test_the_tokenizer_is_found_by_its_hash_in_any_folder_beside(data_dir, tmp_path):
+    made_it, data = data_dir.parent / "tokenizer", data_dir.parent
+    made_it.rename(data / "tinyllama")  # as in the README: another than the demo's
+    for folder in (made_it, data / "another"):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text('{"other": 1}', encoding="utf-8")
+    assert wandb_dataset.find_tokenizer(data_dir, None) == data / "tinyllama"
+    assert wandb_dataset.find_tokenizer(data_dir, data / "tinyllama") == data / "tinyllama"
+
+
+def test_push_refuses_a_tokenizer_that_did_not_make_the_shards(data_dir, tmp_path, capsys):
     (data_dir.parent / "tokenizer" / "tokenizer.json").write_text('{"other": 1}', encoding="utf-8")
-    assert main(["push", "--data_dir", str(data_dir)]) == 2
-    assert "tokenizer.json: not the one that made" in capsys.readouterr().err
+    told = []
+    for flags in ([], ["--tokenizer_dir", str(data_dir.parent / "tokenizer")], ["--tokenizer_dir", "none"]):
+        assert main(["push", "--data_dir", str(data_dir), *flags]) == 2
+        told.append(capsys.readouterr().err)
+    assert f"the tokenizer that made it is not in {data_dir / 'tokenizer'}, nor in a folder beside" in told[0]
+    assert "tokenizer.json: not the one that made" in told[1] and "tokenizer.json: not found" in told[2]
+    assert all(text.count("\n") == 1 and "with --tokenizer_dir" in text for text in told)
 
 
 def test_push_without_login_is_one_sentence_and_status_1(data_dir, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 SPARE_BYTES = 2 << 20  # the small files beside the weights
+NEXT = "Next (training reads data/custom_text, or what --dataset_dir names):"
 
 
 class WorkFailed(RuntimeError):
@@ -96,6 +99,20 @@ def write_checkpoint(
             (staging / name).write_bytes(content)
         save_config(config, staging)
         write_record(staging, 0, {CHECKPOINT_FILE: entry})
+
+
+def train_on(checkpoint: Path, like: Path | None = None) -> str:
+    """Return the command that trains on from `checkpoint`, with the data and settings of the run `like`.
+
+    `like` is a checkpoint of that run; without one, or where run_train.py did not make it, the defaults hold.
+    """
+    recipe = like and like / "train_config.yaml"
+    given = ("--config", recipe) if recipe and recipe.is_file() else ()
+    start = ("--initial_checkpoint_dir", checkpoint, "--tokenizer_dir", checkpoint)
+    model = ("--model_config", checkpoint / "model_config.yaml")
+    out_dir = ("--out_dir", checkpoint.with_name(f"{checkpoint.absolute().name}_trained"))
+    words = ["uv", "run", "python", "run_train.py", *map(str, (*given, *start, *model, *out_dir))]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def sync_files(folder: Path) -> None:

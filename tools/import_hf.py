@@ -191,7 +191,7 @@ def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Do what the flags say and return what to print. Raises as `fetch` and `import_folder`."""
-    from tools.folders import check_new_folder
+    from tools.folders import NEXT, check_new_folder, train_on
 
     folder = Path(args.source)
     fetched = args.out.absolute().with_name(f".{args.out.absolute().name}.download")
@@ -202,13 +202,12 @@ def run(args: argparse.Namespace) -> list[str]:
         fetch(args.source, folder := fetched)
     line, is_moe = import_folder(folder, Path(args.source).absolute().name, args.out)
     shutil.rmtree(fetched, ignore_errors=True)
-    upcycle = f"  uv run python tools/upcycle.py {args.out} OUT --n_expert 8 --n_expert_per_token 2"
+    moe = f"{args.out}_moe --n_expert 8 --n_expert_per_token 2"
     return [
         line,
-        f'Next:\n  uv run python generate.py --ckpt_dir {args.out} --prompt "Once upon a time"',
-        *([] if is_moe else [upcycle]),
-        f"  uv run python run_train.py --initial_checkpoint_dir {args.out} --tokenizer_dir {args.out} "
-        f"--model_config {args.out / 'model_config.yaml'}",
+        f'{NEXT}\n  uv run python generate.py --ckpt_dir {args.out} --prompt "Once upon a time"',
+        *([] if is_moe else [f"  uv run python tools/upcycle.py {args.out} {moe}"]),
+        f"  {train_on(args.out)}",
     ]
 
 

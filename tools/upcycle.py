@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> list[str]:
     import torch
 
     from moe_layers import CONFIG_FILE, MoEConfig, count_parameters, find_checkpoint, load_model
-    from tools.folders import TOKENIZER_FILES, check_new_folder, read_files, write_checkpoint
+    from tools.folders import NEXT, TOKENIZER_FILES, check_new_folder, read_files, train_on, write_checkpoint
 
     check_args(args)
     check_new_folder(args.out, 0)
@@ -172,11 +172,8 @@ def run(args: argparse.Namespace) -> list[str]:
     if not args.noise:
         difference = largest_difference(folder, args.out)
         lines.append(f"Checked it gives the dense model's logits, within {difference:.1e}")
-    return [
-        *lines,
-        f"Next:\n  uv run python run_train.py --initial_checkpoint_dir {args.out} --tokenizer_dir {args.out} "
-        f"--model_config {args.out / 'model_config.yaml'}",
-    ]
+    train = train_on(args.out, folder)
+    return [*lines, f"{'Next:' if '--config' in train else NEXT}\n  {train}"]
 
 
 def main(argv: list[str] | None = None) -> int:
