@@ -93,6 +93,32 @@ def test_the_page_holds_what_the_run_logged(
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
 
 
+def test_in_the_picture_few_tokens_and_none_are_told_apart() -> None:
+    from matplotlib.colors import to_rgb
+
+    from tools import report_pictures
+
+    codes = base64.b64encode(bytes([0, 64, 128, 192])).decode()  # none, a quarter, even, four times
+    heat = {"layers": [0], "n_expert": 4, "steps": [10], "codes": codes}
+    axes = report_pictures.draw_heat({"name": "run", "heat": heat}).axes[0]
+    image = axes.images[0]
+    none, few, even, many = image.to_rgba(image.get_array())[:, 0]
+    assert none[3] == 0 and axes.get_facecolor()[:3] == (0, 0, 0)  # see-through to the black behind
+    for colour, name in ((few, "FEW"), (even, "EVEN"), (many, "MANY")):
+        assert colour[:3] == pytest.approx(to_rgb(getattr(report_pictures, name)), abs=0.01)
+    luminance = 0.2126 * (few[0] ** 2.2) + 0.7152 * (few[1] ** 2.2) + 0.0722 * (few[2] ** 2.2)
+    assert (luminance + 0.05) / 0.05 >= 3  # WCAG 2.2, 1.4.11: parts of a graphic beside each other
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(90, "seconds"), (313, "minutes"), (7200, "hours"), (None, "seconds")]
+)
+def test_the_picture_counts_time_in_a_unit_of_its_length(seconds: float | None, unit: str) -> None:
+    from tools.report_pictures import time_unit
+
+    assert time_unit([{"train": {"time": [1.0, seconds]}}, {"train": {}}])[0] == unit
+
+
 def test_the_heat_map_is_the_logged_load_over_the_even_one(run_dir: Path, tmp_path: Path) -> None:
     (run,) = make(run_dir, out=tmp_path / "report.html")
     heat = run["heat"]
@@ -261,6 +287,68 @@ def test_hover_tells_the_logged_values_on_every_axis(browser: Browser, two_runs:
         assert told.count(f"training {float(row['loss']):.3f}") == 2
         assert told.count(f"validation {float(val['val_loss']):.3f}") == 2
     assert "Steps: 8" in told
+
+
+LABELS = """
+[...document.querySelectorAll(".map svg")].map((svg) => [...svg.querySelectorAll("text")].map((e) => {
+  const {left, right, top, bottom} = e.getBoundingClientRect();
+  return {text: e.textContent, left, right, top, bottom};
+}))
+"""
+OVERLAPS = """
+[...document.querySelectorAll("svg text")]
+  .map((e) => ({at: e.getBoundingClientRect(), svg: e.closest("svg")}))
+  .filter(({at}) => at.width)
+  .filter(({at, svg}, i, all) => all.some((other, j) => j > i && other.svg === svg
+    && at.left < other.at.right && other.at.left < at.right
+    && at.top < other.at.bottom - 3 && other.at.top < at.bottom - 3)).length
+"""
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_heat_map_says_which_expert_and_over_what(width: int, browser: Browser, two_runs: Path) -> None:
+    show(browser, two_runs, width)
+    for axis, name in {"time": "time", "flops": "FLOPs", "step": "steps", "tokens": "tokens"}.items():
+        browser.js(f"document.querySelector('[data-axis={axis}]').click()")
+        maps = browser.js(LABELS)
+        assert [len(labels) > 7 and labels[-1]["text"] for labels in maps] == [name] * 4
+        assert [label["text"] for label in maps[0][:6]] == [
+            *"0123",
+            "expert",
+            "0 s" if axis == "time" else "0",
+        ]
+    assert [label["text"] for label in maps[0][6:]] == ["1k", "2k", "tokens"]
+    box = browser.js("document.querySelector('canvas').getBoundingClientRect().toJSON()")
+    for e, label in enumerate(maps[0][:4]):  # at the height of its row, left of it
+        middle = box["top"] + (e + 0.5) * box["height"] / 4
+        assert abs((label["top"] + label["bottom"]) / 2 - middle) < 3 and label["right"] < box["left"]
+    end = maps[0][-2]  # 2k of 2,048 tokens
+    assert box["top"] + box["height"] <= end["top"] and end["right"] <= box["right"] + 1
+    assert browser.js(OVERLAPS) == 0
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_labels_of_many_experts_and_any_time_do_not_touch(
+    width: int, browser: Browser, tmp_path: Path
+) -> None:
+    for n_expert, seconds in ((2, 8), (6, 73), (16, 292), (64, 5_000), (128, 700_000)):
+        rows = [f"{i},{i * 64},{seconds * i / 9},{9 - i},0.1,1.0" for i in range(1, 10)]
+        header = "step,total_tokens,time_s,loss,learning_rate,grad_norm"
+        run_dir = write_log(tmp_path / str(n_expert), "\n".join([header, *rows, ""]))
+        loads = [",".join(map(str, (i, 3, *range(n_expert)))) for i in range(1, 10)]
+        names = ",".join(f"e{e}" for e in range(n_expert))
+        text = "\n".join([f"step,layer,{names}", *loads, ""])
+        (run_dir / "logs/expert_load.csv").write_text(text, encoding="utf-8")
+        make(run_dir, out=tmp_path / "report.html")
+        show(browser, tmp_path / "report.html", width)
+        for axis in ("tokens", "time"):
+            browser.js(f"document.querySelector('[data-axis={axis}]').click()")
+            assert browser.js(OVERLAPS) == 0, (n_expert, axis)
+            (labels,) = browser.js(LABELS)
+            at = [label["text"] for label in labels].index("expert")
+            assert at >= 2 and len(labels) - at >= 4  # two experts, two places on the other axis
 
 
 @in_browser

@@ -20,7 +20,8 @@ PANELS = {
     "dead": "Experts without a token",
     "skipped": "Skipped steps",
 }
-AXES = {"tokens": ("tokens", 1.0), "time": ("hours", 3600.0)}
+AXES = ("tokens", "time")
+FEW, EVEN, MANY, NONE = "#005aaa", "#f6f6f3", "#cd5000", "black"  # of report.html: no blue is near black
 INK, MUTED = "#1f2430", "#6b7280"
 
 
@@ -31,19 +32,27 @@ def _axes_style(axes: "Axes", title: str) -> None:
     axes.set_axisbelow(True)
 
 
+def time_unit(runs: list[dict[str, Any]]) -> tuple[str, float]:
+    """Return the name and the seconds of the unit in which the longest run takes two or more."""
+    longest = max((t for run in runs for t in run["train"].get("time") or [] if t is not None), default=0.0)
+    units = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+    return next((unit for unit in units.items() if longest >= 2 * unit[1]), ("seconds", 1.0))
+
+
 def _draw(axes: "Axes", runs: list[dict[str, Any]], part: str, key: str, along: str, **style: Any) -> None:
     """Draw one column of all runs over tokens or time; a run that lacks either is left out."""
     import numpy as np
     from matplotlib.ticker import EngFormatter
 
-    name, unit = AXES[along]
+    name, unit = ("tokens", 1.0) if along == "tokens" else time_unit(runs)
     for i, run in enumerate(runs):
         x, y = run[part].get(along), run[part].get(key)
         if x is None or y is None:
             continue
         values = np.array(y, dtype=float)
         label = run["name"] if part == "train" else None
-        axes.plot(np.array(x, dtype=float) / unit, values, color=COLOURS[i % 6], label=label, **style)
+        mark = {"marker": "."} if len(values) == 1 else {}  # a line needs two points
+        axes.plot(np.array(x, dtype=float) / unit, values, color=COLOURS[i % 6], label=label, **mark | style)
     axes.set_xlabel(name)
     if along == "tokens":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -81,7 +90,9 @@ def draw_training(runs: list[dict[str, Any]]) -> "Figure":
 def draw_heat(run: dict[str, Any]) -> "Figure":
     """Return the load of each expert over training, a map for each layer."""
     import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     heat = run["heat"]
     codes = np.frombuffer(base64.b64decode(heat["codes"]), np.uint8)
@@ -91,15 +102,17 @@ def draw_heat(run: dict[str, Any]) -> "Figure":
     n_columns = min(3, len(heat["layers"]))
     size = (4.6 * n_columns + 1, max(2.2, 0.09 * heat["n_expert"]) * n_rows + 0.6)
     figure = Figure(figsize=size, layout="constrained", dpi=130)
-    figure.suptitle(f"{run['name']}: tokens per expert, times even", parse_math=False)
+    figure.suptitle(f"{run['name']}: tokens per expert, times even (black: none at all)", parse_math=False)
+    colours = LinearSegmentedColormap.from_list("load", [FEW, EVEN, MANY])
     panels = figure.subplots(n_rows, n_columns, squeeze=False)
     for axes, layer, shade_SE in zip(panels.flat, heat["layers"], shade_LSE, strict=False):
         extent = (0, heat["steps"][-1], heat["n_expert"] - 0.5, -0.5)
-        axes.set_facecolor("black")  # no token at all
-        image = axes.imshow(shade_SE.T, aspect="auto", cmap="RdBu_r", vmin=-2, vmax=2, extent=extent)
+        axes.set_facecolor(NONE)
+        image = axes.imshow(shade_SE.T, aspect="auto", cmap=colours, vmin=-2, vmax=2, extent=extent)
         image.set_interpolation("nearest")
         axes.set_title(f"layer {layer}", loc="left", fontsize=10)
         axes.set(xlabel="step", ylabel="expert")
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     for axes in list(panels.flat)[len(heat["layers"]) :]:
         axes.set_visible(False)
     bar = figure.colorbar(image, ax=panels, pad=0.01)
