@@ -349,6 +349,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "precision": run.precision,
         "compiled": run_train.will_compile(run.settings)[0],
         "model": config.name,
+        "override": args.override,
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
         **{
