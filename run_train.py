@@ -981,7 +981,10 @@ def optimizer_problems(state: dict[str, Any], run: Run | None) -> Iterator[str]:
     elif type(groups) is not list or any(type(_part(group, "params")) is not list for group in groups):
         yield _wrong_part(state, "optimizer.param_groups")
     elif run is not None:
-        optimizer = make_optimizer(run.settings, meta_model(run.config), run.optimizer)
+        model = meta_model(run.config)
+        if run.settings.train.tie_embeddings:  # one weight less
+            model.transformer.wte.weight = model.lm_head.weight
+        optimizer = make_optimizer(run.settings, model, run.optimizer)
         names = [name for group in groups for name in group["params"]]
         sizes = [len(group["params"]) for group in groups]
         wanted = [len(group["params"]) for group in optimizer.param_groups]
@@ -1005,7 +1008,8 @@ def moment_problems(kept: dict[Any, Any], names: list[Any], optimizer: Any, n_st
     parts = getattr(optimizer, "parts", [optimizer])
     groups = [(type(part).__name__, group) for part in parts for group in part.param_groups]
     weights = [(kind, group, weight) for kind, group in groups for weight in group["params"]]
-    if bool(kept) != bool(n_steps):
+    keeps_none = not kept and {kind for kind, _ in groups} == {"SGD"}  # which has no moments without momentum
+    if bool(kept) != bool(n_steps) and not keeps_none:
         yield f"optimizer.state is of {len(kept)} weights after {n_steps} steps"
     for name, (kind, group, weight) in zip(names, weights if kept else [], strict=False):
         moments = kept[name]

@@ -196,6 +196,22 @@ def test_max_time_saves_and_ends_in_time(capsys: pytest.CaptureFixture[str]) -> 
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--train.tie_embeddings", "true"),  # the optimizer has a weight less
+        ("--optimizer", "SGD"),  # without momentum it keeps nothing
+    ],
+)
+def test_a_run_whose_optimizer_keeps_less_resumes_too(flags: tuple[str, ...]) -> None:
+    assert run(*flags, "--out_dir", "whole") == 0
+    shutil.copytree("whole", "out")
+    for name in ("final", "step-00000008"):
+        shutil.rmtree(f"out/{name}")
+    assert run(*flags, "--resume", "auto") == 0
+    assert_same_run("out", "whole")
+
+
 def test_another_total_at_resume_is_told_in_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--max_tokens", 2100) == 0  # 8 steps of 256; 2,048 is no number that anybody gave
     shutil.rmtree("out/final")
