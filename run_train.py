@@ -2388,7 +2388,7 @@ def checkpoint_io(writer: CheckpointWriter) -> Any:
 
 
 def sharded_strategy(writer: CheckpointWriter) -> Any:
-    """Return FSDP as litgpt.pretrain.setup has it, with the checkpoints of one process.
+    """Return FSDP as litgpt.pretrain.setup has it, with the first weights and the checkpoints of one process.
 
     Fabric's own writes the file while training waits, and takes up the optimizer's state in the order of the
     model's parameters, which is not that of the optimizer's groups.
@@ -2396,8 +2396,18 @@ def sharded_strategy(writer: CheckpointWriter) -> Any:
     import torch
     from lightning.fabric.strategies import FSDPStrategy
     from litgpt.model import Block
+    from litgpt.utils import reset_parameters
 
     class ShardedStrategy(FSDPStrategy):
+        def setup_module(self, module: Any) -> Any:
+            # whole, as on one device: Fabric's own fills layers in another order, and parts tied weights
+            is_tied = module.transformer.wte.weight is module.lm_head.weight
+            module.to_empty(device=self.root_device)
+            reset_parameters(module)
+            if is_tied:
+                module.transformer.wte.weight = module.lm_head.weight
+            return super().setup_module(module)
+
         def save_checkpoint(self, path: Any, state: dict[str, Any], *_: Any, **__: Any) -> None:
             with whole_tensors(state["model"], rank0_only=True):
                 moments = gather_moments(state["optimizer"], state["model"])
