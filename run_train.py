@@ -347,6 +347,8 @@ def load_settings(argv: list[str]) -> Settings:
             values[key] = value
             continue
         try:
+            if key not in types:  # jsonargparse lets an unknown key of {} pass
+                raise ArgumentError(None, "unknown")
             values[key] = parser.parse_object(Namespace({key: value}).as_dict())[key]
             wanted = _wanted(types[key])  # jsonargparse lets null pass, and takes "" for this folder
             if (value is None and "null" not in wanted) or (value == "" and "a path" in wanted):
@@ -990,6 +992,8 @@ def optimizer_problems(state: dict[str, Any], run: Run | None) -> Iterator[str]:
         wanted = [len(group["params"]) for group in optimizer.param_groups]
         if any(type(name) not in (int, str) for name in names) or len(set(names)) < len(names):
             yield "optimizer.param_groups name a weight twice, or none"
+        elif odd := [name for name, tensor in tensors_of(groups) if tensor.numel() != 1]:
+            yield f"optimizer.param_groups.{odd[0]} is no setting"  # a tensor is neither true nor false
         elif sizes != wanted:
             yield f"optimizer.param_groups have {sizes} weights, not {wanted}"
         elif not set(kept) <= set(names) or len(kept) not in (0, len(names)):
@@ -2425,19 +2429,24 @@ def sharded_strategy(writer: CheckpointWriter) -> Any:
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             if not isinstance(state, dict):  # Fabric.load_raw: a file of bare weights
                 saved, state = {"model": saved}, {"model": state}
-            with whole_tensors(state["model"], rank0_only=False):
-                state["model"].load_state_dict(saved.pop("model"), strict=strict)
-                if "optimizer" in state:
-                    scatter_moments(state["optimizer"], state["model"], saved.pop("optimizer"))
-            for key in state.keys() & saved.keys():
-                value = saved.pop(key)
-                if hasattr(state[key], "load_state_dict"):
-                    state[key].load_state_dict(value)
-                else:
-                    state[key] = value
-            return saved
+            return scatter_state(saved, state, strict)
 
     return ShardedStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
+
+
+def scatter_state(saved: dict[str, Any], state: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """Bring what one process saved into `state`, whose model FSDP has sharded; return what is left over."""
+    with whole_tensors(state["model"], rank0_only=False):
+        state["model"].load_state_dict(saved.pop("model"), strict=strict)
+        if "optimizer" in state:
+            scatter_moments(state["optimizer"], state["model"], saved.pop("optimizer"))
+    for key in state.keys() & saved.keys():
+        value = saved.pop(key)
+        if hasattr(state[key], "load_state_dict"):
+            state[key].load_state_dict(value)
+        else:
+            state[key] = value
+    return saved
 
 
 def is_sharded(fabric: "Fabric") -> bool:
@@ -2720,6 +2729,10 @@ def write_story(model: Any, tokenizer: Any, max_new_tokens: int) -> str:
     model.set_kv_cache(batch_size=1, max_seq_length=length, device=weight.device, dtype=weight.dtype)
     try:
         ids = generate(model, prompt_ids, length, temperature=0.7, top_p=0.9, eos_id=tokenizer.eos_id)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        return "(none: the model's logits are not finite)"
     finally:
         model.clear_kv_cache()
     return tokenizer.decode(ids).strip()

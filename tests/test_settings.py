@@ -210,6 +210,7 @@ BAD_TRAIN_VALUES = {
     "seed": (2**32, "seed is 4294967296; choose 0 or more, up to 4294967295"),
     "log.metadata": ({"a": 1}, "log.metadata is {'a': 1}, which logger_name csv does not read"),
     "sed": (1, "unknown key sed; did you mean seed?"),
+    "places": ({}, "unknown key places"),
 }
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import litgpt
 import pytest
 import torch
 from test_run_train import edit_yaml, losses, rows, run, weights, workspace  # noqa: F401
@@ -210,6 +211,26 @@ def test_a_run_whose_optimizer_keeps_less_resumes_too(flags: tuple[str, ...]) ->
         shutil.rmtree(f"out/{name}")
     assert run(*flags, "--resume", "auto") == 0
     assert_same_run("out", "whole")
+
+
+def test_a_setting_of_the_optimizer_that_is_a_tensor_is_damage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    path = Path("out/final/lit_model.pth")
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["param_groups"][1]["fused"] = torch.ones(2)
+    torch.save(state, path)
+    Path("out/final/checkpoint.json").unlink()
+    capsys.readouterr()
+    assert run("--resume", "out/final", "--out_dir", "other") == 2
+    assert "optimizer.param_groups.1.fused is no setting" in capsys.readouterr().err
+
+
+def test_a_model_without_finite_logits_tells_no_story(tiny_checkpoint: Path) -> None:
+    model, tokenizer = moe_layers.load_model(tiny_checkpoint), litgpt.Tokenizer(tiny_checkpoint)
+    assert run_train.write_story(model, tokenizer, 5).startswith(run_train.PROMPT)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)  # finite themselves
+    assert run_train.write_story(model, tokenizer, 5) == "(none: the model's logits are not finite)"
 
 
 def test_another_total_at_resume_is_told_in_steps(capsys: pytest.CaptureFixture[str]) -> None:
