@@ -658,7 +658,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
         x: (M, K). What oneDNN multiplies has to be contiguous, or is copied.
         weight: (N, K), of any strides.
     """
-    if not (_prefers_onednn(x) and x.numel() and weight.numel()):
+    if not (prefers_onednn(x) and x.numel() and weight.numel()):
         return torch.mm(x, weight.t(), out=out)
     y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y if out is None else out.copy_(y)
@@ -666,7 +666,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = Non
 
 def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Add x @ weight.T to `total`, of the same dtype or a wider one."""
-    if total.dtype == x.dtype and not _prefers_onednn(x):
+    if total.dtype == x.dtype and not prefers_onednn(x):
         total.addmm_(x, weight.t())
     else:
         total += linear(x, weight)
@@ -694,7 +694,7 @@ class Linear(nn.Linear):
         """Return x @ weight.T, (..., out_features)."""
         # a compiled graph and autocast have products of their own; decoding's few rows are bound by memory
         is_plain = not torch.compiler.is_compiling() and _compute_dtype(x) == x.dtype
-        if is_plain and x.numel() >= 16 * x.size(-1) and _prefers_onednn(x):
+        if is_plain and x.numel() >= 16 * x.size(-1) and prefers_onednn(x):
             return _LinearFunction.apply(x.reshape(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
         return super().forward(x)
 
@@ -708,10 +708,10 @@ def use_fast_linear(model: nn.Module) -> None:
 
 def _uses_onednn(x: torch.Tensor) -> bool:
     is_half = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    return is_half or _prefers_onednn(x)
+    return is_half or prefers_onednn(x)
 
 
-def _prefers_onednn(x: torch.Tensor) -> bool:
+def prefers_onednn(x: torch.Tensor) -> bool:
     """Return whether oneDNN, which torch has for bfloat16, multiplies this float32 faster than MKL.
 
     MKL keeps to AVX2 on AMD's processors, oneDNN uses their AVX-512: 1.4 to 2.3 times as fast at the sizes of

@@ -36,6 +36,7 @@ from tools.machine import count, machine  # noqa: E402
 from wandb_dataset import FlagParser  # noqa: E402
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
+DENSE = ("dense", "dense oneDNN", "stock dense")
 LEFT_OUT = 2  # first steps of a run: allocations, compilation
 
 
@@ -292,10 +293,10 @@ def uses_onednn(args: argparse.Namespace, config: Any, folder: Path) -> bool:
     """Return whether our linear maps are multiplied in another way than torch's."""
     import torch
 
-    from moe_layers import _prefers_onednn
+    from moe_layers import prefers_onednn
 
     device, dtype = device_and_dtype(args, config, folder)
-    return _prefers_onednn(torch.empty(0, device=device, dtype=dtype))
+    return prefers_onednn(torch.empty(0, device=device, dtype=dtype))
 
 
 def device_and_dtype(args: argparse.Namespace, config: Any, folder: Path) -> tuple[Any, Any]:
@@ -353,8 +354,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
         **{
-            "of_" + name.replace(" ", "_").lower(): float(f"{medians[name] / medians['ours']:.4g}")
-            for name in ("stock", "dense", "stock dense", "dense oneDNN")
+            ratio_key(name): float(f"{medians[name] / medians['ours']:.4g}")
+            for name in ("stock", *DENSE)
             if name in medians
         },
         "mfu": round(_mfu(run, medians["ours"]), 4),
@@ -374,6 +375,11 @@ def _mfu(run: run_train.Run, seconds: float) -> float:
     return flops / seconds / run_train.peak_flops(device, run.precision)
 
 
+def ratio_key(name: str) -> str:
+    """Return the key of our speed as a share of that of `name`."""
+    return "of_" + name.replace(" ", "_").lower()
+
+
 def show(figures: dict[str, Any]) -> None:
     """Print the table."""
     device = figures["machine"]["device"]
@@ -382,11 +388,7 @@ def show(figures: dict[str, Any]) -> None:
     for name, rate in figures["tokens_per_s"].items():
         parts = "".join(f"{figures['share_of_step'][name][part]:>11.1%}" for part in PARTS)
         print(f"{name:14}{rate:>10,.0f}{parts}")
-    ratios = [
-        f"{figures[key]:.2f} of {key.removeprefix('of_').replace('_', ' ')}"
-        for key in ("of_dense", "of_dense_onednn", "of_stock_dense")
-        if key in figures
-    ]
+    ratios = [f"{figures[key]:.2f} of {name}" for name in DENSE if (key := ratio_key(name)) in figures]
     print(f"ours: {figures['of_stock']:.2f} times stock, {', '.join(ratios)}, MFU {figures['mfu']:.1%}")
 
 
