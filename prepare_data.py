@@ -46,9 +46,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 
 from wandb_dataset import (
+    RUN_TRAIN,
     FlagParser,
     add_wandb_flags,
     check_inside,
+    command_line,
     hear_ctrl_c,
     is_outside,
     push_from_flags,
@@ -1387,8 +1389,8 @@ def summary(manifest: dict, settings: PrepareSettings, seconds: float | None) ->
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
     flags = {"dataset_dir": settings.data_dir, "tokenizer_dir": settings.tokenizer_dir}
     defaults = {"dataset_dir": PrepareSettings.data_dir, "tokenizer_dir": PrepareSettings.tokenizer_dir}
-    named = "".join(f" --{flag} {path}" for flag, path in flags.items() if path != defaults[flag])
-    return "\n".join(lines) + f"\nnext   uv run python run_train.py{named}"
+    named = [word for flag, path in flags.items() if path != defaults[flag] for word in (f"--{flag}", path)]
+    return "\n".join(lines) + f"\nnext   {command_line(*RUN_TRAIN, *named)}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,10 +28,8 @@ import queue
 import random
 import re
 import secrets
-import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -1817,7 +1815,8 @@ class Monitor:
         self.spikes.write({**row, "first_sequence": first})
         self.print(
             f"step {self.step + 1}: the loss {self.loss:.3f} is far above {mean:.3f} +- {sigma:.3f} before; "
-            f"its stories: uv run python tools/show_batch.py {self.settings.out_dir} --step {self.step + 1}"
+            f"its stories: uv run python tools/show_batch.py "
+            + wandb_dataset.command_line(self.settings.out_dir, "--step", self.step + 1)
         )
 
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -2769,12 +2768,13 @@ def summarize(run: Run, monitor: Monitor) -> None:
     if is_own_data(run.data):
         print(f"\nA story from it:\n\n{tell_story(final)}\n")
     folder = Path(run.data.train_data_path).parent if is_own_data(run.data) else DATA_DIR
-    data_flag = "" if folder == DATA_DIR else f" --data_dir {folder}"
+    data_flag = () if folder == DATA_DIR else ("--data_dir", folder)
+    typed = wandb_dataset.command_line
     print(
         "Next:\n"
-        f'  uv run python generate.py --ckpt_dir {final} --prompt "One day, a little dog"\n'
-        f"  uv run python evaluate.py --ckpt_dir {final}{data_flag}\n"
-        f"  uv run python tools/report.py {run.settings.out_dir}"
+        f'  uv run python generate.py {typed("--ckpt_dir", final)} --prompt "One day, a little dog"\n'
+        f"  uv run python evaluate.py {typed('--ckpt_dir', final, *data_flag)}\n"
+        f"  uv run python tools/report.py {typed(run.settings.out_dir)}"
     )
     if run.demo_data:
         print(
@@ -2809,8 +2809,7 @@ def resume_command(argv: list[str]) -> str:
             _ = equals or next(flags, None)
         elif name not in ("--overwrite", "--no_overwrite"):
             kept.append(flag)
-    words = ["uv", "run", "python", "run_train.py", *kept, "--resume", "auto"]
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+    return wandb_dataset.command_line(*wandb_dataset.RUN_TRAIN, *kept, "--resume", "auto")
 
 
 def set_up(argv: list[str]) -> Run:

@@ -16,8 +16,10 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -45,6 +47,9 @@ PLAIN_WORDS = {  # what argparse says (3.12, 3.13), and how we do
     r"the following arguments are required: (.*)": r"missing: \1; see --help",
     r"unrecognized arguments: (.*)": r"nothing is to be done with \1; see --help",
 }
+
+
+RUN_TRAIN = ("uv", "run", "python", "run_train.py")
 
 
 class TransferError(OSError):
@@ -89,6 +94,12 @@ class FlagParser(argparse.ArgumentParser):
                 text = match.expand(sentence)
                 break
         self.exit(2, f"error: {text}\n")
+
+
+def command_line(*words: object) -> str:
+    """Return the words as one types them in this system's shell: a path with a space in it is quoted."""
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)
 
 
 def hear_ctrl_c() -> None:
@@ -302,7 +313,7 @@ def log_artifact(
     logged.wait()
     remember_artifact(data_dir, logged.source_qualified_name)
     name = logged.source_qualified_name
-    return f"{name}: uploaded; train on it with: uv run python run_train.py --wandb_dataset {name}"
+    return f"{name}: uploaded; train on it with: {command_line(*RUN_TRAIN, '--wandb_dataset', name)}"
 
 
 def use_dataset(run: "wandb.Run", data_dir: Path, tokenizer_dir: Path) -> None:
@@ -459,7 +470,7 @@ def run_command(args: argparse.Namespace) -> str:
     """Return the result of the command as the sentence to print."""
     if args.command == "pull":
         folder = pull(args.reference or variable("WANDB_DATASET_ARTIFACT") or "", args.wandb_artifacts_dir)
-        return f"{folder}: whole; train on it with: uv run python run_train.py --dataset_dir {folder}"
+        return f"{folder}: whole; train on it with: {command_line(*RUN_TRAIN, '--dataset_dir', folder)}"
     if args.reference:
         raise ValueError(f"{args.command} takes no {args.reference!r}; name the folder with --data_dir")
     if args.command == "push":
@@ -469,7 +480,8 @@ def run_command(args: argparse.Namespace) -> str:
     manifest = load_manifest(args.data_dir)
     n_files = len(listed_files(manifest))
     whole = f"{args.data_dir}: {n_files} files match {MANIFEST}; fingerprint {manifest_fingerprint(manifest)}"
-    return f"{whole}\nshare it with: uv run python wandb_dataset.py push --data_dir {args.data_dir}"
+    push = command_line("uv", "run", "python", "wandb_dataset.py", "push", "--data_dir", args.data_dir)
+    return f"{whole}\nshare it with: {push}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wandb_dataset import FlagParser
+from wandb_dataset import FlagParser, command_line
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
@@ -235,3 +235,11 @@ def test_ctrl_c_while_a_script_imports_ends_it_without_a_traceback(script: str) 
     rest = process.stderr.read()
     assert process.wait(timeout=60) == -signal.SIGINT
     assert "Traceback" not in rest
+
+
+def test_a_command_to_paste_has_its_paths_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command_line("--out_dir", Path("my runs"), "--step", 3) == (
+        '--out_dir "my runs" --step 3' if sys.platform == "win32" else "--out_dir 'my runs' --step 3"
+    )
+    monkeypatch.setattr(sys, "platform", "win32")  # cmd and PowerShell know no single quotes
+    assert command_line("--out_dir", Path("my runs")) == '--out_dir "my runs"'

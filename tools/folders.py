@@ -2,14 +2,14 @@
 
 import errno
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from wandb_dataset import RUN_TRAIN, command_line
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +111,7 @@ def train_on(checkpoint: Path, like: Path | None = None) -> str:
     start = ("--initial_checkpoint_dir", checkpoint, "--tokenizer_dir", checkpoint)
     model = ("--model_config", checkpoint / "model_config.yaml")
     out_dir = ("--out_dir", checkpoint.with_name(f"{checkpoint.absolute().name}_trained"))
-    words = ["uv", "run", "python", "run_train.py", *map(str, (*given, *start, *model, *out_dir))]
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+    return command_line(*RUN_TRAIN, *given, *start, *model, *out_dir)
 
 
 def sync_files(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
 
-from wandb_dataset import FlagParser  # noqa: E402
+from wandb_dataset import FlagParser, command_line  # noqa: E402
 
 if TYPE_CHECKING:
     from tools.hf_format import Weights
@@ -202,11 +202,12 @@ def run(args: argparse.Namespace) -> list[str]:
         fetch(args.source, folder := fetched)
     line, is_moe = import_folder(folder, Path(args.source).absolute().name, args.out)
     shutil.rmtree(fetched, ignore_errors=True)
-    moe = f"{args.out}_moe --n_expert 8 --n_expert_per_token 2"
+    model = command_line("--ckpt_dir", args.out)
+    upcycle = command_line(args.out, f"{args.out}_moe", "--n_expert", 8, "--n_expert_per_token", 2)
     return [
         line,
-        f'{NEXT}\n  uv run python generate.py --ckpt_dir {args.out} --prompt "Once upon a time"',
-        *([] if is_moe else [f"  uv run python tools/upcycle.py {args.out} {moe}"]),
+        f'{NEXT}\n  uv run python generate.py {model} --prompt "Once upon a time"',
+        *([] if is_moe else [f"  uv run python tools/upcycle.py {upcycle}"]),
         f"  {train_on(args.out)}",
     ]
 
