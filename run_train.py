@@ -2752,11 +2752,10 @@ def summarize(run: Run, monitor: Monitor) -> None:
     """Print the run's figures, a story and what to do next, on stdout."""
     final, rate = run.settings.out_dir / "final", monitor.tokens_per_s()
     tokens = (monitor.step - run.start_step) * run.tokens_per_step
-    losses = [
-        f"{monitor.values[key]} in {what}"
-        for key, what in (("loss", "training"), ("val_loss", "validation"))
-        if key in monitor.values
-    ]
+    # of the last step, which may lie between two rows of the log
+    losses = [] if math.isnan(monitor.loss) else [f"{monitor.loss:.3f} in training"]
+    if val_loss := monitor.values.get("val_loss"):
+        losses.append(f"{val_loss} in validation")
     print(
         f"\nTrained    {tokens:,} tokens in {monitor.step - run.start_step} steps"
         + (f", {rate:,.0f} tokens/s with validation and saving" if rate else "")

@@ -383,6 +383,15 @@ def test_the_summary_gives_true_figures(workspace: Path, capsys: pytest.CaptureF
     assert rate == pytest.approx(7 * 256 / (times[-1] - times[0]), rel=0.2)
 
 
+def test_the_summary_tells_the_loss_of_the_last_step(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--out_dir", "each", "--train.log_interval", 1) == 0
+    capsys.readouterr()
+    assert run("--train.log_interval", 3) == 0
+    assert f"Loss       {losses('each')[-1]:.3f} in training" in capsys.readouterr().out
+
+
 def test_a_resumed_run_goes_on_in_its_wandb_run(workspace: Path, run_script: Callable) -> None:
     def ids(
         *flags: object,
