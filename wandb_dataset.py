@@ -47,8 +47,6 @@ PLAIN_WORDS = {  # what argparse says (3.12, 3.13), and how we do
     r"the following arguments are required: (.*)": r"missing: \1; see --help",
     r"unrecognized arguments: (.*)": r"nothing is to be done with \1; see --help",
 }
-
-
 RUN_TRAIN = ("uv", "run", "python", "run_train.py")
 
 
@@ -309,7 +307,7 @@ def log_artifact(
     logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
     if run.offline:
         remember_artifact(data_dir, name)
-        return f"{name}: recorded; send it with: uv run wandb sync {Path(run.dir).parent}"
+        return f"{name}: recorded; send it with: uv run wandb sync {command_line(Path(run.dir).parent)}"
     logged.wait()
     remember_artifact(data_dir, logged.source_qualified_name)
     name = logged.source_qualified_name
