@@ -7,26 +7,30 @@ Parameters carry LitGPT's names and shapes (`gate`, `experts.{e}.fc_1/fc_2/proj`
 LitGPT's own initialisation, `litgpt generate`, `litgpt.LLM.load` and its converters read our checkpoints.
 
 Shapes: B batch, T position, N = B*T tokens, C n_embd, E n_expert, K n_expert_per_token, F
-moe_intermediate_size, R = N*K routed rows (one per token and choice). A tensor's name ends in its axes:
-`router_logits_NE` is (N, E).
+moe_intermediate_size, R = N*K routed rows (one per token and choice), P rows in memory (see `_Slots`), S of
+one expert. A tensor's name ends in its axes: `router_logits_NE` is (N, E).
 """
 
 import difflib
 import hashlib
+import heapq
 import itertools
 import json
 import math
+import os
 import pickle
 import platform
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from subprocess import SubprocessError
+from threading import Barrier
 from types import NoneType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
@@ -91,6 +95,7 @@ TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this or
     None: "null",  # of an argument without a type, which takes anything
     NoneType: "null",
 }
+LEAST_SHARED = 1 << 24  # multiplications with one of an average expert's matrices, see _share_out
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -651,44 +656,47 @@ def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a) * b[1]
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x @ weight.T, (M, N), in `out` if given, by the faster library; unknown to autograd.
+def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a @ b, (M, N), in `out` of any dtype if given, by the faster library; unknown to autograd.
 
     Args:
-        x: (M, K). What oneDNN multiplies has to be contiguous, or is copied.
-        weight: (N, K), of any strides.
+        a: (M, K). What oneDNN multiplies has to be contiguous, or is copied.
+        b: (K, N), of any strides.
     """
-    if not (prefers_onednn(x) and x.numel() and weight.numel()):
-        return torch.mm(x, weight.t(), out=out)
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    if prefers_onednn(a) and a.numel() and b.numel():
+        y = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    elif out is None or out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    else:
+        y = torch.mm(a, b)
     return y if out is None else out.copy_(y)
 
 
-def add_linear(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Add x @ weight.T to `total`, of the same dtype or a wider one."""
-    if total.dtype == x.dtype and not prefers_onednn(x):
-        total.addmm_(x, weight.t())
+def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b to `total`, of the same dtype or a wider one."""
+    if total.dtype == a.dtype and not prefers_onednn(a):
+        total.addmm_(a, b)
     else:
-        total += linear(x, weight)
+        total += matmul(a, b)
 
 
 class _LinearFunction(torch.autograd.Function):
-    """`linear`, and its gradients by it."""
+    """x @ weight.T by `matmul`, and its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_MK, weight_NK)
-        return linear(x_MK, weight_NK)
+        return matmul(x_MK, weight_NK.t())
 
     @staticmethod
     def backward(ctx: Any, grad_MN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x_MK, weight_NK = ctx.saved_tensors
-        x_grad_MK = linear(grad_MN, weight_NK.t()) if ctx.needs_input_grad[0] else None
-        return x_grad_MK, linear(grad_MN.t(), x_MK.t()) if ctx.needs_input_grad[1] else None
+        x_grad_MK = matmul(grad_MN, weight_NK) if ctx.needs_input_grad[0] else None
+        return x_grad_MK, matmul(grad_MN.t(), x_MK) if ctx.needs_input_grad[1] else None
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without a bias, by `linear` where oneDNN wins; see `use_fast_linear`."""
+    """`nn.Linear` without a bias, by `matmul` where oneDNN wins; see `use_fast_linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ weight.T, (..., out_features)."""
@@ -814,33 +822,110 @@ def _segment_experts(
 ) -> torch.Tensor:
     """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows.
 
-    Custom operators and their gradients, each one node at any number of experts. They gather an expert's rows
-    as they need them: while these are in the cache, and with no copy to keep. Eager, one operator does all of
-    an expert at once. Compiled, two leave SwiGLU to Inductor, which passes over its rows only once.
-    Autocast casts nothing inside: each matrix is cast as it is used.
+    One operator, and one for its gradients, at any number of experts. It gathers an expert's rows as it needs
+    them, and does all that there is to do with them while they are in the cache. Autocast casts nothing
+    inside: each matrix is cast as it is used.
     """
-    if not torch.compiler.is_compiling():
-        return torch.ops.moe.experts(x_NC, weights_R1, plan.token, plan.inverse, plan.ends, fc_1, fc_2, proj)[
-            0
-        ]
-    gate_RF, up_RF = torch.ops.moe.up(x_NC, plan.token, plan.inverse, plan.ends, fc_1, fc_2)
-    hidden_RF = _SwiGLU.apply(gate_RF, up_RF, weights_R1)
-    return torch.ops.moe.down(hidden_RF, plan.token, plan.inverse, plan.ends, proj)
+    return torch.ops.moe.experts(x_NC, weights_R1, plan.token, plan.inverse, plan.ends, fc_1, fc_2, proj)[0]
 
 
-def _segments(ends_E: torch.Tensor, x: torch.Tensor | None = None) -> Iterator[tuple[int, slice, int]]:
-    """Yield (expert, its sorted rows, their number). On CUDA this waits for the device, on a CPU it is free.
+class _Slots(NamedTuple):
+    """Where the experts' rows lie in memory: sorted, and each expert's filled up to one of few sizes.
 
-    Where oneDNN will multiply `x`, the slice goes on into the next experts' rows, to one of few sizes: oneDNN
-    makes a kernel for each (0.1 ms) and keeps 1,024. What is written there is overwritten in the next turns,
-    and what adds up over rows has to leave it out.
+    oneDNN makes a kernel for each size (0.1 ms) and keeps 1,024. Other libraries' rows are not filled up.
     """
-    ends = ends_E.tolist()
-    is_padded = x is not None and _uses_onednn(x)
-    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        n = end - start
-        step = max(16, 1 << n.bit_length() >> 5) if is_padded and n else 1  # 15 rows too many, or a sixteenth
-        yield e, slice(start, min(start - -n // step * step, ends[-1])), n
+
+    sizes: list[int]  # each expert's number of slots
+    row: torch.Tensor  # (R,) the slot of each sorted row
+    token: torch.Tensor  # (P,) the token in each slot; one of the expert's own where it has no row
+
+    @classmethod
+    def of(cls, token_R: torch.Tensor, ends_E: torch.Tensor, x: torch.Tensor) -> "_Slots":
+        """Return the slots for GEMMs of `x`. On CUDA this waits for the device, on a CPU it is free."""
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        counts, row_R = counts_E.tolist(), torch.arange(token_R.numel(), device=token_R.device)
+        if not _uses_onednn(x):
+            return cls(counts, row_R, token_R)
+        sizes = [_slots_of(count) for count in counts]
+        sizes_E = ends_E.new_tensor(sizes)
+        extra_E = sizes_E - counts_E
+        row_R += (extra_E.cumsum(0) - extra_E).repeat_interleave(counts_E)
+        last_P = (ends_E - 1).repeat_interleave(sizes_E)
+        return cls(sizes, row_R, token_R[last_P].index_copy_(0, row_R, token_R))
+
+    def parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return each expert's part of a tensor of as many rows as there are slots, or more."""
+        return rows[: self.token.size(0)].split(self.sizes)
+
+    def weights(self, weights_R1: torch.Tensor) -> torch.Tensor:
+        """Return the slots' weights, (P, 1): 0 where there is no row, which keeps it out of every sum."""
+        return weights_R1.new_zeros(self.token.size(0), 1).index_copy_(0, self.row, weights_R1)
+
+
+def _slots_of(count: int) -> int:
+    """Return one of few sizes that has room: at most 15 more, or a sixteenth."""
+    step = max(16, 1 << count.bit_length() >> 5)
+    return -(-count // step) * step
+
+
+def _most_slots(x: torch.Tensor, n_rows: int, n_expert: int) -> int:
+    """Return how many slots there are at most, whatever the load: it has to be known to compile."""
+    return n_rows + n_rows // 16 + 15 * n_expert if _uses_onednn(x) else n_rows
+
+
+def _share_out(work: Callable[[int], None], sizes: list[int], matrix: torch.Tensor) -> None:
+    """Call `work` on every expert, on a CPU several at a time, each by one thread.
+
+    Two threads on one expert's few hundred rows wait for each other more than they gain: its bfloat16 GEMMs
+    are no faster by two than by one (Xeon with AMX, 64 experts). Experts too large to be shared out evenly
+    are done first, one after another by all threads; so are all where there is too little to do in each, as
+    Python itself runs in one thread at a time.
+
+    Args:
+        sizes: of each expert, in rows.
+        matrix: one of an expert's, for its device and size.
+    """
+    n_threads = torch.get_num_threads() if matrix.device.type == "cpu" else 1
+    waiting = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+    n_together = 0 if sum(sizes) * matrix.numel() >= len(sizes) * LEAST_SHARED else len(sizes)
+    while n_together < len(sizes) and not _is_even([sizes[e] for e in waiting[n_together:]], n_threads):
+        n_together += 1
+    for e in waiting[:n_together]:
+        work(e)
+    if n_together == len(sizes):
+        return
+    rest = iter(waiting[n_together:])  # of a list: to take the next from it is safe in threads
+
+    def take() -> None:
+        with torch.no_grad():  # a thread has modes of its own
+            for e in rest:
+                work(e)
+
+    for future in [_threads(n_threads, os.getpid()).submit(take) for _ in range(n_threads)]:
+        future.result()
+
+
+def _is_even(sizes: list[int], n_threads: int) -> bool:
+    """Return whether threads that take the largest left in turn would be busy for 7/8 of the time."""
+    loads = [0] * n_threads
+    for size in sizes:
+        heapq.heapreplace(loads, loads[0] + size)
+    return n_threads > 1 and 7 / 8 * max(loads) * n_threads <= sum(sizes)
+
+
+@lru_cache(maxsize=1)
+def _threads(n_threads: int, _process: int) -> ThreadPoolExecutor:
+    """Return as many threads, of this process, whose operators begin no threads in turn."""
+    pool, all_there = ThreadPoolExecutor(n_threads, "experts"), Barrier(n_threads)
+
+    def begin() -> None:
+        torch.get_num_threads()  # asked for the first time in a thread, it sets what the others have
+        torch.set_num_threads(1)  # of this thread, and of those to come
+        all_there.wait()
+
+    wait([pool.submit(begin) for _ in range(n_threads)])
+    torch.set_num_threads(n_threads)
+    return pool
 
 
 @torch.library.custom_op("moe::experts", mutates_args=())
@@ -854,22 +939,29 @@ def _experts(
     fc_2: list[torch.Tensor],
     proj: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each token's weighted sum, (N, C), and fc_1 and fc_2 of each sorted row, (R, F) both."""
-    gate_RF, up_RF = _up_shapes(x, token, inverse, ends, fc_1, fc_2)
-    y_RC = x.new_empty(token.size(0), x.size(1))
-    for e, rows, n in _segments(ends, x):
-        if n:
-            x_SC, gate_SF, up_SF = x.index_select(0, token[rows]), gate_RF[rows], up_RF[rows]
-            linear(x_SC, fc_1[e].to(x.dtype), out=gate_SF)
-            linear(x_SC, fc_2[e].to(x.dtype), out=up_SF)
-            hidden_SF = _swiglu(gate_SF, up_SF, weights[rows])
-            linear(hidden_SF, proj[e].to(x.dtype), out=y_RC[rows])
-    return _sum_of_rows(y_RC, inverse), gate_RF, up_RF
+    """Return each token's weighted sum, (N, C), and fc_1 and fc_2 of each slot, (at most P, F) both."""
+    _, gate_PF, up_PF = _experts_shapes(x, weights, token, inverse, ends, fc_1, fc_2, proj)
+    slots = _Slots.of(token, ends, x)
+    y_PC = x.new_empty(slots.token.size(0), x.size(1))
+    parts = [slots.parts(rows) for rows in (slots.token, slots.weights(weights), gate_PF, up_PF, y_PC)]
+
+    def work(e: int) -> None:
+        token_S, weights_S1, gate_SF, up_SF, y_SC = (part[e] for part in parts)
+        x_SC = x.index_select(0, token_S)
+        matmul(x_SC, fc_1[e].to(x.dtype).t(), out=gate_SF)
+        matmul(x_SC, fc_2[e].to(x.dtype).t(), out=up_SF)
+        matmul(_swiglu(gate_SF, up_SF, weights_S1), proj[e].to(x.dtype).t(), out=y_SC)
+
+    _share_out(work, slots.sizes, fc_1[0])
+    return _sum_of_rows(y_PC, slots.row[inverse]), gate_PF, up_PF
 
 
 @_experts.register_fake
-def _(x: Any, weights: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any, proj: Any) -> Any:
-    return torch.empty_like(x), *_up_shapes(x, token, inverse, ends, fc_1, fc_2)
+def _experts_shapes(
+    x: Any, weights: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any, proj: Any
+) -> Any:
+    shape = _most_slots(x, token.size(0), ends.size(0)), fc_1[0].size(0)
+    return torch.empty_like(x), x.new_empty(shape), x.new_empty(shape)
 
 
 @torch.library.custom_op("moe::experts_grad", mutates_args=())
@@ -887,23 +979,31 @@ def _experts_grad(
     proj: list[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Return the gradients of x, of the weights, and of every fc_1, fc_2 and proj."""
-    x_grad_RC, weights_grad_R1 = x.new_empty(token.size(0), x.size(1)), torch.empty_like(weights)
-    fc_1_grads, fc_2_grads, proj_grads = [], [], []
-    for e, rows, n in _segments(ends, x):
-        grad_SC, x_SC = grad.index_select(0, token[rows]), x.index_select(0, token[rows])
-        grad_SC[n:] = 0  # other experts' rows
-        hidden_grad_SF = linear(grad_SC, proj[e].to(x.dtype).t())
-        hidden_SF, gate_grad_SF, up_grad_SF, weights_grad_R1[rows] = _swiglu_grad(
-            hidden_grad_SF, gate[rows], up[rows], weights[rows]
+    slots = _Slots.of(token, ends, x)
+    weights_P1, x_grad_PC = slots.weights(weights), x.new_empty(slots.token.size(0), x.size(1))
+    weights_grad_P1 = torch.empty_like(weights_P1)
+    rows = (slots.token, weights_P1, gate, up, weights_grad_P1, x_grad_PC)
+    parts = [slots.parts(tensor) for tensor in rows]
+    # not made in the threads, where malloc gives all of them back each time
+    fc_1_grads, fc_2_grads, proj_grads = ([torch.empty_like(w) for w in maps] for maps in (fc_1, fc_2, proj))
+
+    def work(e: int) -> None:
+        token_S, weights_S1, gate_SF, up_SF, weights_grad_S1, x_grad_SC = (part[e] for part in parts)
+        grad_SC, x_SC = grad.index_select(0, token_S), x.index_select(0, token_S)
+        hidden_SF, gate_grad_SF, up_grad_SF, found_S1 = _swiglu_grad(
+            matmul(grad_SC, proj[e].to(x.dtype)), gate_SF, up_SF, weights_S1
         )
-        # an empty segment's product is zero, as its gradient must be
-        proj_grads.append(linear(grad_SC.t(), hidden_SF.t()).to(proj[e].dtype))
-        fc_1_grads.append(linear(gate_grad_SF.t(), x_SC.t()).to(fc_1[e].dtype))
-        fc_2_grads.append(linear(up_grad_SF.t(), x_SC.t()).to(fc_2[e].dtype))
-        if n:
-            x_grad_SC = linear(gate_grad_SF, fc_1[e].to(x.dtype).t(), out=x_grad_RC[rows])
-            add_linear(x_grad_SC, up_grad_SF, fc_2[e].to(x.dtype).t())
-    return [_sum_of_rows(x_grad_RC, inverse), weights_grad_R1, *fc_1_grads, *fc_2_grads, *proj_grads]
+        weights_grad_S1.copy_(found_S1)
+        # of no rows a product is zero, as the gradient must be
+        matmul(grad_SC.t(), hidden_SF, out=proj_grads[e])
+        matmul(gate_grad_SF.t(), x_SC, out=fc_1_grads[e])
+        matmul(up_grad_SF.t(), x_SC, out=fc_2_grads[e])
+        matmul(gate_grad_SF, fc_1[e].to(x.dtype), out=x_grad_SC)
+        add_matmul(x_grad_SC, up_grad_SF, fc_2[e].to(x.dtype))
+
+    _share_out(work, slots.sizes, fc_1[0])
+    x_grad = _sum_of_rows(x_grad_PC, slots.row[inverse])
+    return [x_grad, weights_grad_P1[slots.row], *fc_1_grads, *fc_2_grads, *proj_grads]
 
 
 @_experts_grad.register_fake
@@ -911,105 +1011,6 @@ def _(
     grad: Any, gate: Any, up: Any, x: Any, weights: Any, token: Any, inverse: Any, ends: Any, *maps: Any
 ) -> Any:
     return [torch.empty_like(tensor) for tensor in (x, weights, *itertools.chain(*maps))]
-
-
-@torch.library.custom_op("moe::up", mutates_args=())
-def _up(
-    x: torch.Tensor,
-    token: torch.Tensor,
-    inverse: torch.Tensor,
-    ends: torch.Tensor,
-    fc_1: list[torch.Tensor],
-    fc_2: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fc_1 and fc_2 of each sorted row, (R, F) both."""
-    gate, up = _up_shapes(x, token, inverse, ends, fc_1, fc_2)
-    for e, rows, n in _segments(ends, x):
-        if n:
-            x_SC = x.index_select(0, token[rows])
-            linear(x_SC, fc_1[e].to(x.dtype), out=gate[rows])
-            linear(x_SC, fc_2[e].to(x.dtype), out=up[rows])
-    return gate, up
-
-
-@_up.register_fake
-def _up_shapes(x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any) -> Any:
-    return tuple(x.new_empty(token.size(0), fc_1[0].size(0)) for _ in range(2))
-
-
-@torch.library.custom_op("moe::up_grad", mutates_args=())
-def _up_grad(
-    gate_grad: torch.Tensor,
-    up_grad: torch.Tensor,
-    x: torch.Tensor,
-    token: torch.Tensor,
-    inverse: torch.Tensor,
-    ends: torch.Tensor,
-    fc_1: list[torch.Tensor],
-    fc_2: list[torch.Tensor],
-) -> list[torch.Tensor]:
-    """Return the gradients of x, every fc_1 and every fc_2."""
-    x_grad_RC, fc_1_grads, fc_2_grads = x.new_empty(token.size(0), x.size(1)), [], []
-    for e, rows, n in _segments(ends, x):
-        x_SC, gate_SF, up_SF = x.index_select(0, token[rows]), gate_grad[rows], up_grad[rows]
-        x_SC[n:] = 0  # other experts' rows
-        # an empty segment's product is zero, as its gradient must be
-        fc_1_grads.append(linear(gate_SF.t(), x_SC.t()).to(fc_1[e].dtype))
-        fc_2_grads.append(linear(up_SF.t(), x_SC.t()).to(fc_2[e].dtype))
-        if n:
-            x_grad_SC = linear(gate_SF, fc_1[e].to(x.dtype).t(), out=x_grad_RC[rows])
-            add_linear(x_grad_SC, up_SF, fc_2[e].to(x.dtype).t())
-    return [_sum_of_rows(x_grad_RC, inverse), *fc_1_grads, *fc_2_grads]
-
-
-@_up_grad.register_fake
-def _(gate: Any, up: Any, x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any) -> Any:
-    return [torch.empty_like(tensor) for tensor in (x, *fc_1, *fc_2)]
-
-
-@torch.library.custom_op("moe::down", mutates_args=())
-def _down(
-    hidden: torch.Tensor,
-    token: torch.Tensor,
-    inverse: torch.Tensor,
-    ends: torch.Tensor,
-    proj: list[torch.Tensor],
-) -> torch.Tensor:
-    """Return the sum of each token's rows after proj, (N, C)."""
-    y_RC = hidden.new_empty(hidden.size(0), proj[0].size(0))
-    for e, rows, n in _segments(ends, hidden):
-        if n:
-            linear(hidden[rows], proj[e].to(hidden.dtype), out=y_RC[rows])
-    return _sum_of_rows(y_RC, inverse)
-
-
-@_down.register_fake
-def _(hidden: Any, token: Any, inverse: Any, ends: Any, proj: Any) -> torch.Tensor:
-    return hidden.new_empty(inverse.size(0), proj[0].size(0))
-
-
-@torch.library.custom_op("moe::down_grad", mutates_args=())
-def _down_grad(
-    y_grad: torch.Tensor,
-    hidden: torch.Tensor,
-    token: torch.Tensor,
-    ends: torch.Tensor,
-    proj: list[torch.Tensor],
-) -> list[torch.Tensor]:
-    """Return the gradients of the hidden rows and of every proj."""
-    hidden_grad, proj_grads = torch.empty_like(hidden), []
-    for e, rows, n in _segments(ends, hidden):
-        y_grad_SC = y_grad.index_select(0, token[rows])
-        y_grad_SC[n:] = 0  # other experts' rows
-        proj_grads.append(linear(y_grad_SC.t(), hidden[rows].t()).to(proj[e].dtype))
-        if n:
-            linear(y_grad_SC, proj[e].to(hidden.dtype).t(), out=hidden_grad[rows])
-    return [hidden_grad, *proj_grads]
-
-
-@_down_grad.register_fake
-def _(y_grad: Any, hidden: Any, token: Any, ends: Any, proj: Any) -> Any:
-    return [torch.empty_like(tensor) for tensor in (hidden, *proj)]
 
 
 def _experts_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -1028,40 +1029,7 @@ def _experts_backward(ctx: Any, grad: torch.Tensor, *_: None):
     return x_grad, weights_grad, None, None, None, *map_grads
 
 
-def _up_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, token, inverse, ends, fc_1, fc_2 = inputs
-    ctx.save_for_backward(x, token, inverse, ends, *fc_1, *fc_2)
-
-
-def _up_backward(ctx: Any, gate_grad: torch.Tensor, up_grad: torch.Tensor):
-    x, token, inverse, ends, *matrices = ctx.saved_tensors  # asked for once: checkpointing allows no more
-    n_expert = ends.numel()
-    fc_1, fc_2 = matrices[:n_expert], matrices[n_expert:]
-    x_grad, *grads = torch.ops.moe.up_grad(
-        gate_grad.contiguous(), up_grad.contiguous(), x, token, inverse, ends, fc_1, fc_2
-    )
-    return x_grad, None, None, None, grads[:n_expert], grads[n_expert:]
-
-
-def _down_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, token, _, ends, proj = inputs
-    ctx.save_for_backward(hidden, token, ends, *proj)
-
-
-def _down_backward(ctx: Any, y_grad: torch.Tensor):
-    hidden, token, ends, *proj = ctx.saved_tensors
-    hidden_grad, *grads = torch.ops.moe.down_grad(y_grad.contiguous(), hidden, token, ends, proj)
-    return hidden_grad, None, None, None, grads
-
-
 _experts.register_autograd(_experts_backward, setup_context=_experts_keep)
-_up.register_autograd(_up_backward, setup_context=_up_keep)
-_down.register_autograd(_down_backward, setup_context=_down_keep)
-
-
-@register_flop_formula([torch.ops.moe.up, torch.ops.moe.down])
-def _(x: Any, token: Any, inverse: Any, ends: Any, *maps: Any, **_: Any) -> int:
-    return sum(2 * token[0] * math.prod(matrices[0]) for matrices in maps)
 
 
 @register_flop_formula(torch.ops.moe.experts)
@@ -1074,22 +1042,13 @@ def _(grad: Any, gate: Any, up: Any, x: Any, weights: Any, token: Any, *others: 
     return sum(2 * 2 * token[0] * math.prod(matrices[0]) for matrices in others[2:])
 
 
-@register_flop_formula(torch.ops.moe.up_grad)
-def _(gate: Any, up: Any, x: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any, **_: Any) -> int:
-    return 2 * 2 * 2 * token[0] * math.prod(fc_1[0])
-
-
-@register_flop_formula(torch.ops.moe.down_grad)
-def _(y_grad: Any, hidden: Any, token: Any, ends: Any, proj: Any, **_: Any) -> int:
-    return 2 * 2 * token[0] * math.prod(proj[0])
-
-
 @torch.compiler.disable  # row counts are data: compiling would specialise on each and recompile for ever
 def _module_loop(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
     """Return the experts' outputs by calling each on its slice: the one way that knows biases."""
     if x_RC.is_meta:  # where FLOPs are counted: no row counts to read, and each row meets one expert
         return experts[0](x_RC)
-    return torch.cat([experts[e](x_RC[rows]) for e, rows, _ in _segments(ends_E)])
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    return torch.cat([expert(x_SC) for expert, x_SC in zip(experts, x_RC.split(counts), strict=True)])
 
 
 @torch.compiler.assume_constant_result  # a device does not change under a compiled graph
@@ -1488,7 +1447,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = max(1, CHUNK_VALUES.get(x_NC.device.type, 1 << 22) // w_VC.size(0))
         for at in range(0, x_NC.size(0), size):
             rows = slice(at, at + size)
-            logits_SV = linear(x_NC[rows], w_VC)
+            logits_SV = matmul(x_NC[rows], w_VC.t())
             probs_SV = logits_SV.softmax(dim=1, dtype=exact)
             # logsumexp from the largest probability, which is not small: a word's own may round to 0
             logsumexp_S1 = logits_SV.amax(1, keepdim=True) - probs_SV.amax(1, keepdim=True).log()
@@ -1523,10 +1482,10 @@ def _add_gradients(
     words_S1, is_kept_S1 = words_N1[rows], is_kept_N1[rows]
     grad_SV = probs_SV.scatter_add_(1, words_S1, -torch.ones_like(words_S1, dtype=probs_SV.dtype))
     grad_SV = grad_SV.to(x_NC.dtype)
-    hidden_grad_NC[rows] = linear(grad_SV, w_VC.t()) * is_kept_S1
+    hidden_grad_NC[rows] = matmul(grad_SV, w_VC) * is_kept_S1
     x_SC = x_NC[rows] * is_kept_S1
     # (C, V): of the two factors x is the one that oneDNN copies
-    add_linear(weight_grad_CV, x_SC.t(), grad_SV.t())
+    add_matmul(weight_grad_CV, x_SC.t(), grad_SV)
 
 
 class LossHead(Linear):

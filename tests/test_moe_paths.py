@@ -1,8 +1,15 @@
 """The ways of running the experts: exact in float64, one graph, few operators, little memory."""
 
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
-from conftest import TINY_CONFIG
+from conftest import ROOT, TINY_CONFIG
 from litgpt.model import GPT, LLaMAMoE
 from test_moe_layers import pair, run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,18 +107,19 @@ def test_either_library_gives_the_definition_in_float32(
 
 
 @pytest.mark.parametrize("library", ["oneDNN", "MKL"])
-def test_linear_takes_any_strides_and_nothing_at_all(monkeypatch, library) -> None:
+def test_matmul_takes_any_strides_and_nothing_at_all(monkeypatch, library) -> None:
     monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
     x, weight = torch.randn(13, 40), torch.randn(24, 40)
     expected = (x.double() @ weight.double().t()).float()
-    out = torch.empty(2, 13, 24)
-    moe_layers.linear(x, weight, out=out[1])
-    moe_layers.add_linear(total := torch.ones(13, 24), x, weight)
-    transposed = moe_layers.linear(x.t().contiguous().t(), weight.t().contiguous().t())
-    for found in (moe_layers.linear(x, weight), transposed, out[1], total - 1):
+    out, wide = torch.empty(2, 13, 24), torch.empty(13, 24, dtype=torch.float64)
+    moe_layers.matmul(x, weight.t(), out=out[1])
+    moe_layers.matmul(x, weight.t(), out=wide)
+    moe_layers.add_matmul(total := torch.ones(13, 24), x, weight.t())
+    transposed = moe_layers.matmul(x.t().contiguous().t(), weight.t().contiguous())
+    for found in (moe_layers.matmul(x, weight.t()), transposed, out[1], wide.float(), total - 1):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert moe_layers.linear(x[:0], weight).shape == (0, 24)
-    assert torch.equal(moe_layers.linear(x[:0].t(), weight[:, :0].t()[:0].t()), torch.zeros(40, 24))
+    assert moe_layers.matmul(x[:0], weight.t()).shape == (0, 24)
+    assert torch.equal(moe_layers.matmul(x[:0].t(), weight.t()[:0]), torch.zeros(40, 24))
 
 
 @pytest.mark.parametrize("library", ["oneDNN", "MKL"])
@@ -129,8 +137,8 @@ def test_a_model_of_fast_linear_maps_gives_the_same_logits_and_gradients(monkeyp
     expected, names = outcome(), list(model.state_dict())
     use_fast_linear(model)
     calls = []
-    product = moe_layers.linear
-    monkeypatch.setattr(moe_layers, "linear", lambda *args, **kw: calls.append(1) or product(*args, **kw))
+    product = moe_layers.matmul
+    monkeypatch.setattr(moe_layers, "matmul", lambda *args, **kw: calls.append(1) or product(*args, **kw))
     layer = model.transformer.h[0].attn.qkv
     assert layer(torch.randn(2, 16, 16)).shape == (2, 16, layer.out_features)
     assert len(calls) == (library == "oneDNN")
@@ -144,22 +152,104 @@ def test_a_model_of_fast_linear_maps_gives_the_same_logits_and_gradients(monkeyp
     assert meta(torch.zeros(2, 16, dtype=torch.int64, device="meta")).shape == (2, 16, 512)
 
 
-def test_onednn_is_asked_for_few_sizes(monkeypatch) -> None:
-    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: True)
-    x, sizes = torch.empty(1, 1), set()
+def test_onednn_is_asked_for_few_sizes() -> None:
+    sizes = set()
     for n in range(1, 4097):
-        ends = torch.tensor([5, 5 + n, 10_000])
-        (_, first, _), (e, rows, own), _ = moe_layers._segments(ends, x)
-        assert (e, rows.start, own, first) == (1, 5, n, slice(0, 16))
-        assert n <= rows.stop - rows.start < n + max(16, n / 16 + 1)
-        sizes.add(rows.stop - rows.start)
+        sizes.add(size := moe_layers._slots_of(n))
+        assert n <= size < n + max(16, n / 16 + 1)
     assert len(sizes) <= 96
-    assert [rows for _, rows, _ in moe_layers._segments(torch.tensor([3, 3, 7]), x)] == [
-        slice(0, 7),  # no further than the rows there are
-        slice(3, 3),
-        slice(3, 7),
-    ]
-    assert [rows.stop for _, rows, _ in moe_layers._segments(torch.tensor([3, 7]))] == [3, 7]
+    assert moe_layers._slots_of(0) == 0
+
+
+def test_slots_hold_every_row_once_and_the_rest_weighs_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: True)
+    x, token_R, weights_R1 = torch.empty(1, 1), torch.arange(100, 124), torch.rand(24, 1) + 0.1
+    ends_E = torch.tensor([0, 3, 20, 20, 24], dtype=torch.int32)
+    slots = moe_layers._Slots.of(token_R, ends_E, x)
+    assert slots.sizes == [0, 16, 32, 0, 16]
+    assert len(slots.token) == 64 <= moe_layers._most_slots(x, 24, 5)
+    assert torch.equal(slots.token[slots.row], token_R)
+    wanted = [range(0), range(100, 103), range(103, 120), range(0), range(120, 124)]
+    assert [set(part.tolist()) for part in slots.parts(slots.token)] == [set(tokens) for tokens in wanted]
+    weights_P1 = slots.weights(weights_R1)
+    assert torch.equal(weights_P1[slots.row], weights_R1)
+    assert weights_P1.count_nonzero() == 24
+    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: False)
+    assert moe_layers._Slots.of(token_R, ends_E, x).sizes == [0, 3, 17, 0, 4]  # what MKL multiplies stays
+    nothing = moe_layers._Slots.of(token_R[:0], torch.zeros(5, dtype=torch.int32), x.bfloat16())
+    assert nothing.sizes == [0] * 5
+
+
+@pytest.fixture
+def threads(monkeypatch) -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads, and lets them share experts however small."""
+    monkeypatch.setattr(moe_layers, "LEAST_SHARED", 0)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 30.0], ids=["even", "uneven", "one expert has all"])
+def test_experts_shared_out_over_threads_give_what_one_thread_gives(threads, dtype, shift) -> None:
+    _, layer = pair(LLaMAMoE, dtype, n_expert=16, n_expert_per_token=2, **WIDE)
+    x = torch.randn(4, 32, 64, dtype=dtype)
+    x[..., 0] = 1
+    with torch.no_grad():
+        layer.gate.weight[3, 0] += shift
+    threads(1)
+    expected = run(layer, x)
+    for n_threads in (2, 3):
+        threads(n_threads)
+        found = run(layer, x)
+        assert torch.get_num_threads() == n_threads
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_only_what_can_be_shared_evenly_is(threads, monkeypatch) -> None:
+    threads(2)
+    where: dict[int, str] = {}
+
+    def work(e: int) -> None:
+        assert torch.get_num_threads() == (2 if threading.current_thread() is threading.main_thread() else 1)
+        assert not torch.is_grad_enabled()
+        time.sleep(0.01)  # or one thread takes all before the other wakes
+        where[e] = threading.current_thread().name.rpartition("_")[0] or "main"
+
+    matrix = torch.empty(2, 2)
+    with torch.no_grad():
+        moe_layers._share_out(work, [5, 100, 6, 5, 0], matrix)
+        assert where == {1: "main", 2: "main", **dict.fromkeys((0, 3, 4), "experts")}
+        monkeypatch.setattr(moe_layers, "LEAST_SHARED", 1000)
+        moe_layers._share_out(work, [5, 5], matrix)
+        assert where[0] == where[1] == "main"
+
+
+def test_what_goes_wrong_in_a_thread_is_told(threads) -> None:
+    threads(2)
+
+    def work(e: int) -> None:
+        raise MemoryError(f"expert {e}")
+
+    with pytest.raises(MemoryError, match="expert"):
+        moe_layers._share_out(work, [5, 5], torch.empty(2, 2))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    code = """if True:
+        import os, torch, moe_layers
+        torch.set_num_threads(2)
+        moe_layers.LEAST_SHARED = 0
+        done = []
+        moe_layers._share_out(done.append, [1, 1], torch.empty(2, 2))
+        if not (child := os.fork()):
+            moe_layers._share_out(done.append, [1, 1], torch.empty(2, 2))
+            os._exit(len(done))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+        """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 class Counter(TorchDispatchMode):
