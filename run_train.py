@@ -2683,7 +2683,7 @@ def peak_flops(device: "torch.device", precision: str) -> float:
     import torch
     from lightning.fabric.utilities.throughput import get_available_flops
 
-    from moe_layers import linear
+    from moe_layers import matmul
 
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
@@ -2694,7 +2694,7 @@ def peak_flops(device: "torch.device", precision: str) -> float:
     one = torch.ones(size, size, dtype=dtype, device=device)
     for _ in range(5 if device.type == "cuda" else 20):  # a CPU may be busy with other work for a while
         started = time.perf_counter()
-        linear(one, one)[0, 0].item()  # waits for the product
+        matmul(one, one)[0, 0].item()  # waits for the product
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
 
