@@ -597,8 +597,12 @@ class Plan(NamedTuple):
         rows_R = torch.arange(order_R.numel(), device=indices_NK.device)
         inverse_NK = torch.empty_like(order_R).scatter_(0, order_R, rows_R).view_as(indices_NK)
         token_R = order_R.div(indices_NK.size(1), rounding_mode="floor")
-        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        return cls(token_R, order_R, inverse_NK, ends_E.to(torch.int32), counts_E)
+        return cls(token_R, order_R, inverse_NK, ends_E.to(torch.int32), _counts(ends_E))
+
+
+def _counts(ends_E: torch.Tensor) -> torch.Tensor:
+    """Return each expert's number of rows, (E,)."""
+    return ends_E.diff(prepend=ends_E.new_zeros(1))
 
 
 def _sum_of_rows(y_RC: torch.Tensor, rows_NK: torch.Tensor) -> torch.Tensor:
@@ -842,8 +846,8 @@ class _Slots(NamedTuple):
     @classmethod
     def of(cls, token_R: torch.Tensor, ends_E: torch.Tensor, x: torch.Tensor) -> "_Slots":
         """Return the slots for GEMMs of `x`. On CUDA this waits for the device, on a CPU it is free."""
-        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        counts, row_R = counts_E.tolist(), torch.arange(token_R.numel(), device=token_R.device)
+        counts_E, row_R = _counts(ends_E), torch.arange(token_R.numel(), device=token_R.device)
+        counts = counts_E.tolist()
         if not _uses_onednn(x):
             return cls(counts, row_R, token_R)
         sizes = [_slots_of(count) for count in counts]
@@ -887,7 +891,8 @@ def _share_out(work: Callable[[int], None], sizes: list[int], matrix: torch.Tens
     """
     n_threads = torch.get_num_threads() if matrix.device.type == "cpu" else 1
     waiting = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
-    n_together = 0 if sum(sizes) * matrix.numel() >= len(sizes) * LEAST_SHARED else len(sizes)
+    is_worth_it = n_threads > 1 and sum(sizes) * matrix.numel() >= len(sizes) * LEAST_SHARED
+    n_together = 0 if is_worth_it else len(sizes)
     while n_together < len(sizes) and not _is_even([sizes[e] for e in waiting[n_together:]], n_threads):
         n_together += 1
     for e in waiting[:n_together]:
@@ -910,7 +915,7 @@ def _is_even(sizes: list[int], n_threads: int) -> bool:
     loads = [0] * n_threads
     for size in sizes:
         heapq.heapreplace(loads, loads[0] + size)
-    return n_threads > 1 and 7 / 8 * max(loads) * n_threads <= sum(sizes)
+    return 7 / 8 * max(loads) * n_threads <= sum(sizes)
 
 
 @lru_cache(maxsize=1)
@@ -1047,8 +1052,8 @@ def _module_loop(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleLis
     """Return the experts' outputs by calling each on its slice: the one way that knows biases."""
     if x_RC.is_meta:  # where FLOPs are counted: no row counts to read, and each row meets one expert
         return experts[0](x_RC)
-    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    return torch.cat([expert(x_SC) for expert, x_SC in zip(experts, x_RC.split(counts), strict=True)])
+    parts = x_RC.split(_counts(ends_E).tolist())
+    return torch.cat([expert(x_SC) for expert, x_SC in zip(experts, parts, strict=True)])
 
 
 @torch.compiler.assume_constant_result  # a device does not change under a compiled graph
