@@ -380,6 +380,10 @@ def with_places(problems: list[str], settings: Settings) -> list[str]:
 
 
 def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
+    from moe_layers import MoEConfig
+
+    if key not in types and key in MoEConfig.__dataclass_fields__:
+        return f"unknown key {key}; it describes the model: set it in the file of --model_config"
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1)
         return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"

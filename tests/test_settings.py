@@ -211,6 +211,7 @@ BAD_TRAIN_VALUES = {
     "log.metadata": ({"a": 1}, "log.metadata is {'a': 1}, which logger_name csv does not read"),
     "sed": (1, "unknown key sed; did you mean seed?"),
     "places": ({}, "unknown key places"),
+    "n_expert": (8, "unknown key n_expert; it describes the model: set it in the file of --model_config"),
 }
 
 
