@@ -901,8 +901,10 @@ def _share_out(work: Callable[[int], None], sizes: list[int], matrix: torch.Tens
         return
     rest = iter(waiting[n_together:])  # of a list: to take the next from it is safe in threads
 
+    is_inference = torch.is_inference_mode_enabled()  # a thread has modes of its own
+
     def take() -> None:
-        with torch.no_grad():  # a thread has modes of its own
+        with torch.inference_mode(is_inference), torch.no_grad():
             for e in rest:
                 work(e)
 

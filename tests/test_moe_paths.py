@@ -207,6 +207,17 @@ def test_experts_shared_out_over_threads_give_what_one_thread_gives(threads, dty
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_threads_take_over_the_mode_of_their_caller(threads, mode) -> None:
+    _, layer = pair(LLaMAMoE, torch.float32, n_expert=16, n_expert_per_token=2, **WIDE)
+    x = torch.randn(4, 32, 64)
+    threads(1)
+    expected = layer(x).detach()
+    threads(2)
+    with mode():
+        torch.testing.assert_close(layer(x).detach(), expected)
+
+
 def test_only_what_can_be_shared_evenly_is(threads, monkeypatch) -> None:
     threads(2)
     where: dict[int, str] = {}
