@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process started here compiles every package again
 
 SENTENCES = [
     f"{name} had a {colour} {thing}. {name} went to the {place} and saw a big {animal}. They were happy."
