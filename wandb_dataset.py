@@ -226,12 +226,15 @@ def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
     wanted = load_manifest(data_dir).get("tokenizer", {}).get("sha256")
     beside = sorted(path.parent for path in data_dir.parent.glob("*/tokenizer.json"))
     near = [data_dir / TOKENIZER, data_dir.parent / TOKENIZER, *beside]
+    # what lies near and may not be read is another's; what is named has to be read
+    passed_over = () if tokenizer_dir else PermissionError
     for folder in [tokenizer_dir] if tokenizer_dir else near:
         path = folder / "tokenizer.json"
-        if path.is_file() and sha256_file(path) == wanted:
-            return folder
-    what = "not the one" if path.is_file() else "not found, so not the one"
+        with contextlib.suppress(passed_over):
+            if path.is_file() and sha256_file(path) == wanted:
+                return folder
     if tokenizer_dir:
+        what = "not the one" if path.is_file() else "not found, so not the one"
         raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
     raise ValueError(
         f"{data_dir}: the tokenizer that made it is not in {near[0]}, nor in a folder beside {data_dir}; "
@@ -413,8 +416,8 @@ def pull(reference: str, artifacts_dir: Path) -> Path:
 
 
 def variable(name: str) -> str | None:
-    """Return an environment variable's value, None where it is unset or empty."""
-    return os.environ.get(name) or None
+    """Return an environment variable's value, None where it is unset or blank."""
+    return os.environ.get(name, "").strip() or None
 
 
 def add_wandb_flags(parser: argparse.ArgumentParser) -> None:

@@ -161,16 +161,17 @@ def test_training_goes_on_from_where_the_dense_model_stood(
 
     dense_losses = train("dense", 40, "--model_config", "dense.yaml")
     capsys.readouterr()
+    Path("moe_trained").mkdir()  # of an earlier try
     assert upcycle.main(["dense", "moe", "--n_expert", "4", "--n_expert_per_token", "2"]) == 0
     # pasted, the last line trains with the dense run's data and settings, which lie at no default place
     uv, run, python, script, *flags = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert (uv, run, python, script) == ("uv", "run", "python", "run_train.py")
     assert run_train.main([*flags, "--max_tokens", str(12 * 4 * 64)]) == 0
-    moe_losses = losses("moe_trained")
+    moe_losses = losses("moe_trained_2")
     assert dense_losses[0] > 5.5 and dense_losses[-1] < dense_losses[0] - 1
     assert moe_losses[0] == pytest.approx(dense_losses[-1], abs=0.5)  # another batch, the same model
     assert moe_losses[-1] < moe_losses[0]
-    trained = read_weights(Path("moe_trained/final/lit_model.pth"))
+    trained = read_weights(Path("moe_trained_2/final/lit_model.pth"))
     experts = [trained[f"transformer.h.0.mlp.experts.{e}.fc_1.weight"] for e in range(4)]
     assert not experts[0].equal(experts[1])  # they see different tokens, so they part
 

@@ -224,6 +224,30 @@ def test_the_tokenizer_is_found_by_its_hash_in_any_folder_beside(data_dir, tmp_p
     assert wandb_dataset.find_tokenizer(data_dir, data / "tinyllama") == data / "tinyllama"
 
 
+def test_a_folder_beside_that_may_not_be_read_is_passed_over(data_dir, monkeypatch):
+    locked = data_dir.parent / "another"
+    locked.mkdir()
+    (locked / "tokenizer.json").write_text("{}", encoding="utf-8")
+
+    def read(path):  # as root, whom no permission stops, a test cannot lock a file
+        if path.parent == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return sha256_file(path)
+
+    monkeypatch.setattr(wandb_dataset, "sha256_file", read)
+    (data_dir.parent / "tokenizer").rename(data_dir.parent / "tinyllama")  # after the locked one by name
+    assert wandb_dataset.find_tokenizer(data_dir, None) == data_dir.parent / "tinyllama"
+    with pytest.raises(PermissionError):
+        wandb_dataset.find_tokenizer(data_dir, locked)
+
+
+def test_a_variable_of_spaces_is_an_empty_one(monkeypatch):
+    monkeypatch.setenv("WANDB_ARTIFACTS_DIR", " ")
+    monkeypatch.setenv("WANDB_PROJECT", " mine ")
+    args = wandb_dataset.build_parser().parse_args([])
+    assert (args.wandb_artifacts_dir, args.wandb_project) == (Path("artifacts"), "mine")
+
+
 def test_push_refuses_a_tokenizer_that_did_not_make_the_shards(data_dir, tmp_path, capsys):
     (data_dir.parent / "tokenizer" / "tokenizer.json").write_text('{"other": 1}', encoding="utf-8")
     told = []

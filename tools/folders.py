@@ -1,6 +1,7 @@
 """Output folders that are whole or not there, for the tools that make them. Nothing to run here."""
 
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -110,8 +111,10 @@ def train_on(checkpoint: Path, like: Path | None = None) -> str:
     given = ("--config", recipe) if recipe and recipe.is_file() else ()
     start = ("--initial_checkpoint_dir", checkpoint, "--tokenizer_dir", checkpoint)
     model = ("--model_config", checkpoint / "model_config.yaml")
-    out_dir = ("--out_dir", checkpoint.with_name(f"{checkpoint.absolute().name}_trained"))
-    return command_line(*RUN_TRAIN, *given, *start, *model, *out_dir)
+    name = f"{checkpoint.absolute().name}_trained"
+    names = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+    out_dir = next(out for out in map(checkpoint.with_name, names) if not out.exists())
+    return command_line(*RUN_TRAIN, *given, *start, *model, "--out_dir", out_dir)
 
 
 def sync_files(folder: Path) -> None:
