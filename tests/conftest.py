@@ -6,8 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
@@ -239,3 +243,29 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
     settings = prepare_data.PrepareSettings(data_dir=folder, tokenizer_dir=tiny_tokenizer_dir, workers=1)
     prepare_data.prepare(settings)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama_style(tiny_tokenizer_dir: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tiny_tokenizer_dir / "tokenizer.json"))
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Have something happen while a step is computed, as a signal does."""
+    import run_train
+
+    def schedule(step: int, act: Callable[[], object]) -> None:
+        is_bad, calls = run_train.Guard.is_bad, []
+
+        def watched(guard: run_train.Guard, loss: float, norm: float) -> bool:
+            calls.append(loss)
+            if len(calls) == step:
+                act()
+            return is_bad(guard, loss, norm)
+
+        monkeypatch.setattr(run_train.Guard, "is_bad", watched)
+
+    return schedule

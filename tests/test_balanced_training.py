@@ -7,8 +7,8 @@ import pytest
 import torch
 from litgpt import GPT
 from litgpt.config import Config
+from test_guard import loss_times
 from test_run_train import losses, rows, run, weights, workspace  # noqa: F401
-from test_survival import loss_times
 
 import evaluate
 import generate

@@ -1,4 +1,4 @@
-"""generate.py: sampling by hand-worked distributions, decoding by real tokenizers, a real pipe and Ctrl-C."""
+"""generate.py: the same tokens as LitGPT, the command and its refusals, a real pipe and Ctrl-C."""
 
 import io
 import itertools
@@ -14,12 +14,10 @@ import pytest
 import torch
 from conftest import SENTENCE
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from generate import AsyncTokenStreamer, Sampling, TextDecoder, candidates, generate, main, sample
+from generate import Sampling, generate, main
 
 ROOT = Path(__file__).parents[1]
-EMOJI = [0xF0, 0x9F, 0x98, 0x80]
 GREEDY = Sampling(temperature=0.0)
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -35,23 +33,6 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def llama_style(tiny_tokenizer_dir: Path) -> HFTokenizer:
-    return HFTokenizer.from_file(str(tiny_tokenizer_dir / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def byte_level() -> HFTokenizer:
-    """A GPT-2-style tokenizer, whose pieces are parts of characters without saying so."""
-    tokenizer = HFTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([SENTENCE] * 3, trainer)
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> torch.nn.Module:
     from moe_layers import load_model
 
@@ -61,83 +42,6 @@ def model(tiny_checkpoint: Path) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def prompt_ids(llama_style: HFTokenizer) -> list[int]:
     return [1, *llama_style.encode("Tom went to the park").ids]
-
-
-# --- sampling -----------------------------------------------------------------------------------------------
-
-
-def distribution(probs: list[float], seen: list[bool] | None = None, **options: float) -> list[float]:
-    """Return the probabilities that `sample` draws from when the model's are `probs`."""
-    settings = Sampling(**{"temperature": 1.0, "top_k": 0, **options})
-    occurred = None if seen is None else torch.tensor(seen)
-    weights, ids = candidates(torch.tensor(probs).log(), settings, occurred)
-    whole = torch.zeros(len(probs))
-    whole[torch.arange(len(probs)) if ids is None else ids] = weights / weights.sum()
-    return whole.tolist()
-
-
-def test_without_options_the_models_distribution_is_drawn_from() -> None:
-    assert distribution([0.2, 0.5, 0.3]) == pytest.approx([0.2, 0.5, 0.3])
-
-
-def test_temperature_two_takes_square_roots() -> None:
-    assert distribution([16 / 21, 1 / 21, 4 / 21], temperature=2.0) == pytest.approx([4 / 7, 1 / 7, 2 / 7])
-
-
-def test_top_k_keeps_the_k_likeliest() -> None:
-    assert distribution([0.2, 0.5, 0.3], top_k=2) == pytest.approx([0, 0.625, 0.375])
-
-
-def test_top_k_above_the_vocabulary_keeps_all() -> None:
-    assert distribution([0.2, 0.5, 0.3], top_k=9) == pytest.approx([0.2, 0.5, 0.3])
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
-    assert distribution([0.2, 0.5, 0.3], top_p=0.7) == pytest.approx([0, 0.625, 0.375])
-
-
-def test_a_tiny_top_p_still_keeps_the_likeliest() -> None:
-    assert distribution([0.2, 0.5, 0.3], top_p=1e-9) == pytest.approx([0, 1, 0])
-
-
-def test_top_p_keeps_thousands_of_tokens_where_it_takes_them() -> None:
-    probs = distribution([1 / 4096] * 4096, top_p=0.5)
-    assert sum(p > 0 for p in probs) == 2048
-
-
-def test_min_p_is_relative_to_the_likeliest() -> None:
-    assert distribution([0.2, 0.5, 0.3], min_p=0.5) == pytest.approx([0, 0.625, 0.375])
-
-
-def test_temperature_comes_before_top_p() -> None:
-    # squared: 4/38, 25/38, 9/38; 25/38 = 0.66 reaches 0.6, where 0.5 would not have
-    assert distribution([0.2, 0.5, 0.3], temperature=0.5, top_p=0.6) == pytest.approx([0, 1, 0])
-
-
-def test_top_k_comes_before_top_p() -> None:
-    # of the two kept, 0.4 and 0.3, the first has 4/7 = 0.57
-    assert distribution([0.3, 0.4, 0.2, 0.1], top_k=2, top_p=0.5) == pytest.approx([0, 1, 0, 0])
-
-
-def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
-    settings = Sampling(temperature=1.0, top_k=0, repetition_penalty=2.0)
-    logits, seen = torch.tensor([2.0, -1.0, 1.0, -3.0]), torch.tensor([True, True, False, False])
-    probs, _ = candidates(logits, settings, seen)
-    assert torch.allclose(probs, torch.tensor([1.0, -2.0, 1.0, -3.0]).softmax(0))
-
-
-def test_repetition_penalty_holds_for_greedy_too() -> None:
-    settings = Sampling(temperature=0.0, repetition_penalty=2.0)
-    assert sample(torch.tensor([1.5, 1.0]), settings, seen=torch.tensor([True, False])) == 1
-
-
-def test_sample_draws_each_token_as_often_as_its_probability_says() -> None:
-    draw, settings = torch.Generator().manual_seed(0), Sampling(temperature=1.0, top_k=2)
-    logits = torch.tensor([0.1, 0.6, 0.3]).log()
-    ids = [sample(logits, settings, draw) for _ in range(3000)]
-    # two thirds, with a standard deviation of 0.0086
-    assert ids.count(1) / 3000 == pytest.approx(2 / 3, abs=0.035)
-    assert ids.count(0) == 0
 
 
 # --- generating ---------------------------------------------------------------------------------------------
@@ -239,120 +143,6 @@ def test_generating_leaves_the_callers_gradient_mode_alone(
 
 def test_generating_stops_where_the_context_is_full(model: torch.nn.Module, prompt_ids: list[int]) -> None:
     assert len(list(generate(model, prompt_ids, 1000, GREEDY))) == 64 - len(prompt_ids)
-
-
-# --- decoding and streaming ---------------------------------------------------------------------------------
-
-
-def streamed(tokenizer: HFTokenizer, ids: list[int]) -> list[str]:
-    decoder = TextDecoder(tokenizer)
-    return [*(decoder.put(token_id) for token_id in ids), decoder.end()]
-
-
-def byte_ids(*values: int) -> list[int]:
-    return [3 + value for value in values]  # the tiny tokenizer's pieces <0x00> to <0xFF>
-
-
-NASTY = {
-    "emoji over four bytes": byte_ids(*EMOJI),
-    "text after an emoji": [*byte_ids(*EMOJI), 300, 301],
-    "an invalid byte after an emoji": [*byte_ids(*EMOJI, 0xFF), 300, 301],
-    "half an emoji at the end": [300, *byte_ids(*EMOJI[:2])],
-    "half an emoji before text": [*byte_ids(*EMOJI[:2]), 300],
-    "special tokens inside an emoji": [*byte_ids(*EMOJI[:2]), 2, 1, *byte_ids(*EMOJI[2:])],
-    "special tokens first": [1, 1, 2, 300],
-    "ids beyond the vocabulary": [300, 5000, 301, 5000],
-    "many invalid bytes": [*byte_ids(*[0xFF] * 40), 300],
-    "nothing": [],
-}
-
-
-@pytest.mark.parametrize("name", NASTY)
-def test_the_pieces_joined_are_the_decoding_of_the_whole(name: str, llama_style: HFTokenizer) -> None:
-    assert "".join(streamed(llama_style, NASTY[name])) == llama_style.decode(NASTY[name])
-
-
-@pytest.mark.parametrize(
-    "text", ["  two  spaces ", " lead", "a\n\n b\n", "naïve 😀😀 日本", "\u2581x", "a \ufffd b", " "]
-)
-@pytest.mark.parametrize("style", ["llama_style", "byte_level"])
-def test_any_text_comes_out_as_it_was_encoded(text: str, style: str, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue(style)
-    ids = tokenizer.encode(text).ids
-    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-@pytest.mark.parametrize("style", ["llama_style", "byte_level"])
-def test_random_tokens_decode_like_the_whole(style: str, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue(style)
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        ids = torch.randint(tokenizer.get_vocab_size() + 2, (40,), generator=draw).tolist()
-        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-def test_real_stories_decode_like_the_whole(shared_data: Path) -> None:
-    tokenizer = HFTokenizer.from_file(str(shared_data / "llama2-tokenizer" / "tokenizer.json"))
-    text = (shared_data / "tinystories" / "val.txt").read_text(encoding="utf-8")[:20_000]
-    ids = tokenizer.encode(text + " 😀 \t 日本語 \x00").ids
-    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-def test_words_appear_at_once_and_characters_when_complete(byte_level: HFTokenizer) -> None:
-    word, emoji = byte_level.encode("kite").ids, byte_level.encode("😀").ids
-    assert streamed(byte_level, word)[0] != ""
-    assert streamed(byte_level, emoji) == ["", "", "", "😀", ""]
-
-
-@pytest.mark.parametrize("style", ["llama_style", "byte_level"])
-def test_the_work_per_token_does_not_grow_with_the_text(style: str, request: pytest.FixtureRequest) -> None:
-    class Counting:
-        def __init__(self, tokenizer: HFTokenizer) -> None:
-            self.tokenizer, self.decoded = tokenizer, 0
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.tokenizer, name)
-
-        def decode(self, ids: list[int]) -> str:
-            self.decoded += len(ids)
-            return self.tokenizer.decode(ids)
-
-    tokenizer = request.getfixturevalue(style)
-    words = tokenizer.encode(SENTENCE).ids * 50
-    bad_byte = tokenizer.token_to_id("<0xFF>") or tokenizer.encode("😀").ids[0]
-    for ids in (words, [bad_byte] * 1000):
-        counting = Counting(tokenizer)
-        streamed(counting, ids)
-        assert counting.decoded <= 20 * len(ids)
-
-
-def test_the_streamer_writes_everything_before_end_returns(llama_style: HFTokenizer) -> None:
-    out = io.StringIO()
-    streamer = AsyncTokenStreamer(llama_style, out)
-    ids = [*llama_style.encode(SENTENCE).ids, *byte_ids(0xF0, 0x9F)]
-    for token_id in ids:
-        streamer.put(token_id)
-    streamer.end()
-    streamer.end()  # harmless
-    assert out.getvalue() == llama_style.decode(ids)
-
-
-def test_an_interrupted_streamer_still_writes_its_tail(llama_style: HFTokenizer) -> None:
-    out = io.StringIO()
-    with pytest.raises(KeyboardInterrupt), AsyncTokenStreamer(llama_style, out) as streamer:
-        for token_id in llama_style.encode(SENTENCE).ids:
-            streamer.put(token_id)
-        raise KeyboardInterrupt
-    assert out.getvalue() == SENTENCE
-
-
-def test_an_error_of_the_thread_reaches_the_caller(llama_style: HFTokenizer) -> None:
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"), AsyncTokenStreamer(llama_style, Full()) as streamer:
-        streamer.put(300)
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -132,3 +133,31 @@ def test_a_resumed_run_takes_its_own_weight_decay_and_not_the_saved_one() -> Non
     assert run("--max_tokens", 1280, "--resume", "auto", "--optimizer.weight_decay", 0.5) == 0
     state = torch.load("out/final/lit_model.pth", weights_only=True)
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # 10 steps, 2 of warm-up, from 1.0 to 0.2; cosine: 0.2 + 0.4 (1 + cos(pi (step - 2) / 8))
+        ("cosine", {1: 0.5, 2: 1.0, 4: 0.2 + 0.4 * (1 + math.sqrt(0.5)), 6: 0.6, 10: 0.2}),
+        # the last 4 steps go down: 0.2 + 0.8 (1 - sqrt(done))
+        ("wsd", {1: 0.5, 2: 1.0, 6: 1.0, 7: 0.2 + 0.8 * 0.5, 10: 0.2}),
+        ("constant", {1: 0.5, 2: 1.0, 10: 1.0}),
+    ],
+)
+def test_the_learning_rate_of_each_schedule_is_the_one_worked_out_by_hand(
+    name: str, expected: dict[int, float]
+) -> None:
+    settings = run_train.Settings()
+    settings.schedule = run_train.ScheduleArgs(name=name, decay_fraction=0.4)
+    settings.train.min_lr = 0.2
+    found = {step: run_train.learning_rate(settings, step, 10, 2, 1.0) for step in expected}
+    assert found == pytest.approx(expected)
+
+
+def test_warm_up_counts_in_tokens_or_steps() -> None:
+    edit_yaml("train_config.yaml", "train.lr_warmup_steps", 4)
+    assert run("--out_dir", "steps") == 0
+    assert run("--out_dir", "tokens", "--schedule.warmup_tokens", 4 * 256, "--micro_batch_size", 1) == 0
+    rates = [[row["learning_rate"] for row in rows(name) if row["loss"]] for name in ("steps", "tokens")]
+    assert rates[0] == rates[1] and [float(rate) for rate in rates[0][:4]] == [0.0025, 0.005, 0.0075, 0.01]

@@ -308,13 +308,12 @@ def device_and_dtype(args: argparse.Namespace, config: Any, folder: Path) -> tup
     return device, torch.bfloat16 if is_bf16 else torch.float32
 
 
-def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the figures of all, on CUDA also of ours with the experts in Triton."""
-    import torch
-
+def contestants(
+    args: argparse.Namespace, config: Any, folder: Path
+) -> dict[str, tuple[Callable[[run_train.Run], None], Any]]:
+    """Return name -> what trains and its model; on CUDA also ours with the experts in Triton."""
     from moe_layers import MoEConfig
 
-    config = MoEConfig.from_file(args.model_config, **args.override)
     width = config.n_expert_per_token * config.moe_intermediate_size
     no_experts = {"intermediate_size": width, "n_expert": 0, "n_expert_per_token": 0}
     dense = MoEConfig.from_file(
@@ -330,6 +329,17 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         kinds["dense oneDNN"] = (train_ours, dense)
     if triton_is_another_way(args, config, folder):
         kinds["ours, Triton"] = (train_by_triton, config)
+    return kinds
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return the figures of all."""
+    import torch
+
+    from moe_layers import MoEConfig
+
+    config = MoEConfig.from_file(args.model_config, **args.override)
+    kinds = contestants(args, config, folder)
     times: dict[str, list[float]] = {name: [] for name in kinds}
     memory: dict[str, float] = {}
     for _ in range(args.rounds):
@@ -338,13 +348,14 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats()
             run = make_run(args, its_config, folder)
             times[name] += step_times(functools.partial(train, run))
-            memory[name] = run_train.peak_memory_gb()
+            memory[name] = round(run_train.peak_memory_gb(), 3)
     shares = {
         name: share_of_parts(functools.partial(train, make_run(args, its_config, folder)), args.steps)
         for name, (train, its_config) in kinds.items()
     }
     run = make_run(args, config, folder)
     medians = {name: statistics.median(values) for name, values in times.items()}
+    rivals = [name for name in ("stock", *DENSE) if name in medians]
     return {
         "machine": machine(),
         "precision": run.precision,
@@ -353,17 +364,11 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "override": args.override,
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
-        **{
-            ratio_key(name): float(f"{medians[name] / medians['ours']:.4g}")
-            for name in ("stock", *DENSE)
-            if name in medians
-        },
+        **{ratio_key(name): float(f"{medians[name] / medians['ours']:.4g}") for name in rivals},
         "mfu": round(_mfu(run, medians["ours"]), 4),
         "share_of_step": shares,
         # one process: on a CPU this is the highest of all so far
-        "peak_memory_gb": {name: round(value, 3) for name, value in memory.items()}
-        if torch.cuda.is_available()
-        else {},
+        "peak_memory_gb": memory if torch.cuda.is_available() else {},
     }
 
 
