@@ -100,6 +100,7 @@ TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 PRONOUNS = {"girl": ("she", "her", "her", "herself"), "boy": ("he", "him", "his", "himself")}
 GRAMMAR = Path(__file__).parent / "configs" / "demo_stories.yaml"
+DEMO_MODEL = GRAMMAR.with_name("demo_model.yaml")
 
 
 @dataclass
@@ -1390,6 +1391,10 @@ def summary(manifest: dict, settings: PrepareSettings, seconds: float | None) ->
     flags = {"dataset_dir": settings.data_dir, "tokenizer_dir": settings.tokenizer_dir}
     defaults = {"dataset_dir": PrepareSettings.data_dir, "tokenizer_dir": PrepareSettings.tokenizer_dir}
     named = [word for flag, path in flags.items() if path != defaults[flag] for word in (f"--{flag}", path)]
+    demo_model = yaml.safe_load(DEMO_MODEL.read_text(encoding="utf-8"))
+    if manifest["tokenizer"]["vocab_size"] > demo_model["padded_vocab_size"]:
+        # without CUDA the demo's model would be taken, which has no room for so many pieces
+        named += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
     return "\n".join(lines) + f"\nnext   {command_line(*RUN_TRAIN, *named)}"
 
 

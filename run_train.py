@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from moe_layers import MoEConfig
 
 ROOT = Path(__file__).resolve().parent
-DEMO_MODEL, DEMO_TRAIN = ROOT / "configs/demo_model.yaml", ROOT / "configs/demo_train.yaml"
+DEMO_TRAIN = ROOT / "configs/demo_train.yaml"
 DATA_DIR = prepare_data.PrepareSettings.data_dir
 PROMPT = "Once upon a time"
 DEMO_VOCAB = 2048  # as padded_vocab_size in demo_model.yaml
@@ -408,7 +408,7 @@ def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
     elif model_config and not config:
         config = _twin(model_config, "model", "train")
     if model_config is None and not _has_cuda():
-        model_config, demo = DEMO_MODEL, True
+        model_config, demo = prepare_data.DEMO_MODEL, True
         note(
             "No CUDA and no model config named: training the small demo model on the CPU "
             "(MoE-200M all the same: --model_config model_config.yaml)."

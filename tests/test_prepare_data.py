@@ -428,3 +428,11 @@ def test_a_killed_run_is_not_taken_for_an_edited_demo_corpus(
     monkeypatch.undo()
     path = prepare_data.write_demo_corpus(tmp_path, 30, 1)
     assert path.read_text(encoding="utf-8").count("<|end") == 30
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(2048, True), (2049, False)])
+def test_the_next_command_names_a_model_with_room_for_the_tokenizer(vocab_size: int, fits: bool) -> None:
+    manifest = {"splits": {}, "tokenizer": {"vocab_size": vocab_size}}
+    last = prepare_data.summary(manifest, PrepareSettings(), None).splitlines()[-1]
+    named = " --model_config model_config.yaml --config train_config.yaml"
+    assert last == "next   uv run python run_train.py" + ("" if fits else named)
