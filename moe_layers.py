@@ -95,7 +95,9 @@ TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this or
     None: "null",  # of an argument without a type, which takes anything
     NoneType: "null",
 }
-LEAST_SHARED = 1 << 24  # multiplications with one of an average expert's matrices, see _share_out
+# multiplications with one of an average expert's matrices
+LEAST_SHARED = 1 << 24  # see _share_out
+MOST_SHARED = 1 << 26  # see _multiply
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -625,34 +627,37 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: torch.Tensor, weight_EC: torch.Tensor, dtype: torch.dtype):
         ctx.save_for_backward(x_NC, weight_EC)
-        return _product(x_NC.to(dtype), weight_EC.to(dtype).t())
+        return _product(x_NC, weight_EC.t(), dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_NE: torch.Tensor):
         x_NC, weight_EC = ctx.saved_tensors
-        x_grad_NC = _product(grad_NE, weight_EC.to(grad_NE.dtype)).to(x_NC.dtype)
-        return x_grad_NC, _product(grad_NE.t(), x_NC.to(grad_NE.dtype)).to(weight_EC.dtype), None
+        x_grad_NC = _product(grad_NE, weight_EC, grad_NE.dtype).to(x_NC.dtype)
+        return x_grad_NC, _product(grad_NE.t(), x_NC, grad_NE.dtype).to(weight_EC.dtype), None
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b, on CUDA too in whole float32: TF32, the 10 bits of which may be allowed, makes ties."""
-    return torch.ops.moe.exact_product(a, b) if a.device.type == "cuda" else a @ b
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a @ b in `dtype`, on CUDA too in whole float32: TF32's 10 bits, if allowed, make ties."""
+    if a.device.type == "cuda" or torch.compiler.is_compiling():
+        return torch.ops.moe.exact_product(a, b, dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
-# An operator, for a compiled graph knows no setting that holds for one product.
+# An operator, for a compiled graph knows no setting that holds for one product, and would keep the copies in
+# `dtype` for the backward pass.
 @torch.library.custom_op("moe::exact_product", mutates_args=())
-def _exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _exact_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        return a @ b
+        return a.to(dtype) @ b.to(dtype)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @_exact_product.register_fake
-def _(a: Any, b: Any) -> torch.Tensor:
-    return a.new_empty(a.size(0), b.size(1))
+def _(a: Any, b: Any, dtype: torch.dtype) -> torch.Tensor:
+    return a.new_empty(a.size(0), b.size(1), dtype=dtype)
 
 
 @register_flop_formula(torch.ops.moe.exact_product)
@@ -729,9 +734,12 @@ def prefers_onednn(x: torch.Tensor) -> bool:
     MKL keeps to AVX2 on AMD's processors, oneDNN uses their AVX-512: 1.4 to 2.3 times as fast at the sizes of
     experts (EPYC, Zen 5, torch 2.10). `torch.backends.mkldnn.flags(enabled=False)` turns it off.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
-        return False
-    return _is_amd_with_avx512()
+    return _has_faster_onednn() and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+@torch.compiler.assume_constant_result  # a processor does not change under a compiled graph
+def _has_faster_onednn() -> bool:
+    return _is_amd_with_avx512() and torch.backends.mkldnn.enabled
 
 
 @cache
@@ -770,6 +778,8 @@ class _Combine(torch.autograd.Function):
 
 def _swiglu(gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up * weight, (R, F)."""
+    if torch.compiler.is_compiling():  # written as in `_swiglu_grad`, which then need not compute it again
+        return gate_RF * gate_RF.sigmoid() * up_RF * weights_R1
     return F.silu(gate_RF).mul_(up_RF).mul_(weights_R1)
 
 
@@ -777,11 +787,18 @@ def _swiglu_grad(
     grad_RF: torch.Tensor, gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what `_swiglu` gave, computed again, and the gradients of its three arguments."""
-    activated_RF = F.silu(gate_RF)
+    if torch.compiler.is_compiling():  # one loop, for which silu and its gradient take the sigmoid once
+        sigmoid_RF = gate_RF.sigmoid()
+        activated_RF = gate_RF * sigmoid_RF
+    else:
+        activated_RF = F.silu(gate_RF)
     hidden_RF = activated_RF * up_RF
     weights_grad_R1 = (grad_RF * hidden_RF).sum(1, keepdim=True)
     grad_RF = grad_RF * weights_R1
-    gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
+    if torch.compiler.is_compiling():
+        gate_grad_RF = grad_RF * up_RF * sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
+    else:
+        gate_grad_RF = torch.ops.aten.silu_backward(grad_RF * up_RF, gate_RF)
     return hidden_RF.mul_(weights_R1), gate_grad_RF, activated_RF.mul_(grad_RF), weights_grad_R1
 
 
@@ -828,8 +845,17 @@ def _segment_experts(
 
     One operator, and one for its gradients, at any number of experts. It gathers an expert's rows as it needs
     them, and does all that there is to do with them while they are in the cache. Autocast casts nothing
-    inside: each matrix is cast as it is used.
+    inside: each matrix is cast as it is used. A compiled graph has operators for the GEMMs alone, and makes
+    one loop of all that is between them.
     """
+    if torch.compiler.is_compiling():
+        weights_P1, token_P, rows_NK, sizes_E = weights_R1, plan.token, plan.inverse, plan.tokens_per_expert
+        if _uses_onednn(x_NC):
+            sizes_E, token_P, row_R = torch.ops.moe.slots(plan.token, plan.ends, x_NC)
+            weights_P1 = weights_R1.new_zeros(token_P.size(0), 1).index_copy(0, row_R, weights_R1)
+            rows_NK = row_R[plan.inverse]
+        # on CUDA this waits for the device: once here, and not in each operator
+        return _CompiledExperts.apply(x_NC, weights_P1, token_P, rows_NK, sizes_E.cpu(), *fc_1, *fc_2, *proj)
     return torch.ops.moe.experts(x_NC, weights_R1, plan.token, plan.inverse, plan.ends, fc_1, fc_2, proj)[0]
 
 
@@ -1047,6 +1073,195 @@ def _(x: Any, weights: Any, token: Any, inverse: Any, ends: Any, *maps: Any, **_
 @register_flop_formula(torch.ops.moe.experts_grad)
 def _(grad: Any, gate: Any, up: Any, x: Any, weights: Any, token: Any, *others: Any, **_: Any) -> int:
     return sum(2 * 2 * token[0] * math.prod(matrices[0]) for matrices in others[2:])
+
+
+# The experts as a compiled graph has them.
+
+
+@torch.library.custom_op("moe::slots", mutates_args=())
+def _slots(
+    token: torch.Tensor, ends: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `_Slots` in tensors: sizes (E,), token (at most P,) and row (R,)."""
+    slots = _Slots.of(token, ends, x)
+    token_P = token.new_zeros(_most_slots(x, token.size(0), ends.size(0)))
+    token_P[: slots.token.size(0)] = slots.token
+    return torch.tensor(slots.sizes, device=token.device), token_P, slots.row
+
+
+@_slots.register_fake
+def _(token: Any, ends: Any, x: Any) -> Any:
+    most = _most_slots(x, token.size(0), ends.size(0))
+    return token.new_empty(ends.size(0)), token.new_empty(most), torch.empty_like(token)
+
+
+class _Product(NamedTuple):
+    """a @ b, written or added to `out`.
+
+    All are made before the first is done: after a GEMM, Python finds little in the cache.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    out: torch.Tensor
+    is_added: bool = False
+
+
+def _multiply(products: list[list[_Product]], sizes: list[int], matrix: torch.Tensor) -> None:
+    """Do each expert's products, see `_share_out`; from some size on all threads do better at one of them."""
+
+    def work(e: int) -> None:
+        for a, b, out, is_added in products[e]:
+            if is_added:
+                add_matmul(out, a, b)
+            else:
+                matmul(a, b, out=out)
+
+    if sum(sizes) * matrix.numel() < len(sizes) * MOST_SHARED:
+        return _share_out(work, sizes, matrix)
+    for e in range(len(sizes)):
+        work(e)
+
+
+def _cast(maps: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    return maps if maps[0].dtype == dtype else [matrix.to(dtype) for matrix in maps]
+
+
+def _split(rows: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    """Return each expert's part of a tensor of as many rows as there are slots, or more."""
+    return rows[: sum(sizes)].split(sizes)
+
+
+@torch.library.custom_op("moe::rows", mutates_args=())
+def _rows(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return x[token]. An operator, for Inductor writes it anew for each operator that takes it."""
+    return x.index_select(0, token)
+
+
+@_rows.register_fake
+def _(x: Any, token: Any) -> Any:
+    return x.new_empty(token.size(0), x.size(1))
+
+
+@torch.library.custom_op("moe::segments", mutates_args=())
+def _segments(
+    x: torch.Tensor, sizes: torch.Tensor, maps: list[torch.Tensor], transposed: bool
+) -> list[torch.Tensor]:
+    """Return x times the matrices, or their transposes, of each slot's expert: one product for every E."""
+    shares, outputs = sizes.tolist(), _segments_shapes(x, sizes, maps, transposed)
+    matrices = _cast(maps, x.dtype)
+    if transposed:
+        matrices = [matrix.t() for matrix in matrices]
+    parts = itertools.chain(*(_split(output, shares) for output in outputs))
+    products = list(map(_Product, itertools.cycle(_split(x, shares)), matrices, parts))
+    _multiply([products[e :: len(shares)] for e in range(len(shares))], shares, maps[0])
+    return outputs
+
+
+@_segments.register_fake
+def _segments_shapes(x: Any, sizes: Any, maps: Any, transposed: bool) -> Any:
+    shape = x.size(0), maps[0].size(0 if transposed else 1)
+    return [x.new_empty(shape) for _ in range(len(maps) // sizes.size(0))]
+
+
+@torch.library.custom_op("moe::segments_grad", mutates_args=())
+def _segments_grad(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    gate_grad: torch.Tensor,
+    up_grad: torch.Tensor,
+    x: torch.Tensor,
+    token: torch.Tensor,
+    sizes: torch.Tensor,
+    fc_1: list[torch.Tensor],
+    fc_2: list[torch.Tensor],
+    proj: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Return the gradients of each slot's x, (P, C), and of every fc_1, fc_2 and proj.
+
+    x[token] is made again here: a graph would keep it from the forward pass.
+    """
+    x = x.index_select(0, token)
+    shares, x_grad = sizes.tolist(), torch.empty_like(x)
+    grads = [[torch.empty_like(matrix) for matrix in maps] for maps in (fc_1, fc_2, proj)]
+    rows = (_split(part, shares) for part in (grad, hidden, gate_grad, up_grad, x, x_grad))
+    matrices = _cast(fc_1, x.dtype), _cast(fc_2, x.dtype), *grads
+
+    def products_of(
+        grad_SC: torch.Tensor,
+        hidden_SF: torch.Tensor,
+        gate_grad_SF: torch.Tensor,
+        up_grad_SF: torch.Tensor,
+        x_SC: torch.Tensor,
+        x_grad_SC: torch.Tensor,
+        fc_1: torch.Tensor,
+        fc_2: torch.Tensor,
+        fc_1_grad: torch.Tensor,
+        fc_2_grad: torch.Tensor,
+        proj_grad: torch.Tensor,
+    ) -> list[_Product]:
+        return [
+            _Product(grad_SC.t(), hidden_SF, proj_grad),
+            _Product(gate_grad_SF.t(), x_SC, fc_1_grad),
+            _Product(up_grad_SF.t(), x_SC, fc_2_grad),
+            _Product(gate_grad_SF, fc_1, x_grad_SC),
+            _Product(up_grad_SF, fc_2, x_grad_SC, is_added=True),
+        ]
+
+    _multiply(list(map(products_of, *rows, *matrices)), shares, fc_1[0])
+    return [x_grad, *itertools.chain(*grads)]
+
+
+@_segments_grad.register_fake
+def _(
+    grad: Any, hidden: Any, gate_grad: Any, up_grad: Any, x: Any, token: Any, sizes: Any, *maps: Any
+) -> Any:
+    return [torch.empty_like(tensor) for tensor in (grad, *itertools.chain(*maps))]
+
+
+@register_flop_formula(torch.ops.moe.segments)
+def _(x: Any, sizes: Any, maps: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * math.prod(maps[0]) * (len(maps) // sizes[0])
+
+
+@register_flop_formula(torch.ops.moe.segments_grad)
+def _(grad: Any, hidden: Any, gate: Any, up: Any, x: Any, token: Any, *maps: Any, **_: Any) -> int:
+    return 5 * 2 * token[0] * math.prod(maps[1][0])
+
+
+class _CompiledExperts(torch.autograd.Function):
+    """`_experts` and its gradients, of which backward computes SwiGLU again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NC: torch.Tensor,
+        weights_P1: torch.Tensor,
+        token_P: torch.Tensor,
+        rows_NK: torch.Tensor,
+        sizes_E: torch.Tensor,
+        *maps: torch.Tensor,
+    ) -> torch.Tensor:
+        n_expert = sizes_E.size(0)
+        x_PC = torch.ops.moe.rows(x_NC, token_P)
+        gate_PF, up_PF = torch.ops.moe.segments(x_PC, sizes_E, maps[: 2 * n_expert], True)
+        hidden_PF = _swiglu(gate_PF, up_PF, weights_P1)
+        (y_PC,) = torch.ops.moe.segments(hidden_PF, sizes_E, maps[2 * n_expert :], True)
+        ctx.save_for_backward(gate_PF, up_PF, weights_P1, x_NC, token_P, rows_NK, sizes_E, *maps)
+        return _sum_of_rows(y_PC, rows_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *hidden_parts, x_NC, token_P, rows_NK, sizes_E = ctx.saved_tensors[:7]
+        matrices, n_expert = ctx.saved_tensors[7:], sizes_E.size(0)
+        maps = [matrices[at : at + n_expert] for at in range(0, 3 * n_expert, n_expert)]
+        grad_PC = torch.ops.moe.rows(grad_NC, token_P)
+        (hidden_grad_PF,) = torch.ops.moe.segments(grad_PC, sizes_E, maps[2], False)
+        *hidden_and_grads, weights_grad_P1 = _swiglu_grad(hidden_grad_PF, *hidden_parts)
+        x_grad_PC, *grads = torch.ops.moe.segments_grad(
+            grad_PC, *hidden_and_grads, x_NC, token_P, sizes_E, *maps
+        )
+        return _sum_of_rows(x_grad_PC, rows_NK), weights_grad_P1, None, None, None, *grads
 
 
 @torch.compiler.disable  # row counts are data: compiling would specialise on each and recompile for ever

@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, TINY_CONFIG
 from litgpt.model import GPT, LLaMAMoE
 from test_moe_layers import pair, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -189,14 +191,19 @@ def threads(monkeypatch) -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [0.0, 1.0, 30.0], ids=["even", "uneven", "one expert has all"])
-def test_experts_shared_out_over_threads_give_what_one_thread_gives(threads, dtype, shift) -> None:
+def test_experts_shared_out_over_threads_give_what_one_thread_gives(threads, dtype, shift, compiled) -> None:
     _, layer = pair(LLaMAMoE, dtype, n_expert=16, n_expert_per_token=2, **WIDE)
     x = torch.randn(4, 32, 64, dtype=dtype)
     x[..., 0] = 1
     with torch.no_grad():
         layer.gate.weight[3, 0] += shift
+    if compiled:
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+        layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
     threads(1)
     expected = run(layer, x)
     for n_threads in (2, 3):
@@ -235,6 +242,17 @@ def test_only_what_can_be_shared_evenly_is(threads, monkeypatch) -> None:
         monkeypatch.setattr(moe_layers, "LEAST_SHARED", 1000)
         moe_layers._share_out(work, [5, 5], matrix)
         assert where[0] == where[1] == "main"
+
+
+@pytest.mark.parametrize(("most", "name"), [(16, "MainThread"), (17, "experts")])
+def test_a_compiled_graph_s_large_products_are_done_by_all_threads(threads, monkeypatch, most, name) -> None:
+    threads(2)
+    monkeypatch.setattr(moe_layers, "MOST_SHARED", most)
+    names = []
+    monkeypatch.setattr(moe_layers, "matmul", lambda *_, **__: names.append(threading.current_thread().name))
+    product = moe_layers._Product(*[torch.empty(2, 2)] * 3)
+    moe_layers._multiply([[product], [product]], [4, 4], torch.empty(2, 2))
+    assert [found.rpartition("_")[0] or found for found in names] == [name, name]
 
 
 def test_what_goes_wrong_in_a_thread_is_told(threads) -> None:
@@ -321,13 +339,18 @@ def saved_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n_expert", "top_k"), [(8, 2), (64, 8)])
-def test_saved_activations_are_at_most_three_quarters_of_stock_s(n_expert, top_k, dtype) -> None:
+def test_saved_activations_are_at_most_three_quarters_of_stock_s(n_expert, top_k, dtype, compiled) -> None:
     stock, ours = pair(
         LLaMAMoE, dtype, n_expert=n_expert, n_expert_per_token=top_k, n_embd=128, moe_intermediate_size=128
     )
     x = torch.randn(8, 64, 128, dtype=dtype, requires_grad=True)
+    if compiled:  # what Inductor's partition of the graph keeps, which may be more than the layer asks for
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+        ours = torch.compile(ours, backend="aot_eager_decomp_partition", fullgraph=True)
     assert saved_bytes(ours, x) <= 0.75 * saved_bytes(stock, x)
 
 
@@ -365,16 +388,60 @@ def test_flops_of_a_real_run_are_those_of_the_active_experts() -> None:
     assert flops.get_total_flops() == 3 * forward
 
 
-def test_under_autocast_the_experts_compute_in_bf16_and_their_gradients_are_float32() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_graph_s_operators_keep_torch_s_rules(dtype) -> None:
+    x, token, ends = torch.randn(4, 6, dtype=dtype), torch.tensor([0, 1, 3, 2, 2, 0]), torch.tensor([2, 2, 6])
+    sizes, token_P, row_R = torch.ops.moe.slots(token, ends, x)
+    fc_1, fc_2 = ([torch.randn(8, 6, dtype=dtype) for _ in range(3)] for _ in range(2))
+    proj = [torch.randn(6, 8, dtype=dtype) for _ in range(3)]
+    x_PC = torch.ops.moe.rows(x, token_P)
+    assert torch.equal(x_PC[row_R], x[token])
+    gate_PF, up_PF = torch.ops.moe.segments(x_PC, sizes, [*fc_1, *fc_2], True)
+    torch.testing.assert_close(up_PF[row_R[2:]], x[token[2:]] @ fc_2[2].t())
+    calls = {
+        "slots": (token, ends, x),
+        "rows": (x, token_P),
+        "segments": (x_PC, sizes, proj, False),
+        "segments_grad": (x_PC, gate_PF, up_PF, gate_PF, x, token_P, sizes, fc_1, fc_2, proj),
+    }
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.moe, name)
+        torch.library.opcheck(operator, arguments, test_utils="test_schema")
+        # opcheck's own comparison takes values too, and behind the last slot any may lie
+        with FakeTensorMode() as mode:
+            fake = operator(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+        made = operator(*arguments)
+        for found, promised in zip(pytree.tree_leaves(made), pytree.tree_leaves(fake), strict=True):
+            assert (found.shape, found.stride()) == (promised.shape, promised.stride())
+            assert (found.dtype, found.device) == (promised.dtype, promised.device)
+
+
+def test_a_compiled_graph_s_operators_count_their_flops() -> None:
+    x, sizes, maps = torch.randn(6, 4), torch.tensor([2, 4]), [torch.randn(8, 4) for _ in range(4)]
+    with FlopCounterMode(display=False) as flops:
+        gate, up = torch.ops.moe.segments(x, sizes, maps, True)
+    assert flops.get_total_flops() == 2 * (2 * 6 * 8 * 4)
+    proj = [torch.randn(4, 8) for _ in range(2)]
+    with FlopCounterMode(display=False) as flops:
+        torch.ops.moe.segments_grad(x, gate, gate, up, x, torch.arange(6), sizes, maps[:2], maps[2:], proj)
+    assert flops.get_total_flops() == 5 * (2 * 6 * 8 * 4)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_under_autocast_the_experts_compute_in_bf16_and_their_gradients_are_float32(compiled) -> None:
     _, layer = pair(LLaMAMoE, torch.float32)
+    exact = pair(LLaMAMoE, torch.float32)[1]
+    exact.load_state_dict(layer.state_dict())
+    if compiled:
+        torch.compiler.set_stance("default")
+        torch._dynamo.reset()
+        layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 32, 16, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     y.sum().backward()
     assert y.dtype == torch.float32
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
-    exact = pair(LLaMAMoE, torch.float32)[1]
-    exact.load_state_dict(layer.state_dict())
     assert not torch.equal(exact(x), y)
     torch.testing.assert_close(exact(x), y, rtol=0.05, atol=0.05)
 

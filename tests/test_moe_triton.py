@@ -136,7 +136,7 @@ def test_the_operators_keep_torch_s_rules(device: str) -> None:
     torch.testing.assert_close(y[3:], x[rows[3:]] @ w[2].t(), rtol=1e-5, atol=1e-5)
     torch.library.opcheck(torch.ops.moe.expert_rows, (y, w.mT, None, ends, *tiles))
     torch.library.opcheck(torch.ops.moe.expert_matrices, (y, None, x, rows, ends))
-    torch.library.opcheck(torch.ops.moe.exact_product, (x, w[0].t()))
+    torch.library.opcheck(torch.ops.moe.exact_product, (x, w[0].t(), torch.float32))
 
 
 def test_one_graph_serves_every_load(device: str) -> None:
