@@ -1108,7 +1108,11 @@ class _Product(NamedTuple):
 
 
 def _multiply(products: list[list[_Product]], sizes: list[int], matrix: torch.Tensor) -> None:
-    """Do each expert's products, see `_share_out`; from some size on all threads do better at one of them."""
+    """Do each expert's products, see `_share_out`; from some size on all threads do better at one of them.
+
+    That is OpenMP's doing: its threads spin for 7 ms after a loop (libgomp, Xeon), on a processor that a
+    thread with an expert needs. To have them sleep at once costs a whole training step more than it gives.
+    """
 
     def work(e: int) -> None:
         for a, b, out, is_added in products[e]:
