@@ -969,16 +969,25 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     for split in SPLITS:
         if not shards[split]:
             clean(data_dir, listed_in_place(data_dir))
-            raise ValueError(
-                f"{data_dir}: no story for the {split} split; give more text, or end each story by "
-                f"a line {settings.separator!r} (--separator names another, '' splits at blank lines)"
-            )
+            raise ValueError(_no_story(data_dir, split, settings.separator, writer.n_duplicates[split]))
         entry = {key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")}
         entry["n_duplicates"] = writer.n_duplicates[split]
         entry["n_replaced_bytes"] = sum(reader.n_replaced_bytes for reader in readers[split])
         entry["text"] = [reader.record(data_dir) for reader in readers[split]]
         splits[split] = entry | {"shards": shards[split]}
     return splits
+
+
+def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> str:
+    if split == "train" and n_duplicates:
+        return (
+            f"{data_dir}: no story for the train split that val does not have too "
+            f"({n_duplicates:,} dropped); give it other text"
+        )
+    return (
+        f"{data_dir}: no story for the {split} split; give more text, or end each story by a line "
+        f"{separator!r} (--separator names another, '' splits at blank lines)"
+    )
 
 
 def listed_in_place(data_dir: Path) -> list[dict]:

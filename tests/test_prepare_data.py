@@ -198,6 +198,16 @@ def test_one_story_cannot_be_two_splits(tmp_path: Path, tiny_tokenizer_dir: Path
         prepare(PrepareSettings(tmp_path, tokenizer_dir=tiny_tokenizer_dir))
 
 
+def test_a_train_text_that_val_has_too_is_told_apart_from_one_too_short(settings: PrepareSettings) -> None:
+    text = write_text(settings.data_dir / "train" / "a.txt", make_text(20, seed=3))
+    for path in (settings.data_dir / "val").glob("*.txt"):
+        path.write_bytes(text.read_bytes())
+    for path in (settings.data_dir / "train").glob("*.txt"):
+        path.write_bytes(text.read_bytes())
+    with pytest.raises(ValueError, match="no story for the train split that val does not have too"):
+        prepare(settings)
+
+
 def test_a_corpus_that_is_too_short_leaves_nothing_behind(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     text = write_text(tmp_path / "train" / "a.txt", make_text(1))
     with pytest.raises(ValueError, match="no story for the train split"):
