@@ -402,6 +402,11 @@ def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
     """Return the two YAML files of this run, and say on stderr when the demo's are taken."""
     config = Path(given["config"][0]) if "config" in given else None
     model_config = Path(given["model_config"][0]) if "model_config" in given else None
+    for path in filter(None, (config, model_config)):
+        if not path.is_file():  # read_mapping says so too, some seconds later: it comes with torch
+            raise FileNotFoundError(
+                f"{path}: no such configuration file; name one that is there, as those in configs/ are"
+            )
     # a checkpoint's own two, the pair at the top, the demo's pair
     if config and not model_config:
         model_config = _twin(config, "train", "model")

@@ -80,6 +80,15 @@ def test_help_exits_0_without_importing_anything_heavy(script: Path) -> None:
     assert result.stderr.splitlines()[-1].split() == ["imported:"]
 
 
+@pytest.mark.parametrize("flag", ["--config=none.yaml", "--model_config=none.yaml"])
+def test_a_wrong_name_of_a_config_is_told_before_torch_is_imported(flag: str) -> None:
+    result = run_python(RUN_AND_LIST_MODULES, ROOT / "run_train.py", flag, *HEAVY)
+    assert result.returncode == 2
+    *_, error, imported = result.stderr.splitlines()
+    assert error.startswith("error: none.yaml: no such configuration file; ")
+    assert imported.split() == ["imported:"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not tell the time that a child worked")
 @pytest.mark.parametrize("script", SCRIPTS, ids=relative)
 def test_help_answers_within_a_second_of_work(script: Path) -> None:
