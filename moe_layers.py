@@ -11,26 +11,25 @@ moe_intermediate_size, R = N*K routed rows (one per token and choice), P rows in
 one expert. A tensor's name ends in its axes: `router_logits_NE` is (N, E).
 """
 
+import ctypes
 import difflib
 import hashlib
 import heapq
 import itertools
 import json
 import math
-import os
 import pickle
 import platform
 import re
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from subprocess import SubprocessError
-from threading import Barrier
 from types import NoneType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
@@ -95,9 +94,7 @@ TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this or
     None: "null",  # of an argument without a type, which takes anything
     NoneType: "null",
 }
-# multiplications with one of an average expert's matrices
-LEAST_SHARED = 1 << 24  # see _share_out
-MOST_SHARED = 1 << 26  # see _multiply
+LEAST_SHARED = 1 << 24  # multiplications with one of an average expert's matrices, see _share_out
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -904,38 +901,37 @@ def _most_slots(x: torch.Tensor, n_rows: int, n_expert: int) -> int:
 
 
 def _share_out(work: Callable[[int], None], sizes: list[int], matrix: torch.Tensor) -> None:
-    """Call `work` on every expert, on a CPU several at a time, each by one thread.
+    """Call `work` on every job, on a CPU several at a time, each by one thread.
 
     Two threads on one expert's few hundred rows wait for each other more than they gain: its bfloat16 GEMMs
-    are no faster by two than by one (Xeon with AMX, 64 experts). Experts too large to be shared out evenly
-    are done first, one after another by all threads; so are all where there is too little to do in each, as
+    are no faster by two than by one (Xeon with AMX, 64 experts). Jobs too large to be shared out evenly are
+    done first, one after another by all threads; so are all where there is too little to do in each, as
     Python itself runs in one thread at a time.
 
     Args:
-        sizes: of each expert, in rows.
+        work: does one job: what is to be done with an expert, or a part of it.
+        sizes: of each job, in rows.
         matrix: one of an expert's, for its device and size.
     """
-    n_threads = torch.get_num_threads() if matrix.device.type == "cpu" else 1
+    n_threads = torch.get_num_threads() if matrix.device.type == "cpu" and _openmp() else 1
     waiting = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
     is_worth_it = n_threads > 1 and sum(sizes) * matrix.numel() >= len(sizes) * LEAST_SHARED
     n_together = 0 if is_worth_it else len(sizes)
-    while n_together < len(sizes) and not _is_even([sizes[e] for e in waiting[n_together:]], n_threads):
+    while n_together < len(sizes) and not _is_even([sizes[job] for job in waiting[n_together:]], n_threads):
         n_together += 1
-    for e in waiting[:n_together]:
-        work(e)
+    for job in waiting[:n_together]:
+        work(job)
     if n_together == len(sizes):
         return
     rest = iter(waiting[n_together:])  # of a list: to take the next from it is safe in threads
-
     is_inference = torch.is_inference_mode_enabled()  # a thread has modes of its own
 
     def take() -> None:
         with torch.inference_mode(is_inference), torch.no_grad():
-            for e in rest:
-                work(e)
+            for job in rest:
+                work(job)
 
-    for future in [_threads(n_threads, os.getpid()).submit(take) for _ in range(n_threads)]:
-        future.result()
+    _run_in_team(take, n_threads)
 
 
 def _is_even(sizes: list[int], n_threads: int) -> bool:
@@ -946,19 +942,40 @@ def _is_even(sizes: list[int], n_threads: int) -> bool:
     return 7 / 8 * max(loads) * n_threads <= sum(sizes)
 
 
-@lru_cache(maxsize=1)
-def _threads(n_threads: int, _process: int) -> ThreadPoolExecutor:
-    """Return as many threads, of this process, whose operators begin no threads in turn."""
-    pool, all_there = ThreadPoolExecutor(n_threads, "experts"), Barrier(n_threads)
+def _run_in_team(work: Callable[[], None], n_threads: int) -> None:
+    """Call `work` in each thread of OpenMP's own team, in which operators begin no threads in turn.
 
-    def begin() -> None:
-        torch.get_num_threads()  # asked for the first time in a thread, it sets what the others have
-        torch.set_num_threads(1)  # of this thread, and of those to come
-        all_there.wait()
+    Threads of ours would share the processors with OpenMP's, which spin after each loop lest they be late for
+    the next (libgomp, 7 ms on a Xeon). This is what `#pragma omp parallel` compiles to, see the libgomp
+    manual, "Implementing PARALLEL construct".
+    """
+    openmp, errors = _openmp(), []
 
-    wait([pool.submit(begin) for _ in range(n_threads)])
-    torch.set_num_threads(n_threads)
-    return pool
+    def begin(_: Any) -> None:
+        try:
+            torch.get_num_threads()  # asked for the first time in a thread, it sets what the others have
+            openmp.omp_set_num_threads(1)  # of this thread until the team ends: oneDNN asks for it
+            work()
+        except BaseException as error:  # which cannot pass through OpenMP: Ctrl-C too
+            errors.append(error)
+
+    openmp.GOMP_parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(begin), None, n_threads, 0)
+    if errors:
+        raise errors[0]
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """Return the OpenMP that torch runs its loops with, or None where it is not to be had by GCC's names."""
+    if sys.platform != "linux":  # elsewhere it is another OpenMP, with other names
+        return None
+    library, n_threads = ctypes.CDLL(None), torch.get_num_threads()
+    if not hasattr(library, "GOMP_parallel"):
+        return None
+    library.omp_set_num_threads(n_threads + 1)  # which torch hears of if the library is its own
+    is_torch_s = torch.get_num_threads() == n_threads + 1
+    library.omp_set_num_threads(n_threads)
+    return library if is_torch_s else None
 
 
 @torch.library.custom_op("moe::experts", mutates_args=())
@@ -1095,76 +1112,42 @@ def _(token: Any, ends: Any, x: Any) -> Any:
     return token.new_empty(ends.size(0)), token.new_empty(most), torch.empty_like(token)
 
 
-class _Product(NamedTuple):
-    """a @ b, written or added to `out`.
-
-    All are made before the first is done: after a GEMM, Python finds little in the cache.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    out: torch.Tensor
-    is_added: bool = False
-
-
-def _multiply(products: list[list[_Product]], sizes: list[int], matrix: torch.Tensor) -> None:
-    """Do each expert's products, see `_share_out`; from some size on all threads do better at one of them.
-
-    That is OpenMP's doing: its threads spin for 7 ms after a loop (libgomp, Xeon), on a processor that a
-    thread with an expert needs. To have them sleep at once costs a whole training step more than it gives.
-    """
-
-    def work(e: int) -> None:
-        for a, b, out, is_added in products[e]:
-            if is_added:
-                add_matmul(out, a, b)
-            else:
-                matmul(a, b, out=out)
-
-    if sum(sizes) * matrix.numel() < len(sizes) * MOST_SHARED:
-        return _share_out(work, sizes, matrix)
-    for e in range(len(sizes)):
-        work(e)
-
-
-def _cast(maps: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    return maps if maps[0].dtype == dtype else [matrix.to(dtype) for matrix in maps]
-
-
 def _split(rows: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
     """Return each expert's part of a tensor of as many rows as there are slots, or more."""
     return rows[: sum(sizes)].split(sizes)
 
 
-@torch.library.custom_op("moe::rows", mutates_args=())
-def _rows(x: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Return x[token]. An operator, for Inductor writes it anew for each operator that takes it."""
-    return x.index_select(0, token)
-
-
-@_rows.register_fake
-def _(x: Any, token: Any) -> Any:
-    return x.new_empty(token.size(0), x.size(1))
-
-
 @torch.library.custom_op("moe::segments", mutates_args=())
 def _segments(
-    x: torch.Tensor, sizes: torch.Tensor, maps: list[torch.Tensor], transposed: bool
+    x: torch.Tensor,
+    rows: torch.Tensor | None,
+    sizes: torch.Tensor,
+    maps: list[torch.Tensor],
+    transposed: bool,
 ) -> list[torch.Tensor]:
-    """Return x times the matrices, or their transposes, of each slot's expert: one product for every E."""
-    shares, outputs = sizes.tolist(), _segments_shapes(x, sizes, maps, transposed)
-    matrices = _cast(maps, x.dtype)
+    """Return x times the matrices, or their transposes, of each slot's expert: one product for every E.
+
+    With `rows`, of x[rows] (P,): gathered by the thread that multiplies them, they are in its cache.
+    """
+    counts, products = sizes.tolist(), _segments_shapes(x, rows, sizes, maps, transposed)
+    parts = [_split(tensor, counts) for tensor in (x if rows is None else rows, *products)]
     if transposed:
-        matrices = [matrix.t() for matrix in matrices]
-    parts = itertools.chain(*(_split(output, shares) for output in outputs))
-    products = list(map(_Product, itertools.cycle(_split(x, shares)), matrices, parts))
-    _multiply([products[e :: len(shares)] for e in range(len(shares))], shares, maps[0])
-    return outputs
+        maps = [matrix.t() for matrix in maps]
+
+    def work(e: int) -> None:
+        x_SI, *products_SO = (part[e] for part in parts)
+        if rows is not None:
+            x_SI = x.index_select(0, x_SI)
+        for matrix, product_SO in zip(maps[e :: len(counts)], products_SO, strict=True):
+            matmul(x_SI, matrix.to(x.dtype), out=product_SO)
+
+    _share_out(work, counts, maps[0])
+    return products
 
 
 @_segments.register_fake
-def _segments_shapes(x: Any, sizes: Any, maps: Any, transposed: bool) -> Any:
-    shape = x.size(0), maps[0].size(0 if transposed else 1)
+def _segments_shapes(x: Any, rows: Any, sizes: Any, maps: Any, transposed: bool) -> Any:
+    shape = (x if rows is None else rows).size(0), maps[0].size(0 if transposed else 1)
     return [x.new_empty(shape) for _ in range(len(maps) // sizes.size(0))]
 
 
@@ -1183,49 +1166,52 @@ def _segments_grad(
 ) -> list[torch.Tensor]:
     """Return the gradients of each slot's x, (P, C), and of every fc_1, fc_2 and proj.
 
-    x[token] is made again here: a graph would keep it from the forward pass.
+    Args:
+        grad: of each token's output, (N, C).
+        hidden: what proj was multiplied with, (P, F), like the two gradients after it.
+        x: (N, C).
     """
-    x = x.index_select(0, token)
-    shares, x_grad = sizes.tolist(), torch.empty_like(x)
-    grads = [[torch.empty_like(matrix) for matrix in maps] for maps in (fc_1, fc_2, proj)]
-    rows = (_split(part, shares) for part in (grad, hidden, gate_grad, up_grad, x, x_grad))
-    matrices = _cast(fc_1, x.dtype), _cast(fc_2, x.dtype), *grads
+    counts, x_grad = sizes.tolist(), x.new_empty(token.size(0), x.size(1))
+    fc_1_grads, fc_2_grads, proj_grads = ([torch.empty_like(w) for w in maps] for maps in (fc_1, fc_2, proj))
+    rows = (token, hidden, gate_grad, up_grad, x_grad)
+    token_E, hidden_E, gate_grad_E, up_grad_E, x_grad_E = (_split(tensor, counts) for tensor in rows)
 
-    def products_of(
-        grad_SC: torch.Tensor,
-        hidden_SF: torch.Tensor,
-        gate_grad_SF: torch.Tensor,
-        up_grad_SF: torch.Tensor,
-        x_SC: torch.Tensor,
-        x_grad_SC: torch.Tensor,
-        fc_1: torch.Tensor,
-        fc_2: torch.Tensor,
-        fc_1_grad: torch.Tensor,
-        fc_2_grad: torch.Tensor,
-        proj_grad: torch.Tensor,
-    ) -> list[_Product]:
-        return [
-            _Product(grad_SC.t(), hidden_SF, proj_grad),
-            _Product(gate_grad_SF.t(), x_SC, fc_1_grad),
-            _Product(up_grad_SF.t(), x_SC, fc_2_grad),
-            _Product(gate_grad_SF, fc_1, x_grad_SC),
-            _Product(up_grad_SF, fc_2, x_grad_SC, is_added=True),
-        ]
+    def of_fc(e: int) -> None:
+        x_SC = x.index_select(0, token_E[e])
+        matmul(gate_grad_E[e].t(), x_SC, out=fc_1_grads[e])
+        matmul(up_grad_E[e].t(), x_SC, out=fc_2_grads[e])
 
-    _multiply(list(map(products_of, *rows, *matrices)), shares, fc_1[0])
-    return [x_grad, *itertools.chain(*grads)]
+    def of_x(e: int) -> None:
+        matmul(gate_grad_E[e], fc_1[e].to(x.dtype), out=x_grad_E[e])
+        add_matmul(x_grad_E[e], up_grad_E[e], fc_2[e].to(x.dtype))
+
+    def of_proj(e: int) -> None:
+        matmul(grad.index_select(0, token_E[e]).t(), hidden_E[e], out=proj_grads[e])
+
+    def of_expert(e: int) -> None:
+        for of_part in parts:
+            of_part(e)
+
+    parts = of_fc, of_x, of_proj
+    if len(counts) >= 8 * torch.get_num_threads():
+        _share_out(of_expert, counts, fc_1[0])
+    else:  # a thread could be done long before the others; the last part has half the products
+        sizes_J = [*counts, *counts, *(count // 2 for count in counts)]
+        _share_out(lambda job: parts[job // len(counts)](job % len(counts)), sizes_J, fc_1[0])
+    return [x_grad, *fc_1_grads, *fc_2_grads, *proj_grads]
 
 
 @_segments_grad.register_fake
 def _(
     grad: Any, hidden: Any, gate_grad: Any, up_grad: Any, x: Any, token: Any, sizes: Any, *maps: Any
 ) -> Any:
-    return [torch.empty_like(tensor) for tensor in (grad, *itertools.chain(*maps))]
+    x_grad = x.new_empty(token.size(0), x.size(1))
+    return [x_grad, *map(torch.empty_like, itertools.chain(*maps))]
 
 
 @register_flop_formula(torch.ops.moe.segments)
-def _(x: Any, sizes: Any, maps: Any, *_: Any, **__: Any) -> int:
-    return 2 * x[0] * math.prod(maps[0]) * (len(maps) // sizes[0])
+def _(x: Any, rows: Any, sizes: Any, maps: Any, *_: Any, **__: Any) -> int:
+    return 2 * (x if rows is None else rows)[0] * math.prod(maps[0]) * (len(maps) // sizes[0])
 
 
 @register_flop_formula(torch.ops.moe.segments_grad)
@@ -1247,10 +1233,9 @@ class _CompiledExperts(torch.autograd.Function):
         *maps: torch.Tensor,
     ) -> torch.Tensor:
         n_expert = sizes_E.size(0)
-        x_PC = torch.ops.moe.rows(x_NC, token_P)
-        gate_PF, up_PF = torch.ops.moe.segments(x_PC, sizes_E, maps[: 2 * n_expert], True)
+        gate_PF, up_PF = torch.ops.moe.segments(x_NC, token_P, sizes_E, maps[: 2 * n_expert], True)
         hidden_PF = _swiglu(gate_PF, up_PF, weights_P1)
-        (y_PC,) = torch.ops.moe.segments(hidden_PF, sizes_E, maps[2 * n_expert :], True)
+        (y_PC,) = torch.ops.moe.segments(hidden_PF, None, sizes_E, maps[2 * n_expert :], True)
         ctx.save_for_backward(gate_PF, up_PF, weights_P1, x_NC, token_P, rows_NK, sizes_E, *maps)
         return _sum_of_rows(y_PC, rows_NK)
 
@@ -1259,11 +1244,10 @@ class _CompiledExperts(torch.autograd.Function):
         *hidden_parts, x_NC, token_P, rows_NK, sizes_E = ctx.saved_tensors[:7]
         matrices, n_expert = ctx.saved_tensors[7:], sizes_E.size(0)
         maps = [matrices[at : at + n_expert] for at in range(0, 3 * n_expert, n_expert)]
-        grad_PC = torch.ops.moe.rows(grad_NC, token_P)
-        (hidden_grad_PF,) = torch.ops.moe.segments(grad_PC, sizes_E, maps[2], False)
+        (hidden_grad_PF,) = torch.ops.moe.segments(grad_NC, token_P, sizes_E, maps[2], False)
         *hidden_and_grads, weights_grad_P1 = _swiglu_grad(hidden_grad_PF, *hidden_parts)
         x_grad_PC, *grads = torch.ops.moe.segments_grad(
-            grad_PC, *hidden_and_grads, x_NC, token_P, sizes_E, *maps
+            grad_NC, *hidden_and_grads, x_NC, token_P, sizes_E, *maps
         )
         return _sum_of_rows(x_grad_PC, rows_NK), weights_grad_P1, None, None, None, *grads
 

@@ -288,18 +288,17 @@ def test_a_compiled_graph_s_operators_keep_torch_s_rules(dtype) -> None:
     sizes, token_P, row_R = torch.ops.moe.slots(token, ends, x)
     fc_1, fc_2 = ([torch.randn(8, 6, dtype=dtype) for _ in range(3)] for _ in range(2))
     proj = [torch.randn(6, 8, dtype=dtype) for _ in range(3)]
-    x_PC = torch.ops.moe.rows(x, token_P)
-    assert torch.equal(x_PC[row_R], x[token])
-    gate_PF, up_PF = torch.ops.moe.segments(x_PC, sizes, [*fc_1, *fc_2], True)
+    assert torch.equal(token_P[row_R], token)
+    gate_PF, up_PF = torch.ops.moe.segments(x, token_P, sizes, [*fc_1, *fc_2], True)
     torch.testing.assert_close(up_PF[row_R[2:]], x[token[2:]] @ fc_2[2].t())
     calls = {
         "slots": (token, ends, x),
-        "rows": (x, token_P),
-        "segments": (x_PC, sizes, proj, False),
-        "segments_grad": (x_PC, gate_PF, up_PF, gate_PF, x, token_P, sizes, fc_1, fc_2, proj),
+        "segments": (x, token_P, sizes, [*fc_1, *fc_2], True),
+        "segments of rows as they are": (x[token_P], None, sizes, proj, False),
+        "segments_grad": (x, gate_PF, up_PF, gate_PF, x, token_P, sizes, fc_1, fc_2, proj),
     }
     for name, arguments in calls.items():
-        operator = getattr(torch.ops.moe, name)
+        operator = getattr(torch.ops.moe, name.split()[0])
         torch.library.opcheck(operator, arguments, test_utils="test_schema")
         # opcheck's own comparison takes values too, and behind the last slot any may lie
         with FakeTensorMode() as mode:
@@ -313,11 +312,14 @@ def test_a_compiled_graph_s_operators_keep_torch_s_rules(dtype) -> None:
 def test_a_compiled_graph_s_operators_count_their_flops() -> None:
     x, sizes, maps = torch.randn(6, 4), torch.tensor([2, 4]), [torch.randn(8, 4) for _ in range(4)]
     with FlopCounterMode(display=False) as flops:
-        gate, up = torch.ops.moe.segments(x, sizes, maps, True)
+        gate, up = torch.ops.moe.segments(x, None, sizes, maps, True)
     assert flops.get_total_flops() == 2 * (2 * 6 * 8 * 4)
-    proj = [torch.randn(4, 8) for _ in range(2)]
+    token, proj = torch.tensor([0, 1, 1, 2, 0, 2]), [torch.randn(4, 8) for _ in range(2)]
     with FlopCounterMode(display=False) as flops:
-        torch.ops.moe.segments_grad(x, gate, gate, up, x, torch.arange(6), sizes, maps[:2], maps[2:], proj)
+        torch.ops.moe.segments(x[:3], token, sizes, maps[:2], True)
+    assert flops.get_total_flops() == 2 * 6 * 8 * 4
+    with FlopCounterMode(display=False) as flops:
+        torch.ops.moe.segments_grad(x, gate, gate, up, x, token, sizes, maps[:2], maps[2:], proj)
     assert flops.get_total_flops() == 5 * (2 * 6 * 8 * 4)
 
 

@@ -1,15 +1,12 @@
 """The experts shared out over threads: exact, even, and safe where something goes wrong."""
 
-import os
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from litgpt.model import LLaMAMoE
 from test_moe_layers import pair, run
 from test_moe_paths import WIDE
@@ -64,55 +61,75 @@ def test_threads_take_over_the_mode_of_their_caller(threads, mode) -> None:
 
 def test_only_what_can_be_shared_evenly_is(threads, monkeypatch) -> None:
     threads(2)
-    where: dict[int, str] = {}
+    threads_of: dict[int, int] = {}
 
     def work(e: int) -> None:
-        assert torch.get_num_threads() == (2 if threading.current_thread() is threading.main_thread() else 1)
         assert not torch.is_grad_enabled()
-        time.sleep(0.01)  # or one thread takes all before the other wakes
-        where[e] = threading.current_thread().name.rpartition("_")[0] or "main"
+        threads_of[e] = torch.get_num_threads()
 
     matrix = torch.empty(2, 2)
     with torch.no_grad():
         moe_layers._share_out(work, [5, 100, 6, 5, 0], matrix)
-        assert where == {1: "main", 2: "main", **dict.fromkeys((0, 3, 4), "experts")}
+        assert threads_of == {1: 2, 2: 2, 0: 1, 3: 1, 4: 1}
         monkeypatch.setattr(moe_layers, "LEAST_SHARED", 1000)
         moe_layers._share_out(work, [5, 5], matrix)
-        assert where[0] == where[1] == "main"
+        assert threads_of[0] == threads_of[1] == 2
 
 
-@pytest.mark.parametrize(("most", "name"), [(16, "MainThread"), (17, "experts")])
-def test_a_compiled_graph_s_large_products_are_done_by_all_threads(threads, monkeypatch, most, name) -> None:
-    threads(2)
-    monkeypatch.setattr(moe_layers, "MOST_SHARED", most)
-    names = []
-    monkeypatch.setattr(moe_layers, "matmul", lambda *_, **__: names.append(threading.current_thread().name))
-    product = moe_layers._Product(*[torch.empty(2, 2)] * 3)
-    moe_layers._multiply([[product], [product]], [4, 4], torch.empty(2, 2))
-    assert [found.rpartition("_")[0] or found for found in names] == [name, name]
-
-
-def test_what_goes_wrong_in_a_thread_is_told(threads) -> None:
-    threads(2)
+@pytest.mark.skipif(sys.platform != "linux", reason="the experts are shared out with GCC's OpenMP")
+def test_each_thread_does_its_part_alone_and_is_one_of_openmp_s_own(threads) -> None:
+    threads(3)
+    all_there, ids = threading.Barrier(3), set()
 
     def work(e: int) -> None:
-        raise MemoryError(f"expert {e}")
+        all_there.wait(timeout=60)  # breaks unless three threads are here at a time
+        torch.ones(1 << 20).add_(1)  # a loop that torch shares out over threads
+        ids.add(threading.get_native_id())
 
-    with pytest.raises(MemoryError, match="expert"):
+    torch.ones(1 << 20).add_(1)
+    before = set(Path("/proc/self/task").iterdir())
+    for _ in range(5):
+        moe_layers._share_out(work, [5, 5, 5], torch.empty(2, 2))
+    assert len(ids) == 3 and threading.get_native_id() in ids
+    assert set(Path("/proc/self/task").iterdir()) == before
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("in_main", [True, False], ids=["in the caller's thread", "in another"])
+def test_what_goes_wrong_in_a_thread_is_told(threads, capfd, error, in_main) -> None:
+    threads(2)
+    all_there = threading.Barrier(2)
+
+    def work(e: int) -> None:
+        all_there.wait(timeout=60)
+        if in_main == (threading.current_thread() is threading.main_thread()):
+            raise error(f"expert {e}")
+
+    with pytest.raises(error, match="expert"):
         moe_layers._share_out(work, [5, 5], torch.empty(2, 2))
+    assert torch.get_num_threads() == 2
+    assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    code = """if True:
-        import os, torch, moe_layers
-        torch.set_num_threads(2)
-        moe_layers.LEAST_SHARED = 0
+class ForeignOpenMP:
+    """What an OpenMP looks like that is in the process, but not torch's."""
+
+    def GOMP_parallel(self, *_: object) -> None:
+        raise AssertionError("torch would begin threads in these threads")
+
+    def omp_set_num_threads(self, n_threads: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("library", [ForeignOpenMP(), object()], ids=["not torch's", "of other names"])
+def test_without_torch_s_openmp_one_expert_follows_the_other(threads, monkeypatch, library) -> None:
+    threads(2)
+    monkeypatch.setattr(moe_layers.ctypes, "CDLL", lambda _: library)
+    moe_layers._openmp.cache_clear()
+    try:
         done = []
-        moe_layers._share_out(done.append, [1, 1], torch.empty(2, 2))
-        if not (child := os.fork()):
-            moe_layers._share_out(done.append, [1, 1], torch.empty(2, 2))
-            os._exit(len(done))
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
-        """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+        moe_layers._share_out(lambda e: done.append((e, torch.get_num_threads())), [5, 5], torch.empty(2, 2))
+    finally:
+        moe_layers._openmp.cache_clear()
+    assert done == [(0, 2), (1, 2)]
