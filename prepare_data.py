@@ -492,7 +492,6 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
     try:
         path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        # RuntimeError: huggingface_hub 1.3 tries again with a closed client where the connection is refused
         if not any(part.rglob("*.incomplete")):  # nothing to go on from
             shutil.rmtree(part, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -500,6 +499,8 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        if isinstance(error, RuntimeError) and "closed" in reason:
+            reason = "no connection to it"  # huggingface_hub 1.3 then tries again with a client it closed
         where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
         raise ConnectionError(f"{where} ({reason}); {way_out}") from error
     Path(path).replace(folder / name)

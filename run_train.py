@@ -386,6 +386,8 @@ def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
         return f"unknown key {key}; it describes the model: set it in the file of --model_config"
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1)
+        if key.rpartition(".")[2] in ("lr", "learning_rate"):  # train.min_lr is near, and never meant
+            near = ["lr" if "lr" in types else "optimizer.init_args.lr"]
         return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
     if key in GROUPS:
         return f"{key} is {value!r}; give one of its keys, as in --{key}.KEY VALUE"
@@ -421,6 +423,10 @@ def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
     else:
         model_config, demo = model_config or ROOT / "model_config.yaml", False
     config = config or (DEMO_TRAIN if demo else ROOT / "train_config.yaml")
+    here = Path.cwd()  # what lies in it is told as a user would type it
+    config, model_config = (
+        p.relative_to(here) if p.is_relative_to(here) else p for p in (config, model_config)
+    )
     note(f"Settings from {config} and {model_config}.")
     return config, model_config
 

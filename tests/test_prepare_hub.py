@@ -110,6 +110,7 @@ def test_without_the_hub_both_ways_on_are_named(
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "--tokenizer_dir" in line and "--train_tokenizer" in line
+    assert ("(no connection to it)" in line) == bool(environment)  # not what the hub's client makes of it
     assert not (tmp_path / "none").exists()
 
 

@@ -203,6 +203,7 @@ BAD_TRAIN_VALUES = {
     "optimizer.init_args.weight_decay": (-1, "torch.optim.AdamW does not take these init_args"),
     "optimizer.init_args.momentumm": (0.9, "optimizer.init_args: unknown key momentumm"),
     "data.class_path": ("nowhere.Data", "data.class_path is nowhere.Data, which cannot be used"),
+    "optimizer.init_args.learning_rate": (1e-3, "unknown key learning_rate; did you mean lr?"),
     "data.init_args.train_path": ("x", "unknown key train_path; did you mean train_data_path?"),
     "data.init_args.tokenizer_dir": ("x", "data.init_args.tokenizer_dir is x but tokenizer_dir is"),
     "train": (None, "train is None; write `key: value` lines under it"),
@@ -210,6 +211,8 @@ BAD_TRAIN_VALUES = {
     "seed": (2**32, "seed is 4294967296; choose 0 or more, up to 4294967295"),
     "log.metadata": ({"a": 1}, "log.metadata is {'a': 1}, which logger_name csv does not read"),
     "sed": (1, "unknown key sed; did you mean seed?"),
+    "train.learning_rate": (1e-3, "unknown key train.learning_rate; did you mean optimizer.init_args.lr?"),
+    "lr": (1e-3, "unknown key lr; did you mean optimizer.init_args.lr?"),
     "places": ({}, "unknown key places"),
     "n_expert": (8, "unknown key n_expert; it describes the model: set it in the file of --model_config"),
 }
