@@ -1188,16 +1188,9 @@ def _segments_grad(
     def of_proj(e: int) -> None:
         matmul(grad.index_select(0, token_E[e]).t(), hidden_E[e], out=proj_grads[e])
 
-    def of_expert(e: int) -> None:
-        for of_part in parts:
-            of_part(e)
-
-    parts = of_fc, of_x, of_proj
-    if len(counts) >= 8 * torch.get_num_threads():
-        _share_out(of_expert, counts, fc_1[0])
-    else:  # a thread could be done long before the others; the last part has half the products
-        sizes_J = [*counts, *counts, *(count // 2 for count in counts)]
-        _share_out(lambda job: parts[job // len(counts)](job % len(counts)), sizes_J, fc_1[0])
+    # in parts, lest a thread be done long before the others; the last has half the products
+    parts, sizes_J = (of_fc, of_x, of_proj), [*counts, *counts, *(count // 2 for count in counts)]
+    _share_out(lambda job: parts[job // len(counts)](job % len(counts)), sizes_J, fc_1[0])
     return [x_grad, *fc_1_grads, *fc_2_grads, *proj_grads]
 
 
