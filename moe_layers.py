@@ -94,7 +94,7 @@ TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this or
     None: "null",  # of an argument without a type, which takes anything
     NoneType: "null",
 }
-LEAST_SHARED = 1 << 24  # multiplications with one of an average expert's matrices, see _share_out
+LEAST_SHARED = 1 << 22  # multiplications with one of an average expert's matrices, see _share_out
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
