@@ -906,7 +906,7 @@ def _share_out(work: Callable[[int], None], sizes: list[int], matrix: torch.Tens
     Two threads on one expert's few hundred rows wait for each other more than they gain: its bfloat16 GEMMs
     are no faster by two than by one (Xeon with AMX, 64 experts). Jobs too large to be shared out evenly are
     done first, one after another by all threads; so are all where there is too little to do in each, as
-    Python itself runs in one thread at a time.
+    Python itself runs in one thread at a time: LEAST_SHARED is where both are even (Xeon, 2 cores, float32).
 
     Args:
         work: does one job: what is to be done with an expert, or a part of it.

@@ -285,3 +285,17 @@ def test_the_stories_settings_of_the_repository_are_valid() -> None:
         settings = run_train.load_settings(flags)
         block_size = yaml.safe_load((ROOT / model).read_text(encoding="utf-8"))["block_size"]
         assert run_train.train_problems(settings, block_size, 1) == []
+
+
+def test_settings_in_this_folder_are_told_as_one_would_type_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = {"model_config": (str(run_train.ROOT / "configs" / "demo_model.yaml"), "--model_config")}
+    monkeypatch.chdir(run_train.ROOT)
+    run_train.choose_configs(given)
+    relative = Path("configs/demo_train.yaml"), Path("configs/demo_model.yaml")
+    assert capsys.readouterr().err == f"Settings from {relative[0]} and {relative[1]}.\n"
+    monkeypatch.chdir(tmp_path)  # from elsewhere they need the whole path
+    config, model_config = run_train.choose_configs(given)
+    assert config.is_absolute() and model_config.is_absolute()
+    assert config.is_file() and model_config.is_file()
