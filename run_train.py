@@ -1094,6 +1094,20 @@ def tokenizer_problems(run: Run) -> list[str]:
     ]
 
 
+def warn_of_unused_rows(run: Run) -> None:
+    """Tell of a new model with more than twice as many rows as the tokenizer has pieces."""
+    folder, rows = run.settings.tokenizer_dir, run.config.padded_vocab_size
+    if run.resume or not (folder / "tokenizer.json").is_file():
+        return
+    size = prepare_data.read_tokenizer(folder).vocab_size
+    if 2 * size < rows:
+        note(
+            f"Warning: {folder}: the tokenizer has {size} pieces but padded_vocab_size in "
+            f"{run.settings.model_config} is {rows}: the other rows take memory and time in each step and "
+            f"are never used; set that and vocab_size to {size}."
+        )
+
+
 def memory_problems(run: Run) -> list[str]:
     """Return a sentence if the weights and their gradients alone are more than the machine's memory."""
     import psutil
@@ -2845,6 +2859,7 @@ def set_up(argv: list[str]) -> Run:
     run = check_run(settings)
     if is_main_process():  # the others wait for it when the process group forms
         ready_data(run)
+        warn_of_unused_rows(run)
     return run
 
 

@@ -137,6 +137,21 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
     assert not Path("out").exists()
 
 
+def test_rows_that_no_piece_of_the_tokenizer_uses_are_told_where_they_are_most(
+    workspace: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = prepare_data.read_tokenizer(tiny_tokenizer_dir).vocab_size
+    warning = f"Warning: {tiny_tokenizer_dir}: the tokenizer has {size} pieces but padded_vocab_size"
+    for rows_of_model, is_told in ((2 * size, False), (3 * size, True)):
+        edit_yaml("model_config.yaml", "padded_vocab_size", rows_of_model)
+        edit_yaml("model_config.yaml", "vocab_size", rows_of_model)
+        assert run("--max_tokens", 1024, "--overwrite") == 0
+        assert (warning in (err := capsys.readouterr().err)) is is_told
+    assert f"in model_config.yaml is {3 * size}" in err and f"set that and vocab_size to {size}" in err
+    assert run("--max_tokens", 2048, "--resume", "auto") == 0  # now the model is what it is
+    assert warning not in capsys.readouterr().err
+
+
 def test_an_earlier_run_is_not_written_over(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run()
     before = Path("out/final/lit_model.pth").read_bytes()
