@@ -1602,8 +1602,8 @@ class _TritonExperts(torch.autograd.Function):
 # --- the loss of a large vocabulary -------------------------------------------------------------------------
 
 IGNORED_TOKEN = -100  # a target without loss, as in LitGPT and PyTorch
-# values of a chunk of logits: 28 MB in float32 are memory that glibc keeps, 256 MB keep a GPU's GEMMs large
-CHUNK_VALUES = {"cpu": 7 << 20, "cuda": 1 << 26}
+# values of a chunk of logits: 64 MB in float32 are 500 rows of 32,000 words, 256 MB keep a GPU's GEMMs large
+CHUNK_VALUES = {"cpu": 16 << 20, "cuda": 1 << 26}
 
 
 def linear_cross_entropy(
@@ -1645,18 +1645,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = None
         if has_backward:
             # many chunks are added up: not in bfloat16
-            weight_grad_CV = torch.zeros(weight_VC.shape[::-1], dtype=exact, device=x_NC.device)
-            gradients = torch.empty_like(hidden_NC), weight_grad_CV
+            weight_grad_VC = torch.zeros(weight_VC.shape, dtype=exact, device=x_NC.device)
+            if prefers_onednn(x_NC):  # see `_add_gradients`
+                weight_grad_VC = weight_grad_VC.view(weight_VC.shape[::-1]).t()
+            gradients = torch.empty_like(hidden_NC), weight_grad_VC
         size = max(1, CHUNK_VALUES.get(x_NC.device.type, 1 << 22) // w_VC.size(0))
         for at in range(0, x_NC.size(0), size):
             rows = slice(at, at + size)
             logits_SV = matmul(x_NC[rows], w_VC.t())
-            probs_SV = logits_SV.softmax(dim=1, dtype=exact)
-            # logsumexp from the largest probability, which is not small: a word's own may round to 0
-            logsumexp_S1 = logits_SV.amax(1, keepdim=True) - probs_SV.amax(1, keepdim=True).log()
-            loss += ((logsumexp_S1 - logits_SV.gather(1, words_N1[rows])) * is_kept_N1[rows]).sum()
+            log_probs_SV = _log_softmax(logits_SV, exact)
+            loss -= (log_probs_SV.gather(1, words_N1[rows]) * is_kept_N1[rows]).sum()
             if gradients is not None:
-                _add_gradients(probs_SV, words_N1, is_kept_N1, rows, x_NC, w_VC, *gradients)
+                _add_gradients(log_probs_SV.exp_(), words_N1, is_kept_N1, rows, x_NC, w_VC, *gradients)
         if gradients is not None:
             ctx.save_for_backward(*gradients, n_kept)
             ctx.weight_dtype = weight_VC.dtype
@@ -1664,11 +1664,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor):
-        hidden_grad_NC, weight_grad_CV, n_kept = ctx.saved_tensors
+        hidden_grad_NC, sum_VC, n_kept = ctx.saved_tensors
         scale = grad / n_kept
-        weight_grad_VC = weight_grad_CV.new_empty(weight_grad_CV.shape[::-1], dtype=ctx.weight_dtype)
-        torch.mul(weight_grad_CV.t(), scale, out=weight_grad_VC)
+        weight_grad_VC = sum_VC.new_empty(sum_VC.shape, dtype=ctx.weight_dtype)
+        torch.mul(sum_VC, scale, out=weight_grad_VC)
         return hidden_grad_NC * scale.to(hidden_grad_NC.dtype), weight_grad_VC, None, None, None
+
+
+def _log_softmax(logits_SV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the logarithms of the rows' probabilities; on a CPU in place, if `dtype` allows it."""
+    if logits_SV.device.type == "cpu" and logits_SV.dtype == dtype:
+        return torch.log_softmax(logits_SV, 1, out=logits_SV)
+    return logits_SV.log_softmax(1, dtype=dtype)
 
 
 def _add_gradients(
@@ -1679,7 +1686,7 @@ def _add_gradients(
     x_NC: torch.Tensor,
     w_VC: torch.Tensor,
     hidden_grad_NC: torch.Tensor,
-    weight_grad_CV: torch.Tensor,
+    weight_grad_VC: torch.Tensor,
 ) -> None:
     """Write the rows' gradients of the summed loss into the last two; `probs_SV` is used up."""
     words_S1, is_kept_S1 = words_N1[rows], is_kept_N1[rows]
@@ -1687,8 +1694,10 @@ def _add_gradients(
     grad_SV = grad_SV.to(x_NC.dtype)
     hidden_grad_NC[rows] = matmul(grad_SV, w_VC) * is_kept_S1
     x_SC = x_NC[rows] * is_kept_S1
-    # (C, V): of the two factors x is the one that oneDNN copies
-    add_matmul(weight_grad_CV, x_SC.t(), grad_SV)
+    if prefers_onednn(x_SC):  # it copies a factor that lies transposed, and x is the smaller one
+        add_matmul(weight_grad_VC.t(), x_SC.t(), grad_SV)
+    else:
+        add_matmul(weight_grad_VC, grad_SV.t(), x_SC)
 
 
 class LossHead(Linear):
