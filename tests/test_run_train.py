@@ -405,10 +405,10 @@ def test_memory_that_a_step_on_a_cpu_frees_is_kept_for_the_next(workspace: Path)
 
     assert run("--max_tokens", 256) == 0
     faults = []
-    for _ in range(3):  # 40 MB, more than glibc keeps by itself: 10,000 pages of 4 KB
-        torch.ones(10_000_000)
+    for _ in range(16):  # the first remainders go to the thread's cache, and no block fits in again
+        torch.ones(10_000_000)  # 40 MB, more than glibc keeps by itself
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert faults[2] - faults[1] < 100
+    assert faults[-1] - faults[-2] < 100  # of 10,000 pages of 4 KB
 
 
 def test_the_summary_tells_the_loss_of_the_last_step(

@@ -6,6 +6,7 @@ All train in turn in one process on the same random tokens; a round is a fresh r
 first steps are left out. Stock is `litgpt.pretrain.main` with LitGPT's own `LLaMAMoE` and one patch: its
 count of FLOPs, which raises on MoE layers (0.5.13), is skipped. Dense has one SwiGLU as wide as the experts
 that a token meets, LitGPT's layers, and our loop, loss and optimizer; "stock dense" trains in LitGPT's loop.
+In LitGPT's loop glibc is told to give memory back as it does by itself; ours tells it not to, on a CPU.
 Where our linear maps are multiplied by oneDNN (CPUs of AMD), "dense oneDNN" has those too. Printed are
 medians, ratios of tokens/s and where the time of a step goes (from one more round, for there the clock waits
 for the device); the JSON has the machine and versions too.
@@ -159,6 +160,8 @@ def train_stock(run: run_train.Run) -> None:
     from litgpt import Tokenizer, pretrain
     from litgpt.config import Config
 
+    # what malloc comes to by itself when blocks of its largest threshold have been freed
+    run_train.mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
     settings, names = run.settings, ("measure_flops", "save_checkpoint")
     compiled, _ = run_train.will_compile(settings)
     torch.compiler.set_stance("default" if compiled else "force_eager")
