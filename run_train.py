@@ -1098,7 +1098,8 @@ def tokenizer_problems(run: Run) -> list[str]:
 def warn_of_unused_rows(run: Run) -> None:
     """Tell of a new model with more than twice as many rows as the tokenizer has pieces."""
     folder, rows = run.settings.tokenizer_dir, run.config.padded_vocab_size
-    if run.resume or not (folder / "tokenizer.json").is_file():
+    is_new = run.resume is None and run.initial is None
+    if not is_new or not (folder / "tokenizer.json").is_file():
         return
     size = prepare_data.read_tokenizer(folder).vocab_size
     if 2 * size < rows:
@@ -2757,7 +2758,8 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed, up to this process's peak, for the next step.
 
     It gives blocks of more than 32 MB back each time, and the top of its heap. To fetch them again is 80,000
-    page faults in a step of MoE-30M (2,048 tokens, Xeon): a tenth of its time. It takes a tenth more memory.
+    page faults in a step of MoE-30M (2,048 tokens, chunks of logits of 64 MB, Xeon): a tenth of its time. 100
+    steps of 4,096 tokens with ten checkpoints take 2.96 GB at their peak, 2.72 without.
     """
     mallopt(mmap_max=0, trim_threshold=-1)
 
