@@ -1602,8 +1602,8 @@ class _TritonExperts(torch.autograd.Function):
 # --- the loss of a large vocabulary -------------------------------------------------------------------------
 
 IGNORED_TOKEN = -100  # a target without loss, as in LitGPT and PyTorch
-# values of a chunk of logits: 64 MB in float32 are 500 rows of 32,000 words, on a Xeon 2 to 7 % faster than the
-# 28 MB that glibc keeps by itself (see run_train.keep_freed_memory); 256 MB keep a GPU's GEMMs large
+# values of a chunk of logits: 64 MB in float32 are 2 to 7 % faster on a Xeon than
+# the 28 MB that glibc keeps by itself, see run_train.keep_freed_memory; 256 MB keep a GPU's GEMMs large
 CHUNK_VALUES = {"cpu": 16 << 20, "cuda": 1 << 26}
 
 
