@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = Path("checkpoints")
 RANDOM_WARNING = "Warning: Evaluating random weights!"
-LOGITS_BYTES = 128 << 20  # float32 logits held at once; a whole batch's would be gigabytes at 32,000 words
 
 
 class EvaluationError(RuntimeError):
@@ -211,8 +210,10 @@ def window_nats(model: "GPT", logits: Callable, ids: "torch.Tensor") -> list[flo
     import torch
     from torch.nn.functional import cross_entropy
 
+    from moe_layers import chunk_rows
+
     hidden, targets = model(ids[:, :-1]), ids[:, 1:]
-    rows = max(1, LOGITS_BYTES // (4 * model.config.padded_vocab_size))
+    rows = chunk_rows(ids.device, model.config.padded_vocab_size)  # all at once they would be gigabytes
     parts = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     nats = torch.cat([cross_entropy(logits(x), y, reduction="none") for x, y in parts])
     # float64: the rounding of ten million float32 additions would show
@@ -225,10 +226,12 @@ def score(
     """Return the figures of `summarize`, the speed and the experts' load; `model` loses its head by it."""
     import torch
 
-    from moe_layers import count_expert_load, expert_load
+    from moe_layers import count_expert_load, expert_load, keep_freed_memory
 
     vocab, device = model.config.padded_vocab_size, model.lm_head.weight.device
     logits = take_off_head(model)
+    if device.type == "cpu":
+        keep_freed_memory()
     count_expert_load(model, True)
     nats, lengths, start = [], [], time.perf_counter()
     batches = islice(iter_batches(corpus, window, batch_size), max_batches and min(max_batches, sys.maxsize))

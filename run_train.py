@@ -15,7 +15,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import ast
 import contextlib
 import csv
-import ctypes
 import difflib
 import errno
 import functools
@@ -2615,6 +2614,8 @@ def train(run: Run, stops: StopSignals) -> Monitor:
     import torch
     from litgpt import Tokenizer, pretrain
 
+    from moe_layers import keep_freed_memory
+
     settings = run.settings
     compiled, why = will_compile(settings)
     torch.compiler.set_stance("default" if compiled else "force_eager")  # litgpt 0.5.13 always calls compile
@@ -2752,25 +2753,6 @@ def peak_memory_gb() -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, up to this process's peak, for the next step.
-
-    It gives blocks of more than 32 MB back each time, and the top of its heap. To fetch them again is 80,000
-    page faults in a step of MoE-30M (2,048 tokens, chunks of logits of 64 MB, Xeon): a tenth of its time. 100
-    steps of 4,096 tokens with ten checkpoints take 2.96 GB at their peak, 2.72 without.
-    """
-    mallopt(mmap_max=0, trim_threshold=-1)
-
-
-def mallopt(**values: int) -> None:
-    """Set glibc's malloc, see its manual, "Malloc Tunable Parameters"; where there is none, do nothing."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # in malloc.h
-        for name, value in values.items():
-            libc.mallopt(numbers[name], value)
 
 
 def write_story(model: Any, tokenizer: Any, max_new_tokens: int) -> str:

@@ -1,7 +1,9 @@
 """Fixtures shared by the tests: a tiny tokenizer, config and checkpoint, made here in seconds, no network."""
 
+import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +39,33 @@ def alter(shard: Path, at: int = 100) -> None:
     data[at] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.fixture
+def faults_of_new_memory() -> Callable[[], int]:
+    """A function that returns how many pages a new tensor of 40 MB fetches: few where freed ones are kept.
+
+    Before the test glibc is told to give them back, as it does by itself: then they are 10,000.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("it is glibc that gives memory back")
+    import resource
+
+    import torch
+
+    from moe_layers import mallopt
+
+    def faults() -> int:
+        counts = []
+        for _ in range(16):  # at first remainders go to the thread's cache, and no block fits in again
+            torch.ones(10_000_000)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return min(later - earlier for earlier, later in itertools.pairwise(counts))
+
+    mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
+    if faults() < 1000:
+        pytest.skip("pages are larger here")
+    return faults
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, alter
 
 import evaluate
+import moe_layers
 from evaluate import Corpus, iter_batches, main, score, summarize
 from prepare_data import read_tokenizer
 from wandb_dataset import sha256_file
@@ -138,8 +139,13 @@ def test_a_head_of_zeros_scores_the_logarithm_of_the_vocabulary(tiny_config):
 
 def test_few_logits_at_a_time_give_the_same_loss(evaluated, monkeypatch):
     whole = evaluated()
-    monkeypatch.setattr(evaluate, "LOGITS_BYTES", 5 * 512 * 4)  # five tokens
+    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", 5 * 512)  # five tokens
     assert evaluated()["loss"] == pytest.approx(whole["loss"], abs=1e-7)
+
+
+def test_memory_that_logits_on_a_cpu_free_is_kept_for_the_next(evaluated, faults_of_new_memory):
+    evaluated()
+    assert faults_of_new_memory() < 100
 
 
 @pytest.mark.parametrize("n_tokens", [2, 9, 10, 11, 40, 41])

@@ -160,8 +160,10 @@ def train_stock(run: run_train.Run) -> None:
     from litgpt import Tokenizer, pretrain
     from litgpt.config import Config
 
+    from moe_layers import mallopt
+
     # what malloc comes to by itself when blocks of its largest threshold have been freed
-    run_train.mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
+    mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
     settings, names = run.settings, ("measure_flops", "save_checkpoint")
     compiled, _ = run_train.will_compile(settings)
     torch.compiler.set_stance("default" if compiled else "force_eager")
