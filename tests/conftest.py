@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+pytest.register_assert_rewrite("runs")  # what it asserts is told in full too
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
@@ -272,6 +275,45 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
     settings = prepare_data.PrepareSettings(data_dir=folder, tokenizer_dir=tiny_tokenizer_dir, workers=1)
     prepare_data.prepare(settings)
     return folder
+
+
+@pytest.fixture
+def workspace(
+    tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder to run in: model and train settings for the tiny data, eight steps of 4 x 64 tokens."""
+    import run_train
+
+    monkeypatch.chdir(tmp_path)
+    for name in run_train.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "model_config.yaml").write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
+    settings = {
+        "out_dir": "out",
+        "accelerator": "cpu",
+        "precision": "32-true",
+        "tokenizer_dir": str(tiny_tokenizer_dir),
+        "data": {
+            "class_path": "prepare_data.TextShards",
+            "init_args": {
+                "train_data_path": str(tiny_data / "train"),
+                "val_data_path": str(tiny_data / "val"),
+            },
+        },
+        "train": {
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "max_tokens": 8 * 4 * 64,
+            "max_norm": 1.0,
+            "min_lr": 1e-4,
+            "lr_warmup_steps": 2,
+            "save_interval": 4,
+        },
+        "eval": {"interval": 4, "max_iters": 2},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}},
+    }
+    (tmp_path / "train_config.yaml").write_text(yaml.dump(settings), encoding="utf-8")
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

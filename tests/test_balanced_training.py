@@ -7,8 +7,8 @@ import pytest
 import torch
 from litgpt import GPT
 from litgpt.config import Config
+from runs import losses, rows, run, weights
 from test_guard import loss_times
-from test_run_train import losses, rows, run, weights, workspace  # noqa: F401
 
 import evaluate
 import generate

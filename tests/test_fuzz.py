@@ -19,7 +19,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from test_run_train import weights, workspace  # noqa: F401
+from runs import weights
 
 import evaluate
 import generate

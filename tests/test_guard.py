@@ -12,8 +12,7 @@ from pathlib import Path
 import litgpt
 import pytest
 import torch
-from test_run_train import losses, rows, run, weights, workspace  # noqa: F401
-from test_survival import assert_same_run
+from runs import assert_same_run, losses, rows, run, weights
 
 import moe_layers
 import run_train

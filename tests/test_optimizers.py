@@ -11,8 +11,7 @@ import torch
 import yaml
 from conftest import TINY_CONFIG
 from litgpt import GPT
-from test_run_train import edit_yaml, losses, rows, run, weights, workspace  # noqa: F401
-from test_survival import assert_same_run
+from runs import assert_same_run, edit_yaml, losses, rows, run, weights
 
 import moe_layers
 import run_train

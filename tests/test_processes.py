@@ -14,17 +14,16 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import OFFLINE, ROOT, SENTENCES, TINY_CONFIG
-from test_run_train import losses, rows, run, weights, workspace  # noqa: F401
-from test_survival import BALANCED, assert_same_run
+from runs import BALANCED, assert_same_run, losses, rows, run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
 RUN = [sys.executable, str(ROOT / "run_train.py"), "--config", "train_config.yaml"]
 
 
-def start(*flags: object, log: str = "log.txt", command: Sequence[str] = RUN) -> subprocess.Popen:
+def start(*flags: object, command: Sequence[str] = RUN) -> subprocess.Popen:
     """Start run_train.py as a user would, in a process group of its own."""
-    with Path(log).open("ab") as file:
+    with Path("log.txt").open("ab") as file:
         return subprocess.Popen(
             [*command, *map(str, flags)],
             env={**os.environ, **OFFLINE},
@@ -34,9 +33,9 @@ def start(*flags: object, log: str = "log.txt", command: Sequence[str] = RUN) ->
         )
 
 
-def finish(process: subprocess.Popen, log: str = "log.txt") -> None:
+def finish(process: subprocess.Popen) -> None:
     status = process.wait(timeout=600)
-    assert status == 0, Path(log).read_text(encoding="utf-8")[-3000:]
+    assert status == 0, Path("log.txt").read_text(encoding="utf-8")[-3000:]
 
 
 def validation(out_dir: str) -> list[float]:
@@ -151,7 +150,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 @pytest.fixture
-def long_job(workspace: Path, tiny_tokenizer_dir: Path) -> Path:  # noqa: F811
+def long_job(workspace: Path, tiny_tokenizer_dir: Path) -> Path:
     """Raw text that takes a moment to tokenize, and a model whose checkpoints take a moment to write."""
     random.seed(5)
     for split, n_stories in (("train", 3000), ("val", 40)):
@@ -214,8 +213,7 @@ def _sleep(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def assert_survived(n_kills: int, seed: int) -> None:
-    whole = start("--out_dir", "whole", log="whole.txt")
-    finish(whole, "whole.txt")
+    assert run("--out_dir", "whole") == 0
     shards = {path.name: path.read_bytes() for path in sorted(Path("text").glob("**/*.bin"))}
     hit = survive(n_kills, seed)
     print(f"{n_kills} kills, seed {seed}: {hit}")

@@ -1,7 +1,5 @@
-"""Training for real with a tiny model: losses, resume, and the folders and data that a run is given."""
+"""Training for real with a tiny model: losses, resume, checkpoints, and the folder that a run is given."""
 
-import csv
-import hashlib
 import json
 import os
 import re
@@ -11,79 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from conftest import TINY_CONFIG, alter
+from runs import edit_yaml, losses, rows, run, weights
 
-import prepare_data
 import run_train
 
 pytestmark = pytest.mark.usefixtures("eager")
 
 GOLDEN = Path(__file__).parent / "assets" / "golden_losses.json"
-
-
-@pytest.fixture
-def workspace(
-    tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A folder to run in: model and train settings for the tiny data, eight steps of 4 x 64 tokens."""
-    monkeypatch.chdir(tmp_path)
-    for name in run_train.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "model_config.yaml").write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
-    settings = {
-        "out_dir": "out",
-        "accelerator": "cpu",
-        "precision": "32-true",
-        "tokenizer_dir": str(tiny_tokenizer_dir),
-        "data": {
-            "class_path": "prepare_data.TextShards",
-            "init_args": {
-                "train_data_path": str(tiny_data / "train"),
-                "val_data_path": str(tiny_data / "val"),
-            },
-        },
-        "train": {
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "max_tokens": 8 * 4 * 64,
-            "max_norm": 1.0,
-            "min_lr": 1e-4,
-            "lr_warmup_steps": 2,
-            "save_interval": 4,
-        },
-        "eval": {"interval": 4, "max_iters": 2},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}},
-    }
-    (tmp_path / "train_config.yaml").write_text(yaml.dump(settings), encoding="utf-8")
-    return tmp_path
-
-
-def run(*flags: object) -> int:
-    return run_train.main(["--config", "train_config.yaml", *map(str, flags)])
-
-
-def rows(out_dir: str = "out") -> list[dict[str, str]]:
-    with Path(out_dir, "logs/csv/metrics.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(out_dir: str = "out") -> list[float]:
-    return [float(row["loss"]) for row in rows(out_dir) if row["loss"]]
-
-
-def weights(folder: str) -> dict[str, torch.Tensor]:
-    return torch.load(Path(folder, "lit_model.pth"), weights_only=True)["model"]
-
-
-def edit_yaml(path: str, key: str, value: object) -> None:
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    *groups, last = key.split(".")
-    target = values
-    for group in groups:
-        target = target.setdefault(group, {})
-    target[last] = value
-    Path(path).write_text(yaml.dump(values), encoding="utf-8")
 
 
 def test_eight_steps_give_the_golden_losses(workspace: Path) -> None:
@@ -125,33 +57,6 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(workspace
     assert losses("parts") == losses("whole")
     assert [row["step"] for row in rows("parts")] == [row["step"] for row in rows("whole")]
     assert any(float(row["epoch"] or 0) >= 1 for row in rows("whole"))
-
-
-def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    edit_yaml("model_config.yaml", "padded_vocab_size", 100)
-    edit_yaml("model_config.yaml", "vocab_size", 100)
-    assert run() == 2
-    assert "pieces but padded_vocab_size in model_config.yaml is 100" in capsys.readouterr().err
-    assert not Path("out").exists()
-
-
-def test_rows_that_no_piece_of_the_tokenizer_uses_are_told_where_they_are_most(
-    workspace: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    size = prepare_data.read_tokenizer(tiny_tokenizer_dir).vocab_size
-    warning = f"Warning: {tiny_tokenizer_dir}: the tokenizer has {size} pieces but padded_vocab_size"
-    for rows_of_model, is_told in ((2 * size, False), (3 * size, True)):
-        edit_yaml("model_config.yaml", "padded_vocab_size", rows_of_model)
-        edit_yaml("model_config.yaml", "vocab_size", rows_of_model)
-        assert run("--max_tokens", 1024, "--overwrite") == 0
-        assert (warning in (err := capsys.readouterr().err)) is is_told
-    assert f"in model_config.yaml is {3 * size}" in err and f"set that and vocab_size to {size}" in err
-    # now the model is what it is
-    for flags in (("--resume", "auto"), ("--initial_checkpoint_dir", "out/final", "--out_dir", "other")):
-        assert run("--max_tokens", 2048, *flags) == 0
-        assert warning not in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_not_written_over(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,25 +141,6 @@ def test_training_starts_from_the_weights_of_another_checkpoint(workspace: Path)
     assert all(torch.equal(first[name], more[name]) for name in first)
 
 
-def test_too_little_text_for_one_batch_is_told_before_anything_is_written(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("--micro_batch_size", 4096, "--global_batch_size", 4096, "--max_tokens", 4096 * 64) == 2
-    assert "micro_batch_size" in capsys.readouterr().err
-    assert not Path("out").exists()
-
-
-def test_without_a_tokenizer_and_the_hub_the_two_ways_on_are_named(
-    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert run("--tokenizer_dir", "absent") == 1
-    error = capsys.readouterr().err
-    assert "--tokenizer_dir" in error and "--train_tokenizer" in error
-    assert not Path("out").exists() and not Path("absent").exists()
-
-
 def test_weights_that_do_not_fit_the_model_are_refused(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,74 +184,6 @@ def test_a_loss_that_diverges_ends_the_run_with_the_last_good_checkpoint_named(
     assert "in 4 steps in a row; lower optimizer.init_args.lr" in error
     assert "continue from out/step-00000004 with --resume auto" in error.replace("\\", "/")
     assert all(weight.isfinite().all() for weight in weights("out/step-00000004").values())
-
-
-def test_a_mistyped_data_folder_is_not_filled_with_demo_stories(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("--dataset_dir", "data/custom_txt") == 2
-    assert "custom_txt" in capsys.readouterr().err
-    assert not Path("data").exists()
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_shard_with_tokens_above_the_vocabulary_is_told_though_all_hashes_agree(
-    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], num_workers: int
-) -> None:
-    shutil.copytree(tiny_data, "copy")
-    manifest = json.loads(Path("copy/manifest.json").read_text(encoding="utf-8"))
-    for entry in manifest["splits"]["train"]["shards"]:
-        shard = Path("copy", entry["path"])
-        shard.write_bytes(b"\xff\x7f" * entry["n_tokens"])
-        entry["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
-    Path("copy/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    assert run("--dataset_dir", "copy", "--data.init_args.num_workers", num_workers) == 1
-    err = capsys.readouterr().err
-    assert "damaged: token 32767 of a vocabulary of" in err and "error: copy/train/train" in err
-
-
-def test_a_shard_altered_at_equal_size_and_time_is_made_again(
-    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(tiny_data, "copy")
-    shard = next(Path("copy/train/train").glob("*.bin"))
-    whole = shard.read_bytes()
-    alter(shard)
-    assert run("--dataset_dir", "copy", "--max_tokens", 256) == 0
-    assert "altered since it was made" in capsys.readouterr().err
-    assert shard.read_bytes() == whole
-
-
-def test_a_shard_altered_where_the_text_is_gone_is_refused(
-    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(tiny_data, "copy", ignore=shutil.ignore_patterns("*.txt"))
-    alter(next(Path("copy/train/train").glob("*.bin")))
-    assert run("--dataset_dir", "copy", "--max_tokens", 256) == 2
-    err = capsys.readouterr().err
-    assert "altered since it was made" in err and "no text to make it again from" in err
-
-
-def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed = []
-    check = prepare_data.altered_shards
-    monkeypatch.setattr(prepare_data, "altered_shards", lambda *args: hashed.append(1) or check(*args))
-    assert run("--max_tokens", 256) == 0
-    assert len(hashed) == 1
-
-
-def test_the_seed_sets_the_order_of_the_data_too(workspace: Path) -> None:
-    settings = run_train.load_settings(["--config", "train_config.yaml", "--seed", "7"])
-    assert run_train.check_run(settings).data.seed == 7
-
-
-def test_missing_data_of_the_user_s_own_is_told_with_its_place(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("mine/train").mkdir(parents=True)
-    Path("mine/train/a.txt").touch()
-    assert run("--dataset_dir", "mine") == 2
-    assert "mine" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_before_training(

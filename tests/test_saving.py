@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run_train import run, weights, workspace  # noqa: F401
-from test_survival import assert_same_run
+from runs import assert_same_run, run, weights
 
 import run_train
 

@@ -1,13 +1,11 @@
 """The settings of a run: YAML, environment and flags, which beats which, and what is refused."""
 
-# ruff: noqa: F811 (a fixture is imported, and then the name of an argument)
-
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
-from test_run_train import edit_yaml, run, workspace  # noqa: F401
+from runs import edit_yaml, run
 
 import run_train
 

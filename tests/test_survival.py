@@ -11,37 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run_train import rows, run, weights, workspace  # noqa: F401
+from runs import BALANCED, assert_same_run, rows, run, weights
 
 import run_train
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
-
-# what a clock or the machine says; everything else must be equal
-TIMING = {"time_s", "tokens_per_s", "iter_time", "remaining_time", "peak_memory_gb", "mfu"}
-
-
-BALANCED = ("--moe.aux_loss_coef", 0.01, "--moe.z_loss_coef", 0.001, "--moe.bias_update_rate", 0.01)
-
-
-def history(out_dir: str) -> list[dict[str, str]]:
-    """The rows of metrics.csv without their times."""
-    return [{key: text for key, text in row.items() if key not in TIMING} for row in rows(out_dir)]
-
-
-def assert_same_run(out_dir: str, expected: str) -> None:
-    one, other = (
-        torch.load(Path(path, "final/lit_model.pth"), weights_only=True) for path in (out_dir, expected)
-    )
-    for name, tensor in run_train.tensors_of({key: one[key] for key in ("model", "optimizer")}):
-        same = dict(run_train.tensors_of({key: other[key] for key in ("model", "optimizer")}))[name]
-        assert torch.equal(tensor, same), name
-    assert one["train_dataloader"] == other["train_dataloader"]
-    assert history(out_dir) == history(expected)
-    for name in ("expert_load.csv", "stories.csv", "spikes.csv"):
-        logs = [Path(path, "logs", name) for path in (out_dir, expected)]
-        assert len({log.read_bytes() if log.exists() else None for log in logs}) == 1, name
-
 
 # --- exact resume and signals -------------------------------------------------------------------------------
 

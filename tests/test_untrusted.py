@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run_train import edit_yaml, workspace  # noqa: F401
+from runs import edit_yaml
 
 import evaluate
 import generate
@@ -188,7 +188,7 @@ def larger_tensor(data: bytes) -> bytes:
 
 
 @pytest.fixture
-def checkpoint(workspace: Path, tiny_checkpoint: Path, tiny_data: Path) -> Path:  # noqa: F811
+def checkpoint(workspace: Path, tiny_checkpoint: Path, tiny_data: Path) -> Path:
     """A checkpoint to spoil, with the data that it was made for in `d`."""
     shutil.copytree(tiny_checkpoint, "checkpoint")
     shutil.copy("train_config.yaml", "checkpoint")
@@ -239,7 +239,7 @@ def test_a_configuration_made_to_do_harm_is_refused(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_settings_made_to_do_harm_are_refused(
-    workspace: Path,  # noqa: F811
+    workspace: Path,
     name: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -261,7 +261,7 @@ def test_settings_made_to_do_harm_are_refused(
     ],
 )
 def test_a_class_path_that_names_no_such_class_is_refused_before_a_call(
-    workspace: Path,  # noqa: F811
+    workspace: Path,
     key: str,
     path: str,
     capsys: pytest.CaptureFixture[str],
@@ -272,7 +272,7 @@ def test_a_class_path_that_names_no_such_class_is_refused_before_a_call(
 
 @pytest.mark.parametrize("key", ["n_embd", "n_layer", "padded_vocab_size", "block_size", "n_expert"])
 def test_a_model_of_petabytes_is_refused(
-    workspace: Path,  # noqa: F811
+    workspace: Path,
     key: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -354,7 +354,7 @@ def test_a_shard_that_is_a_link_out_of_its_folder_is_refused(
     [("RANK", "first"), ("LOCAL_RANK", "-1"), ("WORLD_SIZE", "8"), ("WORLD_SIZE", "0x2"), ("RANK", "5")],
 )
 def test_a_variable_of_a_launcher_that_makes_no_sense_is_named(
-    workspace: Path,  # noqa: F811
+    workspace: Path,
     name: str,
     text: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -365,7 +365,7 @@ def test_a_variable_of_a_launcher_that_makes_no_sense_is_named(
 
 
 def test_a_negative_number_of_machines_is_named_by_its_key(
-    workspace: Path,  # noqa: F811
+    workspace: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert_refused(run_train.main([*TRAIN, "--num_nodes", "-297"]), capsys, "num_nodes is -297")
@@ -373,7 +373,7 @@ def test_a_negative_number_of_machines_is_named_by_its_key(
 
 @pytest.mark.parametrize("key", ["norm_eps", "n_embd", "rope_base"])
 def test_null_where_the_model_needs_a_value_is_refused(
-    workspace: Path,  # noqa: F811
+    workspace: Path,
     key: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
