@@ -2571,15 +2571,13 @@ def wandb_run_id(run: Run) -> str:
 
 
 @contextlib.contextmanager
-def litgpt_seams(monitor: Monitor) -> Iterator[None]:
-    """Put our functions in the place of four of litgpt.pretrain's (0.5.13) that it has no argument for."""
+def litgpt_seams(monitor: Monitor, compiled: bool) -> Iterator[None]:
+    """Put our functions in the place of those that litgpt.pretrain (0.5.13) calls and has no argument for."""
     import torch
     from litgpt import pretrain
 
     from moe_layers import linear_cross_entropy
 
-    names = ("save_checkpoint", "validate", "instantiate_torch_optimizer", "chunked_cross_entropy")
-    originals = {name: getattr(pretrain, name) for name in names}
     cross_entropy = pretrain.chunked_cross_entropy
     loss_dtype = torch.bfloat16 if monitor.run.precision == "bf16-mixed" else None  # as autocast has it
 
@@ -2594,15 +2592,22 @@ def litgpt_seams(monitor: Monitor) -> Iterator[None]:
     # save_checkpoint writes the weights in place and re-parses sys.argv, which exits on our flags;
     # instantiate_torch_optimizer knows one group of weights, and decides on `fused` itself;
     # chunked_cross_entropy needs all logits at once
-    validate = functools.partial(monitor.validate, pretrain.validate)
-    replacements = (monitor.save, validate, optimizer, loss)
+    replacements: dict[tuple[Any, str], Any] = {
+        (pretrain, "save_checkpoint"): monitor.save,
+        (pretrain, "validate"): functools.partial(monitor.validate, pretrain.validate),
+        (pretrain, "instantiate_torch_optimizer"): optimizer,
+        (pretrain, "chunked_cross_entropy"): loss,
+    }
+    if not compiled:  # it always calls compile: a second to load Inductor, even where that has nothing to do
+        replacements[torch, "compile"] = lambda model: model
+    originals = {(owner, name): getattr(owner, name) for owner, name in replacements}
     try:
-        for name, replacement in zip(names, replacements, strict=True):
-            setattr(pretrain, name, replacement)
+        for (owner, name), replacement in replacements.items():
+            setattr(owner, name, replacement)
         yield
     finally:
-        for name, original in originals.items():
-            setattr(pretrain, name, original)
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)
 
 
 def train(run: Run, stops: StopSignals) -> Monitor:
@@ -2618,7 +2623,6 @@ def train(run: Run, stops: StopSignals) -> Monitor:
 
     settings = run.settings
     compiled, why = will_compile(settings)
-    torch.compiler.set_stance("default" if compiled else "force_eager")  # litgpt 0.5.13 always calls compile
     monitor = Monitor(run, stops)
     fabric = make_fabric(run, monitor)
     if fabric.device.type == "cuda":  # elsewhere it may mean other roundings, and no speed
@@ -2630,7 +2634,7 @@ def train(run: Run, stops: StopSignals) -> Monitor:
     open_logs(run, monitor, fabric)
     fabric.print(describe(run, fabric, "compiled" if compiled else "eager", why))
     try:
-        with litgpt_seams(monitor), contextlib.suppress(Ending):
+        with litgpt_seams(monitor, compiled), contextlib.suppress(Ending):
             pretrain.main(
                 fabric=fabric,
                 devices=run.devices,

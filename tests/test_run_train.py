@@ -225,6 +225,16 @@ def test_memory_that_a_step_on_a_cpu_frees_is_kept_for_the_next(
     assert faults_of_new_memory() < 100
 
 
+@pytest.mark.parametrize("choice, n_calls", [("auto", 0), ("off", 0), ("on", 1)])
+def test_the_model_is_compiled_where_that_is_chosen(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, choice: str, n_calls: int
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    assert run("--max_tokens", 256, "--compile", choice) == 0  # `auto` is off on a CPU
+    assert len(compiled) == n_calls
+
+
 def test_the_summary_tells_the_loss_of_the_last_step(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
