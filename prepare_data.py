@@ -552,7 +552,13 @@ def tokenizer_sha256(tokenizer_dir: Path) -> str:
 
 def read_tokenizer(tokenizer_dir: Path) -> TokenizerFacts:
     """Return the facts as litgpt.Tokenizer finds them; ValueError where LitGPT would trip."""
-    sha256 = tokenizer_sha256(tokenizer_dir)
+    paths = [tokenizer_dir / name for name in ("tokenizer_config.json", "generation_config.json")]
+    others = (sha256_file(path) if path.is_file() else None for path in paths)
+    return _read_tokenizer(tokenizer_dir, tokenizer_sha256(tokenizer_dir), *others)
+
+
+@functools.cache  # a run asks four times, and 32,000 pieces are read in a tenth of a second
+def _read_tokenizer(tokenizer_dir: Path, sha256: str, *_: str | None) -> TokenizerFacts:
     path, config_path = tokenizer_dir / "tokenizer.json", tokenizer_dir / "tokenizer_config.json"
     spec, config = read_json(path), read_json(config_path)
     generation = read_json(tokenizer_dir / "generation_config.json")

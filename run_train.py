@@ -353,7 +353,7 @@ def load_settings(argv: list[str]) -> Settings:
         try:
             if key not in types:  # jsonargparse lets an unknown key of {} pass
                 raise ArgumentError(None, "unknown")
-            values[key] = parser.parse_object(Namespace({key: value}).as_dict())[key]
+            values[key] = parser.parse_object(Namespace({key: value}).as_dict(), defaults=False)[key]
             wanted = _wanted(types[key])  # jsonargparse lets null pass, and takes "" for this folder
             if (value is None and "null" not in wanted) or (value == "" and "a path" in wanted):
                 raise ArgumentError(None, wanted)

@@ -288,6 +288,7 @@ def test_a_tokenizer_that_litgpt_would_trip_over_is_named(
     tiny_tokenizer_dir: Path, tmp_path: Path, name: str, content: str, message: str | None
 ) -> None:
     folder = change_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")
+    assert read_tokenizer(folder).bos_id == 1  # and is kept, but not beyond the change of a file
     (folder / name).write_text(content, encoding="utf-8")
     if message is None:
         assert read_tokenizer(folder).bos_id == 1  # from generation_config.json, as LitGPT does
