@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY_CONFIG
+from test_cli import SCRIPTS
 
 from tools import (
     benchmark_data,
@@ -51,6 +52,10 @@ def test_benchmark_train_tells_of_an_override_without_a_value(
 def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark_train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err
+
+
+def test_benchmark_startup_starts_all_that_can_be_started() -> None:
+    assert benchmark_startup.scripts() == SCRIPTS
 
 
 @pytest.mark.parametrize("tool", [benchmark_data, benchmark_generate, benchmark_startup, benchmark_train])

@@ -66,10 +66,9 @@ DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 64}
 
 
 def scripts() -> list[Path]:
-    """Return the scripts that a user starts, those that are there."""
-    names = ("prepare_data", "run_train", "evaluate", "generate", "wandb_dataset")
-    paths = [*(ROOT / f"{name}.py" for name in names), *sorted(ROOT.glob("tools/*.py"))]
-    return [path for path in paths if path.exists()]
+    """Return the scripts that a user can start; what only others import is not one."""
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
+    return [path for path in paths if "__main__" in path.read_text(encoding="utf-8")]
 
 
 def timed(command: list[str], expected_status: int, folder: Path) -> float:
