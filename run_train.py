@@ -2570,6 +2570,11 @@ def wandb_run_id(run: Run) -> str:
     return run_id
 
 
+def uncompiled(model: Any = None, **_: Any) -> Any:
+    """Return the model or function that torch.compile is called with, or is to decorate, as it is."""
+    return model if model is not None else uncompiled
+
+
 @contextlib.contextmanager
 def litgpt_seams(monitor: Monitor, compiled: bool) -> Iterator[None]:
     """Put our functions in the place of those that litgpt.pretrain (0.5.13) calls and has no argument for."""
@@ -2599,7 +2604,7 @@ def litgpt_seams(monitor: Monitor, compiled: bool) -> Iterator[None]:
         (pretrain, "chunked_cross_entropy"): loss,
     }
     if not compiled:  # it always calls compile: a second to load Inductor, even where that has nothing to do
-        replacements[torch, "compile"] = lambda model: model
+        replacements[torch, "compile"] = uncompiled
     originals = {(owner, name): getattr(owner, name) for owner, name in replacements}
     try:
         for (owner, name), replacement in replacements.items():

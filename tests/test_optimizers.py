@@ -42,6 +42,23 @@ def test_tied_embeddings_count_as_embeddings() -> None:
     assert not head and any(weight is model.lm_head.weight for weight in rest)
 
 
+class CompilingAdamW(torch.optim.AdamW):
+    """AdamW that compiles its step, as torchao's optimizers of fewer bits do."""
+
+    def step(self, closure: object = None) -> object:
+        @torch.compile(dynamic=False)
+        def step() -> object:
+            return super(CompilingAdamW, self).step(closure)
+
+        return torch.compile(step, fullgraph=True)()
+
+
+def test_an_optimizer_that_compiles_its_step_runs_where_the_model_is_not_compiled() -> None:
+    assert run("--optimizer", "test_optimizers.CompilingAdamW", "--out_dir", "compiling") == 0
+    assert run() == 0
+    assert losses("compiling") == losses()
+
+
 @pytest.mark.parametrize(("where", "n_decayed"), [("matrices", 1), ("all", 2)])
 def test_decay_shrinks_the_weights_it_is_meant_for(where: str, n_decayed: int) -> None:
     # a learning rate of 1e-30 leaves decay alone to move them: w *= 1 - lr * decay
