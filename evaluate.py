@@ -226,12 +226,10 @@ def score(
     """Return the figures of `summarize`, the speed and the experts' load; `model` loses its head by it."""
     import torch
 
-    from moe_layers import count_expert_load, expert_load, keep_freed_memory
+    from moe_layers import count_expert_load, expert_load
 
     vocab, device = model.config.padded_vocab_size, model.lm_head.weight.device
     logits = take_off_head(model)
-    if device.type == "cpu":
-        keep_freed_memory()
     count_expert_load(model, True)
     nats, lengths, start = [], [], time.perf_counter()
     batches = islice(iter_batches(corpus, window, batch_size), max_batches and min(max_batches, sys.maxsize))
@@ -428,7 +426,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from moe_layers import keep_freed_memory
+
     window = identity["settings"]["max_seq_length"]
+    if identity["settings"]["device"] == "cpu":
+        keep_freed_memory()  # chunk after chunk of logits
     try:
         figures = score(model, corpus, window, args.batch_size, args.max_batches)
         result = {**figures, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}

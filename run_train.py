@@ -353,7 +353,9 @@ def load_settings(argv: list[str]) -> Settings:
         try:
             if key not in types:  # jsonargparse lets an unknown key of {} pass
                 raise ArgumentError(None, "unknown")
-            values[key] = parser.parse_object(Namespace({key: value}).as_dict(), defaults=False)[key]
+            # a group as a whole needs its defaults; a key without them is typed in a fortieth of the time
+            one = Namespace({key: value}).as_dict()
+            values[key] = parser.parse_object(one, defaults=key in GROUPS)[key]
             wanted = _wanted(types[key])  # jsonargparse lets null pass, and takes "" for this folder
             if (value is None and "null" not in wanted) or (value == "" and "a path" in wanted):
                 raise ArgumentError(None, wanted)
@@ -2570,19 +2572,15 @@ def wandb_run_id(run: Run) -> str:
     return run_id
 
 
-def uncompiled(model: Any = None, **_: Any) -> Any:
-    """Return the model or function that torch.compile is called with, or is to decorate, as it is."""
-    return model if model is not None else uncompiled
-
-
 @contextlib.contextmanager
 def litgpt_seams(monitor: Monitor, compiled: bool) -> Iterator[None]:
     """Put our functions in the place of those that litgpt.pretrain (0.5.13) calls and has no argument for."""
     import torch
-    from litgpt import pretrain
+    from litgpt import GPT, pretrain
 
     from moe_layers import linear_cross_entropy
 
+    compile = torch.compile
     cross_entropy = pretrain.chunked_cross_entropy
     loss_dtype = torch.bfloat16 if monitor.run.precision == "bf16-mixed" else None  # as autocast has it
 
@@ -2594,6 +2592,9 @@ def litgpt_seams(monitor: Monitor, compiled: bool) -> Iterator[None]:
             return cross_entropy(output, targets, **options)
         return linear_cross_entropy(output, monitor.head.weight, targets, loss_dtype)
 
+    def compile_others(model: Any = None, **options: Any) -> Any:
+        return model if isinstance(model, GPT) else compile(model, **options)
+
     # save_checkpoint writes the weights in place and re-parses sys.argv, which exits on our flags;
     # instantiate_torch_optimizer knows one group of weights, and decides on `fused` itself;
     # chunked_cross_entropy needs all logits at once
@@ -2603,8 +2604,8 @@ def litgpt_seams(monitor: Monitor, compiled: bool) -> Iterator[None]:
         (pretrain, "instantiate_torch_optimizer"): optimizer,
         (pretrain, "chunked_cross_entropy"): loss,
     }
-    if not compiled:  # it always calls compile: a second to load Inductor, even where that has nothing to do
-        replacements[torch, "compile"] = uncompiled
+    if not compiled:  # main calls it all the same, which takes a second to load Inductor, and for nothing
+        replacements[torch, "compile"] = compile_others
     originals = {(owner, name): getattr(owner, name) for owner, name in replacements}
     try:
         for (owner, name), replacement in replacements.items():
@@ -2628,6 +2629,8 @@ def train(run: Run, stops: StopSignals) -> Monitor:
 
     settings = run.settings
     compiled, why = will_compile(settings)
+    # whatever an optimizer has compiled, too
+    torch.compiler.set_stance("default" if compiled else "force_eager")
     monitor = Monitor(run, stops)
     fabric = make_fabric(run, monitor)
     if fabric.device.type == "cuda":  # elsewhere it may mean other roundings, and no speed

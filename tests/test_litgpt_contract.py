@@ -145,3 +145,15 @@ def test_a_validation_loss_is_exponentiated_unchecked() -> None:
 def test_a_global_batch_is_rounded_down_in_silence() -> None:
     args = TrainArgs(global_batch_size=10, micro_batch_size=4)
     assert args.gradient_accumulation_iters(devices=1) == 2, "LitGPT now checks it: run_train need not"
+
+
+def test_compile_can_be_kept_from_compiling() -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        calls.append(graph)
+        return graph.forward
+
+    # the eager fixture sets the stance
+    torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    assert calls == [], 'set_stance("force_eager") no longer keeps torch.compile from compiling'

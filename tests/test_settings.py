@@ -24,6 +24,14 @@ def test_the_saved_settings_are_read_back_as_they_ran(workspace: Path) -> None:
     assert again == first
 
 
+@pytest.mark.parametrize("group", run_train.GROUPS)
+def test_an_empty_group_has_its_defaults(workspace: Path, group: str) -> None:
+    edit_yaml("train_config.yaml", group, {})
+    plain = run_train.load_settings(["--config", "train_config.yaml"])
+    empty = run_train.load_settings(["--config", "train_config.yaml", f"--{group}", "{}"])
+    assert getattr(empty, group) == getattr(plain, group)
+
+
 def test_a_flag_beats_the_environment_and_both_beat_the_yaml(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Time what a user waits for: `--help` of each script, and the way to the first training step, beside stock.
 
-Run: uv run python tools/benchmark_startup.py (4 min on 2 CPU cores; with --help_only 30 s)
+Run: uv run python tools/benchmark_startup.py (2 min on 2 CPU cores; with --help_only 20 s)
 
 A new process for each measurement, ours and stock in turn, medians in seconds, one JSON object on stdout.
 "First step" is the time from starting Python to the first optimizer step: imports, settings, data, model,
