@@ -274,7 +274,10 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
     train = data_dir / "train"
     if not text["train"]:
         missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
-        way_out = f"put UTF-8 text into {train}/*.txt, or use --dataset demo or --dataset tinystories"
+        way_out = (
+            f"put UTF-8 text into {train}/*.txt, or fetch some with prepare_data.py --dataset demo "
+            "or --dataset tinystories"
+        )
         raise FileNotFoundError(f"{missing}; {way_out}")
     for path in text["train"] + text["val"]:
         if not path.is_file():
@@ -714,7 +717,7 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
         say(f"{folder}: no tokenizer there")
         way_out = (
             "name a folder that has tokenizer.json with --tokenizer_dir, "
-            "or train one on the text with --train_tokenizer 4096"
+            "or train one on the text with prepare_data.py --train_tokenizer 4096"
         )
         for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: with it the folder counts as whole
             download(TOKENIZER_REPO, "model", name, folder, way_out)

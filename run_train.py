@@ -767,18 +767,40 @@ def find_resume(settings: Settings) -> Path | None:
     if settings.initial_checkpoint_dir:
         raise ValueError("resume and initial_checkpoint_dir exclude each other; drop one")
     out_dir = settings.out_dir if resume.lower() in ("auto", "true") else Path(resume)
-    steps = sorted(out_dir.glob("step-*"), reverse=True)
-    if out_dir is not settings.out_dir and not steps:
+    newest_first = checkpoints_of(out_dir)
+    if out_dir is not settings.out_dir and not newest_first:
         verify_checkpoint(checkpoint_dir := find_checkpoint(out_dir))
         return checkpoint_dir / CHECKPOINT_FILE
-    for step in steps:
-        if (flaw := checkpoint_flaw(step)) is None:
-            return step / CHECKPOINT_FILE
-        note(f"Skipping {step}: {flaw}")
+    for checkpoint_dir in newest_first:
+        if (flaw := checkpoint_flaw(checkpoint_dir)) is None:
+            return checkpoint_dir / CHECKPOINT_FILE
+        note(f"Skipping {checkpoint_dir}: {flaw}")
     if resume.lower() != "auto":  # somebody counts on a checkpoint that is not there
-        raise FileNotFoundError(f"resume is {resume} but {out_dir} holds no whole step-*; use resume: auto")
+        raise FileNotFoundError(
+            f"resume is {resume} but {out_dir} holds no whole step-* or final; use resume: auto"
+        )
     note(f"No checkpoint to resume from in {out_dir}: starting from the beginning.")
     return None
+
+
+def checkpoints_of(out_dir: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, whole or not, the one of the last step first."""
+    steps = {path: int(path.name[5:]) for path in out_dir.glob("step-*") if path.name[5:].isdecimal()}
+    if (final := out_dir / "final").is_dir():
+        steps[final] = final_step(final)
+    return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
+
+
+def final_step(final: Path) -> int:
+    """Return the step that its checkpoint.json records, -1 without one, or if it is damaged."""
+    from moe_layers import MAX_RECORD_BYTES, RECORD_FILE
+
+    record = final / RECORD_FILE
+    try:
+        content = json.loads(record.read_bytes()) if record.stat().st_size <= MAX_RECORD_BYTES else {}
+        return step if type(step := content["step"]) is int else -1
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return -1
 
 
 def checkpoint_flaw(checkpoint_dir: Path) -> str | None:
@@ -1177,13 +1199,10 @@ def out_dir_problems(run: Run) -> list[str]:
 
 def _way_on(out_dir: Path, earlier: list[Path]) -> str:
     """Return the sentence on a place that holds a run already."""
-    whole = next((path for path in reversed(earlier) if checkpoint_flaw(path) is None), None)
-    if whole is None:
-        way = "none of it can be continued"
-    elif whole.name.startswith("step-"):
+    if any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir)):
         way = "continue it with --resume auto"
-    else:  # a run shorter than save_interval
-        way = f"continue it with --resume {whole}, take up its weights with --initial_checkpoint_dir {whole}"
+    else:
+        way = "none of it can be continued"
     return (
         f"{out_dir} already holds a run ({earlier[0].name}); {way}, "
         "choose another --out_dir, or delete it with --overwrite"

@@ -78,24 +78,40 @@ def test_resume_true_without_a_checkpoint_is_an_error_and_auto_starts_afresh(
     assert "No checkpoint to resume from in out" in capsys.readouterr().err
 
 
-def test_a_run_that_left_only_its_end_is_not_sent_to_resume(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("max_tokens", [256, 2048 - 256])  # without a step-*, and with one before the end
+def test_a_run_that_came_to_its_end_is_not_trained_again(
+    workspace: Path, capsys: pytest.CaptureFixture[str], max_tokens: int
 ) -> None:
-    run("--max_tokens", 256)  # shorter than save_interval: no step-*
-    capsys.readouterr()
-    for flags in ([], ["--resume", "auto"]):
-        assert run(*flags) == 2
-        error = capsys.readouterr().err
-        assert "--initial_checkpoint_dir" in error and "continue it with --resume auto" not in error
+    assert run("--max_tokens", max_tokens) == 0
+    before, logged = weights("out/final"), rows()
+    assert run("--max_tokens", max_tokens) == 2
+    assert "out already holds a run (final); continue it with --resume auto" in capsys.readouterr().err
+    assert run("--max_tokens", max_tokens, "--resume", "auto") == 0  # as a job does that was queued again
+    output = capsys.readouterr()
+    assert f"{Path('out/final')} is at the last step of train.max_tokens" in output.err
+    assert "Trained    0 tokens in 0 steps" in output.out
+    assert all(torch.equal(weight, before[name]) for name, weight in weights("out/final").items())
+    assert [row["loss"] for row in rows() if row["loss"]] == [row["loss"] for row in logged if row["loss"]]
+
+
+def test_a_run_goes_on_from_its_end_to_a_later_one(workspace: Path) -> None:
+    flags = ("--schedule.name", "constant")
+    assert run("--out_dir", "whole", "--max_tokens", 12 * 256, *flags) == 0
+    assert run("--max_tokens", 7 * 256, *flags) == 0
+    assert run("--max_tokens", 12 * 256, *flags, "--resume", "auto") == 0
+    assert losses() == losses("whole")
+    one, other = weights("out/final"), weights("whole/final")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_named_run_without_a_whole_step_is_not_started_afresh(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("--max_tokens", 1024)
-    Path("out/step-00000004/model_config.yaml").unlink()
+    for name in ("step-00000004", "final"):
+        Path("out", name, "model_config.yaml").unlink()
     assert run("--resume", "out", "--out_dir", "more") == 2
-    assert "out holds no whole step-*" in capsys.readouterr().err
+    assert "out holds no whole step-* or final" in capsys.readouterr().err
     assert not Path("more").exists()
 
 
