@@ -652,7 +652,10 @@ def batch_problems(train: Any, block_size: int | None, world_size: int) -> list[
     if block_size is None:  # the model config has problems of its own
         return problems
     if not 1 <= length <= block_size:
-        problems.append(f"train.max_seq_length is {length} but the model's block_size is {block_size}")
+        problems.append(
+            f"train.max_seq_length is {length} but the model's block_size is {block_size}; "
+            f"choose 1 to {block_size}"
+        )
     elif train.max_tokens is None or train.max_tokens < train.global_batch_size * length:
         problems.append(
             f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x "
@@ -731,7 +734,9 @@ def _arguments(key: str, spec: dict[str, Any], base: type) -> tuple[type, Any, d
         if not issubclass(kind, base):
             raise TypeError(f"not a {base.__name__}")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{key}.class_path is {path}, which cannot be used: {error}") from None
+        raise ValueError(
+            f"{key}.class_path is {path}, which cannot be used: {error}; name another, such as {usual}"
+        ) from None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, skip={"params"} if key == "optimizer" else set())
     return kind, parser, {action.dest: action for action in parser._actions}
