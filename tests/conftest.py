@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,14 @@ def alter(shard: Path, at: int = 100) -> None:
     data[at] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    """Return once it is so; fail when it is not within the time that a very busy machine may need."""
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, TINY_CONFIG
+from conftest import ROOT, TINY_CONFIG, wait_until
 from wandb_server import WandbServer, serve
 
 import prepare_data
@@ -123,9 +123,10 @@ def test_a_pull_that_is_killed_in_the_middle_is_made_whole_by_the_next(online: W
     elsewhere = {"WANDB_CACHE_DIR": str(online.folder / "empty")}  # push left its files in the usual one
     process = online.start("wandb_dataset.py", "pull", "team/litgpt-moe/stories:v0", **elsewhere)
     assert online.server.stalled.wait(240)
+    artifacts = online.folder / "artifacts"
+    wait_until(lambda: any(artifacts.glob(".part-*/**/*")))  # the first of the two that came
     process.kill()
     process.communicate()
-    artifacts = online.folder / "artifacts"
     assert list(artifacts.glob(".part-*/")) and not list(artifacts.glob("[!.]*"))
     online.server.downloads_left = -1
     online.run("wandb_dataset.py", "pull", "team/litgpt-moe/stories:v0", **elsewhere)

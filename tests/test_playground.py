@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, SENTENCE
+from conftest import OFFLINE, ROOT, SENTENCE, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -80,14 +79,6 @@ def post(server: SimpleNamespace, body: bytes | Iterator[bytes], **headers: str)
     connection.request("POST", "/v1/completions", body, names)
     response = connection.getresponse()
     return response.status, json.loads(response.read())
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Return once it is so; fail when it is not within the time that a very busy machine may need."""
-    end = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.01)
 
 
 # --- what the clients get -----------------------------------------------------------------------------------

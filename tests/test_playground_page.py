@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_playground import complete, one_thread, serving, wait_until
+from conftest import wait_until
+from test_playground import complete, one_thread, serving
 
 __all__ = ["one_thread"]  # the fixture, for this module too
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

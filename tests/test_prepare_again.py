@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import alter
+from conftest import alter, wait_until
 from test_prepare_data import (  # noqa: F401
     error_of,
     make_text,
@@ -125,14 +125,6 @@ def run_with_small_shards(settings: PrepareSettings) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=root, stderr=subprocess.PIPE, text=True
     )
-
-
-def wait_until(condition: object, seconds: float = 20) -> None:
-    """Wait for something to become true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.005)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
