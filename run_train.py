@@ -2653,7 +2653,7 @@ def train(run: Run, stops: StopSignals) -> Monitor:
 
     settings = run.settings
     compiled, why = will_compile(settings)
-    # whatever an optimizer has compiled, too
+    # the model is left to litgpt_seams: this is for what an optimizer compiles, at import or in its step
     torch.compiler.set_stance("default" if compiled else "force_eager")
     monitor = Monitor(run, stops)
     fabric = make_fabric(run, monitor)
