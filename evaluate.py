@@ -8,12 +8,6 @@ the mean over those predictions, BOS and EOS among them, in nats per token. Its 
 the spread of the windows' means, weighted by length. Bits per byte is all nats over the bytes of the text.
 """
 
-import signal
-
-# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import json
 import math
@@ -30,6 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from litgpt_moe.cli import FlagParser, hear_ctrl_c, run_script
+from litgpt_moe.files import sha256_file
 from prepare_data import (
     SPLITS,
     StoryEncoder,
@@ -39,7 +35,7 @@ from prepare_data import (
     read_tokenizer,
     stale_reasons,
 )
-from wandb_dataset import FlagParser, find_tokenizer, hear_ctrl_c, manifest_fingerprint, sha256_file
+from wandb_dataset import find_tokenizer, manifest_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -449,4 +445,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

@@ -13,12 +13,6 @@ these are taken: top_k, min_p, repetition_penalty, and `"routing": true`, with w
 tokens that the model has read so far: `[{"text", "experts": by layer, "probs": by layer, in 1/1000}]`.
 """
 
-import signal
-
-# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import asyncio
 import errno
@@ -44,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
-from wandb_dataset import FlagParser, hear_ctrl_c
+from litgpt_moe.cli import FlagParser, hear_ctrl_c, run_script
 
 if TYPE_CHECKING:
     import tokenizers
@@ -1144,4 +1138,4 @@ def _output_failed(error: OSError) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

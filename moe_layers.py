@@ -12,7 +12,6 @@ one expert. A tensor's name ends in its axes: `router_logits_NE` is (N, E).
 """
 
 import ctypes
-import difflib
 import hashlib
 import heapq
 import itertools
@@ -23,32 +22,28 @@ import platform
 import re
 import sys
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from subprocess import SubprocessError
-from types import NoneType
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.config import Config
 from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
 from torch.utils.flop_counter import register_flop_formula
+
+from litgpt_moe.yaml_files import read_mapping, typed
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
 RECORD_FILE = "checkpoint.json"  # what a whole checkpoint holds: its step, each file's size and SHA-256
 RECORD_FORMAT = 1
 MAX_RECORD_BYTES = 1 << 20
-MAX_YAML_BYTES = 1 << 17  # time and memory of reading grow faster than the file
-MAX_YAML_PARTS = 20_000
 MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
 MAX_TUPLE_PARTS = 10_000  # nested in one another; Python's random state, a large one, has 627
 MAX_BLOCK_SIZE = 1 << 18  # the rotary table of 128 columns then takes 268 MB
@@ -82,18 +77,6 @@ FILLS = (
 )  # what is there already
 BIAS_NAME = "e_score_correction_bias"  # as in LitGPT and Hugging Face
 STATISTICS = ("load_imbalance", "dead_experts", "router_entropy", "aux_loss", "z_loss")
-TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this order
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-    bool: "true or false",
-    dict: "`key: value` lines",
-    list: "a list",
-    tuple: "a list",
-    None: "null",  # of an argument without a type, which takes anything
-    NoneType: "null",
-}
 LEAST_SHARED = 1 << 22  # multiplications with one of an average expert's matrices, see _share_out
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -122,7 +105,7 @@ class MoEConfig(Config):
             ValueError: with one line per problem, each naming the file, the key and the way out.
             OSError: when the file cannot be read.
         """
-        values = _typed({**read_mapping(Path(path)), **kwargs}, Path(path))
+        values = typed({**read_mapping(Path(path)), **kwargs}, Config, Path(path))
         try:
             config = cls(**values)
             with torch.device("meta"):
@@ -233,101 +216,6 @@ def _group_problems(config: Config) -> list[str]:
             f"choose 1 to the experts per group {size}"
         )
     return problems
-
-
-def _typed(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return `values` as `Config` types them: plain YAML reads 1e-5 as text, jsonargparse as a number."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config)
-    try:
-        typed = parser.parse_object(values)
-        if any(value is None and _key_problem(parser, key, None) for key, value in values.items()):
-            raise ArgumentError(None, "null")
-        return {key: typed[key] for key in values}
-    except ArgumentError:  # tells the first problem only: ask for each key
-        problems = [_key_problem(parser, key, value) for key, value in values.items()]
-        raise ValueError("\n".join(f"{path}: {text}" for text in problems if text)) from None
-
-
-def _key_problem(parser: ArgumentParser, key: str, value: Any) -> str | None:
-    annotations = {field.name: field.type for field in fields(Config) if field.init}
-    if key not in annotations:
-        near = difflib.get_close_matches(str(key), annotations, n=1)
-        return (
-            f"unknown key {key!r}; {f'did you mean {near[0]}?' if near else 'see litgpt.Config for the keys'}"
-        )
-    try:
-        parser.parse_object({key: value})
-        if value is None and "Optional" not in str(kind := annotations[key]) and "None" not in str(kind):
-            raise ArgumentError(None, "null")  # which jsonargparse lets pass
-    except ArgumentError:
-        return f"{key} is {value!r}; it must be {type_words(annotations[key])}"
-    return None
-
-
-def type_words(kind: Any) -> str:
-    """Return what a value of an annotated type looks like in YAML, as one says it: "a number or null"."""
-    origin, parts = get_origin(kind) or kind, get_args(kind)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if origin is tuple and parts and ... not in parts:
-        return f"a list of {len(parts)} values"
-    if origin in TYPE_WORDS:
-        return TYPE_WORDS[origin]
-    words = dict.fromkeys(type_words(part) for part in parts)  # a union; null comes last
-    known = [text for text in words if text in TYPE_WORDS.values() or text.startswith(("one of", "a list"))]
-    return " or ".join(known or words) or getattr(kind, "__name__", str(kind))
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice (plain YAML lets the last one win in silence) and
-    aliases that stand for too much: ten lines of them can make a value of 10**9 parts.
-    """
-
-    def construct_document(self, node: yaml.Node) -> Any:
-        if _expanded_size(node, {}) > MAX_YAML_PARTS:
-            raise yaml.YAMLError(f"its aliases stand for over {MAX_YAML_PARTS:,} values; write them out")
-        return super().construct_document(node)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        if isinstance(node, yaml.MappingNode):  # else the loader's own message, as for `!!map text`
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := [name for name, times in Counter(names).items() if times > 1]:
-                raise yaml.YAMLError(f"the key {twice[0]} is given twice; keep one of them")
-        return super().construct_mapping(node, deep)
-
-
-def _expanded_size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
-    """Return how many values a YAML node stands for once its aliases are written out, inf for a cycle."""
-    if node not in known:
-        known[node] = math.inf  # met again while it is counted: it contains itself
-        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
-        children = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
-        known[node] = 1 + sum(_expanded_size(child, known) for child in children)
-    return known[node]
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the `key: value` lines of a YAML file. Raises ValueError or OSError, naming the file."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such configuration file; name one that is there, as those in configs/ are"
-        )
-    if (size := path.stat().st_size) > MAX_YAML_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError) as error:
-        # not only YAMLError: PyYAML lets those of int(), date() and others pass
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not readable YAML: {reason[:300]}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no `key: value` lines; write some into it")
-    if odd := [key for key in values if not isinstance(key, str)]:
-        raise ValueError(
-            f"{path}: the key {odd[0]!r:.80} is no text; see litgpt.Config or --help for the keys"
-        )
-    return values
 
 
 # --- the layer ----------------------------------------------------------------------------------------------

@@ -7,12 +7,6 @@ Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many storie
 in a flat array of ids; manifest.json says what made it, and shards that no longer match are made again.
 """
 
-import signal
-
-# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import bisect
 import codecs
@@ -30,7 +24,7 @@ import os
 import random
 import re
 import shutil
-import socket
+import signal
 import sys
 import threading
 import time
@@ -38,24 +32,27 @@ from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from wandb_dataset import (
-    RUN_TRAIN,
-    FlagParser,
-    add_wandb_flags,
+from litgpt_moe.cli import RUN_TRAIN, FlagParser, command_line, hear_ctrl_c, note, run_script
+from litgpt_moe.files import (
+    FolderInUse,
+    FolderLock,
     check_inside,
-    command_line,
-    hear_ctrl_c,
     is_outside,
-    push_from_flags,
+    open_whole,
+    read_json,
     sha256_file,
+    write_json,
+    write_whole,
 )
+from litgpt_moe.processes import is_first_on_machine
+from wandb_dataset import add_wandb_flags, push_from_flags
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +87,6 @@ MAX_CACHED_CHARS = 40
 STORIES_PER_WRITE = 1_000
 MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
 TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the size that was asked for
-MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
 MAX_TRAINING_BYTES = 100 << 20  # of text for a tokenizer; more hardly changes it
 
 DATASETS = ("custom", "tinystories", "demo")
@@ -153,118 +149,6 @@ def check_settings(settings: PrepareSettings) -> None:
         raise ValueError("\n".join(problems))
 
 
-def say(text: str) -> None:
-    """Print progress to stderr, without breaking a progress bar."""
-    tqdm.write(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that gets its name once it is complete, even on a power cut, and else is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk alone names no file
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    with open_whole(path) as file:
-        file.write(text.encode("utf-8"))
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file whole."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    """Return the content of a JSON file, {} if there is none; ValueError if it is damaged."""
-    if path.is_file() and (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: {size:,} bytes, over {MAX_JSON_BYTES:,}; replace the file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); replace the file") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; replace the file")
-    return content
-
-
-class FolderInUse(OSError):
-    """Another process works in the folder; the text says which."""
-
-
-class FolderLock:
-    """Keeps a second process out of a folder. The system drops the lock with the process, however it ends."""
-
-    def __init__(self, folder: Path, name: str, doing: str, way_out: str) -> None:
-        self.folder, self.doing, self.way_out = folder, doing, way_out
-        self.path = folder / f".{name}.lock"
-        self.identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
-
-    def acquire(self, wait: bool = False) -> None:
-        """Take the lock, or raise FolderInUse unless told to wait for it."""
-        from filelock import FileLock, Timeout
-
-        self._lock, self._made = FileLock(self.path), not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=-1 if wait else 0)
-            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-            self.identity.write_text(json.dumps(me), encoding="utf-8")
-        except Timeout:
-            raise FolderInUse(self._refusal()) from None
-        except OSError:
-            pass  # a folder that cannot be written, or is full: whoever writes there tells of it
-
-    def release(self) -> None:
-        """Give the lock back and leave nothing of it, nor a folder that was made for it and stayed empty."""
-        if not self._lock.is_locked:
-            return
-        with contextlib.suppress(OSError):
-            self.identity.unlink(missing_ok=True)
-            self.path.unlink()  # while it is held; filelock does not take a file that was unlinked meanwhile
-            if self._made:
-                self.folder.rmdir()
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def problem(self) -> str | None:
-        """Return a sentence if a live process holds the lock."""
-        from filelock import FileLock, Timeout
-
-        if not self.path.exists():
-            return None
-        try:
-            with FileLock(self.path).acquire(blocking=False):
-                return None
-        except Timeout:
-            return self._refusal()
-        except OSError:
-            return None  # a folder that cannot be written is told elsewhere
-
-    def _refusal(self) -> str:
-        who = "another process"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            me = json.loads(self.identity.read_text(encoding="utf-8"))
-            who = f"process {me['process']} on {me['host']}, since {me['since']}"
-        return f"{self.folder}: {self.doing} there ({who}); {self.way_out}"
-
-
 # --- text -> stories ---------------------------------------------------------------------------------------
 
 
@@ -300,7 +184,7 @@ class TextReader:
     """A text file read in blocks, as lists of whole stories; counts what was wrong with it."""
 
     def __init__(self, path: Path, separator: str, on_bad_utf8: str, quiet: bool = False) -> None:
-        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, (lambda _: None) if quiet else say
+        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, (lambda _: None) if quiet else note
         line = re.escape(separator) + r"[ \t]*" if separator else ""
         self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
         self.stat = path.stat()
@@ -476,7 +360,7 @@ def write_demo_corpus(
             return path
         if written.get("sha256") != sha256 and not overwrite:
             raise ValueError(f"{path}: edited since it was written; --overwrite writes the demo stories anew")
-    say(f"writing {n_stories:,} stories to {path}")
+    note(f"writing {n_stories:,} stories to {path}")
     teller = StoryTeller(GRAMMAR, seed)
     text = "".join(f"{teller.story()}\n<|endoftext|>\n" for _ in range(n_stories))
     path.unlink(missing_ok=True)  # in this order a run that is killed here leaves nothing that looks edited
@@ -490,7 +374,7 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
     import httpx
     from huggingface_hub import constants, hf_hub_download  # read HF_ENDPOINT, HF_HUB_OFFLINE when imported
 
-    say(f"downloading {name} of {repo} to {folder}")
+    note(f"downloading {name} of {repo} to {folder}")
     part = folder / ".download"
     try:
         path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
@@ -706,7 +590,7 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
     folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
     is_there = (folder / "tokenizer.json").is_file()
     if wanted is not None and (settings.overwrite or not is_there):
-        say(f"training a tokenizer of {wanted:,} pieces into {folder}")
+        note(f"training a tokenizer of {wanted:,} pieces into {folder}")
         train_tokenizer(settings, paths)
     elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
         raise ValueError(
@@ -714,7 +598,7 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
             "another folder, and without --train_tokenizer it is used"
         )
     elif not is_there:
-        say(f"{folder}: no tokenizer there")
+        note(f"{folder}: no tokenizer there")
         way_out = (
             "name a folder that has tokenizer.json with --tokenizer_dir, "
             "or train one on the text with prepare_data.py --train_tokenizer 4096"
@@ -974,7 +858,7 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
                 writer.add(split, stories, pool)
         shards = writer.finish(pool)
     if writer.n_reused_bytes:
-        say(f"{writer.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
+        note(f"{writer.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
     splits = {}
     for split in SPLITS:
         if not shards[split]:
@@ -1061,11 +945,11 @@ def _prepare(settings: PrepareSettings) -> dict:
     options |= {"val_fraction": None} if text["val"] else {}
     reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
     if not reasons:
-        say(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
+        note(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
         return note_times(data_dir)
     if (data_dir / MANIFEST).exists():  # why once is not enough
         for reason in reasons:
-            say(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
+            note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
     manifest = {"format_version": FORMAT_VERSION, "dtype": facts.dtype.name, "options": options}
     manifest["code"] = code_version()
     manifest["tokenizer"] = {key: getattr(facts, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
@@ -1232,7 +1116,7 @@ class TokenBatches:
         """Go on from a position; with other data or another block size, at the start of the next epoch."""
         self.epoch, self.n_used = state["epoch"], state["n_used"]
         if state["n_sequences"] != self.n_sequences:
-            say(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: new epoch")
+            note(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: new epoch")
             self.epoch, self.n_used = self.epoch + 1, 0
 
 
@@ -1281,11 +1165,6 @@ def is_one_of_many() -> bool:
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
-
-
-def is_first_on_machine() -> bool:
-    """Return whether this is a run's only process, or the first of those on this machine."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def open_split(data: "TextFiles", split: str, seed: int | None) -> "DataLoader":
@@ -1446,4 +1325,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

@@ -6,12 +6,6 @@ With CUDA it takes model_config.yaml and train_config.yaml, without it the demo 
 Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 1000000`.
 """
 
-import signal
-
-# Ctrl-C ends the imports below without a traceback; `hear_ctrl_c` then lets it raise again
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import ast
 import contextlib
 import csv
@@ -30,6 +24,7 @@ import random
 import re
 import secrets
 import shutil
+import signal
 import statistics
 import sys
 import threading
@@ -46,6 +41,17 @@ import yaml
 
 import prepare_data
 import wandb_dataset
+from litgpt_moe.cli import (
+    RUN_TRAIN,
+    command_line,
+    first_line,
+    hear_ctrl_c,
+    join_switches,
+    normalize_flags,
+    run_script,
+)
+from litgpt_moe.files import FolderInUse, FolderLock, is_disk_full, put_in_place, read_json, sync_directory
+from litgpt_moe.processes import is_main_process, launcher_problems, note_once
 
 if TYPE_CHECKING:
     import torch
@@ -256,8 +262,8 @@ def build_parser() -> Any:
 def read_flags(argv: list[str]) -> dict[str, tuple[Any, str]]:
     """Return dotted key -> (text, place) for `--key value`, `--key=value`, `--flag` and `--no_flag`."""
     switches = {f.name for f in fields(Settings) if f.type is bool}
+    tokens = iter(join_switches(argv, {f"--{name}" for name in switches}))
     given: dict[str, tuple[Any, str]] = {}
-    tokens = iter(join_switches(argv))
     for token in tokens:
         if not re.fullmatch(r"--\w+(\.\w+)*(=.*)?", token, re.DOTALL):
             raise ValueError(f"{token!r} is not a flag; write --key value (see --help)")
@@ -282,18 +288,6 @@ def read_flags(argv: list[str]) -> dict[str, tuple[Any, str]]:
     return given
 
 
-def join_switches(argv: list[str]) -> list[str]:
-    """Return `argv` with `--progress false` as one word: a switch needs no value, but may have one."""
-    switches = {f"--{f.name}" for f in fields(Settings) if f.type is bool}
-    joined: list[str] = []
-    for word in argv:
-        if word.lower() in ("true", "false") and joined and joined[-1] in switches:
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
 def _scalar(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -309,7 +303,7 @@ def read_variables() -> dict[str, tuple[Any, str]]:
 
 def read_yaml(path: Path) -> dict[str, tuple[Any, str]]:
     """Return dotted key -> (value, place) for a train_config.yaml."""
-    from moe_layers import read_mapping
+    from litgpt_moe.yaml_files import read_mapping
 
     groups = (*CLASS_KEYS, *(f"{key}.init_args" for key in CLASS_KEYS), *GROUPS)
     flat: dict[str, tuple[Any, str]] = {}
@@ -397,7 +391,7 @@ def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
 
 
 def _wanted(action: Any) -> str:
-    from moe_layers import type_words
+    from litgpt_moe.yaml_files import type_words
 
     return type_words(getattr(action, "_typehint", None) or action.type)
 
@@ -418,7 +412,7 @@ def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
         config = _twin(model_config, "model", "train")
     if model_config is None and not _has_cuda():
         model_config, demo = prepare_data.DEMO_MODEL, True
-        note(
+        note_once(
             "No CUDA and no model config named: training the small demo model on the CPU "
             "(MoE-200M all the same: --model_config model_config.yaml)."
         )
@@ -429,7 +423,7 @@ def choose_configs(given: dict[str, tuple[Any, str]]) -> tuple[Path, Path]:
     config, model_config = (
         p.relative_to(here) if p.is_relative_to(here) else p for p in (config, model_config)
     )
-    note(f"Settings from {config} and {model_config}.")
+    note_once(f"Settings from {config} and {model_config}.")
     return config, model_config
 
 
@@ -565,28 +559,6 @@ def choose_device(settings: Settings) -> tuple[str, int]:
     return precision, int(devices)
 
 
-def launcher_problems(world_size: int | None = None) -> list[str]:
-    """Return one sentence per variable of a launcher that is no number or does not fit the settings."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    if odd := {name: text for name, text in given.items() if not re.fullmatch(r"[0-9]{1,9}", text)}:
-        return [
-            f"${name} is {text!r}; a launcher sets it to a number: unset it" for name, text in odd.items()
-        ]
-    if world_size is None:
-        return []
-    if int(given.get("WORLD_SIZE", world_size)) != world_size:
-        return [
-            f"$WORLD_SIZE is {given['WORLD_SIZE']} but devices times num_nodes is {world_size}; "
-            "make them equal, or unset WORLD_SIZE"
-        ]
-    if "RANK" in given and int(given["RANK"]) >= world_size:
-        return [
-            f"$RANK is {given['RANK']} but devices times num_nodes is {world_size}; unset RANK or add them"
-        ]
-    return []
-
-
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
     """Return one sentence per training setting that is out of range, ignored by LitGPT, or does not fit."""
     problems = []
@@ -609,7 +581,7 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     n_tokens = settings.train.global_batch_size * (settings.train.max_seq_length or block_size or 1)
     problems = problems or batch_problems(settings.train, block_size, world_size)
     if not problems and steps * n_tokens > (settings.train.max_tokens or 0):
-        note(
+        note_once(
             f"Warning: train.lr_warmup_steps is {steps} but the run has "
             f"{(settings.train.max_tokens or 0) // n_tokens} steps: the learning rate never gets to its top."
         )
@@ -713,7 +685,7 @@ def drop_arguments(settings: Settings, key: str, base: type) -> None:
     written = [name for name in init_args if settings.places.get(f"{key}.init_args.{name}") == config]
     if foreign := [name for name in written if name not in types]:
         names = ", ".join(foreign)
-        note(f"{spec['class_path']} has no {names}: left out what {config} says under {key}.init_args.")
+        note_once(f"{spec['class_path']} has no {names}: left out what {config} says under {key}.init_args.")
         kept = {name: value for name, value in init_args.items() if name not in foreign}
         setattr(settings, key, {**spec, "init_args": kept})
 
@@ -779,12 +751,12 @@ def find_resume(settings: Settings) -> Path | None:
     for checkpoint_dir in newest_first:
         if (flaw := checkpoint_flaw(checkpoint_dir)) is None:
             return checkpoint_dir / CHECKPOINT_FILE
-        note(f"Skipping {checkpoint_dir}: {flaw}")
+        note_once(f"Skipping {checkpoint_dir}: {flaw}")
     if resume.lower() != "auto":  # somebody counts on a checkpoint that is not there
         raise FileNotFoundError(
             f"resume is {resume} but {out_dir} holds no whole step-* or final; use resume: auto"
         )
-    note(f"No checkpoint to resume from in {out_dir}: starting from the beginning.")
+    note_once(f"No checkpoint to resume from in {out_dir}: starting from the beginning.")
     return None
 
 
@@ -863,11 +835,11 @@ def resume_step(run: Run) -> int:
     if step > run.n_steps:
         raise ValueError(f"{checkpoint_dir} is past the {run.n_steps} steps of train.max_tokens; raise that")
     if step == run.n_steps:
-        note(f"{checkpoint_dir} is at the last step of train.max_tokens; to train on, raise that.")
+        note_once(f"{checkpoint_dir} is at the last step of train.max_tokens; to train on, raise that.")
     total = then.get("train.max_tokens")  # of a checkpoint of LitGPT's own, anything
     n_steps = total // run.tokens_per_step if isinstance(total, int) else run.n_steps
     if n_steps != run.n_steps and run.settings.schedule.name != "constant":
-        note(
+        note_once(
             f"Warning: {checkpoint_dir} is of a run of {n_steps:,} steps, now train.max_tokens makes it "
             f"{run.n_steps:,}; the learning rates so far followed the old total, the rest follows the new."
         )
@@ -943,7 +915,7 @@ def figure_problems(state: dict[str, Any], checkpoint_dir: Path, is_ours: bool) 
         if (is_ours or not key.startswith("run.")) and not is_right(_part(state, key)):
             yield _wrong_part(state, key)
     named = re.fullmatch(r"step-(\d+)", checkpoint_dir.name)
-    recorded = prepare_data.read_json(checkpoint_dir / "checkpoint.json").get("step")
+    recorded = read_json(checkpoint_dir / "checkpoint.json").get("step")
     for step in (int(named[1]) if named else None, recorded):
         if step is not None and step != state["step_count"]:
             yield f"step_count is {state['step_count']}, and the checkpoint that of step {step!r:.20}"
@@ -1131,7 +1103,7 @@ def warn_of_unused_rows(run: Run) -> None:
         return
     size = prepare_data.read_tokenizer(folder).vocab_size
     if 2 * size < rows:
-        note(
+        note_once(
             f"Warning: {folder}: the tokenizer has {size} pieces but padded_vocab_size in "
             f"{run.settings.model_config} is {rows}: the other rows take memory and time in each step and "
             f"are never used; set that and vocab_size to {size}."
@@ -1195,7 +1167,7 @@ def out_dir_problems(run: Run) -> list[str]:
     n_saves = 1 + (run.n_steps - run.start_step) // (run.settings.train.save_interval or run.n_steps)
     whole = needed * min(n_saves, (run.settings.checkpoints.keep_last or n_saves) + 2)
     if free < whole:
-        note(
+        note_once(
             f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
             "set checkpoints.keep_last, raise train.save_interval or make room."
         )
@@ -1446,26 +1418,6 @@ def non_finite(state: dict[str, Any]) -> str | None:
     return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
 
 
-def put_in_place(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; what was there moves aside first, since directories are not replaced."""
-    aside = target.with_name(f".{target.name}.old")
-    if target.exists():
-        target.rename(aside)
-    staging.rename(target)
-    sync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync_directory(folder: Path) -> None:
-    """Bring the names in `folder` to the disk; Windows has no such call and does it itself."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def tidy(out_dir: Path, start_step: int) -> None:
     """Remove what a kill left half done in `out_dir`, and move steps after `start_step` out of the way."""
     for aside in out_dir.glob(".*.old"):  # moved away for a new one that may not have come
@@ -1482,12 +1434,12 @@ def tidy(out_dir: Path, start_step: int) -> None:
                 if not (name := path.with_name(f"superseded-{path.name}{f'.{n}' if n else ''}")).exists()
             )
             path.rename(superseded)
-            note(f"{path} is not part of this run's history: renamed to {superseded.name}")
+            note_once(f"{path} is not part of this run's history: renamed to {superseded.name}")
 
 
-def run_lock(out_dir: Path) -> prepare_data.FolderLock:
+def run_lock(out_dir: Path) -> FolderLock:
     """Return what keeps a second run out of `out_dir`."""
-    return prepare_data.FolderLock(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
+    return FolderLock(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
 
 
 # --- the end of a run before its time -----------------------------------------------------------------------
@@ -1878,7 +1830,7 @@ class Monitor:
         self.print(
             f"step {self.step + 1}: the loss {self.loss:.3f} is far above {mean:.3f} +- {sigma:.3f} before; "
             f"its stories: uv run python tools/show_batch.py "
-            + wandb_dataset.command_line(self.settings.out_dir, "--step", self.step + 1)
+            + command_line(self.settings.out_dir, "--step", self.step + 1)
         )
 
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -2161,13 +2113,11 @@ class WandbLog:
         try:
             self._open()
         except (errors.UsageError, errors.AuthenticationError) as error:
-            reason = wandb_dataset.first_line(error)
+            reason = first_line(error)
             raise RunFailed(f"W&B: {reason}; WANDB_MODE=offline trains without a login") from error
         except errors.Error as error:
             self._open(mode="offline")
-            self.tell(
-                f"Warning: no W&B ({wandb_dataset.first_line(error)}): recording offline, for wandb sync"
-            )
+            self.tell(f"Warning: no W&B ({first_line(error)}): recording offline, for wandb sync")
         self._worker.start()
         if is_own_data(self.run.data):
             data_dir = Path(self.run.data.train_data_path).parent
@@ -2203,7 +2153,7 @@ class WandbLog:
                 call()
         except Exception as error:  # of any kind: none is worth the training
             self.logger = None
-            reason = wandb_dataset.first_line(error)
+            reason = first_line(error)
             self.tell(
                 f"Warning: W&B is lost ({reason}); training goes on, {self.run.settings.out_dir}/logs has all"
             )
@@ -2225,7 +2175,7 @@ class WandbLog:
                 if self.logger is not None:
                     function(self.logger.experiment, subject, *args)
             except Exception as error:  # as above
-                reason = wandb_dataset.first_line(error)
+                reason = first_line(error)
                 self.tell(f"Warning: {subject} is not recorded on W&B: {reason}; training goes on")
 
         self._jobs.put(job)
@@ -2316,7 +2266,7 @@ def ready_data(run: Run) -> None:
     folder = Path(run.data.train_data_path).parent
     has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
     if run.demo_data:
-        note(
+        note_once(
             f"No data in {folder}: writing the built-in demo stories there "
             "(real ones: prepare_data.py --dataset tinystories)."
         )
@@ -2367,19 +2317,6 @@ def delete_run(out_dir: Path) -> None:
     """Remove what an earlier run left in `out_dir`, and nothing else."""
     for old in (out_dir / "final", out_dir / "logs", *out_dir.glob("step-*"), *out_dir.glob("superseded-*")):
         shutil.rmtree(old, ignore_errors=True)
-
-
-def is_main_process() -> bool:
-    """Return whether this is the process that a person started, or the first that a launcher did."""
-    # torchrun and Slurm give the rank; Fabric's own launcher the node's and the device's
-    ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ][:1]
-    return all(int(rank) == 0 for rank in ranks or map(os.environ.get, ("NODE_RANK", "LOCAL_RANK"), "00"))
-
-
-def note(text: str) -> None:
-    """Print a line on stderr, once for all processes of the run."""
-    if is_main_process():
-        print(text, file=sys.stderr)
 
 
 def own_moments(optimizer: Any) -> None:
@@ -2844,7 +2781,7 @@ def summarize(run: Run, monitor: Monitor) -> None:
         print(f"\nA story from it:\n\n{tell_story(final)}\n")
     folder = Path(run.data.train_data_path).parent if is_own_data(run.data) else DATA_DIR
     data_flag = () if folder == DATA_DIR else ("--data_dir", folder)
-    typed = wandb_dataset.command_line
+    typed = command_line
     print(
         "Next:\n"
         f'  uv run python generate.py {typed("--ckpt_dir", final)} --prompt "One day, a little dog"\n'
@@ -2859,14 +2796,9 @@ def summarize(run: Run, monitor: Monitor) -> None:
         )
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether saving failed for want of room: torch's zip writer tells it as a RuntimeError."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter failed writing" in str(error)
-
-
 def explain(error: Exception, out_dir: Path) -> str | None:
     """Return what to tell of a failure in training, None for one that only a bug can cause."""
-    if isinstance(error, RunFailed | prepare_data.FolderInUse):
+    if isinstance(error, RunFailed | FolderInUse):
         return str(error)
     if "by peer" in str(error):  # gloo's "Connection closed by peer", or "reset"
         return "another process of this run has ended, see its message; then continue with --resume auto"
@@ -2877,19 +2809,20 @@ def explain(error: Exception, out_dir: Path) -> str | None:
 
 def resume_command(argv: list[str]) -> str:
     """Return the command that goes on with the run that `argv` began."""
-    kept, flags = [], iter(join_switches(argv))
+    switches = {f"--{f.name}" for f in fields(Settings) if f.type is bool}
+    kept, flags = [], iter(join_switches(argv, switches))
     for flag in flags:
         name, equals, _ = flag.partition("=")
         if name in ("--resume", "--initial_checkpoint_dir"):
             _ = equals or next(flags, None)
         elif name not in ("--overwrite", "--no_overwrite"):
             kept.append(flag)
-    return wandb_dataset.command_line(*wandb_dataset.RUN_TRAIN, *kept, "--resume", "auto")
+    return command_line(*RUN_TRAIN, *kept, "--resume", "auto")
 
 
 def set_up(argv: list[str]) -> Run:
     """Return the checked run with its data on disk. ValueError and OSError tell what is wrong."""
-    wandb_dataset.hear_ctrl_c()
+    hear_ctrl_c()
     if problems := launcher_problems():  # before Lightning, whose import trips over them
         raise ValueError("\n".join(problems))
     settings = load_settings(argv)
@@ -2910,7 +2843,7 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     started = time.monotonic()
-    argv = wandb_dataset.normalize_flags(sys.argv[1:] if argv is None else argv)
+    argv = normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         build_parser().print_help()
         return 0
@@ -2953,4 +2886,4 @@ def _fail(error: Any, status: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

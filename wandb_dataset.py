@@ -10,20 +10,18 @@ push and pull leave the artifact's name in the directory, so that a run can tell
 
 import argparse
 import contextlib
-import difflib
 import hashlib
-import itertools
 import json
 import os
 import re
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litgpt_moe.cli import RUN_TRAIN, FlagParser, command_line, first_line, variable
+from litgpt_moe.files import check_inside, is_outside, sha256_file
 
 if TYPE_CHECKING:
     import wandb
@@ -35,81 +33,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 DEFAULT_PROJECT = "litgpt-moe"
 CONNECT_SECONDS = 30  # W&B's own 90 is long to wait for the news that there is no network
 REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
-FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
-
-PLAIN_WORDS = {  # what argparse says (3.12, 3.13), and how we do
-    r"argument (\S+): invalid int value: (.*)": r"\1 is \2; it must be a whole number",
-    r"argument (\S+): invalid float value: (.*)": r"\1 is \2; it must be a number",
-    r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)": r"\1 is \2; choose one of \3",
-    r"argument (\S+): expected .*": r"\1 needs a value; see --help",
-    r"argument (\S+): not allowed with argument (\S+)": r"\1 and \2 exclude each other; drop one",
-    r"argument (\S+): (.*)": r"\1: \2",
-    r"the following arguments are required: (.*)": r"missing: \1; see --help",
-    r"unrecognized arguments: (.*)": r"nothing is to be done with \1; see --help",
-}
-RUN_TRAIN = ("uv", "run", "python", "run_train.py")
 
 
 class TransferError(OSError):
     """W&B could not be reached, refused us, or sent something that must not be used."""
-
-
-def normalize_flags(argv: list[str]) -> list[str]:
-    """Return `argv` with hyphens in flag names made underscores; values stay as they are."""
-    return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
-
-
-def path_from_flag(text: str) -> Path:
-    """Return the path; an empty text, of a variable that is not set, would mean the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"the path is {text!r}; name one, '.' is the current folder")
-    return Path(text)
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse's parser, with hyphens and underscores alike, that tells what is wrong in one sentence."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.register("type", Path, path_from_flag)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return what argparse does, after a look for flags that there are not: it tells of them last."""
-        args = normalize_flags(sys.argv[1:] if args is None else args)
-        for arg in itertools.takewhile("--".__ne__, args):
-            if (flag := FLAG.match(arg)) and flag[0] not in self._option_string_actions:
-                near = difflib.get_close_matches(flag[0], self._option_string_actions, n=1)
-                way_out = f"did you mean {near[0]}?" if near else "see --help for the flags"
-                self.error(f"{flag[0]} is no flag; {way_out}")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """End with status 2 and the sentence, without the usage."""
-        what, choose, choices = " ".join(message.split()).partition("(choose from ")
-        text = what + choose + choices.replace("'", "")
-        for pattern, sentence in PLAIN_WORDS.items():
-            if match := re.fullmatch(pattern, text):
-                text = match.expand(sentence)
-                break
-        self.exit(2, f"error: {text}\n")
-
-
-def command_line(*words: object) -> str:
-    """Return the words as one types them in this system's shell: a path with a space in it is quoted."""
-    texts = [str(word) for word in words]
-    return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)
-
-
-def hear_ctrl_c() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt again: while a script imports, it ends the process and no more."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_manifest(data_dir: Path) -> dict:
@@ -125,19 +52,6 @@ def load_manifest(data_dir: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return manifest
-
-
-def check_inside(name: str) -> str:
-    """Return `name` if it stays inside the folder that it is relative to, on Linux and on Windows."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if not name or posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
-        raise ValueError(f"the entry {name!r} would lie outside its folder; refusing it")
-    return name
-
-
-def is_outside(path: Path, folder: Path) -> bool:
-    """Return whether a file that lies in `folder` by its name is a link, or behind one, out of it."""
-    return folder.resolve() not in path.resolve().parents
 
 
 def entries(manifest: dict) -> Iterator[dict]:
@@ -351,11 +265,6 @@ def artifact_name(reference: str) -> str:
     return reference.rsplit("/", 1)[-1].partition(":")[0]
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, which for W&B's errors is the whole reason."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def fetch(reference: str, artifacts_dir: Path) -> Path:
     """Return the folder of an artifact, downloaded and checked unless its digest is there already."""
     import wandb
@@ -413,11 +322,6 @@ def pull(reference: str, artifacts_dir: Path) -> Path:
         return fetch(reference, artifacts_dir)
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise TransferError(f"could not pull {reference}: {first_line(error)}") from error
-
-
-def variable(name: str) -> str | None:
-    """Return an environment variable's value, None where it is unset or blank."""
-    return os.environ.get(name, "").strip() or None
 
 
 def add_wandb_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,8 @@ from conftest import ROOT, alter
 import evaluate
 import moe_layers
 from evaluate import Corpus, iter_batches, main, score, summarize
+from litgpt_moe.files import sha256_file
 from prepare_data import read_tokenizer
-from wandb_dataset import sha256_file
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -26,6 +26,7 @@ from test_prepare_data import (  # noqa: F401
 )
 
 import prepare_data
+from litgpt_moe.files import write_json
 from prepare_data import PrepareSettings, TokenStream, prepare
 
 # --- again, changed, interrupted, damaged ------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_a_damaged_manifest_is_refused_and_repaired(settings: PrepareSettings, c
 
 def test_another_format_is_named(settings: PrepareSettings) -> None:
     manifest = prepare(settings)
-    prepare_data.write_json(settings.data_dir / "manifest.json", manifest | {"format_version": 2})
+    write_json(settings.data_dir / "manifest.json", manifest | {"format_version": 2})
     with pytest.raises(ValueError, match="format_version is 2, not 1"):
         prepare_data.read_manifest(settings.data_dir)
 
@@ -242,7 +243,7 @@ def test_a_manifest_without_a_count_is_made_again(settings: PrepareSettings, key
     before = json.dumps(prepare(settings))
     manifest = json.loads(before)
     del manifest["splits"]["val"][key]
-    prepare_data.write_json(settings.data_dir / "manifest.json", manifest)
+    write_json(settings.data_dir / "manifest.json", manifest)
     arguments = ["--data_dir", str(settings.data_dir), "--tokenizer_dir", str(settings.tokenizer_dir)]
     options = ["--val_fraction", str(settings.val_fraction), "--workers", "1"]
     assert prepare_data.main([*arguments, *options]) == 0

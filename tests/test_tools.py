@@ -38,7 +38,7 @@ wheels = [
 
 [[package]]
 name = "litgpt-moe"
-source = {{ virtual = "." }}
+source = {{ editable = "." }}
 dependencies = [
     {{ name = "six", version = "1.17.0", source = {{ registry = "https://index.example/simple" }} }},
 ]

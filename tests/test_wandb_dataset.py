@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 import wandb_dataset
-from wandb_dataset import fingerprint, main, normalize_flags, pull, resolve_artifact, sha256_file, verify
+from litgpt_moe.cli import normalize_flags
+from litgpt_moe.files import sha256_file
+from wandb_dataset import fingerprint, main, pull, resolve_artifact, verify
 
 REFERENCE = "team/moe/stories:v3"
 

@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from prepare_data import (  # noqa: E402 (the scripts lie one folder up)
+from litgpt_moe.cli import FlagParser
+from litgpt_moe.files import write_whole
+from prepare_data import (
     PieceCache,
     PrepareSettings,
     StoryEncoder,
@@ -32,10 +31,10 @@ from prepare_data import (  # noqa: E402 (the scripts lie one folder up)
     TokenStream,
     prepare,
     read_tokenizer,
-    write_whole,
 )
-from tools.machine import count, machine  # noqa: E402
-from wandb_dataset import FlagParser  # noqa: E402
+from tools.machine import count, machine
+
+ROOT = Path(__file__).resolve().parents[1]
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
 

@@ -16,10 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # a tool runs from anywhere; the scripts lie one up
-
+from litgpt_moe.cli import FlagParser
 from tools.machine import count, machine
-from wandb_dataset import FlagParser
 
 if TYPE_CHECKING:
     from litgpt.model import GPT

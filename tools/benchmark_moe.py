@@ -21,10 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from litgpt_moe.cli import FlagParser
 
-from wandb_dataset import FlagParser  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 SHAPES = {  # n_embd, moe_intermediate_size, n_expert, n_expert_per_token
     "30M": (256, 512, 8, 2),

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+from litgpt_moe.cli import FlagParser
+from tools.machine import count
 
-from tools.machine import count  # noqa: E402
-from wandb_dataset import FlagParser  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 HELP_GOAL_S = 1.0
 VOCABULARY = 512

@@ -29,12 +29,11 @@ from unittest import mock
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+import run_train
+from litgpt_moe.cli import FlagParser
+from tools.machine import count, machine
 
-import run_train  # noqa: E402
-from tools.machine import count, machine  # noqa: E402
-from wandb_dataset import FlagParser  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
 DENSE = ("dense", "dense oneDNN", "stock dense")

@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+from litgpt_moe.cli import FlagParser
 
-from wandb_dataset import FlagParser  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 if TYPE_CHECKING:
     from moe_layers import MoEConfig

@@ -12,17 +12,15 @@ import os
 import platform
 import re
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+from litgpt_moe.cli import FlagParser
 
-from wandb_dataset import FlagParser  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 if TYPE_CHECKING:
     import torch

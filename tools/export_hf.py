@@ -10,14 +10,10 @@ checkpoint's logits and token ids.
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
-
-from wandb_dataset import FlagParser  # noqa: E402
+from litgpt_moe.cli import FlagParser
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +39,8 @@ def model_card(
     folder: Path, config: "MoEConfig", architecture: str, gguf_name: str | None, dtype: str
 ) -> str:
     """Return README.md: what the checkpoint's own files tell about the model, and how to use it."""
-    from moe_layers import count_parameters, read_mapping
+    from litgpt_moe.yaml_files import read_mapping
+    from moe_layers import count_parameters
 
     total, active = count_parameters(config)
     settings = {}
@@ -162,10 +159,10 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
     import torch
     from safetensors.torch import save_file
 
+    from litgpt_moe.files import new_folder, sync_files
     from moe_layers import CONFIG_FILE, MoEConfig, load_model
     from run_train import tensor_bytes
     from tools import gguf_format, hf_format
-    from tools.folders import new_folder, sync_files
 
     config = MoEConfig.from_file(folder / CONFIG_FILE)
     family = hf_format.family_of(config)
@@ -205,8 +202,8 @@ def check_folder(out: Path, folder: Path, dtype: "torch.dtype") -> str:
     import transformers
     from litgpt.tokenizer import Tokenizer
 
+    from litgpt_moe.cli import WorkFailed
     from moe_layers import load_model
-    from tools.folders import WorkFailed
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -245,7 +242,7 @@ def check_needs(with_gguf: bool, is_checked: bool) -> None:
 
 def export(args: argparse.Namespace) -> list[str]:
     """Do what the flags say and return what to print. Raises as `write_folder`."""
-    from tools.folders import check_new_folder
+    from litgpt_moe.files import check_new_folder
 
     check_needs(args.gguf, not args.no_check)
     check_new_folder(args.out, 0)
@@ -272,9 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--gguf", action="store_true", help="also write OUT/NAME.gguf for llama.cpp")
     add("--no_check", action="store_true", help="do not load the result with Transformers and compare")
     args = parser.parse_args(argv)
-    from tools.folders import run_tool
+    from litgpt_moe.cli import run_command
 
-    return run_tool(lambda: export(args))
+    return run_command(lambda: "\n".join(export(args)))
 
 
 if __name__ == "__main__":

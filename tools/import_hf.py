@@ -11,14 +11,10 @@ Nothing in it is run.
 import argparse
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
-
-from wandb_dataset import FlagParser, command_line  # noqa: E402
+from litgpt_moe.cli import FlagParser, command_line
 
 if TYPE_CHECKING:
     from tools.hf_format import Weights
@@ -191,7 +187,8 @@ def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Do what the flags say and return what to print. Raises as `fetch` and `import_folder`."""
-    from tools.folders import NEXT, check_new_folder, train_on
+    from litgpt_moe.files import check_new_folder
+    from tools.folders import NEXT, train_on
 
     folder = Path(args.source)
     fetched = args.out.absolute().with_name(f".{args.out.absolute().name}.download")
@@ -218,9 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="a folder that Transformers saved, or OWNER/NAME on the hub")
     parser.add_argument("out", type=Path, help="checkpoint directory to make; must not exist, or be empty")
     args = parser.parse_args(argv)
-    from tools.folders import run_tool
+    from litgpt_moe.cli import run_command
 
-    return run_tool(lambda: run(args))
+    return run_command(lambda: "\n".join(run(args)))
 
 
 if __name__ == "__main__":

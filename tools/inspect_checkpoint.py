@@ -11,10 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
-
-from wandb_dataset import FlagParser  # noqa: E402
+from litgpt_moe.cli import FlagParser
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +176,7 @@ def inspect(folder: Path, with_tensors: bool) -> list[str]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    from moe_layers import read_mapping
+    from litgpt_moe.yaml_files import read_mapping
 
     return read_mapping(path) if path.is_file() else {}
 

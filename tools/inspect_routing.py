@@ -10,17 +10,13 @@ entropies: 1 if one tells the other. What chance gives, found by shuffling, is t
 
 import argparse
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
-
-from wandb_dataset import FlagParser  # noqa: E402
+from litgpt_moe.cli import FlagParser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -386,7 +382,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def write(out: Path, content: dict[str, Any], figure: "Figure") -> None:
     """Write both files whole to the folder `out`, which is made."""
-    from prepare_data import open_whole
+    from litgpt_moe.files import open_whole
 
     out.mkdir(parents=True, exist_ok=True)
     with open_whole(out / JSON_NAME) as file:
@@ -430,9 +426,9 @@ def main(argv: list[str] | None = None) -> int:
         help="auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true",
     )
     args = parser.parse_args(argv)
-    from tools.folders import run_tool
+    from litgpt_moe.cli import run_command
 
-    return run_tool(lambda: run(args))
+    return run_command(lambda: "\n".join(run(args)))
 
 
 if __name__ == "__main__":

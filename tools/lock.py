@@ -49,7 +49,7 @@ def _line_problem(line: str) -> str:
         is_flat_index = "://" not in place and not Path(place).is_absolute()
         if kind == "registry" and (place == MIRROR_SIMPLE or is_flat_index):
             continue
-        if kind != "virtual":
+        if (kind, place) != ("editable", "."):  # the project itself
             return f"source {place} is neither {MIRROR_SIMPLE} nor the local flat index; run tools/lock.py"
     for url in URL.findall(line):
         on_mirror = re.fullmatch(re.escape(MIRROR_PACKAGES) + HASHED_PATH, url)

@@ -13,10 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
+from litgpt_moe.cli import FlagParser
 
-from wandb_dataset import FlagParser  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 MODELS = {"30m": "configs/moe_30m_debug.yaml", "200m": "configs/moe_200m.yaml"}
 

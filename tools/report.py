@@ -12,7 +12,6 @@ import csv
 import itertools
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,10 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
-
-from wandb_dataset import FlagParser  # noqa: E402
+from litgpt_moe.cli import FlagParser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -215,7 +211,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def read_settings(run: RunLog) -> None:
     """Fill in the settings, the command and the versions, from logs/run.json and the newest checkpoint."""
-    from prepare_data import read_json
+    from litgpt_moe.files import read_json
 
     facts = read_json(run.folder / "logs/run.json")
     checkpoints = [run.folder / "final", *sorted(run.folder.glob("step-*"), reverse=True)]
@@ -410,7 +406,7 @@ def report(args: argparse.Namespace) -> list[str]:
     folders = {folder.resolve(): folder for folder in map(find_run, args.runs)}.values()
     runs = [read_run(folder, name) for folder, name in zip(folders, name_runs(folders), strict=True)]
 
-    from prepare_data import write_whole
+    from litgpt_moe.files import write_whole
 
     content = page_data(runs)
     write_whole(args.out, make_page(content))
@@ -423,9 +419,9 @@ def report(args: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    from tools.folders import run_tool
+    from litgpt_moe.cli import run_command
 
-    return run_tool(lambda: report(args))
+    return run_command(lambda: "\n".join(report(args)))
 
 
 if __name__ == "__main__":

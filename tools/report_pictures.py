@@ -124,7 +124,7 @@ def write_pictures(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write the pictures of `runs`, as in the page's data, into `folder`, and return their paths."""
     import matplotlib
 
-    from prepare_data import open_whole
+    from litgpt_moe.files import open_whole
 
     colours = {"text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED}
     paths = []

@@ -10,11 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
-
-import prepare_data  # noqa: E402
-from wandb_dataset import FlagParser  # noqa: E402
+import prepare_data
+from litgpt_moe.cli import FlagParser
 
 
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
@@ -36,7 +33,8 @@ def batches_of(checkpoint_dir: Path, data_dir: Path | None = None) -> prepare_da
         ValueError: the run did not train on our data module, or its data has changed since.
         OSError: a file is missing.
     """
-    from moe_layers import CONFIG_FILE, MoEConfig, read_mapping
+    from litgpt_moe.yaml_files import read_mapping
+    from moe_layers import CONFIG_FILE, MoEConfig
 
     settings = read_mapping(checkpoint_dir / "train_config.yaml")
     data, train = settings.get("data") or {}, settings.get("train") or {}
@@ -55,7 +53,7 @@ def batches_of(checkpoint_dir: Path, data_dir: Path | None = None) -> prepare_da
 
 def check_step(step: int, checkpoint_dir: Path, tokens_per_step: int) -> None:
     """Raise ValueError if the run, as its newest checkpoint has it, is shorter."""
-    from moe_layers import read_mapping
+    from litgpt_moe.yaml_files import read_mapping
 
     n_steps = read_mapping(checkpoint_dir / "train_config.yaml")["train"]["max_tokens"] // tokens_per_step
     if not 1 <= step <= n_steps:

@@ -14,15 +14,11 @@ A dense model of Transformers becomes a checkpoint by tools/import_hf.py.
 
 import argparse
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a tool starts in tools/; our modules lie one level up
-
-from wandb_dataset import FlagParser  # noqa: E402
+from litgpt_moe.cli import FlagParser
 
 if TYPE_CHECKING:
     import torch
@@ -149,8 +145,9 @@ def run(args: argparse.Namespace) -> list[str]:
     """Write the checkpoint and return lines that say what it is and what to do next."""
     import torch
 
+    from litgpt_moe.files import check_new_folder
     from moe_layers import CONFIG_FILE, MoEConfig, count_parameters, find_checkpoint, load_model
-    from tools.folders import NEXT, TOKENIZER_FILES, check_new_folder, read_files, train_on, write_checkpoint
+    from tools.folders import NEXT, TOKENIZER_FILES, read_files, train_on, write_checkpoint
 
     check_args(args)
     check_new_folder(args.out, 0)
@@ -193,9 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--noise", type=float, default=0.0, help=noise)
     add("--seed", type=int, default=42, help="of router and noise (default %(default)s)")
     args = parser.parse_args(argv)
-    from tools.folders import run_tool
+    from litgpt_moe.cli import run_command
 
-    return run_tool(lambda: run(args))
+    return run_command(lambda: "\n".join(run(args)))
 
 
 if __name__ == "__main__":

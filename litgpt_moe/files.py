@@ -1,0 +1,247 @@
+"""Files and folders that are whole or not there, their digests, and the lock of a folder."""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO, Self
+
+from filelock import FileLock, Timeout
+
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
+SPARE_BYTES = 2 << 20  # room for the small files beside the weights
+
+
+class FolderInUse(OSError):
+    """Another process works in the folder; the text says which."""
+
+
+class DiskFull(OSError):
+    """There is no room for what is to be written; the text says how much is needed, and where."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(errno.ENOSPC, text)
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether writing failed for want of room."""
+    # torch's zip writer and safetensors say so in words alone
+    words = ("PytorchStreamWriter failed writing", "No space left")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words)
+
+
+# --- one file -----------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file that gets its name once it is complete, even on a power cut, and else is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk alone names no file
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole, in UTF-8."""
+    with open_whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the content of a JSON file, {} if there is none; ValueError if it is damaged."""
+    if path.is_file() and (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path}: {size:,} bytes, over {max_bytes:,}; replace the file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); replace the file") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; replace the file")
+    return content
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def check_inside(name: str) -> str:
+    """Return `name` if it stays inside the folder that it is relative to, on Linux and on Windows."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if not name or posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
+        raise ValueError(f"the entry {name!r} would lie outside its folder; refusing it")
+    return name
+
+
+def is_outside(path: Path, folder: Path) -> bool:
+    """Return whether a file that lies in `folder` by its name is a link, or behind one, out of it."""
+    return folder.resolve() not in path.resolve().parents
+
+
+def existing_parent(path: Path) -> Path:
+    """Return `path` or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def sync_directory(folder: Path) -> None:
+    """Flush the names in `folder` to the disk; Windows has no such call and does it itself."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_files(folder: Path) -> None:
+    """Flush every file in `folder`, and their names, to the disk."""
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_directory(folder)
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; what was there moves aside first, since directories are not replaced."""
+    aside = target.with_name(f".{target.name}.old")
+    if target.exists():
+        target.rename(aside)
+    staging.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
+    """Return `path`, or its name with the first number behind it that is not taken yet."""
+    numbered = (path.with_name(f"{path.name}{separator}{n}") for n in itertools.count(start))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
+
+
+def check_new_folder(out: Path, n_bytes: int) -> None:
+    """Raise before any work if `out` cannot become a folder of `n_bytes` bytes.
+
+    Raises:
+        FileExistsError: there is something in it already.
+        DiskFull: the disk has no room.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; name a folder that does not exist yet")
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; name a folder that does not exist yet")
+    free = shutil.disk_usage(existing_parent(out)).free
+    if free < n_bytes + SPARE_BYTES:
+        raise DiskFull(f"{out} needs {n_bytes + SPARE_BYTES:,} bytes but {free:,} are free; make room there")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` when the block ends well, and vanishes otherwise.
+
+    Raises as `check_new_folder`, and DiskFull if the disk fills up.
+    """
+    out = out.absolute()  # "out/.." has no name of its own to stage beside
+    check_new_folder(out, n_bytes)
+    staging = out.with_name(f".{out.name}.tmp")
+    made = [folder for folder in out.parents if not folder.exists()]
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # a killed run's
+        staging.mkdir(parents=True)
+        yield staging
+        put_in_place(staging, out)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        if is_disk_full(error):
+            raise DiskFull(f"{out} could not be written, the disk is full; make room there") from error
+        raise
+
+
+class FolderLock:
+    """Keeps a second process out of a folder. The system drops the lock with the process, however it ends."""
+
+    def __init__(self, folder: Path, name: str, doing: str, way_out: str) -> None:
+        self.folder, self.doing, self.way_out = folder, doing, way_out
+        self._lock = FileLock(folder / f".{name}.lock")
+        self._identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
+        self._made = False
+
+    def acquire(self, wait: bool = False) -> None:
+        """Take the lock, or raise FolderInUse unless told to wait for it."""
+        self._made = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=-1 if wait else 0)
+            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            write_json(self._identity, me)
+        except Timeout:
+            raise FolderInUse(self._refusal()) from None
+        except OSError:
+            pass  # a folder that cannot be written, or is full: whoever writes there tells of it
+
+    def release(self) -> None:
+        """Give the lock back and leave nothing of it, nor a folder that was made for it and stayed empty."""
+        if not self._lock.is_locked:
+            return
+        with contextlib.suppress(OSError):
+            self._identity.unlink(missing_ok=True)
+            Path(self._lock.lock_file).unlink()  # while it is held: filelock takes no file that was unlinked
+            if self._made:
+                self.folder.rmdir()
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def problem(self) -> str | None:
+        """Return a sentence if a live process holds the lock."""
+        if not Path(self._lock.lock_file).exists():
+            return None
+        try:
+            with FileLock(self._lock.lock_file).acquire(blocking=False):
+                return None
+        except Timeout:
+            return self._refusal()
+        except OSError:
+            return None  # a folder that cannot be written is told elsewhere
+
+    def _refusal(self) -> str:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            me = read_json(self._identity)
+            who = f"process {me['process']} on {me['host']}, since {me['since']}"
+        return f"{self.folder}: {self.doing} there ({who}); {self.way_out}"

@@ -1,0 +1,45 @@
+"""Which of a run's processes this one is, from what a launcher puts into the environment."""
+
+import os
+import re
+import sys
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that a person started, or the first that a launcher did."""
+    # torchrun and Slurm give the rank; Fabric's own launcher the node's and the device's
+    ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ][:1]
+    return all(int(rank) == 0 for rank in ranks or map(os.environ.get, ("NODE_RANK", "LOCAL_RANK"), "00"))
+
+
+def is_first_on_machine() -> bool:
+    """Return whether this is a run's only process, or the first of those on this machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def note_once(text: str) -> None:
+    """Print a line on stderr, once for all processes of a run."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def launcher_problems(world_size: int | None = None) -> list[str]:
+    """Return one sentence per variable of a launcher that is no number or does not fit `world_size`."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if odd := {name: text for name, text in given.items() if not re.fullmatch(r"[0-9]{1,9}", text)}:
+        return [
+            f"${name} is {text!r}; a launcher sets it to a number: unset it" for name, text in odd.items()
+        ]
+    if world_size is None:
+        return []
+    if int(given.get("WORLD_SIZE", world_size)) != world_size:
+        return [
+            f"$WORLD_SIZE is {given['WORLD_SIZE']} but devices times num_nodes is {world_size}; "
+            "make them equal, or unset WORLD_SIZE"
+        ]
+    if "RANK" in given and int(given["RANK"]) >= world_size:
+        return [
+            f"$RANK is {given['RANK']} but devices times num_nodes is {world_size}; unset RANK or add them"
+        ]
+    return []

@@ -1,0 +1,119 @@
+"""A mapping from a YAML file: no key twice, values as a class annotates them, one sentence a mistake."""
+
+import difflib
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+MAX_YAML_BYTES = 1 << 17  # time and memory of reading grow faster than the file
+TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this order
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    bool: "true or false",
+    dict: "`key: value` lines",
+    list: "a list",
+    tuple: "a list",
+    None: "null",  # of an argument without a type, which takes anything
+    NoneType: "null",
+}
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice; plain YAML lets the last one win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):  # else the loader's own message, as for `!!map text`
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [name for name, times in Counter(names).items() if times > 1]:
+                raise yaml.YAMLError(f"the key {twice[0]} is given twice; keep one of them")
+        return super().construct_mapping(node, deep)
+
+
+class ForeignLoader(UniqueKeyLoader):
+    """The loader for files that came with a checkpoint: ten lines of aliases can stand for 10**9 values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias, which no checkpoint of ours does; write its value out")
+        return super().compose_node(parent, index)
+
+
+def read_mapping(path: Path, is_foreign: bool = False) -> dict[str, Any]:
+    """Return the `key: value` lines of a YAML file, of somebody else's (a checkpoint's) without aliases.
+
+    Raises:
+        ValueError, OSError: it cannot be read; the text names the file, the flaw and the way out.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such configuration file; name one that is there, as those in configs/ are"
+        )
+    if (size := path.stat().st_size) > MAX_YAML_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), ForeignLoader if is_foreign else UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError) as error:
+        # not only YAMLError: PyYAML lets those of int(), date() and others pass
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not readable YAML: {reason[:300]}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no `key: value` lines; write some into it")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise ValueError(
+            f"{path}: the key {odd[0]!r:.80} is no text; see litgpt.Config or --help for the keys"
+        )
+    return values
+
+
+def typed(values: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
+    """Return `values` as the dataclass `kind` annotates them: plain YAML reads 1e-5 as text.
+
+    Raises:
+        ValueError: one line per unknown key or wrong value, each naming `path`, the key and the way out.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    try:
+        parsed = parser.parse_object(values)
+        if any(value is None and _key_problem(parser, kind, key, None) for key, value in values.items()):
+            raise ArgumentError(None, "null")
+        return {key: parsed[key] for key in values}
+    except ArgumentError:  # tells the first problem only: ask for each key
+        problems = [_key_problem(parser, kind, key, value) for key, value in values.items()]
+        raise ValueError("\n".join(f"{path}: {text}" for text in problems if text)) from None
+
+
+def _key_problem(parser: ArgumentParser, kind: Any, key: str, value: Any) -> str | None:
+    annotations = {field.name: field.type for field in fields(kind) if field.init}
+    if key not in annotations:
+        near = difflib.get_close_matches(str(key), annotations, n=1)
+        way_out = f"did you mean {near[0]}?" if near else "see litgpt.Config for the keys"
+        return f"unknown key {key!r}; {way_out}"
+    try:
+        parser.parse_object({key: value})
+        if value is None and "Optional" not in str(annotations[key]) and "None" not in str(annotations[key]):
+            raise ArgumentError(None, "null")  # which jsonargparse lets pass
+    except ArgumentError:
+        return f"{key} is {value!r}; it must be {type_words(annotations[key])}"
+    return None
+
+
+def type_words(kind: Any) -> str:
+    """Return what a value of an annotated type looks like in YAML, as one says it: "a number or null"."""
+    origin, parts = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is tuple and parts and ... not in parts:
+        return f"a list of {len(parts)} values"
+    if origin in TYPE_WORDS:
+        return TYPE_WORDS[origin]
+    words = dict.fromkeys(type_words(part) for part in parts)  # a union; null comes last
+    known = [text for text in words if text in TYPE_WORDS.values() or text.startswith(("one of", "a list"))]
+    return " or ".join(known or words) or getattr(kind, "__name__", str(kind))
