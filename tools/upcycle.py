@@ -1,0 +1,95 @@
+"""Turn a dense checkpoint into a Mixture-of-Experts one, to continue training from.
+
+Run: uv run python tools/upcycle.py checkpoints/dense checkpoints/upcycled --n_expert 8 --n_expert_per_token 2
+(15 s, most of it imports)
+
+Every expert begins as a copy of the dense MLP, so that the new model gives the dense one's logits until it is
+trained (Sparse Upcycling, arxiv.org/abs/2212.05055). With a --moe_intermediate_size of 1/G of the dense width
+the MLP is cut into G slices (virtual groups, arxiv.org/abs/2410.07524).
+
+A dense model of Transformers becomes a checkpoint by tools/import_hf.py.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+
+
+@dataclass(frozen=True)
+class UpcycleSettings:
+    """How the experts are made of the dense MLP."""
+
+    moe_intermediate_size: int | None = None
+    """Width of an expert (default: of the dense MLP)."""
+    noise: float = 0.0
+    """Standard deviation of the noise on the experts, relative to the weights' own (default 0.0 = off)."""
+    seed: int = 42
+    """Seed of router and noise."""
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError with a line per flag that is out of range."""
+    rules = [
+        ("n_expert", args.n_expert >= 2, "2 or more"),
+        ("n_expert_per_token", args.n_expert_per_token >= 1, "1 or more"),
+        ("noise", 0 <= args.noise < math.inf, "0 (off) or more; 0.01 is little"),
+        ("seed", 0 <= args.seed < 2**63, "0 or more"),
+    ]
+    problems = [f"{name} is {getattr(args, name)}; choose {rule}" for name, ok, rule in rules if not ok]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def run(args: argparse.Namespace) -> str:
+    """Write the checkpoint and return lines that say what it is and what to do next."""
+    import torch
+
+    from litgpt_moe.files import check_new_folder
+    from litgpt_moe.interop.folders import TOKENIZER_FILES, model_facts, read_files, write_checkpoint
+    from litgpt_moe.interop.next_command import NEXT, training_command
+    from litgpt_moe.interop.upcycle import largest_difference, moe_config, upcycle
+    from moe_layers import CONFIG_FILE, MoEConfig, find_checkpoint, load_model
+
+    check_args(args)
+    settings: UpcycleSettings = from_flags(UpcycleSettings, args)
+    check_new_folder(args.out, 0)
+    folder = find_checkpoint(args.dense)
+    dense = MoEConfig.from_file(folder / CONFIG_FILE)
+    try:
+        config = moe_config(dense, args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    weights = load_model(folder).state_dict()
+    new = upcycle(weights, config, settings.noise, torch.Generator().manual_seed(settings.seed))
+    write_checkpoint(args.out, new, config, read_files(folder, TOKENIZER_FILES))
+    facts = model_facts(config)
+    counts = f"{facts.total_params:,} parameters, {facts.active_params:,} active per token"
+    lines = [
+        f"Dense   {folder}: {dense.name}, {model_facts(dense).total_params:,} parameters",
+        f"Wrote   {args.out}: {config.name}, {counts}",
+    ]
+    if not settings.noise:
+        difference = largest_difference(folder, args.out)
+        lines.append(f"Checked it gives the dense model's logits, within {difference:.1e}")
+    train = training_command(args.out, folder)
+    return "\n".join([*lines, "Next:" if "--config" in train else NEXT, f"  {train}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
+    parser = FlagParser(description=__doc__)
+    add = parser.add_argument
+    add("dense", type=Path, help="dense checkpoint directory, or an out_dir (then its final or newest)")
+    add("out", type=Path, help="checkpoint directory to make; must not exist, or be empty")
+    add("--n_expert", type=int, required=True, help="experts in each layer, 2 or more")
+    add("--n_expert_per_token", type=int, required=True, help="experts that a token visits")
+    add_flags(parser, UpcycleSettings)
+    args = parser.parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))
