@@ -1,6 +1,7 @@
 """A checkpoint becomes a folder that Transformers loads, compared with LitGPT before it gets its name."""
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,9 +46,8 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
     """
     config = MoEConfig.from_file(folder / CONFIG_FILE)
     family = family_of(config)
-    if with_gguf:
-        from litgpt_moe.interop import gguf  # needs a package that not everybody installs
-
+    gguf = import_module("litgpt_moe.interop.gguf") if with_gguf else None  # needs an optional package
+    if gguf:
         gguf.check_gguf(config, folder)
     model = load_model(folder)
     weights = {k: w.to(getattr(torch, dtype)) if dtype else w for k, w in model.state_dict().items()}
@@ -56,14 +56,14 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
     files, ids = tokenizer_files.to_hf_tokenizer(folder, config.block_size)
     values = transformers.to_hf_config(config, transformers.is_tied(weights), kind, ids)
     renamed = transformers.to_hf_weights(config, weights)
-    gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{name}.gguf") if with_gguf else None
+    gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{name}.gguf") if gguf else None
     files["config.json"] = tokenizer_files.to_json(values)
     files["README.md"] = model_card(folder, config, family.architecture, gguf_name, name)
     size = tensor_bytes(renamed)
     lines = [f"Wrote   {out}: {family.architecture} in {name}, {size:,} bytes of weights"]
     with new_folder(out, size * (2 if with_gguf else 1)) as staging:
         _write(staging, files, renamed)
-        if gguf_name:
+        if gguf and gguf_name:
             gguf.write_gguf(staging / gguf_name, config, renamed, staging)
             lines.append(f"GGUF    {out / gguf_name}")
         if is_checked:

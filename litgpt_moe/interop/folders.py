@@ -58,9 +58,9 @@ def model_facts(config: MoEConfig, block_size: int | None = None) -> ModelFacts:
     with torch.device("meta"):
         model = GPT(config)
     total, active = count_parameters(config)
-    look_up = model.transformer.wte.weight  # it multiplies nothing, nor do norms and biases
+    look_up = model.get_parameter("transformer.wte.weight")  # it multiplies nothing, nor do norms and biases
     matmul = active - sum(p.numel() for p in model.parameters() if p.dim() < 2 or p is look_up)
     # PaLM, appendix B (arxiv.org/abs/2204.02311): 6 a weight, 12 L H Q T for attention without its mask
     length = block_size or config.block_size
-    attention = 12 * config.n_layer * config.n_head * config.head_size * length
+    attention = 12 * config.n_layer * config.n_head * (config.head_size or 0) * length
     return ModelFacts(total, active, 6 * matmul + attention)

@@ -46,14 +46,14 @@ def check_gguf(config: MoEConfig, folder: Path) -> None:
 
 def tokenizer_kind(spec: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for the kind of a tokenizer.json: llama, gpt2, or None."""
-    model, before = spec.get("model") or {}, spec.get("pre_tokenizer")
+    model, before = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
     if model.get("type") != "BPE":
         return None
     normalizer = json.dumps(spec.get("normalizer"), ensure_ascii=True)
     if model.get("byte_fallback") and "Replace" in normalizer and json.dumps(SPACE) in normalizer:
         steps = set(re.findall(r'"type": "(\w+)"', normalizer)) - {"Sequence", "Prepend", "Replace"}
         return None if steps else "llama"
-    plain = before and before.get("type") == "ByteLevel" and before.get("use_regex", True)
+    plain = before.get("type") == "ByteLevel" and before.get("use_regex", True)
     return "gpt2" if plain and not before.get("add_prefix_space") and not spec.get("normalizer") else None
 
 
@@ -63,18 +63,21 @@ def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: P
     architecture = ARCHITECTURES[family]
     kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH(kinds[architecture]), config.n_layer)
-    matrices = next(iter(weights.values())).dtype
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    assert config.head_size  # LitGPT's Config computes it
     writer = gguf.GGUFWriter(path, architecture)
     try:
-        _add_settings(writer, config, str(matrices).removeprefix("torch."))
+        _add_settings(writer, config, dtype)
         _add_tokenizer(writer, config, tokenizer_dir)
         for name, weight in tqdm(_stacked(weights), unit="tensor", desc="GGUF", disable=None):
             if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
                 weight = _neighbours(weight, config.head_size)
             # llama.cpp wants norms and router in float32 always
             is_exact = weight.dim() == 1 or name.endswith(".gate.weight")
-            array, kind = _as_array(weight, "float32" if is_exact else str(matrices).removeprefix("torch."))
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array, raw_dtype=kind)
+            array, kind = _as_array(weight, "float32" if is_exact else dtype)
+            gguf_name = names.get_name(name, try_suffixes=(".weight",))
+            assert gguf_name, name
+            writer.add_tensor(gguf_name, array, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -106,6 +109,8 @@ def _as_array(weight: torch.Tensor, dtype: str) -> tuple[np.ndarray, Any]:
 
 def _add_settings(writer: GGUFWriter, config: MoEConfig, dtype: str) -> None:
     file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+    width = config.moe_intermediate_size if config.n_expert else config.intermediate_size
+    assert width and config.head_size and config.padded_vocab_size and config.n_query_groups
     writer.add_name(config.name or "model")
     writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
     writer.add_vocab_size(config.padded_vocab_size)
@@ -119,9 +124,7 @@ def _add_settings(writer: GGUFWriter, config: MoEConfig, dtype: str) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(float(config.rope_base))
-    width = config.intermediate_size
     if config.n_expert:
-        width = config.moe_intermediate_size
         writer.add_expert_count(config.n_expert)
         writer.add_expert_used_count(config.n_expert_per_token)
         if config.norm_qk:
@@ -134,6 +137,7 @@ def _add_tokenizer(writer: GGUFWriter, config: MoEConfig, folder: Path) -> None:
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     kind, vocabulary = tokenizer_kind(spec), dict(spec["model"]["vocab"])
+    assert kind and config.padded_vocab_size
     added = {token["content"]: token for token in spec.get("added_tokens") or []}
     vocabulary |= {content: token["id"] for content, token in added.items()}
     pieces = {i: piece for piece, i in vocabulary.items() if i < config.padded_vocab_size}

@@ -215,7 +215,7 @@ def _lit_rope(source: dict[str, Any], family: Family) -> dict[str, Any]:
     rope = {key.replace("max_position_embeddings", "max_seq_len"): value for key, value in rope.items()}
     if kind != "default" and ROPE_TYPES.get(frozenset(rope)) != kind:
         raise ValueError(f"rope_type {kind} with {', '.join(rope)} is unknown to LitGPT")
-    if int(base) != base:
+    if base is None or int(base) != base:
         raise ValueError(f"rope_theta is {base}, LitGPT takes whole numbers")
     return {"rope_base": int(base), "rope_adjustments": None if kind == "default" else rope}
 
@@ -253,4 +253,4 @@ def _rename_to_lit(config: MoEConfig, weights: Weights, renamed: Weights) -> Non
             rename(config, {}, {"transformer.wte.weight": weight}, {name: weight})
         except KeyError:
             raise ValueError(f"the weights hold {name:.80}, which LitGPT's model has no place for") from None
-    rename(config, {}, renamed, weights)
+    rename(config, {}, renamed, {**weights})

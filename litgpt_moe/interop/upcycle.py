@@ -32,6 +32,7 @@ def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -
         raise ValueError(
             f"mlp_class_name is {dense.mlp_class_name}; only LLaMAMLP has the shape of an expert"
         )
+    assert dense.intermediate_size  # LitGPT's Config computes it
     width = width or dense.intermediate_size
     slices = n_slices(dense, width)
     for name, count in (("n_expert", n_expert), ("n_expert_per_token", top_k)):
@@ -46,7 +47,8 @@ def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -
 
 
 def n_slices(dense: MoEConfig, width: int) -> int:
-    """Return into how many experts of `width` a dense MLP is cut. ValueError if it does not come out even."""
+    """Return into how many experts of `width` a dense MLP is cut. ValueError if it leaves a rest."""
+    assert dense.intermediate_size
     if width < 1 or dense.intermediate_size % width:
         raise ValueError(
             f"moe_intermediate_size is {width}; choose a divisor of the dense width {dense.intermediate_size}"
@@ -77,6 +79,7 @@ def upcycle(
 
 def router(config: MoEConfig, generator: torch.Generator) -> torch.Tensor:
     """Return a random router, (E, C); the experts that together are one dense MLP have the same row."""
+    assert config.moe_intermediate_size
     slices = n_slices(config, config.moe_intermediate_size)
     rows = _normal((config.n_expert // slices, config.n_embd), generator)
     # the variance that LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
@@ -86,6 +89,7 @@ def router(config: MoEConfig, generator: torch.Generator) -> torch.Tensor:
 def slice_of(weight: torch.Tensor, name: str, e: int, config: MoEConfig) -> torch.Tensor:
     """Return a copy of expert `e`'s part of a dense MLP's tensor, `name` being fc_1.weight, proj.bias, ..."""
     width = config.moe_intermediate_size
+    assert width
     slices = n_slices(config, width)
     start = e % slices * width
     if name.startswith("fc_"):
