@@ -64,13 +64,13 @@ def to_hf_config(config: MoEConfig, tied: bool, dtype: torch.dtype, ids: dict[st
 def _hf_expert_values(config: MoEConfig, family: Family) -> dict[str, Any]:
     if not family.is_moe:
         return {}
-    values: dict[str, Any] = {"num_experts_per_tok": config.n_expert_per_token, "router_aux_loss_coef": 0.0}
     if family.model_type == "mixtral":
-        sizes = {"intermediate_size": config.moe_intermediate_size, "num_local_experts": config.n_expert}
-        return values | sizes
-    values |= {"num_experts": config.n_expert, "moe_intermediate_size": config.moe_intermediate_size}
-    values |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "use_sliding_window": False}
-    return values | {"mlp_only_layers": list(range(config.first_k_dense_replace or 0))}
+        values = {"intermediate_size": config.moe_intermediate_size, "num_local_experts": config.n_expert}
+    else:
+        values = {"num_experts": config.n_expert, "moe_intermediate_size": config.moe_intermediate_size}
+        values |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "use_sliding_window": False}
+        values |= {"mlp_only_layers": list(range(config.first_k_dense_replace or 0))}
+    return values | {"num_experts_per_tok": config.n_expert_per_token, "router_aux_loss_coef": 0.0}
 
 
 def to_hf_weights(config: MoEConfig, weights: Weights) -> Weights:
