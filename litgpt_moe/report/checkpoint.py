@@ -148,7 +148,7 @@ def find_problems(folder: Path) -> list[str]:
     model = load_model(folder, device="meta")  # names and shapes against the configuration, no memory
     if problems:
         return problems
-    tokenizer, room = read_tokenizer(folder), model.config.padded_vocab_size
+    tokenizer, room = read_tokenizer(folder), model.config.padded_vocab_size or 0
     if tokenizer.vocab_size > room:
         problems.append(f"tokenizer has {tokenizer.vocab_size} pieces, the model {room}")
     if tokenizer.eos_id is None:
