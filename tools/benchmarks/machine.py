@@ -1,4 +1,4 @@
-"""What the figures of a benchmark depend on, for all of them. Nothing to run here."""
+"""What the figures of a benchmark depend on, and where they are kept."""
 
 import argparse
 import os
@@ -6,11 +6,24 @@ import platform
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Count(int):
+    """A number of 1 or more, for a flag."""
+
+    def __new__(cls, text: str | int) -> Self:
+        """Return the number that a flag's text is, for argparse."""
+        if not str(text).isdecimal() or not 1 <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"{str(text)[:20]!r} is not a number of 1 or more")
+        return super().__new__(cls, text)
 
 
 def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions."""
-    import torch
+    import torch  # for the figures alone: --help must answer at once
 
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -22,19 +35,13 @@ def machine() -> dict[str, str | int]:
     } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
 
 
-def count(text: str) -> int:
-    """Return the number of 1 or more that a flag's text is, for argparse."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number of 1 or more")
-    return int(text)
-
-
 def results_path(script: str, device: str) -> Path:
-    """Return where a benchmark's JSON lies: beside its script, named by the GPU if `device` is one."""
-    import torch
+    """Return where a benchmark's JSON lies: in results/ beside its script, named by the GPU if it has one."""
+    import torch  # see above
 
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-    return Path(script).with_name("_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())]) + ".json")
+    name = "_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())])
+    return Path(script).parent / "results" / f"{name}.json"
 
 
 def _processor() -> str:
