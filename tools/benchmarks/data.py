@@ -7,7 +7,6 @@ Memory: prepare_data.py on a generated file, resident memory summed over its pro
 that they share is counted for each). Loading: batches of the training loader, no worker processes.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -15,9 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -32,23 +31,9 @@ from prepare_data import (
     prepare,
     read_tokenizer,
 )
-from tools.benchmarks.machine import ROOT, Count, machine
+from tools.benchmarks.machine import ROOT, check_counts, machine
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
-
-
-class Megabytes(float):
-    """A number above 0, for a flag."""
-
-    def __new__(cls, text: str | float) -> Self:
-        """Return the number that a flag's text is, for argparse."""
-        try:
-            number = super().__new__(cls, text)
-        except ValueError:
-            number = super().__new__(cls, "nan")
-        if not 0 < number < 1e6:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-        return number
 
 
 @dataclass(frozen=True)
@@ -59,15 +44,15 @@ class DataBenchmark:
     """Text to tokenize (default: the demo corpus)."""
     tokenizer_dir: Path | None = None
     """The tokenizer (default: 2,048 pieces trained on the demo corpus)."""
-    megabytes: Megabytes = field(default=Megabytes(1.0))
+    megabytes: float = 1.0
     """MB of the text to tokenize."""
-    rounds: Count = field(default=Count(5))
+    rounds: int = 5
     """Rounds of each tokenizer."""
-    big_mb: Count = field(default=Count(100))
+    big_mb: int = 100
     """MB of the file for the memory figure."""
-    batch_size: Count = field(default=Count(8))
+    batch_size: int = 8
     """Sequences of a batch."""
-    block_size: Count = field(default=Count(1024))
+    block_size: int = 1024
     """Tokens of a sequence."""
     json: Path | None = None
     """File for all figures (default: none is written)."""
@@ -211,6 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = FlagParser(description=__doc__)
     add_flags(parser, DataBenchmark)
     settings: DataBenchmark = from_flags(DataBenchmark, parser.parse_args(argv))
+    check_counts(parser, settings)
+    if not 0 < settings.megabytes < 1e6:
+        parser.error(f"--megabytes: {settings.megabytes} is not a number above 0")
     try:
         with tempfile.TemporaryDirectory(prefix="benchmark_data") as folder:
             result = run(settings, Path(folder))

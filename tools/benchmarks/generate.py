@@ -10,12 +10,12 @@ Stock is `litgpt.generate.base.generate_fn` on a stock `litgpt.GPT` with `LLaMAM
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
-from tools.benchmarks.machine import Count, machine
+from tools.benchmarks.machine import check_counts, machine
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
@@ -29,13 +29,13 @@ class GenerateBenchmark:
     """Model configuration."""
     ckpt_dir: Path | None = None
     """Trained checkpoint to take instead (default: seeded random weights)."""
-    prompt_tokens: Count = field(default=Count(16))
+    prompt_tokens: int = 16
     """Tokens in the prompt."""
-    max_tokens: Count = field(default=Count(64))
+    max_tokens: int = 64
     """New tokens in a round."""
-    rounds: Count = field(default=Count(5))
+    rounds: int = 5
     """Timed rounds, after one to warm up."""
-    threads: Count | None = None
+    threads: int | None = None
     """CPU threads (default: torch's choice)."""
     seed: int = 0
     """Seed of the weights and the prompt."""
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = FlagParser(description=__doc__)
     add_flags(parser, GenerateBenchmark)
     settings: GenerateBenchmark = from_flags(GenerateBenchmark, parser.parse_args(argv))
+    check_counts(parser, settings)
     from litgpt_moe.files import write_json
 
     try:

@@ -98,7 +98,7 @@ def hf_block(name: str, weights: dict[str, torch.Tensor], sizes: Sizes) -> Any:
     return torch.compile(block.train(), dynamic=False) if mode else block.train()
 
 
-def main(path: str, sizes_text: str, dtype: str, device: str, n_tokens: str) -> int:
+def serve_steps(path: str, sizes_text: str, dtype: str, device: str, n_tokens: str) -> int:
     """Answer each name on stdin with the seconds of one step, as JSON; an error is answered as text."""
     import transformers  # which this environment has
 
@@ -121,7 +121,3 @@ def main(path: str, sizes_text: str, dtype: str, device: str, n_tokens: str) -> 
             answer = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         print(json.dumps(answer), file=answers, flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))

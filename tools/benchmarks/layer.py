@@ -12,12 +12,12 @@ its name, holds the machine and the versions too.
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
-from tools.benchmarks.machine import ROOT, Count, machine, results_path
+from tools.benchmarks.machine import ROOT, check_counts, machine, results_path
 
 SHAPES = {  # n_embd, moe_intermediate_size, n_expert, n_expert_per_token
     "30M": (256, 512, 8, 2),
@@ -38,9 +38,9 @@ class LayerBenchmark:
     """Sizes of the layer, of 30M, 200M, 400M and E64 (default all)."""
     dtypes: str = ",".join(DTYPES)
     """Of float32 and bfloat16 (default both)."""
-    tokens: Count = field(default=Count(2048))
+    tokens: int = 2048
     """Tokens in the micro-batch, a multiple of 4."""
-    rounds: Count = field(default=Count(9))
+    rounds: int = 9
     """Timed rounds, after two that are not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What to compute on."""
@@ -57,6 +57,7 @@ def parse(argv: list[str] | None) -> LayerBenchmark:
     parser = FlagParser(description=__doc__)
     add_flags(parser, LayerBenchmark)
     settings: LayerBenchmark = from_flags(LayerBenchmark, parser.parse_args(argv))
+    check_counts(parser, settings)
     for flag, given, choices in (("shapes", settings.shapes, SHAPES), ("dtypes", settings.dtypes, DTYPES)):
         if odd := [name for name in given.split(",") if name not in choices]:
             parser.error(f"--{flag} {odd[0]!r} is unknown; choose of {', '.join(choices)}")

@@ -24,6 +24,8 @@ HF_VARIANTS = [
     for backend, modes in (("eager", [""]), ("batched_mm", [""]), ("grouped_mm", ["", " compiled"]))
     for mode in modes
 ]
+WORKER = "import sys, hf_blocks; sys.exit(hf_blocks.serve_steps(*sys.argv[1:]))"
+FOLDER = Path(__file__).parent  # of hf_blocks.py
 Step = Callable[[], tuple[float, float]]
 """Runs forward and backward once and returns the seconds of both."""
 
@@ -104,15 +106,20 @@ class HuggingFace:
         self._folder = tempfile.TemporaryDirectory()
         weights = Path(self._folder.name) / "stock.pth"
         torch.save({"weights": stock.state_dict(), "output": expected}, weights)
-        worker, sizes = Path(__file__).with_name("hf_blocks.py"), ",".join(map(str, case.sizes))
-        words = (python, worker, weights, sizes, case.dtype, case.device, case.n_tokens)
+        sizes = ",".join(map(str, case.sizes))
+        words = (python, "-c", WORKER, weights, sizes, case.dtype, case.device, case.n_tokens)
         self._command = [str(word) for word in words]
         self._start()
 
     def _start(self) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=FOLDER,
         )
         self.versions = self._answer()
 

@@ -4,21 +4,20 @@ import argparse
 import os
 import platform
 import re
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Count(int):
-    """A number of 1 or more, for a flag."""
-
-    def __new__(cls, text: str | int) -> Self:
-        """Return the number that a flag's text is, for argparse."""
-        if not str(text).isdecimal() or not 1 <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{str(text)[:20]!r} is not a number of 1 or more")
-        return super().__new__(cls, text)
+def check_counts(parser: argparse.ArgumentParser, settings: Any) -> None:
+    """End with status 2 if a whole number among the settings, the seed apart, is not 1 or more."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if type(value) is int and item.name != "seed" and not 1 <= value < 2**31:
+            parser.error(f"--{item.name}: {value} is not a number of 1 or more")
 
 
 def machine() -> dict[str, str | int]:

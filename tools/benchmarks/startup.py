@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from litgpt_moe.cli import FlagParser, fail, run_script
-from tools.benchmarks.machine import ROOT, Count
+from tools.benchmarks.machine import ROOT
 
 HELP_GOAL_S = 1.0
 VOCABULARY = 512
@@ -64,7 +64,7 @@ DENSE: dict[str, object] = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 6
 def scripts() -> list[Path]:
     """Return the scripts that a user can start; what only others import is not one."""
     paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
-    return [path for path in paths if "__main__" in path.read_text(encoding="utf-8")]
+    return [path for path in paths if "\nif __name__ == " in path.read_text(encoding="utf-8")]
 
 
 def timed(command: list[str], expected_status: int, folder: Path) -> float:
@@ -161,9 +161,11 @@ def benchmark_first_step(rounds: int) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     """Print the figures as JSON; 1 when a run failed."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--rounds", type=Count, default=5, help="runs of each; the median counts (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each; the median counts (default 5)")
     parser.add_argument("--help_only", action="store_true", help="time --help alone, start no training")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds: {args.rounds} is not a number of 1 or more")
     try:
         help_s = benchmark_help(args.rounds)
         report: dict[str, object] = {
