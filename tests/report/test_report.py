@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY_CONFIG
-from test_playground_page import PROGRAM, Browser
+from helpers.browser import PROGRAM, Browser
 
 from litgpt_moe.report.page import MAX_POINTS
 from tools import report
