@@ -13,7 +13,6 @@ one expert. A tensor's name ends in its axes: `router_logits_NE` is (N, E).
 
 import ctypes
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -77,7 +76,6 @@ FILLS = (
 )  # what is there already
 BIAS_NAME = "e_score_correction_bias"  # as in LitGPT and Hugging Face
 STATISTICS = ("load_imbalance", "dead_experts", "router_entropy", "aux_loss", "z_loss")
-LEAST_SHARED = 1 << 22  # multiplications with one of an average expert's matrices, see _share_out
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
@@ -779,84 +777,6 @@ def _most_slots(x: torch.Tensor, n_rows: int, n_expert: int) -> int:
     return n_rows + n_rows // 16 + 15 * n_expert if _uses_onednn(x) else n_rows
 
 
-def _share_out(work: Callable[[int], None], sizes: list[int], matrix: torch.Tensor) -> None:
-    """Call `work` on every job, on a CPU several at a time, each by one thread.
-
-    Two threads on one expert's few hundred rows wait for each other more than they gain: its bfloat16 GEMMs
-    are no faster by two than by one (Xeon with AMX, 64 experts). Jobs too large to be shared out evenly are
-    done first, one after another by all threads; so are all where there is too little to do in each, as
-    Python itself runs in one thread at a time: LEAST_SHARED is where both are even (Xeon, 2 cores, float32).
-
-    Args:
-        work: does one job: what is to be done with an expert, or a part of it.
-        sizes: of each job, in rows.
-        matrix: one of an expert's, for its device and size.
-    """
-    n_threads = torch.get_num_threads() if matrix.device.type == "cpu" and _openmp() else 1
-    waiting = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
-    is_worth_it = n_threads > 1 and sum(sizes) * matrix.numel() >= len(sizes) * LEAST_SHARED
-    n_together = 0 if is_worth_it else len(sizes)
-    while n_together < len(sizes) and not _is_even([sizes[job] for job in waiting[n_together:]], n_threads):
-        n_together += 1
-    for job in waiting[:n_together]:
-        work(job)
-    if n_together == len(sizes):
-        return
-    rest = iter(waiting[n_together:])  # of a list: to take the next from it is safe in threads
-    is_inference = torch.is_inference_mode_enabled()  # a thread has modes of its own
-
-    def take() -> None:
-        with torch.inference_mode(is_inference), torch.no_grad():
-            for job in rest:
-                work(job)
-
-    _run_in_team(take, n_threads)
-
-
-def _is_even(sizes: list[int], n_threads: int) -> bool:
-    """Return whether threads that take the largest left in turn would be busy for 7/8 of the time."""
-    loads = [0] * n_threads
-    for size in sizes:
-        heapq.heapreplace(loads, loads[0] + size)
-    return 7 / 8 * max(loads) * n_threads <= sum(sizes)
-
-
-def _run_in_team(work: Callable[[], None], n_threads: int) -> None:
-    """Call `work` in each thread of OpenMP's own team, in which operators begin no threads in turn.
-
-    Threads of ours would share the processors with OpenMP's, which spin after each loop lest they be late for
-    the next (libgomp, 7 ms on a Xeon). This is what `#pragma omp parallel` compiles to, see the libgomp
-    manual, "Implementing PARALLEL construct".
-    """
-    openmp, errors = _openmp(), []
-
-    def begin(_: Any) -> None:
-        try:
-            torch.get_num_threads()  # asked for the first time in a thread, it sets what the others have
-            openmp.omp_set_num_threads(1)  # of this thread until the team ends: oneDNN asks for it
-            work()
-        except BaseException as error:  # which cannot pass through OpenMP: Ctrl-C too
-            errors.append(error)
-
-    openmp.GOMP_parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(begin), None, n_threads, 0)
-    if errors:
-        raise errors[0]
-
-
-@cache
-def _openmp() -> ctypes.CDLL | None:
-    """Return the OpenMP that torch runs its loops with, or None where it is not to be had by GCC's names."""
-    if sys.platform != "linux":  # elsewhere it is another OpenMP, with other names
-        return None
-    library, n_threads = ctypes.CDLL(None), torch.get_num_threads()
-    if not hasattr(library, "GOMP_parallel"):
-        return None
-    library.omp_set_num_threads(n_threads + 1)  # which torch hears of if the library is its own
-    is_torch_s = torch.get_num_threads() == n_threads + 1
-    library.omp_set_num_threads(n_threads)
-    return library if is_torch_s else None
-
-
 @torch.library.custom_op("moe::experts", mutates_args=())
 def _experts(
     x: torch.Tensor,
@@ -881,7 +801,8 @@ def _experts(
         matmul(x_SC, fc_2[e].to(x.dtype).t(), out=up_SF)
         matmul(_swiglu(gate_SF, up_SF, weights_S1), proj[e].to(x.dtype).t(), out=y_SC)
 
-    _share_out(work, slots.sizes, fc_1[0])
+    for e in range(len(fc_1)):
+        work(e)
     return _sum_of_rows(y_PC, slots.row[inverse]), gate_PF, up_PF
 
 
@@ -913,7 +834,6 @@ def _experts_grad(
     weights_grad_P1 = torch.empty_like(weights_P1)
     rows = (slots.token, weights_P1, gate, up, weights_grad_P1, x_grad_PC)
     parts = [slots.parts(tensor) for tensor in rows]
-    # not made in the threads, where malloc gives all of them back each time
     fc_1_grads, fc_2_grads, proj_grads = ([torch.empty_like(w) for w in maps] for maps in (fc_1, fc_2, proj))
 
     def work(e: int) -> None:
@@ -930,7 +850,8 @@ def _experts_grad(
         matmul(gate_grad_SF, fc_1[e].to(x.dtype), out=x_grad_SC)
         add_matmul(x_grad_SC, up_grad_SF, fc_2[e].to(x.dtype))
 
-    _share_out(work, slots.sizes, fc_1[0])
+    for e in range(len(fc_1)):
+        work(e)
     x_grad = _sum_of_rows(x_grad_PC, slots.row[inverse])
     return [x_grad, weights_grad_P1[slots.row], *fc_1_grads, *fc_2_grads, *proj_grads]
 
