@@ -1,36 +1,41 @@
-"""The Mixture-of-Experts layer, its configuration, and the way from a checkpoint directory to a model.
+"""The Mixture-of-Experts layer: first its definition, then the layer that trains. Nothing to run here.
 
-Nothing to run here; the scripts import it. To read it: `SimplifiedLLaMAMoE` is the definition in twenty
-lines, `MoE` computes the same (outputs and every gradient) without a host round trip for each expert.
+`SimplifiedLLaMAMoE` is the definition in a dozen lines. `MoE` gives the same outputs and gradients, fast:
 
-Parameters carry LitGPT's names and shapes (`gate`, `experts.{e}.fc_1/fc_2/proj`, `shared_experts`), so
-LitGPT's own initialisation, `litgpt generate`, `litgpt.LLM.load` and its converters read our checkpoints.
+    x -> route -> plan (sort by expert) -> run experts -> combine -> + shared experts -> y
+           |
+           +---> attach the balance losses, which act in the backward pass (litgpt_moe/balance.py)
 
-Shapes: B batch, T position, N = B*T tokens, C n_embd, E n_expert, K n_expert_per_token, F
-moe_intermediate_size, R = N*K routed rows (one per token and choice), P rows in memory (see `_Slots`), S of
-one expert. A tensor's name ends in its axes: `router_logits_NE` is (N, E).
+How sorted rows are multiplied on which device is in litgpt_moe/kernels/, one file for each way.
+
+Parameters have LitGPT's names and shapes (`gate`, `experts.{e}.fc_1/fc_2/proj`, `shared_experts`), so that
+LitGPT's initialisation, `litgpt generate`, `litgpt.LLM.load` and its converters read our checkpoints.
+
+A tensor's name ends in its axes: `router_logits_NE` is (N, E).
+
+    B  batch                        E  n_expert
+    T  position in the sequence     K  n_expert_per_token
+    N  tokens, B * T                F  moe_intermediate_size, the width inside an expert
+    C  n_embd                       R  rows sent to experts, N * K: one for each token and choice
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from litgpt.config import Config
 from litgpt.model import GroupedTopkRouter, LLaMAMoE
 
-from litgpt_moe.balance import BIAS_NAME, Balance, load_balancing_loss, router_z_loss
-from litgpt_moe.kernels.choice import choose_way
-from litgpt_moe.kernels.cpu import cpu_experts
-from litgpt_moe.kernels.grouped_mm import grouped_mm_experts
-from litgpt_moe.kernels.loop import loop_experts
+from litgpt_moe.balance import BIAS_NAME, Balance, attach_loss
+from litgpt_moe.kernels.choice import choose_way, run_experts
+from litgpt_moe.kernels.decode import PackedExperts, decode_experts, is_decoding
 from litgpt_moe.kernels.matmul import compute_dtype, no_autocast
-from litgpt_moe.kernels.rows import Combine, Gather, Plan, RouterLogits
-from litgpt_moe.kernels.triton import triton_experts
+from litgpt_moe.kernels.rows import Plan, router_logits
 
 
 class SimplifiedLLaMAMoE(LLaMAMoE):
-    """The MoE layer as its definition reads: each token's K best experts, weighted by a softmax.
+    """The definition: each token goes to its K best experts, whose outputs are weighted by a softmax.
 
     Mixtral of Experts, section 2.1 (arxiv.org/abs/2401.04088). Slow on purpose; `MoE` is tested against it.
     """
@@ -58,42 +63,129 @@ class SimplifiedLLaMAMoE(LLaMAMoE):
 class MoE(LLaMAMoE):
     """LitGPT's `LLaMAMoE`, same parameters, outputs and gradients, computed on rows sorted by expert.
 
-    `forward` = route -> sort rows by expert -> experts on their slices -> unsort, weight, sum -> shared.
-    Experts without a token get a zero gradient, not none, so that every process updates the same parameters.
+    An expert without a token gets a zero gradient, not none, so that every process updates the same
+    parameters.
 
-    The buffer `e_score_correction_bias` (E,) is there from the start and 0; `use_selection_bias` lets it
-    choose, and puts it into the state dict, which then is not stock LitGPT's. With expert groups it is the
-    router's own buffer of that name, which stock LitGPT has too.
+    The selection bias (`e_score_correction_bias`, DeepSeek-V3) is added to the router's scores to choose
+    experts, and to nothing else. It is there from the start and 0; `use_selection_bias` makes it take part
+    and puts it into the state dict, which stock LitGPT then does not load. With expert groups it is the
+    router's own buffer, which stock LitGPT has too.
     """
+
+    tokens_per_expert: torch.Tensor
+    e_score_correction_bias: torch.Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if config.n_expert_groups:
             self.gate = GroupedRouter(config)
         else:
-            bias_E = torch.zeros(config.n_expert, dtype=torch.float32)
-            self.register_buffer("e_score_correction_bias", bias_E, persistent=False)
-        self.balance: Balance | None = None  # see set_balance
-        self.way: str | None = None  # one of WAYS in place of choose_way's
+            self.register_buffer(BIAS_NAME, torch.zeros(config.n_expert), persistent=False)
+        # balance.set_balance sets it, balance.count_expert_load the next two
+        self.balance: Balance | None = None
         self.count_load = False
-        self._packed: dict[str, torch.Tensor] = {}  # see pack_for_decoding
-        self.register_buffer(
-            "tokens_per_expert", torch.zeros(config.n_expert, dtype=torch.int64), persistent=False
-        )
+        counts_E = torch.zeros(config.n_expert, dtype=torch.int64)
+        self.register_buffer("tokens_per_expert", counts_E, persistent=False)
+        # one of kernels.choice.WAYS to use in place of the fastest
+        self.way: str | None = None
+        self._packed: PackedExperts | None = None
 
-    def reset_parameters(self) -> None:
-        """Zero what `init_module(empty_init=True)` left unset here; the submodules reset their own."""
-        for buffer in self.buffers(recurse=False):
-            buffer.zero_()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, (B, T, C) like `x`."""
+        x_NC = x.reshape(-1, x.size(-1))
+        router_logits_NE, topk_weights_NK, topk_indices_NK = self.route(x_NC)
+        if is_decoding(x_NC):
+            y_NC = self._decode(x_NC, topk_weights_NK.to(x.dtype), topk_indices_NK)
+        else:
+            plan = Plan.of(topk_indices_NK, self.config.n_expert)
+            if self.count_load:
+                self.tokens_per_expert += plan.tokens_per_expert
+            if self.balance is not None and self.training and torch.is_grad_enabled():
+                topk_weights_NK = self._attach_losses(topk_weights_NK, router_logits_NE, plan, self.balance)
+            y_NC = self._run_experts(x_NC, topk_weights_NK.to(x.dtype), plan).to(x.dtype)
+        if self.config.n_shared_expert:
+            y_NC = y_NC + self.shared_experts(x_NC)
+        return y_NC.view_as(x)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
-        return _keep_float32(self, super()._apply, fn, recurse)
+    def route(self, x_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the router's logits (N, E), and each token's K weights and experts (N, K)."""
+        # float32: bf16 rounds close logits to ties, and top-k then picks by position. float64 stays.
+        dtype = torch.promote_types(x_NC.dtype, torch.float32)
+        with no_autocast(x_NC):
+            if isinstance(self.gate, GroupedRouter):
+                # float32 even in float64, as LitGPT's router
+                router_logits_NE = router_logits(x_NC, self.gate.weight, torch.float)
+                topk_weights_NK, topk_indices_NK = self.gate.choose(router_logits_NE)
+            else:
+                router_logits_NE = router_logits(x_NC, self.gate.weight, dtype)
+                topk_weights_NK, topk_indices_NK = self._choose(router_logits_NE)
+                topk_weights_NK = topk_weights_NK.to(x_NC.dtype)
+        if self.config.routed_scaling_factor != 1.0:
+            topk_weights_NK = topk_weights_NK * self.config.routed_scaling_factor
+        return router_logits_NE, topk_weights_NK, topk_indices_NK
+
+    # renamed; the users follow
+    _route = route
+
+    def _choose(self, router_logits_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the K experts with the highest logits, after a softmax over these K: weights and indices."""
+        if self.has_selection_bias:
+            scores_NE = router_logits_NE.detach() + self.e_score_correction_bias
+            topk_indices_NK = scores_NE.topk(self.config.n_expert_per_token, dim=1).indices
+            topk_logits_NK = router_logits_NE.gather(1, topk_indices_NK)
+        else:
+            topk_logits_NK, topk_indices_NK = router_logits_NE.topk(self.config.n_expert_per_token, dim=1)
+        # float32 even in float64, as LitGPT's
+        return topk_logits_NK.softmax(dim=1, dtype=torch.float), topk_indices_NK
+
+    def _run_experts(self, x_NC: torch.Tensor, weights_NK: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Return the weighted sum of the chosen experts' outputs, (N, C), from rows sorted by expert."""
+        # cast before rows are gathered, which then moves half the bytes
+        dtype = compute_dtype(x_NC)
+        x_NC, weights_NK = x_NC.to(dtype), weights_NK.to(dtype)
+        # Sorted too: the kernels scale an expert's hidden rows, not its outputs, which is the same for a
+        # linear `proj`. For the gradient of a weight autograd then keeps no copy of the outputs.
+        weights_R1 = weights_NK.reshape(-1, 1).index_select(0, plan.order)
+        way = self.way or choose_way(self.config, x_NC.device, dtype)
+        return run_experts(way, x_NC, weights_R1, plan, self.experts)
+
+    def _attach_losses(
+        self, weights_NK: torch.Tensor, router_logits_NE: torch.Tensor, plan: Plan, balance: Balance
+    ) -> torch.Tensor:
+        """Return the weights unchanged; their backward pass adds the balance losses and counts the load."""
+        with no_autocast(router_logits_NE):
+            if self.config.n_expert_groups:
+                scores_NE = router_logits_NE.sigmoid()  # DeepSeek-V3 eq. 18: normalised affinities
+                probs_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True)
+            else:
+                probs_NE = router_logits_NE.softmax(dim=1)
+            return attach_loss(weights_NK, router_logits_NE, probs_NE, plan.tokens_per_expert, balance)
+
+    # --- a few tokens at a time, without gradients ---
+
+    def _decode(self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor) -> torch.Tensor:
+        """Return what `_run_experts` does, without sorting: only the chosen experts' weights are read."""
+        if self.count_load:
+            self.tokens_per_expert += torch.bincount(indices_NK.flatten(), minlength=self.config.n_expert)
+        if self._packed is not None and self._packed.is_of(self.experts):
+            return self._packed.run(x_NC, weights_NK, indices_NK)
+        return decode_experts(x_NC, weights_NK, indices_NK, self.experts)
+
+    def pack_for_decoding(self) -> None:
+        """Lay the experts' weights out in memory for one-token steps on a CPU; values and names stay."""
+        if not self.config.bias:
+            self._packed = PackedExperts.of(self.experts)
+
+    # --- the selection bias ---
 
     @property
     def selection_bias(self) -> torch.Tensor:
-        """What is added to the router's scores before top-k, and to nothing else: (E,), float32."""
-        owner = self.gate if self.config.n_expert_groups else self
-        return owner.e_score_correction_bias
+        """The bias that is added to the router's scores to choose experts: (E,), float32."""
+        return (
+            self.gate.e_score_correction_bias
+            if isinstance(self.gate, GroupedRouter)
+            else self.e_score_correction_bias
+        )
 
     @property
     def has_selection_bias(self) -> bool:
@@ -101,160 +193,34 @@ class MoE(LLaMAMoE):
         return bool(self.config.n_expert_groups) or BIAS_NAME not in self._non_persistent_buffers_set
 
     def use_selection_bias(self) -> None:
-        """Let the bias choose, and save it; expert groups always do."""
+        """Let the bias take part in the choice and in the state dict; with expert groups it always does."""
         if not self.has_selection_bias:
             self.register_buffer(BIAS_NAME, self.e_score_correction_bias, persistent=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output, (B, T, C) like `x`."""
-        x_NC = x.reshape(-1, x.size(-1))
-        router_logits_NE, topk_weights_NK, topk_indices_NK = self._route(x_NC)
-        if self.config.routed_scaling_factor != 1.0:
-            topk_weights_NK = topk_weights_NK * self.config.routed_scaling_factor
-        if _is_decoding(x_NC):
-            y_NC = self._run_chosen(x_NC, topk_weights_NK.to(x.dtype), topk_indices_NK)
-        else:
-            plan = Plan.of(topk_indices_NK, self.config.n_expert)
-            if self.count_load:
-                self.tokens_per_expert += plan.tokens_per_expert
-            if self.balance is not None and self.training and torch.is_grad_enabled():
-                topk_weights_NK = self._attach_losses(topk_weights_NK, router_logits_NE, plan)
-            y_NC = self._run_sorted(x_NC, topk_weights_NK.to(x.dtype), plan).to(x.dtype)
-        if self.config.n_shared_expert:
-            y_NC = y_NC + self.shared_experts(x_NC)
-        return y_NC.view_as(x)
+    # --- initialisation and casts ---
 
-    def _route(self, x_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the router's logits (N, E), each token's K weights and the K experts they belong to."""
-        with no_autocast(x_NC):
-            if self.config.n_expert_groups:
-                router_logits_NE = RouterLogits.apply(x_NC, self.gate.weight, torch.float)
-                return router_logits_NE, *self.gate.choose(router_logits_NE)
-            # float32: bf16 rounds close logits to ties, and top-k then picks by position. float64 stays.
-            dtype = torch.promote_types(x_NC.dtype, torch.float32)
-            router_logits_NE = RouterLogits.apply(x_NC, self.gate.weight, dtype)
-            if self.has_selection_bias:
-                scores_NE = router_logits_NE.detach() + self.e_score_correction_bias
-                topk_indices_NK = scores_NE.topk(self.config.n_expert_per_token, dim=1).indices
-                topk_logits_NK = router_logits_NE.gather(1, topk_indices_NK)
-            else:
-                topk_logits_NK, topk_indices_NK = router_logits_NE.topk(self.config.n_expert_per_token, dim=1)
-            topk_weights_NK = topk_logits_NK.softmax(dim=1, dtype=torch.float)  # float, as LitGPT's
-        return router_logits_NE, topk_weights_NK.to(x_NC.dtype), topk_indices_NK
+    def reset_parameters(self) -> None:
+        """Zero the buffers, which `init_module(empty_init=True)` leaves unset; submodules reset their own."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
-    def _attach_losses(
-        self, weights_NK: torch.Tensor, router_logits_NE: torch.Tensor, plan: Plan
-    ) -> torch.Tensor:
-        """Return the weights as they are; their backward adds the auxiliary losses and counts the load."""
-        balance = self.balance
-        with no_autocast(router_logits_NE):
-            if self.config.n_expert_groups:
-                scores_NE = router_logits_NE.sigmoid()  # DeepSeek-V3 eq. 18: normalised affinities
-                probs_NE = scores_NE / scores_NE.sum(dim=1, keepdim=True)
-            else:
-                probs_NE = router_logits_NE.softmax(dim=1)
-            aux_loss = load_balancing_loss(probs_NE, plan.tokens_per_expert)
-            z_loss = router_z_loss(router_logits_NE)
-            loss = balance.aux_loss_coef * aux_loss + balance.z_loss_coef * z_loss
-            entropy = -torch.special.xlogy(probs_NE, probs_NE).detach().sum(1).mean()
-            means = torch.stack([torch.ones_like(entropy), entropy, aux_loss.detach(), z_loss.detach()])
-            counters = [balance.step_load, balance.load, balance.sums]
-            return torch.ops.moe.attach_loss(
-                weights_NK, loss, plan.tokens_per_expert, means.float(), counters, balance.scale
-            )
-
-    def _run_sorted(self, x_NC: torch.Tensor, weights_NK: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Return the weighted sum of the chosen experts' outputs, (N, C), from rows sorted by expert."""
-        # cast before the gather, which then moves half the bytes
-        dtype = compute_dtype(x_NC)
-        x_NC, weights_NK = x_NC.to(dtype), weights_NK.to(dtype)
-        # the weight scales the hidden row: moved there, autograd needs no copy of the experts' outputs
-        weights_R1 = weights_NK.reshape(-1, 1).index_select(0, plan.order)
-        way = self.way or choose_way(self.config, x_NC.device, dtype)
-        if way == "loop":
-            x_RC = Gather.apply(x_NC, plan.token, plan.inverse)
-            y_RC = loop_experts(x_RC, plan.ends, self.experts) * weights_R1
-            return Combine.apply(y_RC, plan.token, plan.inverse)
-        matrices = [[getattr(e, name).weight for e in self.experts] for name in ("fc_1", "fc_2", "proj")]
-        if way in ("segments", "triton"):
-            run_experts = cpu_experts if way == "segments" else triton_experts
-            return run_experts(x_NC, weights_R1, plan, *matrices)
-        x_RC = Gather.apply(x_NC, plan.token, plan.inverse)
-        y_RC = grouped_mm_experts(x_RC, weights_R1, plan.ends, *matrices)
-        return Combine.apply(y_RC, plan.token, plan.inverse)
-
-    def _run_chosen(
-        self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the same for a handful of tokens, without sorting: decoding touches K experts' weights."""
-        if self.count_load:
-            self.tokens_per_expert += torch.bincount(indices_NK.flatten(), minlength=self.config.n_expert)
-        if self._packed and self._is_packed_still():
-            return self._run_packed(x_NC, weights_NK, indices_NK)
-        rows = []
-        for x_1C, weights_K, indices in zip(x_NC.split(1), weights_NK, indices_NK.tolist(), strict=True):
-            y_KC = torch.cat([self.experts[e](x_1C) for e in indices])
-            rows.append(weights_K @ y_KC)
-        return torch.stack(rows)
-
-    def pack_for_decoding(self) -> None:
-        """Lay the experts' weights out for one-token steps on a CPU; shapes, values and names stay.
-
-        All experts' `fc_1` lie in one tensor, (in, out) in memory, and the parameters become views of it
-        (`fc_2` and `proj` too): no memory is spent twice, and every other path works as before.
-        """
-        if self.config.bias:
-            return
-        for name in ("fc_1", "fc_2", "proj"):
-            layers = [getattr(expert, name) for expert in self.experts]
-            packed_EIO = torch.stack([layer.weight.detach().t() for layer in layers])
-            for layer, weight in zip(layers, packed_EIO, strict=True):
-                layer.weight.data = weight.t()
-            self._packed[name] = packed_EIO.flatten(0, 1)
-
-    def _is_packed_still(self) -> bool:
-        # `.to(...)` gives the parameters memory of their own
-        return self._packed["fc_1"].data_ptr() == self.experts[0].fc_1.weight.data_ptr()
-
-    def _run_packed(
-        self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the same from packed weights, each chosen matrix times its token by one `embedding_bag`.
-
-        That is a matrix-vector product with gathering. It reads the rows in order: 18 GB/s on one core, 26 on
-        two, where MKL's product reaches 10 on weights that are not in the cache (AMD EPYC, torch 2.10).
-        """
-        n_tokens, top_k = indices_NK.shape
-        expert_R1 = indices_NK.view(-1, 1)
-        x_RC = x_NC.repeat_interleave(top_k, dim=0)
-
-        def product(name: str, x_RI: torch.Tensor) -> torch.Tensor:
-            width = x_RI.size(1)
-            rows_RI = expert_R1 * width + torch.arange(width, device=x_RI.device)
-            return F.embedding_bag(rows_RI, self._packed[name], mode="sum", per_sample_weights=x_RI)
-
-        hidden_RF = F.silu(product("fc_1", x_RC)) * product("fc_2", x_RC) * weights_NK.reshape(-1, 1)
-        return product("proj", hidden_RF).view(n_tokens, top_k, -1).sum(dim=1)
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MoE":
+        return _keep_float32(self, super()._apply, fn, recurse)
 
 
 class GroupedRouter(GroupedTopkRouter):
     """LitGPT's sigmoid router with expert groups (DeepSeek-V3), and the initialisation that it lacks."""
 
+    e_score_correction_bias: torch.Tensor
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.register_buffer(BIAS_NAME, torch.zeros(config.n_expert, dtype=torch.float32))
-        self.reset_parameters()  # as nn.Linear does: litgpt 0.5.13 leaves what was in memory before
-
-    def reset_parameters(self) -> None:
-        # the same variance as LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
-        nn.init.normal_(self.weight, mean=0.0, std=(2.0 / 5 / self.config.n_embd) ** 0.5)
-        self.e_score_correction_bias.zero_()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "GroupedRouter":
-        return _keep_float32(self, super()._apply, fn, recurse)
+        self.register_buffer(BIAS_NAME, torch.zeros(config.n_expert))
+        # in the constructor, as nn.Linear does: litgpt 0.5.13 leaves the memory as it was
+        self.reset_parameters()
 
     def choose(self, router_logits_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights and indices (N, K) as LitGPT's `forward` does, which keeps the logits to itself."""
+        """Return weights and indices (N, K); LitGPT's `forward` does the same, without giving the logits."""
         scores_NE = router_logits_NE.sigmoid()
         topk_indices_NK = self.get_topk_indices(scores_NE)
         topk_weights_NK = scores_NE.gather(1, topk_indices_NK)
@@ -262,20 +228,27 @@ class GroupedRouter(GroupedTopkRouter):
             topk_weights_NK = topk_weights_NK / (topk_weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
         return topk_weights_NK, topk_indices_NK
 
+    def reset_parameters(self) -> None:
+        """Draw the weights with the variance that LitGPT gives every nn.Linear, and zero the bias."""
+        # litgpt.pretrain.initialize_weights
+        nn.init.normal_(self.weight, mean=0.0, std=(2.0 / 5 / self.config.n_embd) ** 0.5)
+        self.e_score_correction_bias.zero_()
 
-def _keep_float32(module: nn.Module, apply: Any, fn: Any, recurse: bool) -> Any:
-    """Apply `fn` with the selection bias moved, but not cast: from 0.5 on, bf16 swallows steps of 0.001."""
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GroupedRouter":
+        return _keep_float32(self, super()._apply, fn, recurse)
+
+
+def _keep_float32[Module: nn.Module](
+    module: Module, apply: Callable[..., Any], fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool
+) -> Module:
+    """Move the module by `apply(fn)`, its selection bias without a cast: in bf16, 0.5 + 0.001 is 0.5."""
     before = module._buffers.get(BIAS_NAME)
     apply(fn, recurse)
-    if before is not None and (after := module._buffers[BIAS_NAME]).dtype != before.dtype:
+    after = module._buffers.get(BIAS_NAME)
+    if before is not None and after is not None and after.dtype != before.dtype:
         kept = after.to(before.dtype) if before.is_meta else before.to(after.device)
         module._buffers[BIAS_NAME] = kept
     return module
-
-
-def _is_decoding(x_NC: torch.Tensor) -> bool:
-    # Up to four tokens (measured on CPU) sorting costs more than it saves. CUDA would wait for the indices.
-    return x_NC.size(0) <= 4 and x_NC.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 # ============================================================================================================

@@ -1,18 +1,34 @@
-"""The balance of the experts' load: two losses, a selection bias, statistics."""
+"""Equal load for the experts: two auxiliary losses, a bias on the choice of experts, and statistics.
+
+Call `set_balance` once, `update_selection_bias` after each optimizer step and `router_statistics` when you
+log. Axes: N tokens, K experts per token, E experts, L layers.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
 from litgpt.model import LLaMAMoE
 
-BIAS_NAME = "e_score_correction_bias"  # as in LitGPT and Hugging Face
+if TYPE_CHECKING:
+    from moe_layers import MoE
 
-
+# LitGPT's and Hugging Face's name of the selection bias
+BIAS_NAME = "e_score_correction_bias"
 STATISTICS = ("load_imbalance", "dead_experts", "router_entropy", "aux_loss", "z_loss")
+
+
+def layers_of(model: nn.Module) -> "dict[int, MoE]":
+    """Return the model's MoE layers by the index of their block; dense blocks are left out."""
+    blocks = enumerate(model.get_submodule("transformer.h").children())
+    layers = {index: getattr(block, "mlp", None) for index, block in blocks}
+    return {index: cast("MoE", mlp) for index, mlp in layers.items() if isinstance(mlp, LLaMAMoE)}
+
+
+# --- the two losses and how they reach the gradients --------------------------------------------------------
 
 
 def load_balancing_loss(router_probs_NE: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
@@ -32,20 +48,46 @@ def router_z_loss(router_logits_NE: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Balance:
-    """How one layer is balanced, and what it counted. See `set_balance`."""
+    """How one layer is balanced, and what it counted. See `set_balance`.
+
+    The counters are plain tensors, not buffers: DistributedDataParallel overwrites every rank's buffers with
+    rank 0's.
+    """
 
     aux_loss_coef: float
     z_loss_coef: float
     bias_update_rate: float
     scale: float
-    # Plain tensors, no buffers: DistributedDataParallel overwrites every rank's buffers with rank 0's.
-    step_load: torch.Tensor  # (E,) int64, tokens of this optimizer step
-    load: torch.Tensor  # (E,) int64, tokens since the last statistics
-    sums: torch.Tensor  # (4,) float32: micro-batches, and the sums over them of entropy, aux loss, z loss
+    step_load: torch.Tensor
+    """(E,) int64, tokens of each expert in this optimizer step."""
+    load: torch.Tensor
+    """(E,) int64, tokens of each expert since the statistics were last read."""
+    sums: torch.Tensor
+    """(4,) float32: the number of micro-batches, and sums over them of entropy, aux loss and z loss."""
 
 
-# A custom operator and no autograd.Function: Dynamo (torch 2.10) mixes up what the backward of the latter
-# changes in place with sizes, once these are dynamic.
+def attach_loss(
+    weights_NK: torch.Tensor,
+    router_logits_NE: torch.Tensor,
+    router_probs_NE: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    balance: Balance,
+) -> torch.Tensor:
+    """Return the weights unchanged; their backward pass adds both losses' gradients and counts the load.
+
+    LitGPT's loop has no place for a second loss. So none is needed, and the logged loss stays cross-entropy.
+    """
+    aux_loss = load_balancing_loss(router_probs_NE, tokens_per_expert)
+    z_loss = router_z_loss(router_logits_NE)
+    loss = balance.aux_loss_coef * aux_loss + balance.z_loss_coef * z_loss
+    entropy = -torch.special.xlogy(router_probs_NE, router_probs_NE).detach().sum(1).mean()
+    means = torch.stack([torch.ones_like(entropy), entropy, aux_loss.detach(), z_loss.detach()]).float()
+    counters = [balance.step_load, balance.load, balance.sums]
+    return torch.ops.moe.attach_loss(weights_NK, loss, tokens_per_expert, means, counters, balance.scale)
+
+
+# A custom operator and not an autograd.Function: Dynamo (torch 2.10) confuses tensors that the backward of a
+# Function changes in place with sizes, once these are dynamic.
 @torch.library.custom_op("moe::attach_loss", mutates_args=())
 def _attach_loss(
     x: torch.Tensor,
@@ -55,9 +97,10 @@ def _attach_loss(
     counters: list[torch.Tensor],
     scale: float,
 ) -> torch.Tensor:
-    """Return `x`; backward gives `loss` the gradient `scale`, and adds to step_load, load and sums.
+    """Return `x`; backward gives `loss` the gradient `scale`, and adds to the three counters.
 
-    Counting belongs there: backward runs once for a micro-batch, forward also to recompute activations.
+    Counting belongs into backward, which runs once for a micro-batch: forward also runs to recompute
+    activations.
     """
     return x.clone()
 
@@ -74,7 +117,7 @@ def _attach_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(tokens_per_expert, means)
 
 
-def _attach_backward(ctx: Any, grad: torch.Tensor):
+def _attach_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     tokens_per_expert, means = ctx.saved_tensors
     for counter, value in zip(ctx.counters, (tokens_per_expert, tokens_per_expert, means), strict=True):
         counter.add_(value)
@@ -95,7 +138,7 @@ def set_balance(
 ) -> None:
     """Balance the model's MoE layers while they train, and count their load. Call it on the final device.
 
-    The losses act through the layers' backward alone: what the model returns and its loss stay as they are,
+    The losses act through the layers' backward pass only: what the model returns and its loss stay the same,
     and nothing happens in eval mode or without gradients. A rate above 0 puts the selection bias into the
     state dict, so call this (or `use_selection_bias`) before a checkpoint is loaded.
 
@@ -121,6 +164,9 @@ def set_balance(
         )
 
 
+# --- the selection bias -------------------------------------------------------------------------------------
+
+
 def use_selection_bias(model: nn.Module) -> None:
     """Let every MoE layer's bias take part in the choice and in the state dict (stock LitGPT's has none)."""
     for layer in layers_of(model).values():
@@ -142,36 +188,40 @@ def update_selection_bias(
     """Move each expert's bias by the update rate, up if it got less than the mean in this step.
 
     DeepSeek-V3, section 2.1.2 (arxiv.org/abs/2412.19437): b_e += rate * sign(mean load - load_e). Call it
-    after each optimizer step, on all processes; `all_reduce` returns the sum over them. No host round trip.
+    after each optimizer step, on all processes; `all_reduce` returns the sum over them. The host does not
+    wait for the device.
     """
-    layers = [layer for layer in layers_of(model).values() if layer.balance is not None]
-    if any(layer.balance.bias_update_rate for layer in layers):
-        load_LE = torch.stack([layer.balance.step_load for layer in layers]).double()
+    layers = {layer: layer.balance for layer in layers_of(model).values() if layer.balance is not None}
+    if any(balance.bias_update_rate for balance in layers.values()):
+        load_LE = torch.stack([balance.step_load for balance in layers.values()]).double()
         load_LE = load_LE if all_reduce is None else all_reduce(load_LE)
         direction_LE = (load_LE.mean(dim=1, keepdim=True) - load_LE).sign()
-        for layer, direction_E in zip(layers, direction_LE, strict=True):
+        for (layer, balance), direction_E in zip(layers.items(), direction_LE, strict=True):
             bias = layer.selection_bias
             if bias.dtype != torch.float32:  # FSDP casts buffers to its compute dtype
                 bias.data = bias.float()
-            bias.add_(direction_E, alpha=layer.balance.bias_update_rate)
+            bias.add_(direction_E, alpha=balance.bias_update_rate)
     discard_step_load(model)
 
 
 def discard_step_load(model: nn.Module) -> None:
-    """Forget the load of an optimizer step that is skipped, so that it does not move the bias."""
+    """Set the load of this optimizer step to zero, so that a skipped step does not move the bias."""
     for layer in layers_of(model).values():
         if layer.balance is not None:
             layer.balance.step_load.zero_()
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def router_statistics(
     model: nn.Module, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], dict[str, float]]]:
-    """Return the routers' statistics since the last call, on the device, and what reads its copy on the host.
+    """Return the routers' statistics since the last call, on the device, and a function that names them.
 
     The tensor is (layers, E + 4) float32: tokens per expert, micro-batches, and sums over these of entropy,
-    aux loss and z loss. The function turns it, once on the host (`.cpu()`), into `moe/NAME/layer_03` ->
+    aux loss and z loss. Give the function a copy on the host (`.cpu()`); it returns `moe/NAME/layer_03` ->
     number, for the names
 
         load_imbalance  max over mean of the tokens per expert, 1.0 is even
@@ -180,12 +230,12 @@ def router_statistics(
         aux_loss        `load_balancing_loss`, not yet times its coefficient; 1.0 is even
         z_loss          `router_z_loss`, not yet times its coefficient
 
-    so that all layers, and whatever else is logged, need one transfer. Before any backward it gives {}.
+    So all layers, and whatever else is logged, need one transfer. Before any backward pass it returns {}.
     """
-    layers = {index: layer for index, layer in layers_of(model).items() if layer.balance is not None}
+    layers = {index: layer.balance for index, layer in layers_of(model).items() if layer.balance is not None}
     if not layers:
         return torch.zeros(0, 4), lambda _: {}
-    balances = [layer.balance for layer in layers.values()]
+    balances = layers.values()
     stacked = torch.stack([torch.cat([balance.load.float(), balance.sums]) for balance in balances])
     for balance in balances:
         balance.load.zero_()
@@ -207,14 +257,8 @@ def _read_statistics(indices: list[int], stacked: torch.Tensor) -> dict[str, flo
     return values
 
 
-def layers_of(model: nn.Module) -> dict[int, LLaMAMoE]:
-    """Return the model's MoE layers by their block's index (dense blocks are left out)."""
-    blocks = enumerate(model.transformer.h)
-    return {index: block.mlp for index, block in blocks if isinstance(block.mlp, LLaMAMoE)}
-
-
 def count_expert_load(model: nn.Module, enabled: bool) -> None:
-    """Switch the counting of tokens per expert on or off, and set the counters to zero."""
+    """Switch the counting of tokens per expert in forward passes on or off, and set the counters to zero."""
     for layer in layers_of(model).values():
         layer.count_load = enabled
         layer.tokens_per_expert.zero_()

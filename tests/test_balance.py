@@ -202,8 +202,8 @@ def test_the_router_and_its_losses_stay_in_float32_in_a_bf16_model_and_under_aut
         seen = []
         layer = model.transformer.h[0].mlp
         attach = layer._attach_losses
-        layer._attach_losses = lambda w, logits, plan, attach=attach, seen=seen: (
-            seen.append(logits) or attach(w, logits, plan)
+        layer._attach_losses = lambda w, logits, *rest, attach=attach, seen=seen: (
+            seen.append(logits) or attach(w, logits, *rest)
         )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = micro_batch(model, ids)
@@ -270,14 +270,14 @@ def test_the_bias_chooses_and_leaves_the_weights_alone(overrides: dict) -> None:
     layer = make_model(**overrides, n_expert_per_token=2).transformer.h[0].mlp
     layer.use_selection_bias()
     x = torch.randn(5, 16, dtype=torch.float64)
-    logits, before, chosen = layer._route(x)
+    logits, before, chosen = layer.route(x)
     layer.selection_bias.fill_(7.0)  # the same for all: the same choice, the same weights
-    _, after, still = layer._route(x)
+    _, after, still = layer.route(x)
     assert torch.equal(chosen.sort().values, still.sort().values)
     torch.testing.assert_close(before.sum(1), after.sum(1))
     layer.selection_bias.zero_()
     layer.selection_bias[1] = 100.0
-    _, weights, indices = layer._route(x)
+    _, weights, indices = layer.route(x)
     assert (indices == 1).any(dim=1).all()
     raw = logits.gather(1, indices)
     wanted = raw.softmax(1) if not overrides else raw.sigmoid()

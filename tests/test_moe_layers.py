@@ -117,7 +117,7 @@ def test_router_works_in_float32_when_the_model_is_bf16() -> None:
         ours.gate.weight[3, 1] = 2**-7  # 1 + 2**-7 * 2**-7 is not a bf16 number: bf16 logits would tie
     x = torch.zeros(1, 16, dtype=torch.bfloat16)
     x[0, :2] = torch.tensor([1.0, 2**-7])
-    *_, indices_NK = ours._route(x)
+    *_, indices_NK = ours.route(x)
     assert indices_NK[0, 0] == 3
 
 
@@ -125,9 +125,9 @@ def test_router_works_in_float32_when_the_model_is_bf16() -> None:
 def test_autocast_leaves_the_router_in_float32(overrides: dict) -> None:
     _, ours = pair(LLaMAMoE, torch.float32, **overrides)
     x = torch.randn(6, 16)
-    expected = ours._route(x)[1]
+    expected = ours.route(x)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ours._route(x)[1]
+        got = ours.route(x)[1]
     assert torch.equal(got, expected)
 
 

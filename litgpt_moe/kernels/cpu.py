@@ -1,4 +1,4 @@
-"""The experts by one GEMM for each expert's rows: the way of CPUs, and of GPUs without another."""
+"""Experts by one GEMM for each expert's rows: on CPUs, and on GPUs without a grouped GEMM."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from litgpt_moe.kernels.matmul import add_matmul, matmul, uses_onednn
-from litgpt_moe.kernels.rows import Plan, rows_per_expert, sum_of_rows, swiglu, swiglu_grad
+from litgpt_moe.kernels.rows import Plan, rows_per_expert, sum_of_rows, swiglu_backward, swiglu_forward
 
 
 def cpu_experts(
@@ -21,54 +21,58 @@ def cpu_experts(
 ) -> torch.Tensor:
     """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows.
 
-    One operator, and one for its gradients, at any number of experts. It gathers an expert's rows as it needs
-    them, and does all that there is to do with them while they are in the cache. Autocast casts nothing
-    inside: each matrix is cast as it is used.
+    One operator, and one for its gradients, for any number of experts. It gathers one expert's rows at a
+    time and does everything with them while they are in the cache. Autocast does not reach inside an
+    operator, so each matrix is cast as it is used.
     """
     return torch.ops.moe.experts(x_NC, weights_R1, plan.token, plan.inverse, plan.ends, fc_1, fc_2, proj)[0]
 
 
-class Slots(NamedTuple):
-    """Where the experts' rows lie in memory: sorted, and each expert's filled up to one of few sizes.
+class PaddedRows(NamedTuple):
+    """Where the experts' rows lie in memory: sorted, each expert's padded to one of a few sizes.
 
-    oneDNN makes a kernel for each size (0.1 ms) and keeps 1,024. Other libraries' rows are not filled up.
+    oneDNN makes a kernel for each new size (0.1 ms) and keeps 1,024 of them. MKL does not, so for MKL
+    nothing is padded. P is the number of rows with padding, S that of one expert.
     """
 
-    sizes: list[int]  # each expert's number of slots
-    row: torch.Tensor  # (R,) the slot of each sorted row
-    token: torch.Tensor  # (P,) the token in each slot; one of the expert's own where it has no row
+    sizes: list[int]
+    """Each expert's number of rows with padding; they sum to P."""
+    position: torch.Tensor
+    """(R,) where each sorted row lies among the P."""
+    token: torch.Tensor
+    """(P,) the token of each row; padding repeats the expert's last one."""
 
     @classmethod
-    def of(cls, token_R: torch.Tensor, ends_E: torch.Tensor, x: torch.Tensor) -> "Slots":
-        """Return the slots for GEMMs of `x`. On CUDA this waits for the device, on a CPU it is free."""
-        counts_E, row_R = rows_per_expert(ends_E), torch.arange(token_R.numel(), device=token_R.device)
+    def of(cls, token_R: torch.Tensor, ends_E: torch.Tensor, x: torch.Tensor) -> "PaddedRows":
+        """Return the rows for GEMMs of `x`. On CUDA this waits for the device."""
+        counts_E, position_R = rows_per_expert(ends_E), torch.arange(token_R.numel(), device=token_R.device)
         counts = counts_E.tolist()
         if not uses_onednn(x):
-            return cls(counts, row_R, token_R)
-        sizes = [slots_of(count) for count in counts]
+            return cls(counts, position_R, token_R)
+        sizes = [padded_size(count) for count in counts]
         sizes_E = ends_E.new_tensor(sizes)
-        extra_E = sizes_E - counts_E
-        row_R += (extra_E.cumsum(0) - extra_E).repeat_interleave(counts_E)
+        padding_E = sizes_E - counts_E
+        position_R += (padding_E.cumsum(0) - padding_E).repeat_interleave(counts_E)
         last_P = (ends_E - 1).repeat_interleave(sizes_E)
-        return cls(sizes, row_R, token_R[last_P].index_copy_(0, row_R, token_R))
+        return cls(sizes, position_R, token_R[last_P].index_copy_(0, position_R, token_R))
 
-    def parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return each expert's part of a tensor of as many rows as there are slots, or more."""
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return each expert's part of a tensor of P rows or more."""
         return rows[: self.token.size(0)].split(self.sizes)
 
     def weights(self, weights_R1: torch.Tensor) -> torch.Tensor:
-        """Return the slots' weights, (P, 1): 0 where there is no row, which keeps it out of every sum."""
-        return weights_R1.new_zeros(self.token.size(0), 1).index_copy_(0, self.row, weights_R1)
+        """Return the rows' weights, (P, 1), 0 for padding, which keeps it out of every sum."""
+        return weights_R1.new_zeros(self.token.size(0), 1).index_copy_(0, self.position, weights_R1)
 
 
-def slots_of(count: int) -> int:
-    """Return one of few sizes that has room: at most 15 more, or a sixteenth."""
+def padded_size(count: int) -> int:
+    """Return the next of the few sizes: at most 15 more than `count`, or a sixteenth."""
     step = max(16, 1 << count.bit_length() >> 5)
     return -(-count // step) * step
 
 
-def most_slots(x: torch.Tensor, n_rows: int, n_expert: int) -> int:
-    """Return how many slots there are at most, whatever the load: it has to be known to compile."""
+def max_padded_rows(x: torch.Tensor, n_rows: int, n_expert: int) -> int:
+    """Return the largest P that `n_rows` can have: torch.compile has to know a shape without the load."""
     return n_rows + n_rows // 16 + 15 * n_expert if uses_onednn(x) else n_rows
 
 
@@ -83,29 +87,25 @@ def _experts(
     fc_2: list[torch.Tensor],
     proj: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each token's weighted sum, (N, C), and fc_1 and fc_2 of each slot, (at most P, F) both."""
+    """Return each token's weighted sum, (N, C), and what backward needs: x fc_1^T and x fc_2^T, (>= P, F)."""
     _, gate_PF, up_PF = _experts_shapes(x, weights, token, inverse, ends, fc_1, fc_2, proj)
-    slots = Slots.of(token, ends, x)
-    y_PC = x.new_empty(slots.token.size(0), x.size(1))
-    parts = [slots.parts(rows) for rows in (slots.token, slots.weights(weights), gate_PF, up_PF, y_PC)]
-
-    def work(e: int) -> None:
-        token_S, weights_S1, gate_SF, up_SF, y_SC = (part[e] for part in parts)
+    padded = PaddedRows.of(token, ends, x)
+    y_PC = x.new_empty(padded.token.size(0), x.size(1))
+    tensors = (padded.token, padded.weights(weights), gate_PF, up_PF, y_PC)
+    parts = zip(*map(padded.split, tensors), strict=True)
+    for e, (token_S, weights_S1, gate_SF, up_SF, y_SC) in enumerate(parts):
         x_SC = x.index_select(0, token_S)
         matmul(x_SC, fc_1[e].to(x.dtype).t(), out=gate_SF)
         matmul(x_SC, fc_2[e].to(x.dtype).t(), out=up_SF)
-        matmul(swiglu(gate_SF, up_SF, weights_S1), proj[e].to(x.dtype).t(), out=y_SC)
-
-    for e in range(len(fc_1)):
-        work(e)
-    return sum_of_rows(y_PC, slots.row[inverse]), gate_PF, up_PF
+        matmul(swiglu_forward(gate_SF, up_SF, weights_S1), proj[e].to(x.dtype).t(), out=y_SC)
+    return sum_of_rows(y_PC, padded.position[inverse]), gate_PF, up_PF
 
 
 @_experts.register_fake
 def _experts_shapes(
     x: Any, weights: Any, token: Any, inverse: Any, ends: Any, fc_1: Any, fc_2: Any, proj: Any
 ) -> Any:
-    shape = most_slots(x, token.size(0), ends.size(0)), fc_1[0].size(0)
+    shape = max_padded_rows(x, token.size(0), ends.size(0)), fc_1[0].size(0)
     return torch.empty_like(x), x.new_empty(shape), x.new_empty(shape)
 
 
@@ -124,31 +124,26 @@ def _experts_grad(
     proj: list[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Return the gradients of x, of the weights, and of every fc_1, fc_2 and proj."""
-    slots = Slots.of(token, ends, x)
-    weights_P1, x_grad_PC = slots.weights(weights), x.new_empty(slots.token.size(0), x.size(1))
+    padded = PaddedRows.of(token, ends, x)
+    weights_P1, x_grad_PC = padded.weights(weights), x.new_empty(padded.token.size(0), x.size(1))
     weights_grad_P1 = torch.empty_like(weights_P1)
-    rows = (slots.token, weights_P1, gate, up, weights_grad_P1, x_grad_PC)
-    parts = [slots.parts(tensor) for tensor in rows]
+    tensors = (padded.token, weights_P1, gate, up, weights_grad_P1, x_grad_PC)
+    parts = zip(*map(padded.split, tensors), strict=True)
     fc_1_grads, fc_2_grads, proj_grads = ([torch.empty_like(w) for w in maps] for maps in (fc_1, fc_2, proj))
-
-    def work(e: int) -> None:
-        token_S, weights_S1, gate_SF, up_SF, weights_grad_S1, x_grad_SC = (part[e] for part in parts)
+    for e, (token_S, weights_S1, gate_SF, up_SF, weights_grad_S1, x_grad_SC) in enumerate(parts):
         grad_SC, x_SC = grad.index_select(0, token_S), x.index_select(0, token_S)
-        hidden_SF, gate_grad_SF, up_grad_SF, found_S1 = swiglu_grad(
+        hidden_SF, gate_grad_SF, up_grad_SF, found_S1 = swiglu_backward(
             matmul(grad_SC, proj[e].to(x.dtype)), gate_SF, up_SF, weights_S1
         )
         weights_grad_S1.copy_(found_S1)
-        # of no rows a product is zero, as the gradient must be
+        # without rows a product is zero, as the gradient must be
         matmul(grad_SC.t(), hidden_SF, out=proj_grads[e])
         matmul(gate_grad_SF.t(), x_SC, out=fc_1_grads[e])
         matmul(up_grad_SF.t(), x_SC, out=fc_2_grads[e])
         matmul(gate_grad_SF, fc_1[e].to(x.dtype), out=x_grad_SC)
         add_matmul(x_grad_SC, up_grad_SF, fc_2[e].to(x.dtype))
-
-    for e in range(len(fc_1)):
-        work(e)
-    x_grad = sum_of_rows(x_grad_PC, slots.row[inverse])
-    return [x_grad, weights_grad_P1[slots.row], *fc_1_grads, *fc_2_grads, *proj_grads]
+    x_grad = sum_of_rows(x_grad_PC, padded.position[inverse])
+    return [x_grad, weights_grad_P1[padded.position], *fc_1_grads, *fc_2_grads, *proj_grads]
 
 
 @_experts_grad.register_fake
@@ -161,11 +156,11 @@ def _(
 def _experts_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, fc_1, fc_2, proj = inputs
     ctx.save_for_backward(*output[1:], *tensors, *fc_1, *fc_2, *proj)
-    ctx.set_materialize_grads(False)  # gate and up have none
+    ctx.set_materialize_grads(False)  # the second and third output have no gradients
 
 
-def _experts_backward(ctx: Any, grad: torch.Tensor, *_: None):
-    saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
+def _experts_backward(ctx: Any, grad: torch.Tensor, *_: None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
     *tensors, ends = saved[:7]
     matrices, n_expert = saved[7:], ends.numel()
     maps = [matrices[at : at + n_expert] for at in range(0, 3 * n_expert, n_expert)]

@@ -1,48 +1,48 @@
-"""The experts in Triton: CUDA without a fast grouped GEMM."""
+"""Experts by grouped GEMMs in Triton: for CUDA devices on which PyTorch has no fast one."""
 
 import math
 from functools import lru_cache
 from subprocess import SubprocessError
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from litgpt_moe.kernels.rows import Plan, sum_of_rows, swiglu, swiglu_grad
+from litgpt_moe.kernels.autograd import Function
+from litgpt_moe.kernels.rows import Plan, sum_of_rows, swiglu_backward, swiglu_forward
 
 
 @torch.compiler.assume_constant_result  # what is installed does not change under a compiled graph
 def has_triton(device_type: str, dtype: torch.dtype) -> bool:
-    """Return whether Triton starts kernels here that are worth it (on Linux it needs a C compiler too)."""
-    # Triton 3.6 knows no tensor cores before SM80, and there spills kilobytes of registers in 16 bits
-    oldest = 75 if dtype == torch.float32 else 80
-    return (
-        device_type == "cuda"
-        and dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and _triton_arch() >= oldest
-    )
+    """Return whether Triton is installed, can start kernels here, and has fast ones for this dtype."""
+    # Triton 3.6 uses no tensor cores before SM80, and there spills kilobytes of registers in 16 bits
+    oldest_arch = {torch.float32: 75, torch.bfloat16: 80, torch.float16: 80}.get(dtype)
+    return device_type == "cuda" and oldest_arch is not None and _triton_arch() >= oldest_arch
 
 
 @lru_cache
 def _triton_arch() -> int:
-    """Return the NVIDIA GPU that Triton starts kernels on, 86 for SM86; 0 without one."""
+    """Return the architecture of the GPU that Triton starts kernels on, 86 for SM86; 0 if it cannot."""
     try:
-        import triton
+        import triton  # not at the top: not every machine has it
 
-        target = triton.runtime.driver.active.get_current_target()
+        # asking compiles a C file, so that a Linux without a C compiler fails here
+
+        target: Any = triton.runtime.driver.active.get_current_target()
     except (ImportError, OSError, RuntimeError, SubprocessError):
         return 0
     return target.arch if target.backend == "cuda" else 0
 
 
-def _kernels() -> Any:
+def _kernels() -> ModuleType:
     from litgpt_moe.kernels import triton_kernels  # not at the top: not every machine has Triton
 
     return triton_kernels
 
 
 def _tile(n_rows: int, n_expert: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the sides of the kernels' tiles (rows, output, input), warps and stages of their pipelines.
+    """Return the sizes of the kernels' tiles (rows, outputs, inputs), and their numbers of warps and stages.
 
     Four stages hold three pairs of tiles, 48 KB of shared memory for the largest: two such programs fit the
     100 KB of a consumer card's processor (SM86, SM89, SM120). Not tuned on a GPU yet.
@@ -56,7 +56,7 @@ def _tile(n_rows: int, n_expert: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Return Triton's name for how float32 is multiplied, as torch.set_float32_matmul_precision says."""
+    """Return Triton's name for the precision of products that torch.set_float32_matmul_precision asks for."""
     is_exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if is_exact else "tf32"
 
@@ -72,7 +72,7 @@ def triton_experts(
     """Return each token's weighted sum, (N, C), by grouped GEMMs that gather their rows as they load them."""
     n_rows, n_expert = plan.token.size(0), len(proj)
     size = _tile(n_rows, n_expert, x_NC.dtype)["BLOCK_R"]
-    # a tile has rows of one expert only; on the host only their largest possible number is known
+    # a tile has rows of one expert only; the host knows the largest possible number of tiles, not the number
     tile_ends_E = ((plan.tokens_per_expert + size - 1) // size).cumsum(0)
     tiles_T = torch.arange(n_rows // size + min(n_expert, n_rows), device=x_NC.device)
     tile_experts_T = torch.searchsorted(tile_ends_E, tiles_T, right=True)
@@ -82,16 +82,28 @@ def triton_experts(
     return _TritonExperts.apply(x_NC, weights_R1, up_EOC.view(n_expert, -1, x_NC.size(1)), proj_ECF, *sorting)
 
 
-class _TritonExperts(torch.autograd.Function):
-    """SwiGLU experts from fc_1 on fc_2 (E, 2F, C) and proj (E, C, F); backward keeps x and their products."""
+class _TritonExperts(Function):
+    """SwiGLU experts from fc_1 above fc_2, (E, 2F, C), and proj, (E, C, F).
+
+    Backward keeps x and the product of both, and computes SwiGLU again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_NC, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles
+        ctx: Any,
+        x_NC: torch.Tensor,
+        weights_R1: torch.Tensor,
+        up_EOC: torch.Tensor,
+        proj_ECF: torch.Tensor,
+        token_R: torch.Tensor,
+        inverse_NK: torch.Tensor,
+        ends_E: torch.Tensor,
+        *tiles: torch.Tensor,
     ) -> torch.Tensor:
         x_NC = x_NC.contiguous()
         both_RO = torch.ops.moe.expert_rows(x_NC, up_EOC, token_R, ends_E, *tiles)
-        hidden_RF = swiglu(*both_RO.chunk(2, dim=1), weights_R1)
+        gate_RF, up_RF = both_RO.chunk(2, dim=1)
+        hidden_RF = swiglu_forward(gate_RF, up_RF, weights_R1)
         y_RC = torch.ops.moe.expert_rows(hidden_RF, proj_ECF, None, ends_E, *tiles)
         ctx.save_for_backward(
             x_NC, both_RO, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles
@@ -103,7 +115,8 @@ class _TritonExperts(torch.autograd.Function):
         x_NC, both_RO, weights_R1, up_EOC, proj_ECF, token_R, inverse_NK, ends_E, *tiles = ctx.saved_tensors
         grad_NC = grad_NC.contiguous()
         grad_RF = torch.ops.moe.expert_rows(grad_NC, proj_ECF.mT, token_R, ends_E, *tiles)
-        hidden_RF, *both_grads, weights_grad_R1 = swiglu_grad(grad_RF, *both_RO.chunk(2, dim=1), weights_R1)
+        gate_RF, up_RF = both_RO.chunk(2, dim=1)
+        hidden_RF, *both_grads, weights_grad_R1 = swiglu_backward(grad_RF, gate_RF, up_RF, weights_R1)
         proj_grad = torch.ops.moe.expert_matrices(grad_NC, token_R, hidden_RF, None, ends_E)
         grad_RO = torch.cat(both_grads, dim=1)
         x_grad_RC = torch.ops.moe.expert_rows(grad_RO, up_EOC.mT, None, ends_E, *tiles)
@@ -121,7 +134,7 @@ def _expert_rows(
     tile_ends: torch.Tensor,
     tile_experts: torch.Tensor,
 ) -> torch.Tensor:
-    """Return w[e] (E, O, I) times each sorted row of x, (R, O); with `rows`, times x[rows] (R,)."""
+    """Return each sorted row of x times its expert's w^T (E, O, I), (R, O); with `rows` (R,), of x[rows]."""
     y = _expert_rows_shape(x, w, rows, ends, tile_ends, tile_experts)
     tile = _tile(y.size(0), w.size(0), x.dtype)
     kernel = _kernels().rows_kernel
@@ -161,9 +174,9 @@ def _expert_matrices(
     w = _expert_matrices_shape(y, y_rows, x, x_rows, ends)
     n_rows = (x if x_rows is None else x_rows).size(0)
     tile = _tile(n_rows, w.size(0), x.dtype)
-    # the sum runs over rows here: its step is the other kernel's step over inputs
+    # here the sum is over rows, so they take the tile size that the other kernel has for inputs
     tile |= {"BLOCK_R": tile["BLOCK_I"], "BLOCK_O": tile["BLOCK_R"], "BLOCK_I": tile["BLOCK_O"]}
-    tile["num_stages"] += 1  # Triton gives the numbers of gathered rows stages of their own
+    tile["num_stages"] += 1  # Triton also pipelines the loads of the row numbers
     grid = (-(-w.size(1) // tile["BLOCK_O"]) * -(-w.size(2) // tile["BLOCK_I"]), w.size(0))
     with torch.cuda.device_of(x):
         _kernels().matrices_kernel[grid](

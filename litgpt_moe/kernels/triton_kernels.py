@@ -1,4 +1,7 @@
-"""The two Triton kernels."""
+"""The two Triton kernels: every expert's rows times its matrix, and the gradient of every expert's matrix.
+
+Only litgpt_moe/kernels/triton.py imports this file, where Triton is installed.
+"""
 
 import triton
 import triton.language as tl
@@ -28,9 +31,9 @@ def rows_kernel(
 ):
     """One tile of y[r] = w[expert of r] @ x[rows[r]]: rows of one expert times columns of its outputs."""
     tiles_across = (n_out + BLOCK_O - 1) // BLOCK_O
-    tile = tl.program_id(0) // tiles_across  # neighbours read the same rows of x
+    tile = tl.program_id(0) // tiles_across  # neighbouring programs read the same rows of x
     expert = tl.load(tile_experts + tile)
-    if expert >= n_expert:  # the grid has room for the worst load, and this tile is not needed
+    if expert >= n_expert:  # the grid is as large as the worst load needs
         return
     first_tile = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)

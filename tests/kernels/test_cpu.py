@@ -85,28 +85,28 @@ def test_either_library_gives_the_definition_in_float32(
 def test_onednn_is_asked_for_few_sizes() -> None:
     sizes = set()
     for n in range(1, 4097):
-        sizes.add(size := cpu.slots_of(n))
+        sizes.add(size := cpu.padded_size(n))
         assert n <= size < n + max(16, n / 16 + 1)
     assert len(sizes) <= 96
-    assert cpu.slots_of(0) == 0
+    assert cpu.padded_size(0) == 0
 
 
-def test_slots_hold_every_row_once_and_the_rest_weighs_nothing(monkeypatch) -> None:
+def test_padded_rows_hold_every_row_once_and_padding_weighs_nothing(monkeypatch) -> None:
     monkeypatch.setattr(matmul, "_is_amd_with_avx512", lambda: True)
     x, token_R, weights_R1 = torch.empty(1, 1), torch.arange(100, 124), torch.rand(24, 1) + 0.1
     ends_E = torch.tensor([0, 3, 20, 20, 24], dtype=torch.int32)
-    slots = cpu.Slots.of(token_R, ends_E, x)
-    assert slots.sizes == [0, 16, 32, 0, 16]
-    assert len(slots.token) == 64 <= cpu.most_slots(x, 24, 5)
-    assert torch.equal(slots.token[slots.row], token_R)
+    padded = cpu.PaddedRows.of(token_R, ends_E, x)
+    assert padded.sizes == [0, 16, 32, 0, 16]
+    assert len(padded.token) == 64 <= cpu.max_padded_rows(x, 24, 5)
+    assert torch.equal(padded.token[padded.position], token_R)
     wanted = [range(0), range(100, 103), range(103, 120), range(0), range(120, 124)]
-    assert [set(part.tolist()) for part in slots.parts(slots.token)] == [set(tokens) for tokens in wanted]
-    weights_P1 = slots.weights(weights_R1)
-    assert torch.equal(weights_P1[slots.row], weights_R1)
+    assert [set(part.tolist()) for part in padded.split(padded.token)] == [set(tokens) for tokens in wanted]
+    weights_P1 = padded.weights(weights_R1)
+    assert torch.equal(weights_P1[padded.position], weights_R1)
     assert weights_P1.count_nonzero() == 24
     monkeypatch.setattr(matmul, "_is_amd_with_avx512", lambda: False)
-    assert cpu.Slots.of(token_R, ends_E, x).sizes == [0, 3, 17, 0, 4]  # what MKL multiplies stays
-    nothing = cpu.Slots.of(token_R[:0], torch.zeros(5, dtype=torch.int32), x.bfloat16())
+    assert cpu.PaddedRows.of(token_R, ends_E, x).sizes == [0, 3, 17, 0, 4]  # what MKL multiplies stays
+    nothing = cpu.PaddedRows.of(token_R[:0], torch.zeros(5, dtype=torch.int32), x.bfloat16())
     assert nothing.sizes == [0] * 5
 
 
@@ -140,7 +140,7 @@ def test_operators_are_few_at_any_number_of_experts_and_wait_for_nothing(balance
         if balance:
             holder = torch.nn.Module()
             holder.transformer = torch.nn.Module()
-            holder.transformer.h = [torch.nn.Module()]
+            holder.transformer.h = torch.nn.ModuleList([torch.nn.Module()])
             holder.transformer.h[0].mlp = layer
             set_balance(holder, **balance)
         names = operators(layer, torch.randn(4, 32, 64))
@@ -241,7 +241,7 @@ def test_the_operators_keep_torch_s_rules(dtype: torch.dtype) -> None:
     for name, arguments in {"experts": forward, "experts_grad": backward}.items():
         operator = getattr(torch.ops.moe, name)
         torch.library.opcheck(operator, arguments, test_utils="test_schema")
-        # opcheck's own comparison takes values too, and behind the last slot any may lie
+        # opcheck's own comparison takes values too, and behind the last row any may lie
         with FakeTensorMode() as mode:
             fake = operator(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
         made = operator(*arguments)

@@ -375,7 +375,7 @@ def test_the_router_keeps_float32_where_tf32_is_allowed() -> None:
     x = torch.randn(64, 512, device="cuda")
     torch.set_float32_matmul_precision("high")
     try:
-        logits = layer._route(x)[0]
+        logits = layer.route(x)[0]
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
