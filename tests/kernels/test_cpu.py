@@ -1,38 +1,20 @@
-"""The ways of running the experts: exact in float64, one graph, few operators, little memory."""
+"""The experts by one GEMM each: exact in float64, one graph, few operators, little memory."""
 
 import pytest
 import torch
 from conftest import TINY_CONFIG
-from litgpt.model import GPT, LLaMAMoE
-from test_moe_layers import pair, run
+from helpers.layers import WIDE, pair, per_token, run
+from litgpt.model import LLaMAMoE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import moe_layers
-from moe_layers import MoE, MoEConfig, choose_way, set_balance, use_fast_linear
+from litgpt_moe.balance import set_balance
+from litgpt_moe.kernels import cpu, matmul
+from moe_layers import MoE, MoEConfig
 
 pytestmark = pytest.mark.usefixtures("eager")
-
-WIDE = {"n_embd": 64, "moe_intermediate_size": 32}
-
-
-def per_token(layer: MoE, x: torch.Tensor) -> torch.Tensor:
-    """The definition, one token and one choice at a time, of plain products; differentiable."""
-    outputs = []
-    for token in x.reshape(-1, x.size(-1)):
-        logits = layer.gate.weight @ token
-        values, chosen = logits.topk(layer.config.n_expert_per_token)
-        weights = values.softmax(0, dtype=torch.float).to(x.dtype)  # float32 in every precision, as LitGPT's
-        total = torch.zeros_like(token)
-        for weight, e in zip(weights, chosen.tolist(), strict=True):
-            fc_1, fc_2, proj = (getattr(layer.experts[e], name).weight for name in ("fc_1", "fc_2", "proj"))
-            gate = fc_1 @ token
-            total = total + weight * (proj @ (gate * gate.sigmoid() * (fc_2 @ token)))
-        outputs.append(total)
-    return torch.stack(outputs).view_as(x)
-
 
 CASES = {
     "many tokens": ((3, 17), None),
@@ -67,8 +49,7 @@ def test_outputs_and_every_gradient_are_those_of_the_definition(way, shape, spec
         torch._dynamo.reset()
     got = run(torch.compile(layer, backend="aot_eager", fullgraph=True) if way == "compiled" else layer, x)
     for name, value in expected.items():
-        found = got[name] if name in got else got[f"_orig_mod.{name}"]
-        torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10, msg=name)
     assert special != "empty" or not expected["experts.7.proj.weight"].any()
 
 
@@ -78,7 +59,7 @@ def test_outputs_and_every_gradient_are_those_of_the_definition(way, shape, spec
 def test_either_library_gives_the_definition_in_float32(
     monkeypatch, library, compiled, shape, special
 ) -> None:
-    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
+    monkeypatch.setattr(matmul, "_is_amd_with_avx512", lambda: library == "oneDNN")
     sizes = {"n_expert": 8, "n_expert_per_token": 3, **WIDE}
     exact, layer = (pair(LLaMAMoE, dtype, **sizes)[1] for dtype in (torch.float64, torch.float32))
     with torch.no_grad():
@@ -97,81 +78,35 @@ def test_either_library_gives_the_definition_in_float32(
         torch._dynamo.reset()
         layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for name, found in run(layer, x).items():
-        wanted = expected[name.removeprefix("_orig_mod.")]
+        wanted = expected[name]
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
-def test_matmul_takes_any_strides_and_nothing_at_all(monkeypatch, library) -> None:
-    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
-    x, weight = torch.randn(13, 40), torch.randn(24, 40)
-    expected = (x.double() @ weight.double().t()).float()
-    out, wide = torch.empty(2, 13, 24), torch.empty(13, 24, dtype=torch.float64)
-    moe_layers.matmul(x, weight.t(), out=out[1])
-    moe_layers.matmul(x, weight.t(), out=wide)
-    moe_layers.add_matmul(total := torch.ones(13, 24), x, weight.t())
-    transposed = moe_layers.matmul(x.t().contiguous().t(), weight.t().contiguous())
-    for found in (moe_layers.matmul(x, weight.t()), transposed, out[1], wide.float(), total - 1):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert moe_layers.matmul(x[:0], weight.t()).shape == (0, 24)
-    assert torch.equal(moe_layers.matmul(x[:0].t(), weight.t()[:0]), torch.zeros(40, 24))
-
-
-@pytest.mark.parametrize("library", ["oneDNN", "MKL"])
-def test_a_model_of_fast_linear_maps_gives_the_same_logits_and_gradients(monkeypatch, library) -> None:
-    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
-    torch.manual_seed(0)
-    model, words = GPT(MoEConfig(**TINY_CONFIG)), torch.randint(0, 10, (3, 16))
-
-    def outcome() -> list[torch.Tensor]:
-        model.zero_grad()
-        logits = model(words)
-        logits.log_softmax(-1)[..., 0].sum().backward()
-        return [logits.detach(), model(words[:1, :3]).detach(), *(p.grad for p in model.parameters())]
-
-    expected, names = outcome(), list(model.state_dict())
-    use_fast_linear(model)
-    calls = []
-    product = moe_layers.matmul
-    monkeypatch.setattr(moe_layers, "matmul", lambda *args, **kw: calls.append(1) or product(*args, **kw))
-    layer = model.transformer.h[0].attn.qkv
-    assert layer(torch.randn(2, 16, 16)).shape == (2, 16, layer.out_features)
-    assert len(calls) == (library == "oneDNN")
-    for found, wanted in zip(outcome(), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert list(model.state_dict()) == names
-    assert type(model.lm_head) is moe_layers.Linear
-    model.float().double()(words)  # what oneDNN does not take goes the old way
-    with torch.device("meta"):
-        use_fast_linear(meta := GPT(model.config))
-    assert meta(torch.zeros(2, 16, dtype=torch.int64, device="meta")).shape == (2, 16, 512)
 
 
 def test_onednn_is_asked_for_few_sizes() -> None:
     sizes = set()
     for n in range(1, 4097):
-        sizes.add(size := moe_layers._slots_of(n))
+        sizes.add(size := cpu.padded_size(n))
         assert n <= size < n + max(16, n / 16 + 1)
     assert len(sizes) <= 96
-    assert moe_layers._slots_of(0) == 0
+    assert cpu.padded_size(0) == 0
 
 
-def test_slots_hold_every_row_once_and_the_rest_weighs_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: True)
+def test_padded_rows_hold_every_row_once_and_padding_weighs_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(matmul, "_is_amd_with_avx512", lambda: True)
     x, token_R, weights_R1 = torch.empty(1, 1), torch.arange(100, 124), torch.rand(24, 1) + 0.1
     ends_E = torch.tensor([0, 3, 20, 20, 24], dtype=torch.int32)
-    slots = moe_layers._Slots.of(token_R, ends_E, x)
-    assert slots.sizes == [0, 16, 32, 0, 16]
-    assert len(slots.token) == 64 <= moe_layers._most_slots(x, 24, 5)
-    assert torch.equal(slots.token[slots.row], token_R)
+    padded = cpu.PaddedRows.of(token_R, ends_E, x)
+    assert padded.sizes == [0, 16, 32, 0, 16]
+    assert len(padded.token) == 64 <= cpu.max_padded_rows(x, 24, 5)
+    assert torch.equal(padded.token[padded.position], token_R)
     wanted = [range(0), range(100, 103), range(103, 120), range(0), range(120, 124)]
-    assert [set(part.tolist()) for part in slots.parts(slots.token)] == [set(tokens) for tokens in wanted]
-    weights_P1 = slots.weights(weights_R1)
-    assert torch.equal(weights_P1[slots.row], weights_R1)
+    assert [set(part.tolist()) for part in padded.split(padded.token)] == [set(tokens) for tokens in wanted]
+    weights_P1 = padded.weights(weights_R1)
+    assert torch.equal(weights_P1[padded.position], weights_R1)
     assert weights_P1.count_nonzero() == 24
-    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: False)
-    assert moe_layers._Slots.of(token_R, ends_E, x).sizes == [0, 3, 17, 0, 4]  # what MKL multiplies stays
-    nothing = moe_layers._Slots.of(token_R[:0], torch.zeros(5, dtype=torch.int32), x.bfloat16())
+    monkeypatch.setattr(matmul, "_is_amd_with_avx512", lambda: False)
+    assert cpu.PaddedRows.of(token_R, ends_E, x).sizes == [0, 3, 17, 0, 4]  # what MKL multiplies stays
+    nothing = cpu.PaddedRows.of(token_R[:0], torch.zeros(5, dtype=torch.int32), x.bfloat16())
     assert nothing.sizes == [0] * 5
 
 
@@ -205,7 +140,7 @@ def test_operators_are_few_at_any_number_of_experts_and_wait_for_nothing(balance
         if balance:
             holder = torch.nn.Module()
             holder.transformer = torch.nn.Module()
-            holder.transformer.h = [torch.nn.Module()]
+            holder.transformer.h = torch.nn.ModuleList([torch.nn.Module()])
             holder.transformer.h[0].mlp = layer
             set_balance(holder, **balance)
         names = operators(layer, torch.randn(4, 32, 64))
@@ -270,8 +205,7 @@ def test_inductor_gives_eager_s_outputs_and_gradients() -> None:
     x = torch.randn(2, 32, 16)
     expected, got = run(layer, x), run(torch.compile(layer, fullgraph=True), x)
     for name, value in expected.items():
-        found = got[name] if name in got else got[f"_orig_mod.{name}"]
-        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_flops_of_a_real_run_are_those_of_the_active_experts() -> None:
@@ -282,45 +216,38 @@ def test_flops_of_a_real_run_are_those_of_the_active_experts() -> None:
     assert flops.get_total_flops() == 3 * forward
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_compiled_layer_is_bit_equal_to_eager(dtype: torch.dtype) -> None:
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+    _, layer = pair(LLaMAMoE, dtype, n_expert=8, n_expert_per_token=3, **WIDE)
+    x = torch.randn(2, 40, 64, dtype=dtype)
+    expected = run(layer, x)
+    got = run(torch.compile(layer, backend="aot_eager", fullgraph=True), x)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_graph_s_operators_keep_torch_s_rules(dtype) -> None:
-    x, token, ends = torch.randn(4, 6, dtype=dtype), torch.tensor([0, 1, 3, 2, 2, 0]), torch.tensor([2, 2, 6])
-    sizes, token_P, row_R = torch.ops.moe.slots(token, ends, x)
+def test_the_operators_keep_torch_s_rules(dtype: torch.dtype) -> None:
+    x, ends = torch.randn(4, 6, dtype=dtype), torch.tensor([2, 2, 8])
+    token, inverse = torch.tensor([0, 1, 3, 2, 2, 0, 1, 3]), torch.tensor([[0, 5], [1, 6], [3, 4], [2, 7]])
+    weights = torch.rand(8, 1, dtype=dtype)
     fc_1, fc_2 = ([torch.randn(8, 6, dtype=dtype) for _ in range(3)] for _ in range(2))
-    proj = [torch.randn(6, 8, dtype=dtype) for _ in range(3)]
-    assert torch.equal(token_P[row_R], token)
-    gate_PF, up_PF = torch.ops.moe.segments(x, token_P, sizes, [*fc_1, *fc_2], True)
-    torch.testing.assert_close(up_PF[row_R[2:]], x[token[2:]] @ fc_2[2].t())
-    calls = {
-        "slots": (token, ends, x),
-        "segments": (x, token_P, sizes, [*fc_1, *fc_2], True),
-        "segments of rows as they are": (x[token_P], None, sizes, proj, False),
-        "segments_grad": (x, gate_PF, up_PF, gate_PF, x, token_P, sizes, fc_1, fc_2, proj),
-    }
-    for name, arguments in calls.items():
-        operator = getattr(torch.ops.moe, name.split()[0])
+    maps = (fc_1, fc_2, [torch.randn(6, 8, dtype=dtype) for _ in range(3)])
+    forward = (x, weights, token, inverse, ends, *maps)
+    _, gate, up = torch.ops.moe.experts(*forward)
+    backward = (torch.randn(4, 6, dtype=dtype), gate, up, *forward)
+    for name, arguments in {"experts": forward, "experts_grad": backward}.items():
+        operator = getattr(torch.ops.moe, name)
         torch.library.opcheck(operator, arguments, test_utils="test_schema")
-        # opcheck's own comparison takes values too, and behind the last slot any may lie
+        # opcheck's own comparison takes values too, and behind the last row any may lie
         with FakeTensorMode() as mode:
             fake = operator(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
         made = operator(*arguments)
         for found, promised in zip(pytree.tree_leaves(made), pytree.tree_leaves(fake), strict=True):
             assert (found.shape, found.stride()) == (promised.shape, promised.stride())
             assert (found.dtype, found.device) == (promised.dtype, promised.device)
-
-
-def test_a_compiled_graph_s_operators_count_their_flops() -> None:
-    x, sizes, maps = torch.randn(6, 4), torch.tensor([2, 4]), [torch.randn(8, 4) for _ in range(4)]
-    with FlopCounterMode(display=False) as flops:
-        gate, up = torch.ops.moe.segments(x, None, sizes, maps, True)
-    assert flops.get_total_flops() == 2 * (2 * 6 * 8 * 4)
-    token, proj = torch.tensor([0, 1, 1, 2, 0, 2]), [torch.randn(4, 8) for _ in range(2)]
-    with FlopCounterMode(display=False) as flops:
-        torch.ops.moe.segments(x[:3], token, sizes, maps[:2], True)
-    assert flops.get_total_flops() == 2 * 6 * 8 * 4
-    with FlopCounterMode(display=False) as flops:
-        torch.ops.moe.segments_grad(x, gate, gate, up, x, token, sizes, maps[:2], maps[2:], proj)
-    assert flops.get_total_flops() == 5 * (2 * 6 * 8 * 4)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -340,10 +267,3 @@ def test_under_autocast_the_experts_compute_in_bf16_and_their_gradients_are_floa
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
     assert not torch.equal(exact(x), y)
     torch.testing.assert_close(exact(x), y, rtol=0.05, atol=0.05)
-
-
-def test_experts_with_biases_are_run_as_modules_and_others_are_not() -> None:
-    cpu = torch.device("cpu")
-    assert choose_way(MoEConfig(**{**TINY_CONFIG, "bias": True}), cpu, torch.float32) == "loop"
-    assert choose_way(MoEConfig(**TINY_CONFIG), cpu, torch.float32) == "segments"
-    assert "one GEMM" in moe_layers.experts_path(MoEConfig(**TINY_CONFIG), "cpu", torch.float32)

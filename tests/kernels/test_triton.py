@@ -1,6 +1,7 @@
 """The experts in Triton: exact by its interpreter, compiled for each kind of GPU without having one."""
 
 import contextlib
+import importlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -11,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from helpers.layers import GROUPS, pair, run
 from litgpt.model import GPT, LLaMAMoE
-from test_moe_layers import GROUPS, pair, run
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import moe_layers
-from moe_layers import MoEConfig, choose_way, set_balance
+from litgpt_moe import balance
+from litgpt_moe.kernels import rows
+from litgpt_moe.kernels import triton as triton_experts
+from litgpt_moe.kernels.grouped_mm import has_fast_grouped_mm
+from moe_layers import MoEConfig
 
 triton = pytest.importorskip("triton")
+triton_kernels = importlib.import_module("litgpt_moe.kernels.triton_kernels")
 pytestmark = pytest.mark.usefixtures("eager")
 
 CUDA = pytest.param(
@@ -36,9 +41,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with pytest.MonkeyPatch.context() as patch:
         interpret(patch)
-        moe_layers._triton_kernels.cache_clear()
+        importlib.reload(triton_kernels)  # `@triton.jit` asks then whether to interpret
         yield "cpu"
-    moe_layers._triton_kernels.cache_clear()
+    importlib.reload(triton_kernels)
 
 
 def interpret(patch: pytest.MonkeyPatch) -> None:
@@ -154,8 +159,7 @@ def test_one_graph_serves_every_load(device: str) -> None:
             layer.gate.weight[0] += shift
         expected, got = run(layer, x), run(compiled, x)
         for name, value in expected.items():
-            found = got[name] if name in got else got[f"_orig_mod.{name}"]
-            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert backend.frame_count == 1
 
 
@@ -202,9 +206,8 @@ class Compiled:
 def compile_layer(arch: int, dtype: torch.dtype, n_rows: int, patch: pytest.MonkeyPatch) -> list[Any]:
     """Return the kernels of forward and backward at `arch`, as a layer of C = 64 and F = 32 starts them."""
     binaries: list[Any] = []
-    moe_layers._triton_kernels.cache_clear()
-    kernels = tuple(Compiled(kernel, binaries) for kernel in moe_layers._triton_kernels())
-    patch.setattr(moe_layers, "_triton_kernels", lambda: kernels)
+    for name in ("rows_kernel", "matrices_kernel"):
+        patch.setattr(triton_kernels, name, Compiled(getattr(triton_kernels, name), binaries))
     patch.setattr(triton.runtime.driver, "_active", Driver(arch))
     x, w, hidden = (torch.zeros(*shape, dtype=dtype) for shape in ((8, 64), (2, 64, 64), (n_rows, 32)))
     proj, rows = torch.zeros(2, 64, 32, dtype=dtype), torch.zeros(n_rows, dtype=torch.int64)
@@ -283,8 +286,8 @@ def balanced_model(**config: object) -> torch.nn.Module:
         model = GPT(MoEConfig(**{**TINY_CONFIG, **config}))
     finally:
         torch.set_default_dtype(torch.float32)
-    set_balance(model, aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.001)
-    moe_layers.count_expert_load(model, True)
+    balance.set_balance(model, aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.001)
+    balance.count_expert_load(model, True)
     return model
 
 
@@ -301,10 +304,12 @@ class Started:
 def run_bodies(patch: pytest.MonkeyPatch) -> Started:
     """Let fake tensors run the operators' own code, not only its shapes; return what they start."""
     started = Started()
-    patch.setattr(moe_layers, "_triton_kernels", lambda: (started, started))
+    patch.setattr(triton_kernels, "rows_kernel", started)
+    patch.setattr(triton_kernels, "matrices_kernel", started)
     patch.setattr(torch.cuda, "device_of", contextlib.nullcontext)  # asks the driver
-    for name in ("expert_rows", "expert_matrices", "exact_product"):
-        patch.setattr(torch.ops.moe, name, getattr(moe_layers, f"_{name}")._init_fn)
+    bodies = (triton_experts._expert_rows, triton_experts._expert_matrices, rows._exact_product)
+    for operator in bodies:
+        patch.setattr(torch.ops.moe, operator._name, operator._init_fn)
     return started
 
 
@@ -314,12 +319,12 @@ def test_a_forward_on_cuda_asks_the_device_for_nothing(way: str, config: dict, m
     started = run_bodies(monkeypatch)
     with FakeTensorMode(), torch.device("cuda"):  # where .item(), .tolist() and nonzero raise
         model = balanced_model(**config)
-        for layer in moe_layers.moe_layers(model).values():
+        for layer in balance.layers_of(model).values():
             layer.way = way
         x = torch.zeros(2, 64, dtype=torch.int64)
         assert model(x).device.type == "cuda"
-        assert moe_layers.moe_layers(model)[0].tokens_per_expert.device.type == "cuda"
-        statistics, _ = moe_layers.router_statistics(model)  # of all layers, to be fetched at once
+        assert balance.layers_of(model)[0].tokens_per_expert.device.type == "cuda"
+        statistics, _ = balance.router_statistics(model)  # of all layers, to be fetched at once
         assert statistics.device.type == "cuda" and statistics.shape == (2, 4 + 4)
     assert len(started.grids) == (4 if way == "triton" else 0)
 
@@ -330,11 +335,11 @@ def test_a_training_step_asks_the_device_for_nothing(way: str, monkeypatch) -> N
     started = run_bodies(monkeypatch)
     with FakeTensorMode():
         model = balanced_model()
-        for layer in moe_layers.moe_layers(model).values():
+        for layer in balance.layers_of(model).values():
             layer.way = way
         model(torch.zeros(2, 64, dtype=torch.int64)).float().mean().backward()
-        moe_layers.update_selection_bias(model)
-        statistics, _ = moe_layers.router_statistics(model)
+        balance.update_selection_bias(model)
+        statistics, _ = balance.router_statistics(model)
         assert statistics.shape == (2, 4 + 4)
         with pytest.raises(DataDependentOutputException):
             statistics.sum().item()
@@ -345,19 +350,19 @@ def test_a_training_step_asks_the_device_for_nothing(way: str, monkeypatch) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("way", ["grouped_mm", "triton"])
 def test_a_training_step_on_a_gpu_asks_it_for_nothing(way: str) -> None:
-    if way == "grouped_mm" and not moe_layers.has_fast_grouped_mm(torch.device("cuda"), torch.bfloat16):
+    if way == "grouped_mm" and not has_fast_grouped_mm(torch.device("cuda"), torch.bfloat16):
         pytest.skip("torch has no fast grouped GEMM for this GPU")
     with torch.device("cuda"):
         model = balanced_model()
         x = torch.zeros(2, 64, dtype=torch.int64)
-    for layer in moe_layers.moe_layers(model).values():
+    for layer in balance.layers_of(model).values():
         layer.way = way
     model(x).float().mean().backward()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(x).float().mean().backward()
-        moe_layers.update_selection_bias(model)
-        moe_layers.router_statistics(model)
+        balance.update_selection_bias(model)
+        balance.router_statistics(model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -370,25 +375,12 @@ def test_the_router_keeps_float32_where_tf32_is_allowed() -> None:
     x = torch.randn(64, 512, device="cuda")
     torch.set_float32_matmul_precision("high")
     try:
-        logits = layer._route(x)[0]
+        logits = layer.route(x)[0]
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
     exact = x.double() @ layer.gate.weight.double().t()
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)  # TF32 is off by 1e-3
-
-
-def test_ways_are_chosen_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, config = torch.device("cuda"), MoEConfig(**TINY_CONFIG)
-    fast = lambda device, dtype: dtype == torch.bfloat16  # noqa: E731
-    monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", fast)
-    monkeypatch.setattr(moe_layers, "has_triton", lambda device_type, dtype: dtype != torch.float64)
-    chosen = {
-        dtype: choose_way(config, cuda, dtype) for dtype in (torch.bfloat16, torch.float32, torch.double)
-    }
-    assert list(chosen.values()) == ["grouped_mm", "triton", "segments"]
-    assert "waits" not in moe_layers.experts_path(config, cuda, torch.float32)
-    assert "waits" in moe_layers.experts_path(config, cuda, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -397,21 +389,21 @@ def test_ways_are_chosen_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_triton_is_taken_where_it_has_the_hardware(arch: int, dtypes: list, monkeypatch) -> None:
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver(arch))
-    moe_layers._triton_arch.cache_clear()
+    triton_experts._triton_arch.cache_clear()
     try:
         kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        assert [dtype for dtype in kinds if moe_layers.has_triton("cuda", dtype)] == dtypes
-        assert not moe_layers.has_triton("cpu", torch.float32)
+        assert [dtype for dtype in kinds if triton_experts.has_triton("cuda", dtype)] == dtypes
+        assert not triton_experts.has_triton("cpu", torch.float32)
     finally:
-        moe_layers._triton_arch.cache_clear()
+        triton_experts._triton_arch.cache_clear()
 
 
 def test_asking_for_triton_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_layers, "_triton_arch", lru_cache(lambda: 86))
+    monkeypatch.setattr(triton_experts, "_triton_arch", lru_cache(lambda: 86))
     torch.compiler.set_stance("default")
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if moe_layers.has_triton("cuda", x.dtype) else x
+        return x + 1 if triton_experts.has_triton("cuda", x.dtype) else x
 
     assert torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(())) == 1
 
@@ -419,5 +411,5 @@ def test_asking_for_triton_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_a_driver_triton_is_not_taken() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
-    moe_layers._triton_arch.cache_clear()
-    assert not moe_layers.has_triton("cuda", torch.float32)
+    triton_experts._triton_arch.cache_clear()
+    assert not triton_experts.has_triton("cuda", torch.float32)
