@@ -118,11 +118,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     text = str(error).strip()
-    if isinstance(error, pickle.UnpicklingError):  # whose first lines say how to load it all the same
-        refused = re.search(
-            r"WeightsUnpickler error: *(?:Unsupported \w+:?)? *(.+?)(?: was not an | whose |$)", text
-        )
-        return f"torch refuses to load {refused[1][:80]}" if refused else "torch refuses what it holds"
+    if isinstance(error, pickle.UnpicklingError):  # torch's first lines say how to load the file all the same
+        if name := re.search(r"GLOBAL ([\w.]{1,60})", text):
+            return f"it asks for {name[1]}, which weights do not need and which may do harm"
+        return "it holds more than tensors and plain values"
     return (text.splitlines() or [type(error).__name__])[0][:120]
 
 

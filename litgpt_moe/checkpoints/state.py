@@ -66,7 +66,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def _is_guard(value: Any) -> bool:
@@ -87,7 +87,7 @@ def _is_router(value: Any) -> bool:
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "time_s": lambda value: _is_finite(value) and value >= 0,
     "guard": _is_guard,
-    "told_step": lambda value: value == -1 or _is_count(value),
+    "told_step": lambda value: _is_count(value) or (type(value) is int and value == -1),
     **dict.fromkeys(("n_rows", "n_spikes", "n_loads", "n_stories"), _is_count),
     "router": _is_router,
 }
