@@ -2,43 +2,19 @@
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files  # noqa: F401 - moved; the users follow
 from litgpt_moe.cli import RUN_TRAIN, command_line
-from litgpt_moe.files import new_folder
 
-if TYPE_CHECKING:
-    import torch
-
-    from moe_layers import MoEConfig
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 NEXT = "Next (training reads data/custom_text, or what --dataset_dir names):"
 
 
-def read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the content of those files in `folder` that are there."""
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+def write_checkpoint(*args: Any) -> None:
+    """Moved to litgpt_moe.checkpoints.writer; the users follow."""
+    from litgpt_moe.checkpoints.writer import write_checkpoint
 
-
-def write_checkpoint(
-    out: Path, weights: "dict[str, torch.Tensor]", config: "MoEConfig", files: dict[str, bytes]
-) -> None:
-    """Write a checkpoint directory of bare weights, and `files`, from which run_train.py and others start.
-
-    Raises as `new_folder`.
-    """
-    from litgpt.utils import save_config
-
-    from moe_layers import CHECKPOINT_FILE
-    from run_train import tensor_bytes, write_record, write_state
-
-    with new_folder(out, tensor_bytes(weights)) as staging:
-        entry = write_state({"model": weights}, staging / CHECKPOINT_FILE)
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
-        save_config(config, staging)
-        write_record(staging, 0, {CHECKPOINT_FILE: entry})
+    write_checkpoint(*args)
 
 
 def train_on(checkpoint: Path, like: Path | None = None) -> str:
