@@ -1,7 +1,7 @@
 """The project's shape, read from the syntax tree: who may import whom, how long files and functions may be.
 
-CONTRIBUTING.md shows the same table. Every rule is also tried on a small tree that breaks it, so that none passes
-because it finds nothing.
+CONTRIBUTING.md shows the same table. Every rule is also tried on a small tree that breaks it, so that none
+passes because it finds nothing.
 """
 
 import ast
