@@ -232,6 +232,6 @@ def test_a_run_killed_while_tokenizing_while_saving_and_anywhere_ends_as_if_noth
     assert_survived(3, seed=int(os.environ.get("CHAOS_SEED", "1")))
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_run_killed_a_hundred_times_ends_as_if_nothing_had_happened(long_job: Path) -> None:
     assert_survived(int(os.environ.get("CHAOS_KILLS", "100")), seed=int(os.environ.get("CHAOS_SEED", "2")))
