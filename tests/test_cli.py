@@ -3,18 +3,18 @@
 import ast
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT, start_scripts
 
 from litgpt_moe.cli import FlagParser, command_line
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
 WITH_FLAGS = [path for path in SCRIPTS if "FlagParser(" in path.read_text(encoding="utf-8")]
@@ -34,27 +34,18 @@ def relative(path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def started() -> dict[str, dict]:
-    """What each script did with each flag; all are started in one process, which makes it quick."""
-    jobs = [f"{script}={flag}" for script in SCRIPTS for flag in ("", "--help", "--hlep")]
-    jobs += [f"{RUN_TRAIN}={flag}" for flag in WRONG_FILES]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests/helpers/start_scripts.py"), *jobs],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUTF8": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def started() -> Callable[..., dict]:
+    """A function that returns what a script did with one flag, or when it was imported."""
+    jobs = [[script, *flags] for script in SCRIPTS for flags in ([], ["--help"], ["--hlep"])]
+    results = start_scripts([*jobs, *([RUN_TRAIN, flag] for flag in WRONG_FILES)])
+    return lambda script, *flags: results[json.dumps([str(script), *flags])]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=relative)
-def test_help_answers_at_once_for_it_imports_nothing_heavy(script: Path, started: dict[str, dict]) -> None:
-    result = started[f"{script}=--help"]
+def test_help_answers_at_once_for_it_imports_nothing_heavy(
+    script: Path, started: Callable[..., dict]
+) -> None:
+    result = started(script, "--help")
     assert result["heavy"] == [] and (result["status"], result["err"]) == (0, "")
     assert "usage:" in result["out"]
 
@@ -62,24 +53,23 @@ def test_help_answers_at_once_for_it_imports_nothing_heavy(script: Path, started
 def test_a_heavy_import_is_found(tmp_path: Path) -> None:
     script = tmp_path / "heavy.py"
     script.write_text("import yaml\nimport torch\n", encoding="utf-8")
-    command = [sys.executable, str(ROOT / "tests/helpers/start_scripts.py"), f"{script}=--help"]
-    (result,) = json.loads(subprocess.run(command, capture_output=True, check=True).stdout).values()
+    (result,) = start_scripts([[script, "--help"]]).values()
     assert result["heavy"] == ["torch"]
 
 
 @pytest.mark.parametrize("flag", WRONG_FILES)
 def test_a_wrong_name_of_a_config_is_told_before_torch_is_imported(
-    flag: str, started: dict[str, dict]
+    flag: str, started: Callable[..., dict]
 ) -> None:
-    result = started[f"{RUN_TRAIN}={flag}"]
+    result = started(RUN_TRAIN, flag)
     assert result["status"] == 2 and result["heavy"] == []
     assert result["err"].splitlines()[-1].startswith("error: none.yaml: no such configuration file; ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=relative)
-def test_importing_a_script_prints_and_parses_nothing(script: Path, started: dict[str, dict]) -> None:
+def test_importing_a_script_prints_and_parses_nothing(script: Path, started: Callable[..., dict]) -> None:
     # a script that parsed at import would end with status 2 over the flag of that process
-    assert started[f"{script}="] == {"status": None, "out": "", "err": "", "heavy": []}
+    assert started(script) == {"status": None, "out": "", "err": "", "heavy": []}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=relative)
@@ -97,9 +87,9 @@ def test_a_script_has_the_house_main_and_says_how_to_run_it(script: Path) -> Non
 
 @pytest.mark.parametrize("script", WITH_FLAGS, ids=relative)
 def test_an_unknown_flag_is_told_in_one_sentence_without_the_usage(
-    script: Path, started: dict[str, dict]
+    script: Path, started: Callable[..., dict]
 ) -> None:
-    result = started[f"{script}=--hlep"]
+    result = started(script, "--hlep")
     assert (result["status"], result["out"], result["heavy"]) == (2, "", [])
     (line,) = result["err"].splitlines()
     assert line.startswith("error: ") and "--hlep" in line

@@ -1,7 +1,7 @@
 """Start each script of the project in this one process and write what it did to stdout, as JSON.
 
-Run: python tests/helpers/start_scripts.py SCRIPT=FLAG... (no flag: only import it). A process per script and
-flag would take minutes. A package that is not in LIGHT is reported and not imported.
+Run: python tests/helpers/start_scripts.py '["run_train.py", "--help"]'... (a path alone imports the script)
+A process for each would take minutes. A package that is not in LIGHT is reported and not imported.
 """
 
 import contextlib
@@ -38,18 +38,19 @@ class Watch:
         raise ImportError(f"{top} is imported before the script knows that it is needed")
 
 
-def start(script: str, flag: str, watch: Watch) -> dict[str, object]:
+def start(script: str, args: list[str], watch: Watch) -> dict[str, object]:
     """Return the exit status, what was printed, and the heavy packages that the script asked for."""
     before, path, watch.heavy = set(sys.modules), sys.path.copy(), []
     out, err, status = io.StringIO(), io.StringIO(), None
-    sys.argv = [script, flag or "--no_such_flag"]  # a script that is imported must not read the flag
+    # a script that is only imported must not read the flag
+    sys.argv = [script, *(args or ["--no_such_flag"])]
     sys.path[0] = str(Path(script).parent)  # as for `python SCRIPT`
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            runpy.run_path(script, run_name="__main__" if flag else "imported")
+            runpy.run_path(script, run_name="__main__" if args else "imported")
         except SystemExit as end:
             status = end.code
-        except ImportError as error:
+        except (ImportError, FileNotFoundError) as error:
             status = f"{type(error).__name__}: {error}"
     for name in set(sys.modules) - before:  # two folders may each have a generate.py
         file = getattr(sys.modules[name], "__file__", None) or ""
@@ -65,8 +66,8 @@ def main(jobs: list[str]) -> None:
     sys.meta_path.insert(0, watch)
     results = {}
     for job in jobs:
-        script, _, flag = job.partition("=")
-        results[job] = start(script, flag, watch)
+        script, *args = json.loads(job)
+        results[job] = start(script, args, watch)
     print(json.dumps(results))
 
 
