@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # what the helpers assert is told in full too
 pytest.register_assert_rewrite("runs", "helpers")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core: more threads would wait for each other
+
 ROOT = Path(__file__).parents[1]
 # real stories, and a tokenizer trained on them: tests/assets/README.md names their source
 ASSETS = ROOT / "tests" / "assets"
