@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,15 @@ import yaml
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-pytest.register_assert_rewrite("runs")  # what it asserts is told in full too
+# what the helpers assert is told in full too
+pytest.register_assert_rewrite("runs", "helpers")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core: more threads would wait for each other
 
 ROOT = Path(__file__).parents[1]
+# real stories, and a tokenizer trained on them: tests/assets/README.md names their source
+ASSETS = ROOT / "tests" / "assets"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process started here compiles every package again
 
@@ -43,6 +49,26 @@ def alter(shard: Path, at: int = 100) -> None:
     data[at] ^= 1
     shard.write_bytes(data)
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def start_scripts(jobs: Iterable[Sequence[object]]) -> dict[str, dict]:
+    """Start scripts with arguments, all in one other process; what each did is under its job as JSON.
+
+    See tests/helpers/start_scripts.py: "status", "out", "err", and the "heavy" packages that it imports.
+    """
+    helper = ROOT / "tests/helpers/start_scripts.py"
+    result = subprocess.run(
+        [sys.executable, str(helper), *(json.dumps([str(word) for word in job]) for job in jobs)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "100"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
@@ -78,15 +104,6 @@ def faults_of_new_memory() -> Callable[[], int]:
     if faults() < 1000:
         pytest.skip("pages are larger here")
     return faults
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real stories and the real tokenizer beside the checkout; skips where it is absent."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data beside the checkout ({folder.name}/ is absent)")
-    return folder
 
 
 @pytest.fixture

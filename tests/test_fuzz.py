@@ -98,8 +98,12 @@ def lightning_log() -> None:
 
 
 @pytest.fixture
-def check(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[list], int], list], int]:
-    """A function that runs a script: status 0, or 1 or 2 with messages. An exception fails the test."""
+def check(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Callable[[list], int], list], int]]:
+    """A function that runs a script: status 0, or 1 or 2 with messages. An exception fails the test.
+
+    Of all cases together some must be used and some refused, or the test would accept anything.
+    """
+    statuses: set[int] = set()
 
     def run(main: Callable[[list], int], argv: list) -> int:
         with limits():
@@ -107,9 +111,11 @@ def check(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[list], int]
         err = capsys.readouterr().err
         assert status in (0, 1, 2) and "Traceback" not in err, err
         assert status == 0 or "error: " in err or main is inspect_checkpoint.main
+        statuses.add(status)
         return status
 
-    return run
+    yield run
+    assert 0 in statuses and statuses & {1, 2}
 
 
 @pytest.fixture
