@@ -42,7 +42,7 @@ MOVED = {
     "read_manifest": "manifest",
     "PieceCache": "encoding",
     "StoryEncoder": "encoding",
-    "read_tokenizer": "tokenizer",
+    "read_tokenizer": "tokenizer:read_tokenizer_facts",
     "prepare": "prepare",
     "stale_reasons": "prepare",
     "TokenBatches": "batches",
@@ -133,7 +133,8 @@ def __getattr__(name: str) -> Any:
 
         return TextShards
     if name in MOVED:
-        return getattr(importlib.import_module(f"litgpt_moe.data.{MOVED[name]}"), name)
+        module, _, new_name = MOVED[name].partition(":")
+        return getattr(importlib.import_module(f"litgpt_moe.data.{module}"), new_name or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

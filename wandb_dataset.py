@@ -52,7 +52,7 @@ class Folders:
     data_dir: Path = DEFAULT_DATA_DIR
     """push, verify: the prepared data directory"""
     tokenizer_dir: Path | None = None
-    """push: folder of the tokenizer (default: the one that made the data, in a folder in or beside --data_dir)"""
+    """push: its tokenizer (default: the one that made the data, in a folder in or beside --data_dir)"""
     wandb_artifacts_dir: Path = field(default_factory=_artifacts_dir)
     """pull: where the data directory goes, in a folder of its own (WANDB_ARTIFACTS_DIR)"""
 

@@ -2,61 +2,68 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 import wandb
 from filelock import FileLock
+from wandb.errors import Error
 
-from litgpt_moe.cli import RUN_TRAIN, command_line, first_line
+from litgpt_moe.cli import RUN_TRAIN, command_line, first_line, variable
 from litgpt_moe.data.manifest import (
     MANIFEST,
-    entries,
+    RUN_AGAIN,
     fingerprint,
+    listed,
     listed_files,
-    load_manifest,
     manifest_fingerprint,
+    read_manifest,
     verify,
 )
-from litgpt_moe.data.tokenizer import TOKENIZER, TOKENIZER_FILES, find_tokenizer
-from litgpt_moe.files import check_inside
+from litgpt_moe.data.settings import DEFAULT_PROJECT, REFERENCE_FORM, WandbSettings
+from litgpt_moe.data.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, find_tokenizer
+from litgpt_moe.files import check_inside, read_json, write_json
 
-LINEAGE = "artifact.json"  # beside it: the artifact that this directory is
-DEFAULT_PROJECT = "litgpt-moe"
+LINEAGE = "artifact.json"  # in the data directory: name and fingerprint of the artifact that it equals
+Policy = Literal["mutable", "immutable"]  # whether W&B copies the files before it sends them
 CONNECT_SECONDS = 30  # W&B's own 90 is long to wait for the news that there is no network
-REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
 
 
-class TransferError(OSError):
-    """W&B could not be reached, refused us, or sent something that must not be used."""
+class TransferError(ConnectionError):
+    """W&B could not be reached, refused the request, or sent something that must not be used."""
 
 
-def push(
-    data_dir: Path,
-    project: str | None = None,
-    entity: str | None = None,
-    artifact: str | None = None,
-    aliases: list[str] | None = None,
-    tags: list[str] | None = None,
-    run_name: str | None = None,
-    tokenizer_dir: Path | None = None,
-) -> str:
-    """Log a data directory as an artifact and return the sentence that says where it is and what is next."""
+# --- push ---------------------------------------------------------------------------------------------------
+
+
+def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = None) -> str:
+    """Log a data directory as an artifact and return the sentence that says where it is and what is next.
+
+    Raises:
+        FileNotFoundError, ValueError: the data or its tokenizer is not there, or the data is damaged.
+        TransferError: W&B did not take it.
+    """
     tokenizer_dir = find_tokenizer(data_dir, tokenizer_dir)
-    fingerprint(data_dir)  # hashes all, so that damaged data is never pushed
-    name = artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
-    options = {"project": project or DEFAULT_PROJECT, "entity": entity, "name": run_name, "tags": tags}
+    fingerprint(data_dir)  # hashes every file, so that damaged data is never pushed
+    name = upload.wandb_artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
+    project = upload.wandb_project or DEFAULT_PROJECT
     try:
-        # console="off": otherwise W&B would take this command's own output for a training log
-        settings = wandb.Settings(console="off", init_timeout=CONNECT_SECONDS)
-        run = wandb.init(job_type="push", settings=settings, **options)
+        run = wandb.init(
+            project=project,
+            entity=upload.wandb_entity,
+            name=upload.wandb_run_name,
+            tags=upload.tags,
+            job_type="push",
+            # console="off": otherwise W&B would take this command's own output for a training log
+            settings=wandb.Settings(console="off", init_timeout=CONNECT_SECONDS),
+        )
         try:
-            return log_artifact(run, data_dir, tokenizer_dir, name, aliases)
+            return log_artifact(run, data_dir, tokenizer_dir, name, upload.aliases)
         finally:
             run.finish()
-    except wandb.errors.Error as error:
+    except (Error, BrokenPipeError) as error:
         raise TransferError(f"could not push {data_dir} to W&B: {first_line(error)}") from error
 
 
@@ -67,7 +74,7 @@ def log_artifact(
     if run.disabled:
         raise TransferError("WANDB_MODE=disabled sends nothing; set it to online or offline")
     # offline, the files are copied: they may change before `wandb sync` reads them
-    policy = "mutable" if run.offline else "immutable"
+    policy: Policy = "mutable" if run.offline else "immutable"
     logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
     if run.offline:
         remember_artifact(data_dir, name)
@@ -78,14 +85,14 @@ def log_artifact(
     return f"{name}: uploaded; train on it with: {command_line(*RUN_TRAIN, '--wandb_dataset', name)}"
 
 
-def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: str) -> wandb.Artifact:
+def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Policy) -> wandb.Artifact:
     """Return the artifact of a data directory that `verify` found whole."""
-    manifest = load_manifest(data_dir)
+    manifest = read_manifest(data_dir, check_shards=False)
     counts = ("n_stories", "n_tokens", "n_bytes")
     metadata = {
         "fingerprint": manifest_fingerprint(manifest),
         **{key: manifest.get(key) for key in ("format_version", "tokenizer", "options", "code")},
-        "splits": {s: {key: split.get(key) for key in counts} for s, split in manifest["splits"].items()},
+        "splits": {name: {key: split[key] for key in counts} for name, split in manifest["splits"].items()},
     }
     artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
     with artifact.new_file(MANIFEST, encoding="utf-8") as file:
@@ -93,7 +100,7 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: str) 
     for path in sorted(listed_files(manifest)):
         artifact.add_file(str(data_dir / path), name=path, policy=policy)
     for path in filter(Path.is_file, (tokenizer_dir / file for file in TOKENIZER_FILES)):
-        artifact.add_file(str(path), name=f"{TOKENIZER}/{path.name}", policy=policy)
+        artifact.add_file(str(path), name=f"{TOKENIZER_FOLDER}/{path.name}", policy=policy)
     return artifact
 
 
@@ -105,25 +112,27 @@ def without_times(node: object) -> object:
 
 
 def remember_artifact(data_dir: Path, artifact: str) -> None:
-    """Write down that the data directory, as it is now, is `artifact`."""
-    facts = {"artifact": artifact, "fingerprint": manifest_fingerprint(load_manifest(data_dir))}
-    whole = (data_dir / LINEAGE).with_suffix(".tmp")
-    whole.write_text(json.dumps(facts), encoding="utf-8")
-    whole.replace(data_dir / LINEAGE)
+    """Record in the data directory that its content, as it is now, equals `artifact`."""
+    manifest = read_manifest(data_dir, check_shards=False)
+    write_json(data_dir / LINEAGE, {"artifact": artifact, "fingerprint": manifest_fingerprint(manifest)})
+
+
+# --- what a run and its checkpoints came from ---------------------------------------------------------------
 
 
 def lineage(data_dir: Path) -> dict[str, str | None]:
-    """Return a data directory's fingerprint and the artifact that it is, None if (or now that) it is none."""
-    now = {"artifact": None, "fingerprint": manifest_fingerprint(load_manifest(data_dir))}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # never pushed, or a damaged note
-        then = json.loads((data_dir / LINEAGE).read_text(encoding="utf-8"))
-        if then["fingerprint"] == now["fingerprint"]:
-            now["artifact"] = str(then["artifact"])
+    """Return a data directory's `fingerprint`, and the `artifact` with that fingerprint, None if none has."""
+    manifest = read_manifest(data_dir, check_shards=False)
+    now = {"artifact": None, "fingerprint": manifest_fingerprint(manifest)}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # never pushed or pulled, or a damaged record
+        recorded = read_json(data_dir / LINEAGE)
+        if recorded["fingerprint"] == now["fingerprint"]:
+            now["artifact"] = str(recorded["artifact"])
     return now
 
 
 def use_dataset(run: wandb.Run, data_dir: Path, tokenizer_dir: Path) -> None:
-    """Record that `run` reads the artifact that the data directory is; one that is none is not sent."""
+    """Record on W&B that `run` reads the artifact that the data directory equals; no-op if there is none."""
     reference = lineage(data_dir)["artifact"]
     if reference is None or run.disabled:
         return
@@ -138,15 +147,18 @@ def use_dataset(run: wandb.Run, data_dir: Path, tokenizer_dir: Path) -> None:
         run.use_artifact(artifact)
 
 
-def log_checkpoint(run: wandb.Run, folder: Path, name: str, metadata: dict) -> None:
-    """Log a checkpoint directory as an artifact of `run`, which so comes from what the run used."""
+def log_checkpoint(run: wandb.Run, folder: Path, name: str, metadata: dict[str, Any]) -> None:
+    """Log a checkpoint directory as an artifact of `run`; W&B then shows which data it was trained on."""
     artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=metadata)
-    for path in sorted(folder.iterdir()):  # add_dir would print about each
-        # immutable: no second copy of all weights; W&B refuses what changed before it was sent
+    for path in sorted(folder.iterdir()):  # not add_dir, which prints a line for each file
+        # immutable: W&B makes no copy of the weights, and refuses a file that changed before its upload
         artifact.add_file(str(path), policy="immutable")
     logged = run.log_artifact(artifact, aliases=["latest", folder.name])
     if not run.offline:
-        logged.wait()  # what the server refused is an error here
+        logged.wait()  # raises what the server refused
+
+
+# --- pull ---------------------------------------------------------------------------------------------------
 
 
 def artifact_name(reference: str) -> str:
@@ -167,11 +179,12 @@ def resolve_artifact(reference: str, entity: str | None) -> str:
 
 def pull(reference: str, artifacts_dir: Path) -> Path:
     """Return the data directory of `entity/project/name:alias` (WANDB_ENTITY fills in), downloaded once."""
-    reference = resolve_artifact(reference, os.environ.get("WANDB_ENTITY"))
+    reference = resolve_artifact(reference, variable("WANDB_ENTITY"))
     try:
         return fetch(reference, artifacts_dir)
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        raise TransferError(f"could not pull {reference}: {first_line(error)}") from error
+    except (Error, ValueError, OSError) as error:
+        reason = first_line(error).removesuffix(f"; {RUN_AGAIN}")  # the folder is gone by now
+        raise TransferError(f"could not pull {reference}: {reason}") from error
 
 
 def fetch(reference: str, artifacts_dir: Path) -> Path:
@@ -187,7 +200,7 @@ def fetch(reference: str, artifacts_dir: Path) -> Path:
         artifacts_dir.mkdir(parents=True, exist_ok=True)
         # beside the target, so that the rename is atomic and half a download is never taken for a whole one
         part = artifacts_dir / f".part-{target.name}"
-        with FileLock(f"{part}.lock"):  # several processes of a run ask for the same; the first one fetches
+        with FileLock(f"{part}.lock"):  # of a run's several processes the first one downloads
             if not target.is_dir():
                 download(source, part, target)
     return target
@@ -195,7 +208,7 @@ def fetch(reference: str, artifacts_dir: Path) -> Path:
 
 def download(source: wandb.Artifact, part: Path, target: Path) -> None:
     """Fetch an artifact into `part`, check it, and rename it to `target`."""
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed; W&B's cache has what it fetched
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process; W&B's cache has what that fetched
     try:
         source.download(root=str(part))
         check_download(part)
@@ -211,9 +224,8 @@ def check_download(folder: Path) -> None:
         raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
     if problems := verify(folder):
         raise ValueError(f"{problems[0].removeprefix(str(folder))[1:]}; the download is not used")
-    find_tokenizer(folder, folder / TOKENIZER)
-    manifest = load_manifest(folder)
-    for entry in entries(manifest):
-        if "mtime_ns" in entry:  # so that the check for stale shards need not hash the texts again
-            entry["mtime_ns"] = (folder / entry["path"]).stat().st_mtime_ns
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
+    find_tokenizer(folder, folder / TOKENIZER_FOLDER)
+    manifest = read_manifest(folder)
+    for entry in listed(manifest, "text"):  # so that the check for stale shards need not hash the texts again
+        entry["mtime_ns"] = (folder / entry["path"]).stat().st_mtime_ns
+    write_json(folder / MANIFEST, manifest)

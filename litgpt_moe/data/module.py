@@ -15,7 +15,7 @@ from litgpt_moe.data.settings import DEFAULT_DATA_DIR, DEFAULT_TOKENIZER_DIR
 from litgpt_moe.processes import is_first_on_machine
 
 
-class ShardLoader(DataLoader):
+class ShardLoader(DataLoader[torch.Tensor]):
     """A DataLoader over `TokenBatches` whose position LitGPT saves in its checkpoints and restores."""
 
     def __init__(self, batches: TokenBatches) -> None:
@@ -23,7 +23,7 @@ class ShardLoader(DataLoader):
         super().__init__(ChainDataset([]), batch_size=None)
         self.batches = batches
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
         # not DataLoader's own iterator, which draws from the global random state and takes 50 us a batch
         return iter(self.batches)
 
@@ -50,7 +50,7 @@ class TextShards(TextFiles):
     seed: int = 42
     """Seed of the order of the training sequences."""
     num_workers: int = 0
-    """Processes that read ahead. 0 is fastest on a local disk, where reading costs less than the hand-over."""
+    """Processes that read ahead. 0 is fastest on a local disk: reading costs less than the hand-over."""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
     """Folder of the tokenizer that the shards must have been made with."""
 
@@ -86,7 +86,9 @@ class TextShards(TextFiles):
         is_shared = seed is not None and _is_distributed()
         ranks = (distributed.get_rank(), distributed.get_world_size()) if is_shared else (0, 1)
         stream, block_size = TokenStream(self.data_dir, split), self.max_seq_length - 1
-        batches = TokenBatches(stream, self.batch_size, block_size, seed, *ranks, num_workers=self.num_workers)
+        batches = TokenBatches(
+            stream, self.batch_size, block_size, seed, *ranks, num_workers=self.num_workers
+        )
         n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
         if batches.n_sequences < n_wanted:
             raise ValueError(

@@ -1,11 +1,12 @@
 """Make the shards of a data directory match its text, tokenizer and options, doing only what is missing."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
+from typing import Any
 
+from litgpt_moe import __version__
 from litgpt_moe.cli import note
 from litgpt_moe.data.demo_stories import write_demo_corpus
 from litgpt_moe.data.download import download_tinystories
@@ -13,6 +14,7 @@ from litgpt_moe.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     RUN_AGAIN,
+    Manifest,
     altered_shards,
     listed,
     read_manifest,
@@ -20,22 +22,32 @@ from litgpt_moe.data.manifest import (
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import clean, shard_folders, write_splits
 from litgpt_moe.data.text import list_text
-from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer
+from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer_facts
 from litgpt_moe.files import FolderLock, read_json, sha256_file, write_json
 
-OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # what makes other shards of the same text
+# the settings on which the shards of a text depend, and what of its tokenizer the manifest records
+OPTIONS = ("separator", "on_bad_utf8", "val_fraction")
+TOKENIZER_KEYS = ("sha256", "vocab_size", "bos_id", "eos_id")
 
 
-def prepare(settings: PrepareSettings, wait: bool = False) -> dict:
+def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     """Return the manifest of a data directory whose shards match its text, tokenizer and options.
 
-    Does only what is missing: text (demo, tinystories), tokenizer, stale shards. Raises ValueError for bad
-    settings or text, FolderInUse if another process is at it (or waits for that one), OSError for a missing
-    folder, a full disk or an unreachable hub; what was there stays.
+    Makes only what is missing: text (demo, tinystories), tokenizer, stale shards. If it fails, the shards
+    and the manifest of before are still there.
+
+    Args:
+        settings: what to prepare.
+        wait: wait for another process that prepares the same folder, instead of raising FolderInUse.
+
+    Raises:
+        ValueError: bad settings, text or tokenizer.
+        FileNotFoundError, FolderInUse: no text; another process prepares the folder.
+        ConnectionError, OSError: the hub cannot be reached; the disk is full, a worker was killed.
     """
     check_settings(settings)
     if settings.dataset == "custom":
-        list_text(settings.data_dir)  # before a folder is made for a name that was mistyped
+        list_text(settings.data_dir)  # before the lock makes a folder of a mistyped name
     lock = lock_data(settings.data_dir)
     lock.acquire(wait)
     try:
@@ -43,12 +55,12 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> dict:
     finally:
         for folder in shard_folders(settings.data_dir):
             with contextlib.suppress(OSError):
-                folder.rmdir()  # only if it is empty
+                folder.rmdir()  # fails unless it is empty
         lock.release()
 
 
-def _prepare(settings: PrepareSettings) -> dict:
-    """Do what `prepare` says, alone in the folder."""
+def _prepare(settings: PrepareSettings) -> Manifest:
+    """Do what `prepare` says, with the folder's lock held."""
     data_dir = settings.data_dir
     if settings.dataset == "demo":
         write_demo_corpus(data_dir, settings.demo_stories, settings.seed, settings.overwrite)
@@ -62,36 +74,42 @@ def _prepare(settings: PrepareSettings) -> dict:
     if not reasons:
         note(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
         return note_times(data_dir)
-    if (data_dir / MANIFEST).exists():  # why once is not enough
+    if (data_dir / MANIFEST).exists():  # a first preparation needs no reason
         for reason in reasons:
             note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
-    manifest = {"format_version": FORMAT_VERSION, "dtype": facts.dtype.name, "options": options}
-    manifest["code"] = code_version()
-    manifest["tokenizer"] = {key: getattr(facts, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
     try:
-        manifest["splits"] = write_splits(settings, text, facts)
+        splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
         raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "dtype": facts.dtype.name,
+        "options": options,
+        "code": code_versions(),
+        "tokenizer": {key: getattr(facts, key) for key in TOKENIZER_KEYS},
+        "splits": splits,
+    }
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir, listed(manifest, "shards"))
     return manifest
 
 
 def lock_data(data_dir: Path) -> FolderLock:
-    """Return what keeps a second preparation out of a data directory."""
+    """Return the lock that keeps a second preparation out of a data directory."""
     return FolderLock(data_dir, "prepare", "prepare_data.py is at work", "wait for it to end, then run again")
 
 
-def code_version() -> dict[str, str]:
-    """Return what identifies the code that makes shards: this file's SHA-256, and the libraries' versions."""
-    source = Path(__file__).read_bytes().replace(b"\r\n", b"\n")  # which git may write on Windows
-    names = ("litgpt", "tokenizers")
-    digest = hashlib.sha256(source).hexdigest()
-    return {"prepare_data.py": digest, **{name: importlib.metadata.version(name) for name in names}}
+def code_versions() -> dict[str, str]:
+    """Return the versions that the manifest records of what made the shards; another makes none stale."""
+    libraries = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
+    return {"litgpt_moe": __version__, **libraries}
 
 
-def note_times(data_dir: Path) -> dict:
-    """Return the manifest of fresh data; notes new time stamps of equal text, so that it is hashed once."""
+def note_times(data_dir: Path) -> Manifest:
+    """Return the manifest of data that is not stale.
+
+    New time stamps of texts that are the same are recorded, so that these texts are hashed only once.
+    """
     manifest = read_manifest(data_dir)
     texts = {data_dir / entry["path"]: entry for entry in listed(manifest, "text")}
     if touched := [path for path in texts if path.stat().st_mtime_ns != texts[path]["mtime_ns"]]:
@@ -102,24 +120,26 @@ def note_times(data_dir: Path) -> dict:
 
 
 def stale_reasons(
-    data_dir: Path, tokenizer_dir: Path, options: dict | None = None, contents: bool = True
+    data_dir: Path, tokenizer_dir: Path, options: dict[str, Any] | None = None, contents: bool = True
 ) -> list[str]:
     """Return why the shards no longer match text, tokenizer, options or format; [] if they do.
 
-    Shards are hashed, unless another process has seen to their `contents`. Of a text, size and time stamp
-    decide; it is only hashed if its time stamp alone differs. A directory whose text was removed altogether
-    (to save space) is judged by its tokenizer.
+    A text of another size has changed; it is hashed only if its time stamp alone differs. If no text is left
+    (deleted to save space), the shards still count as fresh.
+
+    Args:
+        data_dir: the folder that holds manifest.json.
+        tokenizer_dir: folder of the tokenizer that the shards must have been made with.
+        options: values of OPTIONS that they must have been made with; None accepts any.
+        contents: also hash the shards; False where another process of the run does that.
     """
     try:
         manifest = read_manifest(data_dir)
     except (FileNotFoundError, ValueError) as error:
         return [str(error)]
     reasons = []
-    facts = read_tokenizer(tokenizer_dir)
-    if any(
-        getattr(facts, key) != manifest["tokenizer"].get(key)
-        for key in ("sha256", "vocab_size", "bos_id", "eos_id")
-    ):
+    facts = read_tokenizer_facts(tokenizer_dir)
+    if any(getattr(facts, key) != manifest["tokenizer"][key] for key in TOKENIZER_KEYS):
         reasons.append(f"{tokenizer_dir / 'tokenizer.json'}: not the tokenizer that made the shards")
     for key, value in (options or {}).items():
         if (before := manifest["options"].get(key)) != value:
@@ -136,8 +156,8 @@ def stale_reasons(
     return reasons or (altered_shards(data_dir, manifest) if contents else [])
 
 
-def has_changed(path: Path, recorded: dict) -> bool:
-    """Return whether a text file is another than the one recorded; equal size and time mean no."""
+def has_changed(path: Path, recorded: dict[str, Any]) -> bool:
+    """Return whether a text file differs from what was recorded; with equal size and time it does not."""
     stat = path.stat()
     if (stat.st_size, stat.st_mtime_ns) == (recorded["size"], recorded["mtime_ns"]):
         return False
@@ -145,16 +165,16 @@ def has_changed(path: Path, recorded: dict) -> bool:
 
 
 def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
-    """Make the shards again, with the options that they were made with, if they are stale.
+    """Make stale shards again, with the options that they were made with.
 
-    `contents` and `wait` as of `stale_reasons` and `prepare`.
+    `contents` is that of `stale_reasons`, `wait` that of `prepare`.
     """
     if reasons := stale_reasons(data_dir, tokenizer_dir, contents=contents):
         if (data_dir / MANIFEST).is_file() and not any((data_dir / "train").glob("*.txt")):
             reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
             raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
-        options = {}
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
+        options: dict[str, Any] = {}
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the manifest is not there or damaged
             before = read_json(data_dir / MANIFEST)["options"]
             options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
         prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)

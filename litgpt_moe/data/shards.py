@@ -1,4 +1,7 @@
-"""Stories -> token shards, by worker processes; whole shards of a run that was interrupted are kept."""
+"""Stories -> token shards, made by worker processes; whole ones of an interrupted run are used again.
+
+A worker imports this module, encoding.py and tokenizer.py: no torch, so that it is small and starts fast.
+"""
 
 import contextlib
 import functools
@@ -11,27 +14,32 @@ import signal
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.cli import note
 from litgpt_moe.data.encoding import StoryEncoder
-from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, listed
+from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, Manifest, listed
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
 from litgpt_moe.data.text import SeenStories, TextReader
 from litgpt_moe.data.tokenizer import TokenizerFacts
 from litgpt_moe.files import check_inside, open_whole, read_json, sha256_file, write_json
 
-SHARD_BYTES = 8 << 20  # text per shard: the unit of work, of resuming, and of a worker's memory
+SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
-OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # what we may delete
-story_encoder = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one
+OWN_FILE = re.compile(
+    r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)"
+)  # only files of these names are ever deleted
+
+Entry = dict[str, Any]  # of a shard, as the manifest lists it
+encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one
 
 
-def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: TokenizerFacts) -> dict:
-    """Return the manifest's entry of a shard, after it is written whole and the entry noted beside it."""
-    encoder = story_encoder(facts)
+def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: TokenizerFacts) -> Entry:
+    """Write a shard whole, and its entry to a journal file beside it; return the entry."""
+    encoder = encoder_of(facts)
     sha256, size = hashlib.sha256(), 0
     with open_whole(data_dir / name) as file:
         for some in itertools.batched(stories, STORIES_PER_WRITE):
@@ -44,54 +52,58 @@ def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: Tokenize
     return entry
 
 
-def finished_shards(data_dir: Path, width: int) -> dict[str, dict]:
-    """Return the entries of whole shards by key: the manifest's, and those an interrupted run noted."""
+def finished_shards(data_dir: Path, width: int) -> dict[str, Entry]:
+    """Return the entries of whole shards by key: the manifest's, and an interrupted run's journal's."""
     found = {}
     for path in (data_dir / MANIFEST, *data_dir.glob("*/*/*.json")):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged or not ours: made again
+        # a damaged entry, or a file that is not ours: the shard is made again
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             content = read_json(path)
             for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
                 if any(type(entry[key]) is not int for key in ("n_stories", "n_bytes", "n_tokens")):
                     raise TypeError("a count is no number")
                 shard, size = data_dir / check_inside(entry["path"]), entry["n_tokens"] * width
                 if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
-                    found[shard.stem[6:]] = entry  # by the key in its name
+                    found[shard.stem[6:]] = entry  # its name is number-key.bin
     return found
 
 
 def start_worker() -> None:
-    """Prepare a worker process: Ctrl-C is for the parent to handle, and it ends when the parent is gone."""
+    """Make a worker process leave Ctrl-C to its parent, and end when the parent has ended, even if killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is enough
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def start_pool(workers: int) -> Executor:
-    """Return what makes the shards: processes, or for one at a time a thread, which starts at once."""
+    """Return a pool of worker processes; for a single worker a thread, which starts at once."""
     if workers == 1:
         return ThreadPoolExecutor(1)
-    # spawn: the only way on Windows, and safe beside threads; workers import no torch
+    # spawn: all that Windows has, and safe where the parent has threads
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
 
 
 class SplitWriter:
-    """Deals stories out to the splits: drops duplicates, cuts the val split, has full shards made."""
+    """Assigns stories to the splits, without duplicates, and has a shard made whenever there are enough."""
 
     def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int, val_every: int | None) -> None:
         self.data_dir, self.facts, self.workers, self.val_every = data_dir, facts, workers, val_every
-        self.n_duplicates = dict.fromkeys(SPLITS, 0)
+        self.n_duplicates: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self.n_new = self.n_reused_bytes = 0
         self._seen = SeenStories()
         self._finished = finished_shards(data_dir, facts.dtype.itemsize)
-        self._waiting = {split: ([], []) for split in SPLITS}  # stories and their hashes
-        self._shards: dict[str, list[dict | Future]] = {split: [] for split in SPLITS}
-        self._submitted: list[Future] = []
+        # stories and their hashes that are in no shard yet
+        self._waiting: dict[str, tuple[list[bytes], list[bytes]]] = {name: ([], []) for name in SPLITS}
+        self._shards: dict[str, list[Entry | Future[Entry]]] = {split: [] for split in SPLITS}
+        self._submitted: list[Future[Entry]] = []
 
     def add(self, split: str, stories: list[str], pool: Executor) -> None:
         """Take stories read from the text of one split."""
@@ -100,7 +112,7 @@ class SplitWriter:
         is_new = self._seen.add(np.frombuffer(b"".join(hashes), dtype="<u8")).tolist()
         self.n_duplicates[split] += is_new.count(False)
         for item in itertools.compress(zip(encoded, hashes, strict=True), is_new):
-            # the first story of each val_every, so that the smallest corpus has a val story too
+            # the first of every val_every stories, so that even the smallest corpus has a val story
             to_val = self.val_every is not None and self.n_new % self.val_every == 0
             self.n_new += 1
             for waiting, part in zip(self._waiting["val" if to_val else split], item, strict=True):
@@ -109,15 +121,15 @@ class SplitWriter:
             if sum(map(len, waiting)) >= SHARD_BYTES:
                 self._flush(name, pool)
 
-    def finish(self, pool: Executor) -> dict[str, list[dict]]:
-        """Return the entries of all shards, the last ones included, once they are written."""
+    def finish(self, pool: Executor) -> dict[str, list[Entry]]:
+        """Make the last shards, wait until all are written, and return the entries of each split."""
         for split, (waiting, _) in self._waiting.items():
             if waiting:
                 self._flush(split, pool)
         shards = self._shards.items()
         return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
 
-    def _is_whole(self, entry: dict) -> bool:
+    def _is_whole(self, entry: Entry) -> bool:
         return sha256_file(self.data_dir / entry["path"]) == entry.get("sha256")
 
     def _flush(self, split: str, pool: Executor) -> None:
@@ -131,21 +143,21 @@ class SplitWriter:
             shards.append(made)
             self.n_reused_bytes += made["n_bytes"]
             return
-        if len(self._submitted) >= self.workers:  # no more text in memory than is worked on
+        if len(self._submitted) >= self.workers:  # hold no more text in memory than the workers work on
             self._submitted[-self.workers].result()
-        # the key in the name: a new shard never overwrites one that the manifest in place lists
+        # the name has the key, so that a new shard never overwrites one that the present manifest lists
         name = f"{split}/{split}/{len(shards):05d}-{key}.bin"
         self._submitted.append(pool.submit(write_shard, self.data_dir, name, stories, facts))
         shards.append(self._submitted[-1])
 
 
-def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: TokenizerFacts) -> dict:
-    """Return the manifest's entry of each split after its shards are written."""
+def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: TokenizerFacts) -> Manifest:
+    """Write the shards of both splits and return the manifest's entry of each split."""
     data_dir, reading = settings.data_dir, (settings.separator, settings.on_bad_utf8)
-    # val first, so that what is in both is dropped from train
+    # val first: a story that is in both is then a duplicate in train
     readers = {split: [TextReader(path, *reading) for path in text[split]] for split in reversed(SPLITS)}
     total = sum(reader.stat.st_size for some in readers.values() for reader in some)
-    # starting a process costs as much as some megabytes of text
+    # one worker per two shards: to start a process takes as long as tokenizing some megabytes
     workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
     val_every = None if text["val"] else max(2, round(1 / settings.val_fraction))
     writer = SplitWriter(data_dir, facts, workers, val_every)
@@ -157,12 +169,14 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
         shards = writer.finish(pool)
     if writer.n_reused_bytes:
         note(f"{writer.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
-    splits = {}
+    splits: Manifest = {}
     for split in SPLITS:
         if not shards[split]:
             clean(data_dir, listed_in_place(data_dir))
             raise ValueError(_no_story(data_dir, split, settings.separator, writer.n_duplicates[split]))
-        entry = {key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")}
+        entry: Entry = {
+            key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")
+        }
         entry["n_duplicates"] = writer.n_duplicates[split]
         entry["n_replaced_bytes"] = sum(reader.n_replaced_bytes for reader in readers[split])
         entry["text"] = [reader.record(data_dir) for reader in readers[split]]
@@ -182,23 +196,24 @@ def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> 
     )
 
 
-def listed_in_place(data_dir: Path) -> list[dict]:
-    """Return the entries of the shards that the manifest in place lists, [] if it is damaged or not there."""
+def listed_in_place(data_dir: Path) -> list[Entry]:
+    """Return the entries of the shards that the present manifest lists, [] if it is damaged or not there."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return [entry for entry in listed(read_json(data_dir / MANIFEST), "shards") if entry["path"]]
     return []
 
 
-def clean(data_dir: Path, shards: list[dict]) -> None:
-    """Remove our own files but these shards: old ones, journals, parts of killed runs."""
+def clean(data_dir: Path, shards: list[Entry]) -> None:
+    """Delete our own files except `shards`: outdated shards, journals, parts of killed runs."""
     keep = {data_dir / shard["path"] for shard in shards}
     for folder in shard_folders(data_dir):
         for path in folder.glob("*"):
             if OWN_FILE.fullmatch(path.name) and path not in keep:
-                with contextlib.suppress(OSError):  # Windows: still mapped by a training run; next time
+                # Windows refuses while a training run has the file mapped; the next preparation deletes it
+                with contextlib.suppress(OSError):
                     path.unlink()
 
 
 def shard_folders(data_dir: Path) -> list[Path]:
-    """Return where the shards of each split are."""
+    """Return the folder of each split's shards."""
     return [data_dir / split / split for split in SPLITS]

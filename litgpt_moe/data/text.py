@@ -1,4 +1,4 @@
-"""Text files -> stories: reading in blocks, bad UTF-8, overlong stories, duplicates."""
+"""Text files -> stories: read in blocks, bad UTF-8 reported, overlong stories cut, duplicates found."""
 
 import codecs
 import contextlib
@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,13 +16,20 @@ from litgpt_moe.cli import note
 from litgpt_moe.data.settings import SPLITS
 
 BLOCK_BYTES = 4 << 20  # text read at once
-MAX_STORY_CHARS = 1 << 20  # a longer story is cut at a paragraph, or it would have to fit in memory
-MAX_REPORTS = 10  # lines of bad UTF-8 shown of one file
+MAX_STORY_CHARS = (
+    1 << 20
+)  # a longer story is cut, at a paragraph if it has any; whole, it may not fit in memory
+MAX_REPORTS = 10  # lines with bad UTF-8 reported of one file
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
 def list_text(data_dir: Path) -> dict[str, list[Path]]:
-    """Return the text files of both splits; an error where there is nothing to train on."""
+    """Return the text files of both splits.
+
+    Raises:
+        FileNotFoundError: there is no text to train on.
+        ValueError: a file is empty or no file, or the demo corpus is mixed with other text.
+    """
     text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
     train = data_dir / "train"
     if not text["train"]:
@@ -43,7 +51,7 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
 
 
 def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
-    """ValueError if the folders of a named data set hold other text, which would be mixed with it."""
+    """Raise ValueError if the folders of a named data set hold other text, which would be mixed with it."""
     text = [path for split in SPLITS for path in sorted((data_dir / split).glob("*.txt"))]
     if other := next((path for path in text if path.name != own.get(path.parent.name)), None):
         raise ValueError(
@@ -59,17 +67,17 @@ def cut_story(text: str) -> int:
 
 
 class TextReader:
-    """A text file read in blocks, as lists of whole stories; counts what was wrong with it."""
+    """Reads a text file in blocks and gives lists of whole stories; counts what it had to mend."""
 
     def __init__(self, path: Path, separator: str, on_bad_utf8: str, quiet: bool = False) -> None:
-        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, (lambda _: None) if quiet else note
+        self.path, self.on_bad_utf8, self.quiet = path, on_bad_utf8, quiet
         line = re.escape(separator) + r"[ \t]*" if separator else ""
         self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
         self.stat = path.stat()
         self.sha256 = hashlib.sha256()
         self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = 0
 
-    def story_lists(self, progress: tqdm) -> Iterator[list[str]]:
+    def story_lists(self, progress: "tqdm[Any]") -> Iterator[list[str]]:
         """Yield the stories in order, stripped and never empty, some megabytes at a time."""
         carry = "\n"
         for block in self._blocks(progress):
@@ -82,13 +90,13 @@ class TextReader:
             yield [story for story in map(str.strip, stories) if story]
         yield [carry.strip()] if carry.strip() else []
         if self.n_bad_lines > MAX_REPORTS:
-            self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
+            self._report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
         if self.n_cuts:
             long = f"stories of over {MAX_STORY_CHARS:,} characters"
-            self.report(f"{self.path}: {long} were cut {self.n_cuts} times")
+            self._report(f"{self.path}: {long} were cut {self.n_cuts} times")
 
-    def record(self, data_dir: Path) -> dict:
-        """Return the manifest's entry of the file read; ValueError if it was written to meanwhile."""
+    def record(self, data_dir: Path) -> dict[str, Any]:
+        """Return the manifest's entry of the file; ValueError if it was written to while it was read."""
         size, mtime_ns = self.stat.st_size, self.stat.st_mtime_ns
         now = self.path.stat()
         if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
@@ -96,8 +104,12 @@ class TextReader:
         name = self.path.relative_to(data_dir).as_posix()
         return {"path": name, "size": size, "mtime_ns": mtime_ns, "sha256": self.sha256.hexdigest()}
 
-    def _blocks(self, progress: tqdm) -> Iterator[str]:
-        # "-sig" drops the mark that Windows editors put first; "surrogateescape" keeps what is not UTF-8
+    def _report(self, text: str) -> None:
+        if not self.quiet:
+            note(text)
+
+    def _blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
+        # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps what is not UTF-8
         decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
         n_lines = 0
@@ -115,7 +127,9 @@ class TextReader:
 
     def _mend(self, text: str, first_line: int) -> str:
         with contextlib.suppress(UnicodeEncodeError):
-            text.encode("utf-8")  # fails on escaped bytes, in a fraction of the time of looking for them
+            text.encode(
+                "utf-8"
+            )  # fails if there are escaped bytes, and is much faster than a search for them
             return text
         for number, line in enumerate(text.split("\n"), first_line):
             if not (n_bytes := sum(map(len, BAD_BYTES.findall(line)))):
@@ -126,17 +140,21 @@ class TextReader:
             self.n_replaced_bytes += n_bytes
             self.n_bad_lines += 1
             if self.n_bad_lines <= MAX_REPORTS:
-                self.report(f"{where}, replaced by U+FFFD")
+                self._report(f"{where}, replaced by U+FFFD")
         return BAD_BYTES.sub("\ufffd", text)
 
 
 class SeenStories:
-    """The 64-bit hashes of all stories so far: 8 bytes a story, a false match once in 10^7 at 2 million."""
+    """The 64-bit hashes of all stories so far, 8 bytes a story.
+
+    Among 2 million stories two different ones have the same hash with a probability of 10^-7.
+    """
 
     def __init__(self) -> None:
-        self._runs: list[np.ndarray] = []  # sorted, each at least twice as long as the next
+        # sorted arrays, each at least twice as long as the next: few to search, and cheap to merge
+        self._runs: list[np.ndarray[Any, Any]] = []
 
-    def add(self, hashes: np.ndarray) -> np.ndarray:
+    def add(self, hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return which of the hashes are new, as booleans, and remember them."""
         new = np.zeros(len(hashes), dtype=bool)
         new[np.unique(hashes, return_index=True)[1]] = True
