@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("runs")  # what it asserts is told in full too
 
 ROOT = Path(__file__).parents[1]
+# real stories, and a tokenizer trained on them: tests/assets/README.md names their source
+ASSETS = ROOT / "tests" / "assets"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process started here compiles every package again
 
@@ -78,15 +80,6 @@ def faults_of_new_memory() -> Callable[[], int]:
     if faults() < 1000:
         pytest.skip("pages are larger here")
     return faults
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real stories and the real tokenizer beside the checkout; skips where it is absent."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data beside the checkout ({folder.name}/ is absent)")
-    return folder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCE
+from conftest import ASSETS, SENTENCE
 from tokenizers import Tokenizer as HFTokenizer
 
 from generate import Sampling, generate, main
@@ -282,10 +282,10 @@ def test_a_damaged_tokenizer_is_named(
 
 
 def test_the_tokenizer_of_another_model_is_refused(
-    tiny_checkpoint: Path, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(tiny_checkpoint, tmp_path / "mixed")
-    shutil.copyfile(shared_data / "llama2-tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(ASSETS / "tokenizer/tokenizer.json", folder / "tokenizer.json")
     assert main(["--ckpt_dir", str(folder), "--prompt", "Once upon a time"]) == 2
     assert "the tokenizer is not the model's" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ASSETS
 from test_prepare_data import (  # noqa: F401
     SEPARATOR,
     change_tokenizer,
@@ -58,27 +59,25 @@ def check_ids(tokenizer_dir: Path, texts: list[str]) -> StoryEncoder:
     return encoder
 
 
-def test_real_stories_get_the_ids_of_litgpt(shared_data: Path) -> None:
-    text = (shared_data / "tinystories" / "val.txt").read_text(encoding="utf-8")
-    encoder = check_ids(
-        shared_data / "llama2-tokenizer", [s.strip() for s in text.split(SEPARATOR)] + [text[:20000]]
-    )
+def test_real_stories_get_the_ids_of_litgpt() -> None:
+    text = (ASSETS / "fairytales/val/stories.txt").read_text(encoding="utf-8")
+    encoder = check_ids(ASSETS / "tokenizer", [*(s.strip() for s in text.split(SEPARATOR)), text])
     assert encoder.pieces  # the fast way was taken
 
 
-def test_nasty_strings_get_the_ids_of_litgpt(shared_data: Path) -> None:
-    check_ids(shared_data / "llama2-tokenizer", NASTY)
+def test_nasty_strings_get_the_ids_of_litgpt() -> None:
+    check_ids(ASSETS / "tokenizer", NASTY)
 
 
 def test_nasty_strings_get_the_ids_of_litgpt_with_a_pre_tokenizer(tiny_tokenizer_dir: Path) -> None:
     assert check_ids(tiny_tokenizer_dir, NASTY).pieces
 
 
-def test_random_strings_get_the_ids_of_litgpt(shared_data: Path) -> None:
+def test_random_strings_get_the_ids_of_litgpt() -> None:
     rng = random.Random(3)
     alphabet = "  \n\tabc.\u2581\u00e9\U0001f600</s>" + "the dog"
     texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(2000)]
-    check_ids(shared_data / "llama2-tokenizer", texts)
+    check_ids(ASSETS / "tokenizer", texts)
 
 
 def test_a_full_cache_changes_no_id(tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,10 @@
 """Text as it comes, of generate.py: pieces decoded by real tokenizers, written while the model goes on."""
 
 import io
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCE
+from conftest import ASSETS, SENTENCE
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -73,9 +72,9 @@ def test_random_tokens_decode_like_the_whole(style: str, request: pytest.Fixture
         assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
-def test_real_stories_decode_like_the_whole(shared_data: Path) -> None:
-    tokenizer = HFTokenizer.from_file(str(shared_data / "llama2-tokenizer" / "tokenizer.json"))
-    text = (shared_data / "tinystories" / "val.txt").read_text(encoding="utf-8")[:20_000]
+def test_real_stories_decode_like_the_whole() -> None:
+    tokenizer = HFTokenizer.from_file(str(ASSETS / "tokenizer/tokenizer.json"))
+    text = (ASSETS / "fairytales/val/stories.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text + " 😀 \t 日本語 \x00").ids
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
