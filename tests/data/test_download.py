@@ -1,7 +1,5 @@
 """Data sets and tokenizers fetched from a hub, here a small one on 127.0.0.1."""
 
-# ruff: noqa: F811 (a fixture is imported, and then the name of an argument)
-
 import http.server
 import re
 import threading
@@ -9,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_prepare_data import make_text, settings, stories_of  # noqa: F401
+from helpers.data import make_text, stories_of
 
-import prepare_data
-from prepare_data import PrepareSettings
+from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.data.tokenizer import TOKENIZER_REPO
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -66,7 +64,7 @@ def hub(settings: PrepareSettings) -> Iterator[tuple[str, type[Hub]]]:
         f"{data}/TinyStories-valid.txt": (settings.data_dir / "val" / "b.txt").read_bytes(),
     }
     for path in settings.tokenizer_dir.iterdir():
-        handler.files[f"/{prepare_data.TOKENIZER_REPO}/resolve/main/{path.name}"] = path.read_bytes()
+        handler.files[f"/{TOKENIZER_REPO}/resolve/main/{path.name}"] = path.read_bytes()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler
