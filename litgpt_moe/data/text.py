@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,10 @@ def cut_story(text: str) -> int:
 class TextReader:
     """Reads a text file in blocks and gives lists of whole stories; counts what it had to mend."""
 
-    def __init__(self, path: Path, separator: str, on_bad_utf8: str, quiet: bool = False) -> None:
-        self.path, self.on_bad_utf8, self.quiet = path, on_bad_utf8, quiet
+    def __init__(
+        self, path: Path, separator: str, on_bad_utf8: str, report: Callable[[str], None] = note
+    ) -> None:
+        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, report
         line = re.escape(separator) + r"[ \t]*" if separator else ""
         self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
         self.stat = path.stat()
@@ -90,10 +92,10 @@ class TextReader:
             yield [story for story in map(str.strip, stories) if story]
         yield [carry.strip()] if carry.strip() else []
         if self.n_bad_lines > MAX_REPORTS:
-            self._report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
+            self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
         if self.n_cuts:
             long = f"stories of over {MAX_STORY_CHARS:,} characters"
-            self._report(f"{self.path}: {long} were cut {self.n_cuts} times")
+            self.report(f"{self.path}: {long} were cut {self.n_cuts} times")
 
     def record(self, data_dir: Path) -> dict[str, Any]:
         """Return the manifest's entry of the file; ValueError if it was written to while it was read."""
@@ -103,10 +105,6 @@ class TextReader:
             raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
         name = self.path.relative_to(data_dir).as_posix()
         return {"path": name, "size": size, "mtime_ns": mtime_ns, "sha256": self.sha256.hexdigest()}
-
-    def _report(self, text: str) -> None:
-        if not self.quiet:
-            note(text)
 
     def _blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
         # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps what is not UTF-8
@@ -140,7 +138,7 @@ class TextReader:
             self.n_replaced_bytes += n_bytes
             self.n_bad_lines += 1
             if self.n_bad_lines <= MAX_REPORTS:
-                self._report(f"{where}, replaced by U+FFFD")
+                self.report(f"{where}, replaced by U+FFFD")
         return BAD_BYTES.sub("\ufffd", text)
 
 

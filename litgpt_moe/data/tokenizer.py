@@ -149,7 +149,8 @@ def train_tokenizer(folder: Path, vocab_size: int, paths: list[Path], separator:
         show_progress=False,
     )
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
-        readers = (TextReader(path, separator, "replace", quiet=True) for path in paths)
+        # what is wrong with the text is reported when it is tokenized
+        readers = (TextReader(path, separator, "replace", report=lambda _: None) for path in paths)
         stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
         tokenizer.train_from_iterator(itertools.islice(stories, 0, None, every), trainer)
     spec = json.loads(tokenizer.to_str())
