@@ -13,11 +13,13 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, TINY_CONFIG, wait_until
-from wandb_server import WandbServer, serve
+from helpers.wandb_server import WandbServer, serve
 
-import prepare_data
 import run_train
-from wandb_dataset import lineage, verify
+from litgpt_moe.data.artifact import lineage
+from litgpt_moe.data.manifest import verify
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # made up; 40 characters, as W&B demands
 
@@ -108,7 +110,7 @@ def test_the_key_is_in_no_output_and_no_file(online: Workspace) -> None:
 def test_only_what_changed_is_sent_again(online: Workspace) -> None:
     (online.folder / "data/stories/val/more.txt").write_text("Tom had a hat.\n", encoding="utf-8")
     settings = {"data_dir": online.folder / "data/stories", "tokenizer_dir": online.folder / "data/tokenizer"}
-    prepare_data.prepare(prepare_data.PrepareSettings(**settings, workers=1))
+    prepare(PrepareSettings(**settings, workers=1))
     del online.server.sent[:]
     online.run("wandb_dataset.py", "push", "--data_dir", "data/stories")
     (shard,) = (online.folder / "data/stories/val/val").glob("*.bin")
@@ -135,11 +137,12 @@ def test_a_pull_that_is_killed_in_the_middle_is_made_whole_by_the_next(online: W
 
 
 OFFLINE_RUN = """
-import sys, wandb, wandb_dataset
+import wandb
 from pathlib import Path
+from litgpt_moe.data import artifact
 run = wandb.init(project="tests", settings=wandb.Settings(console="off"))
-wandb_dataset.use_dataset(run, Path("data/stories"), Path("data/tokenizer"))
-wandb_dataset.log_checkpoint(run, Path("data/tokenizer"), "model", {})  # any folder of files does
+artifact.use_dataset(run, Path("data/stories"), Path("data/tokenizer"))
+artifact.log_checkpoint(run, Path("data/tokenizer"), "model", {})  # any folder of files does
 """
 
 

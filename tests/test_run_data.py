@@ -9,8 +9,9 @@ import pytest
 from conftest import alter
 from runs import edit_yaml, run
 
-import prepare_data
 import run_train
+from litgpt_moe.data import manifest, prepare
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -28,7 +29,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
 def test_rows_that_no_piece_of_the_tokenizer_uses_are_told_where_they_are_most(
     workspace: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = prepare_data.read_tokenizer(tiny_tokenizer_dir).vocab_size
+    size = read_tokenizer_facts(tiny_tokenizer_dir).vocab_size
     warning = f"Warning: {tiny_tokenizer_dir}: the tokenizer has {size} pieces but padded_vocab_size"
     for rows_of_model, is_told in ((2 * size, False), (3 * size, True)):
         edit_yaml("model_config.yaml", "padded_vocab_size", rows_of_model)
@@ -109,8 +110,8 @@ def test_a_shard_altered_where_the_text_is_gone_is_refused(
 
 def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
-    check = prepare_data.altered_shards
-    monkeypatch.setattr(prepare_data, "altered_shards", lambda *args: hashed.append(1) or check(*args))
+    check = manifest.altered_shards
+    monkeypatch.setattr(prepare, "altered_shards", lambda *args: hashed.append(1) or check(*args))
     assert run("--max_tokens", 256) == 0
     assert len(hashed) == 1
 

@@ -1,18 +1,15 @@
-"""The loader of LitGPT's loop: order, ranks, epochs, resume, damaged shards."""
-
-# ruff: noqa: F811 (a fixture is imported, and then the name of an argument)
+"""Batches of token ids: order, ranks, epochs, reading ahead."""
 
 import random
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_prepare_data import make_text, settings, write_text  # noqa: F401
 
-import prepare_data
-from prepare_data import PrepareSettings, TokenBatches, TokenStream, prepare
+from litgpt_moe.data.batches import TokenBatches, TokenStream
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
 
 
 class Counting:
@@ -29,8 +26,8 @@ class Counting:
 
 
 def test_the_stream_reads_across_shards(settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_data, "SHARD_BYTES", 3000)
-    monkeypatch.setattr(prepare_data, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr("litgpt_moe.data.shards.SHARD_BYTES", 3000)
+    monkeypatch.setattr("litgpt_moe.data.text.BLOCK_BYTES", 1000)
     manifest = prepare(settings)
     shards = manifest["splits"]["train"]["shards"]
     whole = np.concatenate([np.fromfile(settings.data_dir / s["path"], dtype="<u2") for s in shards])
@@ -95,76 +92,8 @@ def test_worker_processes_give_the_batches_that_one_process_gives_from_any_posit
     assert before.equal(torch.random.get_rng_state())
 
 
-def test_resume_is_bitwise_equal_across_an_epoch_end(
-    settings: PrepareSettings, tmp_path: Path, eager: None
-) -> None:
-    import lightning
-    from litgpt.utils import CycleIterator
-
-    prepare(settings)
-    fabric = lightning.Fabric(accelerator="cpu", devices=1)
-
-    def loader() -> object:
-        shards = prepare_data.TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
-        shards.connect(batch_size=8, max_seq_length=64)
-        return fabric.setup_dataloaders(shards.train_dataloader())
-
-    state = {"train_dataloader": loader()}
-    per_epoch = len(state["train_dataloader"])
-    cycle = CycleIterator(state["train_dataloader"])
-    for n_seen in range(1, 2 * per_epoch + 2):
-        next(cycle)
-        if n_seen in (1, per_epoch - 1, per_epoch, per_epoch + 1):
-            fabric.save(tmp_path / f"{n_seen}.ckpt", state)
-    cycle = CycleIterator(loader())
-    expected = [next(cycle) for _ in range(3 * per_epoch)]
-    for n_seen in (1, per_epoch - 1, per_epoch, per_epoch + 1):
-        state = {"train_dataloader": loader()}
-        fabric.load(tmp_path / f"{n_seen}.ckpt", state)
-        cycle = CycleIterator(state["train_dataloader"])
-        for batch in expected[n_seen:]:
-            assert next(cycle).equal(batch), n_seen
-
-
 def test_changed_data_on_resume_starts_the_next_epoch() -> None:
     old, new = (TokenBatches(Counting(n), 2, 10, 0) for n in (101, 201))
     next(iter(old))
     new.load_state_dict(old.state_dict())
     assert (new.epoch, new.n_used) == (1, 0)
-
-
-def test_litgpts_own_loop_gets_its_loaders_from_the_class_path(settings: PrepareSettings) -> None:
-    import jsonargparse
-    import lightning
-    from litgpt import Tokenizer
-    from litgpt.args import TrainArgs
-    from litgpt.data import DataModule
-    from litgpt.pretrain import get_dataloaders
-
-    parser = jsonargparse.ArgumentParser()
-    parser.add_argument("--data", type=DataModule)
-    arguments = {
-        "train_data_path": str(settings.data_dir / "train"),
-        "tokenizer_dir": str(settings.tokenizer_dir),
-    }
-    config = {"data": {"class_path": "prepare_data.TextShards", "init_args": arguments}}
-    data = parser.instantiate_classes(parser.parse_object(config)).data
-    assert type(data) is prepare_data.TextShards
-    prepare(settings)
-    write_text(settings.data_dir / "val" / "b.txt", make_text(5, seed=4))  # stale: made again by the loop
-    tokenizer = Tokenizer(settings.tokenizer_dir)
-    fabric = lightning.Fabric(accelerator="cpu", devices=1)
-    train, val = get_dataloaders(fabric, data, tokenizer, TrainArgs(micro_batch_size=4), 32)
-    assert next(iter(train)).shape == (4, 33)
-    ids = TokenStream(settings.data_dir, "val")
-    rows = [row for batch in val for row in batch.tolist()]
-    assert rows == [ids.read(i * 32, i * 32 + 33).tolist() for i in range((len(ids) - 1) // 32)]
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_too_little_text_is_named_with_numbers(settings: PrepareSettings, split: str) -> None:
-    prepare(settings)
-    shards = prepare_data.TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
-    shards.connect(batch_size=4, max_seq_length=100_000)
-    with pytest.raises(ValueError, match=rf"the {split} split has [\d,]+ tokens, 0 sequences of 100000, but"):
-        getattr(shards, f"{split}_dataloader")()

@@ -1,7 +1,5 @@
 """Preparing again: nothing to do, changed text or options, kills, full disks and damage."""
 
-# ruff: noqa: F811 (a fixture is imported, and then the name of an argument)
-
 import dataclasses
 import errno
 import json
@@ -14,22 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import alter, wait_until
-from test_prepare_data import (  # noqa: F401
-    error_of,
-    make_text,
-    settings,
-    snapshot,
-    stories_of,
-    trained_tokenizer_dir,
-    write_text,
-)
+from conftest import ROOT, alter, wait_until
+from helpers.data import error_of, make_text, snapshot, stories_of, write_text
 
 import prepare_data
+from litgpt_moe.data.batches import TokenStream
+from litgpt_moe.data.manifest import read_manifest
+from litgpt_moe.data.prepare import prepare, stale_reasons
+from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import write_json
-from prepare_data import PrepareSettings, TokenStream, prepare
-
-# --- again, changed, interrupted, damaged ------------------------------------------------------------------
 
 
 def test_running_again_does_nothing(settings: PrepareSettings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +36,17 @@ def test_a_touched_file_is_not_a_changed_file(settings: PrepareSettings) -> None
     prepare(settings)
     path = settings.data_dir / "train" / "a.txt"
     os.utime(path, (1, 1))
-    assert prepare_data.stale_reasons(settings.data_dir, settings.tokenizer_dir) == []
+    assert stale_reasons(settings.data_dir, settings.tokenizer_dir) == []
+
+
+def test_data_that_an_older_version_prepared_is_not_prepared_again(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = prepare(settings)
+    older = manifest | {"code": {"prepare_data.py": "6aa9", "litgpt": "0.5.12", "tokenizers": "0.21"}}
+    write_json(settings.data_dir / "manifest.json", older)
+    assert prepare(settings) == older
+    assert "nothing to do" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_a_touched_file_is_not_a_changed_file(settings: PrepareSettings) -> None
 def test_changed_text_is_named(settings: PrepareSettings, change: object, reason: str) -> None:
     prepare(settings)
     change(settings.data_dir)
-    (found,) = prepare_data.stale_reasons(settings.data_dir, settings.tokenizer_dir)
+    (found,) = stale_reasons(settings.data_dir, settings.tokenizer_dir)
     assert found.endswith(reason)
     prepare(settings)
-    assert prepare_data.stale_reasons(settings.data_dir, settings.tokenizer_dir) == []
+    assert stale_reasons(settings.data_dir, settings.tokenizer_dir) == []
 
 
 def test_changed_val_text_leaves_the_train_shards(
@@ -83,8 +84,8 @@ def test_changed_val_text_leaves_the_train_shards(
 def test_appended_text_keeps_the_finished_shards(
     settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prepare_data, "SHARD_BYTES", 4000)
-    monkeypatch.setattr(prepare_data, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr("litgpt_moe.data.shards.SHARD_BYTES", 4000)
+    monkeypatch.setattr("litgpt_moe.data.text.BLOCK_BYTES", 1000)
     before = {s["path"] for s in prepare(settings)["splits"]["train"]["shards"]}
     write_text(settings.data_dir / "train" / "a.txt", make_text(200) + make_text(30, seed=5))
     after = {s["path"] for s in prepare(settings)["splits"]["train"]["shards"]}
@@ -96,7 +97,7 @@ def test_another_tokenizer_makes_the_shards_stale(
     settings: PrepareSettings, trained_tokenizer_dir: Path
 ) -> None:
     prepare(settings)
-    (reason,) = prepare_data.stale_reasons(settings.data_dir, trained_tokenizer_dir)
+    (reason,) = stale_reasons(settings.data_dir, trained_tokenizer_dir)
     assert "not the tokenizer that made the shards" in reason
     prepare(dataclasses.replace(settings, tokenizer_dir=trained_tokenizer_dir))
     assert stories_of(settings.data_dir, trained_tokenizer_dir, "val") == make_text(20, seed=1)
@@ -114,15 +115,16 @@ def test_text_removed_to_save_space_leaves_the_shards_usable(settings: PrepareSe
     prepare(settings)
     for path in settings.data_dir.glob("*/*.txt"):
         path.unlink()
-    assert prepare_data.stale_reasons(settings.data_dir, settings.tokenizer_dir) == []
+    assert stale_reasons(settings.data_dir, settings.tokenizer_dir) == []
 
 
 def run_with_small_shards(settings: PrepareSettings) -> subprocess.Popen:
     """Start the script in a process group of its own, with shards of 1 MB."""
-    small = "p.SHARD_BYTES = p.BLOCK_BYTES = 1 << 20"
-    code = f"import sys, prepare_data as p; {small}; sys.exit(p.main(sys.argv[1:]))"
+    small = "shards.SHARD_BYTES = text.BLOCK_BYTES = 1 << 20"
+    imports = "import sys, prepare_data; from litgpt_moe.data import shards, text"
+    code = f"{imports}; {small}; sys.exit(prepare_data.main(sys.argv[1:]))"
     arguments = ["--data_dir", settings.data_dir, "--tokenizer_dir", settings.tokenizer_dir, "--workers", "2"]
-    root = Path(prepare_data.__file__).parent
+    root = ROOT
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=root, stderr=subprocess.PIPE, text=True
     )
@@ -139,7 +141,7 @@ def test_a_killed_run_leaves_no_half_shard_and_goes_on(settings: PrepareSettings
     run.send_signal(signal.SIGKILL)
     run.wait()
     with pytest.raises(FileNotFoundError, match=r"manifest\.json: not found; run prepare_data\.py"):
-        prepare_data.read_manifest(settings.data_dir)
+        read_manifest(settings.data_dir)
     time.sleep(0.5)  # the workers end with their parent
     after_kill = snapshot(settings.data_dir)
     time.sleep(0.5)
@@ -150,7 +152,7 @@ def test_a_killed_run_leaves_no_half_shard_and_goes_on(settings: PrepareSettings
     kept = [p for p in settings.data_dir.glob("train/train/*.bin") if str(p) in after_kill]
     assert len(kept) >= 3
     assert {p.suffix for p in settings.data_dir.glob("*/*/*")} == {".bin"}  # own leftovers are cleaned
-    assert prepare_data.read_manifest(settings.data_dir)["splits"]["train"]["n_stories"] == len(set(stories))
+    assert read_manifest(settings.data_dir)["splits"]["train"]["n_stories"] == len(set(stories))
 
 
 def test_a_full_disk_ends_with_status_1_and_earlier_data_intact(
@@ -168,14 +170,7 @@ def test_a_full_disk_ends_with_status_1_and_earlier_data_intact(
     status, line = error_of(capsys, *arguments)
     assert status == 1 and "No space left on device" in line
     assert {p: c for p, (_, c) in snapshot(settings.data_dir).items() if not p.endswith(".txt")} == before
-    prepare_data.read_manifest(settings.data_dir)
-
-
-@pytest.mark.parametrize("flag", ["--no_log_to_wandb", "--no-log-to-wandb", "--no-log_to_wandb"])
-def test_the_variable_that_uploads_gives_way_to_a_flag(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_LOG_DATASET", "1")
-    assert prepare_data.build_parser().parse_args([]).log_to_wandb is True
-    assert prepare_data.build_parser().parse_args([flag]).log_to_wandb is False
+    read_manifest(settings.data_dir)
 
 
 def test_a_full_disk_leaves_no_folder_where_the_first_shard_was_to_be(
@@ -206,7 +201,7 @@ def test_a_shard_altered_at_equal_size_and_time_is_found_and_repaired(settings: 
     (shard,) = settings.data_dir.glob("val/val/*.bin")
     content = shard.read_bytes()
     alter(shard)
-    (reason,) = prepare_data.stale_reasons(settings.data_dir, settings.tokenizer_dir)
+    (reason,) = stale_reasons(settings.data_dir, settings.tokenizer_dir)
     assert reason.startswith(f"{shard}: altered since it was made")
     assert prepare(settings) == before
     assert shard.read_bytes() == content
@@ -227,7 +222,7 @@ def test_a_damaged_manifest_is_refused_and_repaired(settings: PrepareSettings, c
     before = prepare(settings)
     (settings.data_dir / "manifest.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"manifest\.json: damaged; run prepare_data\.py"):
-        prepare_data.read_manifest(settings.data_dir)
+        read_manifest(settings.data_dir)
     assert prepare(settings) == before
 
 
@@ -235,7 +230,7 @@ def test_another_format_is_named(settings: PrepareSettings) -> None:
     manifest = prepare(settings)
     write_json(settings.data_dir / "manifest.json", manifest | {"format_version": 2})
     with pytest.raises(ValueError, match="format_version is 2, not 1"):
-        prepare_data.read_manifest(settings.data_dir)
+        read_manifest(settings.data_dir)
 
 
 @pytest.mark.parametrize("key", ["n_tokens", "n_duplicates", "n_replaced_bytes"])
@@ -247,7 +242,7 @@ def test_a_manifest_without_a_count_is_made_again(settings: PrepareSettings, key
     arguments = ["--data_dir", str(settings.data_dir), "--tokenizer_dir", str(settings.tokenizer_dir)]
     options = ["--val_fraction", str(settings.val_fraction), "--workers", "1"]
     assert prepare_data.main([*arguments, *options]) == 0
-    assert prepare_data.read_manifest(settings.data_dir)["splits"] == json.loads(before)["splits"]
+    assert read_manifest(settings.data_dir)["splits"] == json.loads(before)["splits"]
 
 
 def test_a_users_own_files_beside_the_shards_stay(settings: PrepareSettings) -> None:
