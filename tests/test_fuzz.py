@@ -119,8 +119,8 @@ def check(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Callable[[li
 
 
 @pytest.fixture
-def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> None:
-    """Have a run that passed its checks end after one step; a large one, before."""
+def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path, check: Callable) -> None:
+    """Have a run that passed its checks end after one step; a large one, before. Unchanged files do pass."""
     train = run_train.train
     shutil.copytree(tiny_data, "d")
 
@@ -143,6 +143,7 @@ def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> None:
 
     monkeypatch.setattr(run_train, "train", short)
     monkeypatch.setattr(run_train, "tell_story", lambda _: "")
+    assert check(run_train.main, TRAIN) == 0
 
 
 def leaves(node: object, path: tuple = ()) -> Iterator[tuple]:
