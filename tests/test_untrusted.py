@@ -59,7 +59,7 @@ def zipped(state: object) -> bytes:
     return buffer.getvalue()
 
 
-# more such files: tests/checkpoints/test_reader.py
+# more such files: tests/checkpoints/test_hostile_files.py
 WEIGHTS: dict[str, Callable[[bytes], bytes]] = {
     "code in a zip": lambda good: zipped({"model": Harm()}),
     "code beside good weights": lambda good: zipped({**load(good), "rng": Harm()}),
