@@ -193,7 +193,8 @@ def model_facts(config: Config, block_size: int | None = None) -> ModelFacts:
     active = total - sum(weight.numel() for weight in in_experts) * n_idle // n_experts
     look_up = model.get_parameter("transformer.wte.weight").numel()
     multiplied = _in_matrices(everything) - _in_matrices(in_experts) * n_idle // n_experts - look_up
-    attention = 12 * config.n_layer * config.n_head * (config.head_size or 0) * (block_size or config.block_size)
+    n_tokens, head_size = block_size or config.block_size, config.head_size or 0
+    attention = 12 * config.n_layer * config.n_head * head_size * n_tokens
     return ModelFacts(total, active, 6 * multiplied + attention)
 
 

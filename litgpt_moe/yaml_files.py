@@ -80,7 +80,10 @@ def typed(values: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
+    known = {item.name for item in fields(kind) if item.init}
     try:
+        if not values.keys() <= known:  # before their values are parsed, which may be anything
+            raise ArgumentError(None, "unknown")
         parsed = parser.parse_object(values)
         if any(value is None and _key_problem(parser, kind, key, None) for key, value in values.items()):
             raise ArgumentError(None, "null")

@@ -1,5 +1,6 @@
 """The model's configuration: mistakes are named with file, key and way out; facts are worked out by hand."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,14 @@ def test_a_foreign_file_may_not_hold_yaml_aliases_and_one_s_own_may(tmp_path: Pa
     assert MoEConfig.from_file(path).first_k_dense_replace == 1
     with pytest.raises(ValueError, match="it holds an alias"):
         MoEConfig.from_file(path, is_foreign=True)
+
+
+def test_an_unknown_key_is_told_before_its_value_is_looked_at(tmp_path: Path) -> None:
+    lines = (f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghi"))
+    path = tmp_path / "model_config.yaml"  # 9**8 values, of which a copy takes minutes
+    path.write_text(f"{yaml.dump(TINY_CONFIG)}extra:\n  a: &a [x]\n{''.join(lines)}", encoding="utf-8")
+    with pytest.raises(ValueError, match="unknown key 'extra'"):
+        MoEConfig.from_file(path)
 
 
 def test_values_given_beside_the_file_replace_those_in_it(tmp_path: Path) -> None:

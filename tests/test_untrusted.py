@@ -59,7 +59,7 @@ def zipped(state: object) -> bytes:
     return buffer.getvalue()
 
 
-# more such files: tests/checkpoints/test_reader.py
+# more such files: tests/checkpoints/test_hostile_files.py
 WEIGHTS: dict[str, Callable[[bytes], bytes]] = {
     "code in a zip": lambda good: zipped({"model": Harm()}),
     "code beside good weights": lambda good: zipped({**load(good), "rng": Harm()}),
@@ -99,8 +99,8 @@ def test_weights_made_to_do_harm_are_refused(
 
 # --- configurations, settings, tokenizers -------------------------------------------------------------------
 
-LAUGHS = "a: &a [x, x, x]\n" + "".join(
-    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+LAUGHS = "extra:\n  a: &a [x, x, x]\n" + "".join(
+    f"  {b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 CONFIGS = {
     "code": f"extra: !!python/object/apply:os.mkdir [{MARKER}]\n",

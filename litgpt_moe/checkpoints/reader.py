@@ -32,7 +32,6 @@ from litgpt_moe.hardware import DTYPES
 from moe_layers import BIAS_NAME, has_selection_bias, moe_layers, use_fast_linear, use_selection_bias
 
 MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
-WRITTEN_BY = "one that run_train.py or LitGPT wrote"
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -66,9 +65,14 @@ def checkpoint_flaw(folder: Path) -> str | None:
     try:
         read_training_state(folder)
     except (ValueError, OSError) as error:
-        reason = str(error).removeprefix(str(folder)).lstrip(f": {os.sep}")
-        return re.split("; (?:use|resume from) another", reason)[0]
+        return flaw_words(error, folder)
     return None
+
+
+def flaw_words(error: Exception, folder: Path) -> str:
+    """Return the words of an error of `read_training_state` without the folder's name and the way out."""
+    reason = str(error).removeprefix(str(folder)).lstrip(f": {os.sep}")
+    return re.split("; (?:use|resume from) another", reason)[0]
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path} is damaged or not a checkpoint ({_reason(error)}); use another one"
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no checkpoint; give {WRITTEN_BY}")
+        raise ValueError(f"{path} holds no checkpoint; give one that run_train.py or LitGPT wrote")
     return dict(dict.items(state))  # an OrderedDict's own attributes may hide its methods
 
 
@@ -154,7 +158,11 @@ def _check_archive(path: Path) -> None:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the model's state dict in the file `path`, memory-mapped. Raises as `read_state`."""
-    state = read_state(path)
+    return weights_of(read_state(path), path)
+
+
+def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Return the model's state dict in `state`, the content of the file `path`; ValueError if it has none."""
     weights = state.get("model", state)
     if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in dict.values(weights)):
         raise ValueError(

@@ -14,6 +14,8 @@ import torch
 from litgpt_moe.checkpoints.layout import RECORD_FILE, read_record, step_of
 
 MT19937_WORDS = 624  # of NumPy's generator
+# of torch's optimizers that have a fused step: Adam, AdamW, SGD (and Muon), Adagrad
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
 @dataclass
@@ -101,7 +103,7 @@ def _short(value: Any) -> str:
 def check_state(state: dict[str, Any], folder: Path) -> None:
     """Check that training can go on from `state`, the content of a checkpoint file in `folder`.
 
-    Sizes are left to torch: load the state inside `damage_in`.
+    Sizes are left to torch and `check_moments`: load the state inside `damage_in`.
 
     Raises:
         ValueError: it is not as it was saved, or holds weights alone.
@@ -123,6 +125,22 @@ def check_state(state: dict[str, Any], folder: Path) -> None:
         # a checkpoint of LitGPT's own loop has neither
         if "run" in state or "rng" in state or (folder / RECORD_FILE).exists():
             RunState().load_state_dict(state)
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Check that what an optimizer has loaded is as large as its weights.
+
+    torch's `load_state_dict` does not look, and the fused AdamW of torch 2.10 writes beyond smaller moments.
+
+    Raises:
+        ValueError: naming the moment.
+    """
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            shape = weight.shape if name in MOMENTS else torch.Size() if name == "step" else None
+            if shape is not None and isinstance(value, torch.Tensor) and value.shape != shape:
+                shapes = f"{tuple(value.shape)}, its weight is of {tuple(weight.shape)}"
+                raise ValueError(f"optimizer.state has a {name} of {shapes}")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from litgpt_moe.checkpoints.layout import write_record
-from litgpt_moe.checkpoints.state import RunState, check_state, damage_in, rng_state, set_rng_state
+from litgpt_moe.checkpoints.state import (
+    RunState,
+    check_moments,
+    check_state,
+    damage_in,
+    rng_state,
+    set_rng_state,
+)
 
 
 def run_state() -> RunState:
@@ -139,6 +146,28 @@ def test_moments_of_another_model_are_left_to_torch_and_told_in_one_sentence(
     with pytest.raises(ValueError, match="its training state is damaged: ") as caught, damage_in(tmp_path):
         optimizer.load_state_dict(copy.deepcopy(odd))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+def test_moments_of_another_size_are_refused_before_a_fused_step_writes_beyond_them(name: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(1000)
+    optimizer.step()
+    check_moments(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0][name] = torch.zeros(3)
+    optimizer.load_state_dict(state)  # torch takes it
+    with pytest.raises(
+        ValueError, match=rf"optimizer\.state has a {name} of \(3,\), its weight is of \(1000,\)"
+    ):
+        check_moments(optimizer)
+
+
+def test_an_optimizer_s_own_parts_of_other_sizes_are_left_alone() -> None:
+    optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(8))])
+    optimizer.state[weight] = {"absmax1": torch.zeros(2)}  # as bitsandbytes keeps beside its 8-bit moments
+    check_moments(optimizer)
 
 
 def test_an_error_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
