@@ -13,7 +13,7 @@ import psutil
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from moe_layers import matmul
+from litgpt_moe.kernels.matmul import matmul
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # no fp16: LitGPT's fused AdamW and its clipping do not work with the loss scaling that fp16 needs

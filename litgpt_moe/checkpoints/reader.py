@@ -18,6 +18,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe.balance import BIAS_NAME, has_selection_bias, layers_of, use_selection_bias
 from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -29,7 +30,7 @@ from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.config import MoEConfig, meta_model
 from litgpt_moe.files import is_outside, sha256_file
 from litgpt_moe.hardware import DTYPES
-from moe_layers import BIAS_NAME, has_selection_bias, moe_layers, use_fast_linear, use_selection_bias
+from litgpt_moe.kernels.matmul import use_fast_linear
 
 MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
 
@@ -247,7 +248,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     model.load_state_dict(weights, assign=True)
     use_fast_linear(model)
     model.cos, model.sin = model.rope_cache(device=torch.device(device))
-    for layer in moe_layers(model).values():
+    for layer in layers_of(model).values():
         layer.tokens_per_expert = torch.zeros(config.n_expert, dtype=torch.int64, device=device)
         if not layer.has_selection_bias:  # not in the weights, so still on meta
             layer.e_score_correction_bias = torch.zeros(config.n_expert, device=device)
