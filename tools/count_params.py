@@ -7,20 +7,18 @@ status is 1.
 
 import json
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser
-
-ROOT = Path(__file__).resolve().parents[1]
+from litgpt_moe.cli import FlagParser, fail, run_script
 
 if TYPE_CHECKING:
     from moe_layers import MoEConfig
 
-TOLERANCE = 0.05  # of the size a name tells
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 0.05  # of the size in a name
 BYTES_WEIGHTS = 4  # float32
 BYTES_TRAINING = 16  # float32 weights, gradients and the two moments of AdamW
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
@@ -39,32 +37,21 @@ class ParamCount:
     flops_per_token: int
     """Forward and backward, at the full context length."""
     named_params: int | None
-    """The size the name tells, None where it tells none."""
+    """The size in the name, None where it has none."""
 
     @property
     def deviation(self) -> float:
-        """Relative error of the name, 0.0 where it tells no size."""
+        """Relative error of the name, 0.0 where it has no size."""
         return self.total_params / self.named_params - 1 if self.named_params else 0.0
 
 
 def count_params(config: "MoEConfig") -> ParamCount:
     """Return the counts of the model that `config` describes, built on the meta device."""
-    import torch
-    from litgpt.model import GPT
+    from litgpt_moe.interop.folders import model_facts
 
-    from moe_layers import count_parameters
-
-    with torch.device("meta"):
-        model = GPT(config)
-    total, active = count_parameters(config)
-    look_up = model.transformer.wte.weight  # it multiplies nothing, nor do norms and biases
-    matmul = active - sum(p.numel() for p in model.parameters() if p.dim() < 2 or p is look_up)
-    # PaLM, appendix B (arxiv.org/abs/2204.02311): 6 a weight, 12 L H Q T for attention without its mask
-    attention = 12 * config.n_layer * config.n_head * config.head_size * config.block_size
-    embedding = look_up.numel() + model.lm_head.weight.numel()
-    return ParamCount(
-        config.name, total, active, embedding, 6 * matmul + attention, size_in_name(config.name)
-    )
+    facts, embedding = model_facts(config), 2 * (config.padded_vocab_size or 0) * config.n_embd
+    counts = (facts.total_params, facts.active_params, embedding, facts.flops_per_token)
+    return ParamCount(config.name, *counts, size_in_name(config.name))
 
 
 def size_in_name(name: str) -> int | None:
@@ -86,18 +73,14 @@ def format_table(counts: Iterable[tuple[Path, ParamCount]]) -> str:
     for path, count in counts:
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         off = f"{count.deviation:+.1%}" if count.named_params else "-"
+        weights, training = (count.total_params * n / 1e9 for n in (BYTES_WEIGHTS, BYTES_TRAINING))
         lines.append(
             f"{count.name:<16} {count.total_params:>14,} {count.active_params:>14,}"
             f" {count.embedding_params / count.total_params:>9.1%} {count.flops_per_token / 1e6:>12,.1f}"
-            f" {off:>11} {_gigabytes(count.total_params * BYTES_WEIGHTS):>9}"
-            f" {_gigabytes(count.total_params * BYTES_TRAINING):>9}  {shown}"
+            f" {off:>11} {weights:>6.2f} GB {training:>6.2f} GB  {shown}"
         )
     lines.append("active: per token. weights: float32. AdamW: weights, gradients and moments in float32.")
     return "\n".join(lines)
-
-
-def _gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,23 +92,21 @@ def main(argv: list[str] | None = None) -> int:
     from moe_layers import MoEConfig
 
     try:
-        paths = args.configs or default_configs()
-        if not paths:
+        if not (paths := args.configs or default_configs()):
             raise FileNotFoundError(f"{ROOT} holds no model_config.yaml; name a configuration")
         counts = [(path, count_params(MoEConfig.from_file(path))) for path in paths]
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     if args.json:
         print(json.dumps([{"path": str(path), **asdict(count)} for path, count in counts], indent=2))
     else:
         print(format_table(counts))
-    liars = [(path, count) for path, count in counts if abs(count.deviation) > TOLERANCE]
-    for path, count in liars:
+    wrong = [(path, count) for path, count in counts if abs(count.deviation) > TOLERANCE]
+    for path, count in wrong:
         fact = f"{count.total_params:,} parameters, {count.deviation:+.1%} off its name"
-        print(f"error: {path}: {count.name} has {fact}; rename it or resize it to within 5%", file=sys.stderr)
-    return 1 if liars else 0
+        fail(f"{path}: {count.name} has {fact}; rename it or resize it to within 5%", 1)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

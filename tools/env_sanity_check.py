@@ -4,8 +4,12 @@ Run: uv run python tools/env_sanity_check.py (10 to 30 s, most of it imports)
 
 The last line is a verdict. Status 0: ready. 1: something is broken.
 SKIP_BNB_RUNTIME=1 leaves bitsandbytes alone.
+
+It runs where packages are missing or broken: at its top it imports the standard library alone, and our own
+modules by name, last of all.
 """
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -16,9 +20,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from litgpt_moe.cli import FlagParser
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +44,7 @@ class Check(NamedTuple):
     detail: str
 
 
-def check_python(project: dict) -> Iterator[Check]:
+def check_python(project: dict[str, Any]) -> Iterator[Check]:
     """Yield whether this Python is one that pyproject.toml allows."""
     from packaging.specifiers import SpecifierSet
 
@@ -52,7 +54,7 @@ def check_python(project: dict) -> Iterator[Check]:
     yield Check("ok" if fits else "BROKEN", "python", detail if fits else f"{detail}, but {wanted} is needed")
 
 
-def check_packages(project: dict) -> Iterator[Check]:
+def check_packages(project: dict[str, Any]) -> Iterator[Check]:
     """Yield for each package that pyproject.toml names whether it imports, in a version that is allowed."""
     from packaging.requirements import Requirement
 
@@ -65,7 +67,7 @@ def check_packages(project: dict) -> Iterator[Check]:
             continue
         try:
             importlib.import_module(_module_of(requirement.name))
-        except Exception as error:  # whatever a broken binary package raises is what this line is for
+        except Exception as error:  # noqa: BLE001 (a broken binary package may raise anything)
             yield Check("BROKEN", requirement.name, f"{version} does not import: {_first_line(error)}")
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
@@ -75,7 +77,7 @@ def check_packages(project: dict) -> Iterator[Check]:
         yield Check("ok" if fits else "BROKEN", requirement.name, detail)
 
 
-def check_extras(project: dict) -> Iterator[Check]:
+def check_extras(project: dict[str, Any]) -> Iterator[Check]:
     """Yield which optional packages are there; bitsandbytes is imported only here, and only if allowed."""
     for extra, lines in project.get("optional-dependencies", {}).items():
         for name in (re.split(r"[<>=!~;\[ ]", line)[0] for line in lines):
@@ -100,7 +102,7 @@ def check_bitsandbytes(version: str) -> Check:
         weight = torch.nn.Parameter(torch.ones(128, 128, device="cuda"))
         weight.grad = torch.ones_like(weight)
         bitsandbytes.optim.AdamW8bit([weight], lr=0.1).step()
-    except Exception as error:  # a wrong CUDA library shows as OSError, RuntimeError or AttributeError
+    except Exception as error:  # noqa: BLE001 (a wrong CUDA library: OSError, RuntimeError, AttributeError)
         return Check("BROKEN", "bitsandbytes", f"{version} fails: {_first_line(error)}")
     moved = bool((weight < 1).all())
     return Check(
@@ -129,7 +131,7 @@ def check_device() -> Iterator[Check]:
             detail = f"{gpu.name}, {gpu.total_memory / GIGABYTE:.0f} GB, SM{gpu.major}{gpu.minor}"
             yield Check("ok", f"cuda:{index}", f"{detail}, CUDA {torch.version.cuda}")
             yield matmul_check(f"cuda:{index}", torch.bfloat16)
-        except Exception as error:  # a driver too old, a card too new: each has its own exception
+        except Exception as error:  # noqa: BLE001 (a driver too old, a card too new: each has its own)
             yield Check("BROKEN", f"cuda:{index}", _first_line(error))
 
 
@@ -159,15 +161,13 @@ def check_disk() -> Iterator[Check]:
 
 
 def check_plan() -> Iterator[Check]:
-    """Yield what training would use here, by run_train's own choice, unless a flag says otherwise."""
+    """Yield what training would use here, by the choices of run_train.py, unless a flag says otherwise."""
     import torch
 
-    from moe_layers import MoEConfig, experts_path
-    from run_train import Settings, choose_device, will_compile
-
-    config = MoEConfig.from_file(ROOT / "model_config.yaml")
-    precision, n_devices = choose_device(Settings())
-    compiles, why = will_compile(Settings())
+    layers, training = map(importlib.import_module, ("moe_layers", "run_train"))
+    config = layers.MoEConfig.from_file(ROOT / "model_config.yaml")
+    precision, n_devices = training.choose_device(training.Settings())
+    compiles, why = training.will_compile(training.Settings())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     triton = importlib.util.find_spec("triton")
@@ -175,7 +175,7 @@ def check_plan() -> Iterator[Check]:
     yield Check("ok", "device", f"{device} ({n_devices})")
     yield Check("ok", "precision", precision)
     yield Check("ok", "attention", f"scaled_dot_product_attention, {attention_path(device, dtype)}")
-    yield Check("ok", "experts", experts_path(config, device, dtype))
+    yield Check("ok", "experts", layers.experts_path(config, device, dtype))
     yield Check("ok", "compile", f"{'compiled' if compiles else 'eager'} ({why})")
 
 
@@ -200,7 +200,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def run_checks(project: dict) -> list[Check]:
+def run_checks(project: dict[str, Any]) -> list[Check]:
     """Return every check's line; a check that breaks off is a broken line, and the others still run."""
     checks: dict[str, Callable[[], Iterator[Check]]] = {
         "python": lambda: check_python(project),
@@ -214,15 +214,15 @@ def run_checks(project: dict) -> list[Check]:
     for name, check in checks.items():
         try:
             lines += check()
-        except Exception as error:  # without torch, say, the later checks cannot work: say so and go on
+        except Exception as error:  # noqa: BLE001 (without torch the later checks fail: say so and go on)
             lines.append(Check("BROKEN", name, _first_line(error)))
     return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report and its verdict; 0 when training can start, 1 when something is broken."""
-    parser = FlagParser(description=__doc__)
-    parser.parse_args(argv)
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(argv)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = run_checks(project)
     width = max(len(line.subject) for line in lines)

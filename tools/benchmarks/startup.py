@@ -1,6 +1,6 @@
 """Time what a user waits for: `--help` of each script, and the way to the first training step, beside stock.
 
-Run: uv run python tools/benchmark_startup.py (2 min on 2 CPU cores; with --help_only 20 s)
+Run: uv run python tools/benchmarks/startup.py (2 min on 2 CPU cores; with --help_only 20 s)
 
 A new process for each measurement, ours and stock in turn, medians in seconds, one JSON object on stdout.
 "First step" is the time from starting Python to the first optimizer step: imports, settings, data, model,
@@ -21,10 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from litgpt_moe.cli import FlagParser
-from tools.machine import count
-
-ROOT = Path(__file__).resolve().parents[1]
+from litgpt_moe.cli import FlagParser, fail, run_script
+from tools.benchmarks.machine import ROOT
 
 HELP_GOAL_S = 1.0
 VOCABULARY = 512
@@ -33,7 +31,6 @@ REACHED = 77  # exit status of a run that came to its first optimizer step
 # Both runs end inside their first optimizer step, at once: saving and clean-up are not start-up.
 STOP_AT_FIRST_STEP = f"""
 import os, sys
-sys.path.insert(0, {str(ROOT)!r})
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 register_optimizer_step_pre_hook(lambda *_: os._exit({REACHED}))
@@ -42,7 +39,7 @@ torch.compiler.set_stance("force_eager")
 OURS = STOP_AT_FIRST_STEP + "import run_train; sys.exit(run_train.main(sys.argv[1:]))"
 STOCK = STOP_AT_FIRST_STEP + "from litgpt.__main__ import main; sys.exit(main())"
 
-MODEL = {
+MODEL: dict[str, object] = {
     "name": "startup",
     "block_size": 64,
     "vocab_size": VOCABULARY,
@@ -55,19 +52,19 @@ MODEL = {
     "bias": False,
     "norm_class_name": "RMSNorm",
 }
-EXPERTS = {
+EXPERTS: dict[str, object] = {
     "mlp_class_name": "LLaMAMoE",
     "moe_intermediate_size": 32,
     "n_expert": 8,
     "n_expert_per_token": 2,
 }
-DENSE = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 64}
+DENSE: dict[str, object] = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 64}
 
 
 def scripts() -> list[Path]:
     """Return the scripts that a user can start; what only others import is not one."""
-    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
-    return [path for path in paths if "__main__" in path.read_text(encoding="utf-8")]
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
+    return [path for path in paths if "\nif __name__ == " in path.read_text(encoding="utf-8")]
 
 
 def timed(command: list[str], expected_status: int, folder: Path) -> float:
@@ -96,18 +93,23 @@ def benchmark_help(rounds: int) -> dict[str, float]:
     return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
 
 
+def write_stories(data: Path) -> None:
+    """Write 400 stories to train on and 100 to validate on."""
+    for split, count in (("train", 400), ("val", 100)):
+        (data / split).mkdir(parents=True)
+        stories = [
+            f"Once there was story {i} of {split}, and number {i * i} was in it." for i in range(count)
+        ]
+        text = "\n<|endoftext|>\n".join(stories)
+        (data / split / "stories.txt").write_text(text, encoding="utf-8")
+
+
 def write_inputs(folder: Path) -> dict[str, list[str]]:
     """Prepare a small data directory and both runs' settings; return the command of each run."""
-    import prepare_data
+    import prepare_data  # not for --help
 
     data, tokenizer = folder / "data", folder / "tokenizer"
-    for split, stories in (("train", 400), ("val", 100)):
-        (data / split).mkdir(parents=True)
-        lines = [
-            f"Once there was story {i} of {split}, and number {i * i} was in it." for i in range(stories)
-        ]
-        text = "\n<|endoftext|>\n".join(lines)
-        (data / split / "stories.txt").write_text(text, encoding="utf-8")
+    write_stories(data)
     prepare_data.prepare(
         prepare_data.PrepareSettings(data_dir=data, tokenizer_dir=tokenizer, train_tokenizer=VOCABULARY)
     )
@@ -116,7 +118,7 @@ def write_inputs(folder: Path) -> dict[str, list[str]]:
         "val_data_path": str(data / "val"),
         "tokenizer_dir": str(tokenizer),
     }
-    settings = {
+    settings: dict[str, object] = {
         "out_dir": str(folder / "out"),
         "precision": "32-true",
         "tokenizer_dir": str(tokenizer),
@@ -137,7 +139,7 @@ def write_inputs(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def _write_yaml(path: Path, values: dict) -> None:
+def _write_yaml(path: Path, values: dict[str, object]) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
@@ -159,9 +161,11 @@ def benchmark_first_step(rounds: int) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     """Print the figures as JSON; 1 when a run failed."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--rounds", type=count, default=5, help="runs of each; the median counts (default 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each; the median counts (default 5)")
     parser.add_argument("--help_only", action="store_true", help="time --help alone, start no training")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds: {args.rounds} is not a number of 1 or more")
     try:
         help_s = benchmark_help(args.rounds)
         report: dict[str, object] = {
@@ -174,11 +178,10 @@ def main(argv: list[str] | None = None) -> int:
         if not args.help_only:
             report["first_step"] = benchmark_first_step(args.rounds)
     except (RuntimeError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error, 1)
     print(json.dumps(report, indent=2))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

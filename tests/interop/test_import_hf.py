@@ -1,23 +1,22 @@
 """import_hf: folders that Transformers saved, damaged ones, and a small hub."""
 
-# ruff: noqa: F811 (a fixture is imported, and then the name of an argument)
-
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.hub import serve
+from helpers.interop import TEXTS, refusal, transformers_model, weights_of
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import copy_config_files
-from test_export import TEXTS, make_checkpoint, mixtral, refusal, transformers_model, weights_of  # noqa: F401
 
+from litgpt_moe.interop.folders import TOKENIZER_FILES
+from litgpt_moe.interop.import_folder import INDEX
 from moe_layers import load_model, verify_checkpoint
-from tools import folders, import_hf
+from tools import import_hf
 
 
 def test_the_imported_checkpoint_is_whole_and_tokenizes_as_the_source(
@@ -57,7 +56,7 @@ def test_a_folder_that_transformers_saved_is_imported_exactly(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
-    assert (tmp_path / "hf" / import_hf.INDEX).is_file()
+    assert (tmp_path / "hf" / INDEX).is_file()
     copy_config_files(tiny_tokenizer_dir, tmp_path / "hf")
     assert import_hf.main([str(tmp_path / "hf"), str(tmp_path / "lit")]) == 0
     ids = torch.randint(500, (2, 64), generator=torch.Generator().manual_seed(2))
@@ -99,8 +98,8 @@ def test_what_litgpt_would_compute_otherwise_is_not_imported(
     ("name", "content", "told"),
     [
         ("config.json", None, "holds no config.json"),
-        ("config.json", b"{", "config.json is not readable JSON"),
-        ("config.json", b"[1]", "holds no JSON object"),
+        ("config.json", b"{", "config.json: not JSON"),
+        ("config.json", b"[1]", "config.json: not a JSON object"),
         ("tokenizer.json", None, "holds no tokenizer.json"),
         ("tokenizer.json", b"{}", "tokenizer.json is not readable"),
         ("model.safetensors", None, "holds neither model.safetensors nor model.safetensors.index.json"),
@@ -121,7 +120,7 @@ def test_an_index_that_points_out_of_its_folder_is_refused(
     shutil.copytree(mixtral.out, tmp_path / "in")
     (tmp_path / "in" / "model.safetensors").rename(tmp_path / "other.safetensors")
     index = {"weight_map": {"lm_head.weight": "../other.safetensors"}}
-    (tmp_path / "in" / import_hf.INDEX).write_text(json.dumps(index))
+    (tmp_path / "in" / INDEX).write_text(json.dumps(index))
     line = refusal(capsys, import_hf.main, tmp_path / "in", tmp_path / "out")
     assert "'../other.safetensors', which is no file of its folder" in line
 
@@ -134,17 +133,9 @@ def test_import_says_what_a_name_that_is_nothing_could_be(tmp_path: Path, capsys
 @pytest.fixture
 def hub(mixtral: SimpleNamespace) -> Iterator[SimpleNamespace]:
     """A hub on this machine with one repository."""
-    from test_prepare_hub import Hub
-
-    handler = type("ModelHub", (Hub,), {"ranges": [], "to_break": []})
-    handler.files = {
-        f"/me/tiny/resolve/main/{path.name}": path.read_bytes() for path in mixtral.out.iterdir()
-    }
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", handler=handler)
-    server.shutdown()
-    server.server_close()
+    files = {f"/me/tiny/resolve/main/{path.name}": path.read_bytes() for path in mixtral.out.iterdir()}
+    with serve(files) as (url, handler):
+        yield SimpleNamespace(url=url, handler=handler)
 
 
 def test_a_repository_of_the_hub_is_imported(
@@ -158,9 +149,11 @@ def test_a_repository_of_the_hub_is_imported(
     before, after = weights_of(mixtral.checkpoint), weights_of(tmp_path / "lit")
     assert all(before[name].equal(after[name]) for name in before)
     assert {path.name for path in tmp_path.iterdir()} <= {"lit", "home"}
+    fetched = {path.rpartition("/")[2] for path in hub.handler.asked}
+    assert "model.safetensors" in fetched and not fetched & {"README.md", "MoE-tiny-float32.gguf"}
     missing = run_script("tools/import_hf.py", "me/none", tmp_path / "other", env=env)
     assert missing.returncode == 1 and "config.json of me/none could not be downloaded" in missing.stderr
-    assert "Traceback" not in missing.stderr and not (tmp_path / "other").exists()
+    assert len(missing.stderr.splitlines()) == 1 and not (tmp_path / "other").exists()
 
 
 def test_a_repository_in_several_files_is_imported_after_an_interrupted_download(
@@ -170,15 +163,19 @@ def test_a_repository_in_several_files_is_imported_after_an_interrupted_download
     names = sorted(path.name for path in (tmp_path / "shards").glob("model-*.safetensors"))
     assert len(names) > 2
     address = "/me/several/resolve/main/"
-    kept = {name: hub.handler.files[f"/me/tiny/resolve/main/{name}"] for name in folders.TOKENIZER_FILES}
+    kept = {name: hub.handler.files[f"/me/tiny/resolve/main/{name}"] for name in TOKENIZER_FILES}
     parts = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()} | kept
     hub.handler.files |= {address + name: content for name, content in parts.items()}
     last = hub.handler.files.pop(address + names[-1])
+    hub.handler.listed += [address + name for name in parts]
     env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     command = ("tools/import_hf.py", "me/several", tmp_path / "lit")
     broken = run_script(*command, env=env)
     assert broken.returncode == 1 and names[-1] in broken.stderr and "Traceback" not in broken.stderr
     assert not (tmp_path / "lit").exists()
+    unreachable = run_script(*command, env={**env, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert unreachable.returncode == 1 and names[-1] in unreachable.stderr
+    assert "Traceback" not in unreachable.stderr and not (tmp_path / "lit").exists()
     hub.handler.files = {address + names[-1]: last}  # what the first try brought is not asked for again
     again = run_script(*command, env=env)
     assert again.returncode == 0, again.stderr

@@ -4,17 +4,14 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tools import (
-    count_params,
-    env_sanity_check,
-    inspect_checkpoint,
-    lock,
-)
+from litgpt_moe.interop.model_card import tokens_seen
+from tools import count_params, env_sanity_check, inspect_checkpoint, lock
 
 # --- lock ---------------------------------------------------------------------------------------------------
 
@@ -248,16 +245,16 @@ def test_inspect_of_no_checkpoint_is_status_2(tmp_path: Path, capsys: pytest.Cap
 def test_tokens_seen_are_those_of_all_devices() -> None:
     settings = {"train": {"global_batch_size": 12, "micro_batch_size": 2, "max_seq_length": 32}}
     # 10 steps of 12 sequences of 32 tokens, whatever the devices and micro-batches
-    assert inspect_checkpoint.tokens_seen({"step_count": 10}, settings, block_size=64) == 3840
+    assert tokens_seen({"step_count": 10}, settings, block_size=64) == 3840
 
 
 def test_tokens_seen_fall_back_to_the_whole_context() -> None:
     settings = {"train": {"global_batch_size": 12, "max_seq_length": None}}
-    assert inspect_checkpoint.tokens_seen({"step_count": 10}, settings, block_size=64) == 7680
+    assert tokens_seen({"step_count": 10}, settings, block_size=64) == 7680
 
 
 def test_tokens_seen_are_unknown_without_a_counter() -> None:
-    assert inspect_checkpoint.tokens_seen({}, {"train": {"global_batch_size": 4}}, block_size=64) is None
+    assert tokens_seen({}, {"train": {"global_batch_size": 4}}, block_size=64) is None
 
 
 # --- env_sanity_check ---------------------------------------------------------------------------------------
@@ -269,6 +266,13 @@ def test_sanity_check_of_this_machine_ends_in_a_good_verdict(
     monkeypatch.setenv("SKIP_BNB_RUNTIME", "1")
     assert env_sanity_check.main([]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("verdict: ready")
+
+
+def test_sanity_check_ends_in_a_verdict_where_no_package_is_installed() -> None:
+    command = [sys.executable, "-I", "-S", str(Path(env_sanity_check.__file__))]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 1 and done.stderr == ""
+    assert done.stdout.splitlines()[-1].startswith("verdict: broken: python, packages, ")
 
 
 def test_sanity_check_finds_a_package_that_is_not_installed() -> None:

@@ -10,29 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_CONFIG
-from litgpt.model import GPT
+from helpers.interop import DENSE, LLAMA3, QWEN, TEXTS, refusal, transformers_model, weights_of
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import copy_config_files, save_config
 
 from generate import Sampling, generate
-from moe_layers import MoEConfig, load_model, read_weights, use_selection_bias
-from tools import export_hf, folders, hf_format, import_hf
+from litgpt_moe.files import DiskFull, new_folder
+from litgpt_moe.interop import transformers as conversion
+from moe_layers import load_model, use_selection_bias
+from tools import export_hf, import_hf
 
-TEXTS = [
-    "Tom had a red ball.",
-    '"No!" she said.\n\nTwo  spaces,\ttab.',
-    "caf\u00e9 \U0001f431 <0x41> 42",
-    "Lily </s> saw",
-]
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 16}
-DENSE = {
-    "mlp_class_name": "LLaMAMLP",
-    "n_expert": 0,
-    "n_expert_per_token": 0,
-    "moe_intermediate_size": None,
-    "intermediate_size": 24,
-}
-QWEN = {"norm_qk": True, "n_expert_per_token": 3, "norm_eps": 1e-6}
 SHAPES = {  # name -> what differs from TINY_CONFIG, and the class it must become
     "mixtral": ({}, "MixtralForCausalLM"),
     "mixtral-gqa": (
@@ -49,52 +35,6 @@ SHAPES = {  # name -> what differs from TINY_CONFIG, and the class it must becom
     "llama": (DENSE, "LlamaForCausalLM"),
     "qwen3": ({**DENSE, "norm_qk": True, "head_size": 12}, "Qwen3ForCausalLM"),
 }
-
-
-@pytest.fixture(scope="session")
-def make_checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
-) -> Callable[..., Path]:
-    """A function that writes a checkpoint of TINY_CONFIG with changes: random weights, norms far from one."""
-
-    def make(is_tied: bool = False, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-        config = MoEConfig(**{**TINY_CONFIG, **changes})
-        torch.manual_seed(1)
-        model = GPT(config)
-        for name, parameter in model.named_parameters():
-            scale = 0.5 if name.endswith("gate.weight") else 0.1
-            torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=scale)
-        if is_tied:
-            model.lm_head.weight = model.transformer.wte.weight
-        folder = tmp_path_factory.mktemp("exported") / "final"
-        folder.mkdir()
-        torch.save({"model": model.to(dtype).state_dict()}, folder / "lit_model.pth")
-        save_config(config, folder)
-        copy_config_files(tiny_tokenizer_dir, folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def mixtral(
-    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> SimpleNamespace:
-    """A checkpoint and its export, GGUF included."""
-    checkpoint, out = make_checkpoint(n_head=4, n_query_groups=2), tmp_path_factory.mktemp("hf") / "out"
-    assert export_hf.main([str(checkpoint), str(out), "--gguf", "--no-check"]) == 0
-    return SimpleNamespace(checkpoint=checkpoint, out=out)
-
-
-def transformers_model(folder: Path) -> torch.nn.Module:
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return read_weights(checkpoint / "lit_model.pth")
 
 
 # --- the same numbers ---------------------------------------------------------------------------------------
@@ -197,15 +137,6 @@ def test_both_spellings_of_the_rotary_settings_are_written(
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
-
-
-def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *argv: object) -> str:
-    """The one line of an error with status 2."""
-    assert main([str(arg) for arg in argv]) == 2
-    out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert out == "" and line.startswith("error: ")
-    return line
 
 
 GROUPS = {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 1}
@@ -314,8 +245,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(
 )
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(error: Exception, tmp_path: Path) -> None:
     with (
-        pytest.raises(folders.WorkFailed, match="disk is full"),
-        folders.new_folder(tmp_path / "a" / "out", 0) as staging,
+        pytest.raises(DiskFull, match="disk is full"),
+        new_folder(tmp_path / "a" / "out", 0) as staging,
     ):
         (staging / "half").write_bytes(b"0")
         raise error
@@ -337,9 +268,9 @@ def test_a_bias_on_the_choice_of_experts_is_refused(
 def test_a_folder_whose_logits_differ_never_gets_its_name(
     mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = hf_format.to_hf_config
+    honest = conversion.to_hf_config
     wrong = {"num_experts_per_tok": 3}
-    monkeypatch.setattr(hf_format, "to_hf_config", lambda *args: honest(*args) | wrong)
+    monkeypatch.setattr(conversion, "to_hf_config", lambda *args: honest(*args) | wrong)
     assert export_hf.main([str(mixtral.checkpoint), str(tmp_path / "out")]) == 1
     assert "logits differ by" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

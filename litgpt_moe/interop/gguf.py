@@ -1,4 +1,4 @@
-"""An exported folder as one GGUF file for llama.cpp, written with the `gguf` package. Nothing to run here.
+"""An exported folder as one GGUF file for llama.cpp, written with the `gguf` package.
 
 llama.cpp computes Mixtral as `llama` with experts and Qwen3-MoE as `qwen3moe`: softmax over all experts,
 the K largest divided by their sum. Its `llama` turns neighbouring columns where Transformers turns halves of
@@ -8,16 +8,17 @@ a head, so the rows of q and k change places.
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tools.hf_format import FAMILIES, Weights, family_of
+import gguf
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from gguf import GGUFWriter
-
-    from moe_layers import MoEConfig
+from litgpt_moe.interop.families import FAMILIES, family_of
+from litgpt_moe.interop.transformers import Weights
+from moe_layers import MoEConfig
 
 ARCHITECTURES = dict(zip(FAMILIES, ("llama", "qwen3moe", "llama", "qwen3"), strict=True))
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)\.weight")
@@ -25,7 +26,7 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
 
 
-def check(config: "MoEConfig", folder: Path) -> None:
+def check_gguf(config: MoEConfig, folder: Path) -> None:
     """Raise ValueError, in one sentence, if llama.cpp cannot express the model or its tokenizer."""
     instead = "export without --gguf"
     if config.rope_adjustments:
@@ -45,38 +46,38 @@ def check(config: "MoEConfig", folder: Path) -> None:
 
 def tokenizer_kind(spec: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for the kind of a tokenizer.json: llama, gpt2, or None."""
-    model, before = spec.get("model") or {}, spec.get("pre_tokenizer")
+    model, before = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
     if model.get("type") != "BPE":
         return None
     normalizer = json.dumps(spec.get("normalizer"), ensure_ascii=True)
     if model.get("byte_fallback") and "Replace" in normalizer and json.dumps(SPACE) in normalizer:
         steps = set(re.findall(r'"type": "(\w+)"', normalizer)) - {"Sequence", "Prepend", "Replace"}
         return None if steps else "llama"
-    plain = before and before.get("type") == "ByteLevel" and before.get("use_regex", True)
+    plain = before.get("type") == "ByteLevel" and before.get("use_regex", True)
     return "gpt2" if plain and not before.get("add_prefix_space") and not spec.get("normalizer") else None
 
 
-def write(path: Path, config: "MoEConfig", weights: Weights, tokenizer_dir: Path) -> None:
+def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: Path) -> None:
     """Write `weights`, under the names of Transformers, and the tokenizer to the GGUF file `path`."""
-    import gguf
-    from tqdm import tqdm
-
     family = family_of(config)
     architecture = ARCHITECTURES[family]
     kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH(kinds[architecture]), config.n_layer)
-    matrices = next(iter(weights.values())).dtype
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    assert config.head_size  # LitGPT's Config computes it
     writer = gguf.GGUFWriter(path, architecture)
     try:
-        _add_settings(writer, config, str(matrices).removeprefix("torch."))
+        _add_settings(writer, config, dtype)
         _add_tokenizer(writer, config, tokenizer_dir)
         for name, weight in tqdm(_stacked(weights), unit="tensor", desc="GGUF", disable=None):
             if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
                 weight = _neighbours(weight, config.head_size)
             # llama.cpp wants norms and router in float32 always
             is_exact = weight.dim() == 1 or name.endswith(".gate.weight")
-            array, kind = _as_array(weight, "float32" if is_exact else str(matrices).removeprefix("torch."))
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array, raw_dtype=kind)
+            array, kind = _as_array(weight, "float32" if is_exact else dtype)
+            gguf_name = names.get_name(name, try_suffixes=(".weight",))
+            assert gguf_name, name
+            writer.add_tensor(gguf_name, array, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -84,10 +85,8 @@ def write(path: Path, config: "MoEConfig", weights: Weights, tokenizer_dir: Path
         writer.close()
 
 
-def _stacked(weights: Weights) -> list[tuple[str, "torch.Tensor"]]:
+def _stacked(weights: Weights) -> list[tuple[str, torch.Tensor]]:
     """Return the weights with each layer's experts in one tensor, (E, out, in)."""
-    import torch
-
     plain, experts = [], {}
     for name, weight in weights.items():
         if match := EXPERT.fullmatch(name):
@@ -97,23 +96,21 @@ def _stacked(weights: Weights) -> list[tuple[str, "torch.Tensor"]]:
     return plain + [(name, torch.stack([some[e] for e in sorted(some)])) for name, some in experts.items()]
 
 
-def _neighbours(weight: "torch.Tensor", head_size: int) -> "torch.Tensor":
+def _neighbours(weight: torch.Tensor, head_size: int) -> torch.Tensor:
     """Return the rows of q or k so that the columns that turn together are neighbours in each head."""
     return weight.view(-1, 2, head_size // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 
 
-def _as_array(weight: "torch.Tensor", dtype: str) -> "tuple[np.ndarray, Any]":
-    import gguf
-
+def _as_array(weight: torch.Tensor, dtype: str) -> tuple[np.ndarray, Any]:
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     kind = gguf.GGMLQuantizationType[kinds[dtype]]
     return gguf.quantize(weight.float().contiguous().numpy(), kind), kind
 
 
-def _add_settings(writer: "GGUFWriter", config: "MoEConfig", dtype: str) -> None:
-    import gguf
-
+def _add_settings(writer: GGUFWriter, config: MoEConfig, dtype: str) -> None:
     file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+    width = config.moe_intermediate_size if config.n_expert else config.intermediate_size
+    assert width and config.head_size and config.padded_vocab_size and config.n_query_groups
     writer.add_name(config.name or "model")
     writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
     writer.add_vocab_size(config.padded_vocab_size)
@@ -127,9 +124,7 @@ def _add_settings(writer: "GGUFWriter", config: "MoEConfig", dtype: str) -> None
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(float(config.rope_base))
-    width = config.intermediate_size
     if config.n_expert:
-        width = config.moe_intermediate_size
         writer.add_expert_count(config.n_expert)
         writer.add_expert_used_count(config.n_expert_per_token)
         if config.norm_qk:
@@ -137,34 +132,25 @@ def _add_settings(writer: "GGUFWriter", config: "MoEConfig", dtype: str) -> None
     writer.add_feed_forward_length(width)
 
 
-def _add_tokenizer(writer: "GGUFWriter", config: "MoEConfig", folder: Path) -> None:
+def _add_tokenizer(writer: GGUFWriter, config: MoEConfig, folder: Path) -> None:
     """Add the pieces, their order of merging and the special ids; rows that only pad the model are UNUSED."""
-    import gguf
-
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     kind, vocabulary = tokenizer_kind(spec), dict(spec["model"]["vocab"])
+    assert kind and config.padded_vocab_size
     added = {token["content"]: token for token in spec.get("added_tokens") or []}
     vocabulary |= {content: token["id"] for content, token in added.items()}
     pieces = {i: piece for piece, i in vocabulary.items() if i < config.padded_vocab_size}
+    types = {i: _type_of(piece, spec["model"].get("unk_token"), added, kind) for i, piece in pieces.items()}
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in spec["model"]["merges"]]
-    # "llama" merges the pair whose result has the highest score, so the first merge gets the highest
-    scores = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges, 1)))}
-    types = gguf.TokenType
-
-    def type_of(piece: str) -> Any:
-        if piece == spec["model"].get("unk_token"):
-            return types.UNKNOWN
-        if piece in added:
-            return types.CONTROL if added[piece].get("special") else types.USER_DEFINED
-        return types.BYTE if kind == "llama" and BYTE_PIECE.fullmatch(piece) else types.NORMAL
-
     ids = range(config.padded_vocab_size)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre("default" if kind == "llama" else "gpt-2")
     writer.add_token_list([pieces.get(i, f"[PAD{i}]") for i in ids])
-    writer.add_token_types([type_of(pieces[i]) if i in pieces else types.UNUSED for i in ids])
+    writer.add_token_types([types.get(i, gguf.TokenType.UNUSED) for i in ids])
     if kind == "llama":
+        # llama.cpp merges the pair whose result has the highest score, so the first merge gets the highest
+        scores = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges, 1)))}
         writer.add_token_scores([scores.get(pieces.get(i), 0.0) for i in ids])
         writer.add_add_space_prefix("Prepend" in json.dumps(spec["normalizer"]))
     else:
@@ -178,3 +164,12 @@ def _add_tokenizer(writer: "GGUFWriter", config: "MoEConfig", folder: Path) -> N
             add_id(vocabulary[settings[f"{name}_token"]])
     writer.add_add_bos_token(settings["add_bos_token"])
     writer.add_add_eos_token(False)
+
+
+def _type_of(piece: str, unknown: str | None, added: dict[str, dict[str, Any]], kind: str | None) -> Any:
+    types = gguf.TokenType
+    if piece == unknown:
+        return types.UNKNOWN
+    if piece in added:
+        return types.CONTROL if added[piece].get("special") else types.USER_DEFINED
+    return types.BYTE if kind == "llama" and BYTE_PIECE.fullmatch(piece) else types.NORMAL

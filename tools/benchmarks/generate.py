@@ -1,26 +1,46 @@
 """Time generate.py beside stock `litgpt generate`: one prompt, float32, same weights, same tokens.
 
-Run: uv run python tools/benchmark_generate.py --config configs/moe_200m.yaml
+Run: uv run python tools/benchmarks/generate.py --config configs/moe_200m.yaml
 (1 min on 2 CPU cores; seeded random weights unless --ckpt_dir names a checkpoint)
 
 Stock is `litgpt.generate.base.generate_fn` on a stock `litgpt.GPT` with `LLaMAMoE` layers, ours is
 `generate.generate` on the model that generate.py loads. Rounds alternate, and medians are compared.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from litgpt_moe.cli import FlagParser
-from tools.machine import count, machine
+from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
+from tools.benchmarks.machine import check_counts, machine
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
+
+
+@dataclass(frozen=True)
+class GenerateBenchmark:
+    """What is generated, how often, and with which weights."""
+
+    config: Path = Path("configs/moe_200m.yaml")
+    """Model configuration."""
+    ckpt_dir: Path | None = None
+    """Trained checkpoint to take instead (default: seeded random weights)."""
+    prompt_tokens: int = 16
+    """Tokens in the prompt."""
+    max_tokens: int = 64
+    """New tokens in a round."""
+    rounds: int = 5
+    """Timed rounds, after one to warm up."""
+    threads: int | None = None
+    """CPU threads (default: torch's choice)."""
+    seed: int = 0
+    """Seed of the weights and the prompt."""
+    json: Path | None = None
+    """File for the figures (default: none is written)."""
 
 
 def build_models(config_file: Path, ckpt_dir: Path | None, seed: int) -> "tuple[GPT, GPT]":
@@ -72,7 +92,7 @@ def timed(work: Callable[[], list[int]]) -> tuple[list[int], float]:
     return tokens, len(tokens) / (time.perf_counter() - started)
 
 
-def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, rounds: int) -> dict:
+def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, rounds: int) -> dict[str, Any]:
     """Return the tokens/s of both in alternating rounds, their medians, ratio, and whether tokens agree."""
     rates: dict[str, list[float]] = {"stock": [], "ours": []}
     equal = True
@@ -92,64 +112,44 @@ def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, r
     }
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Return the flags."""
-    parser = FlagParser(description="Time generate.py beside stock litgpt generate.")
-    add = parser.add_argument
-    add(
-        "--config",
-        type=Path,
-        default=Path("configs/moe_200m.yaml"),
-        help="model config (default %(default)s)",
-    )
-    add("--ckpt_dir", type=Path, help="trained checkpoint to take instead (default: seeded random weights)")
-    add("--prompt_tokens", type=count, default=16, help="tokens in the prompt (default %(default)s)")
-    add("--max_tokens", type=count, default=64, help="new tokens in a round (default %(default)s)")
-    add("--rounds", type=count, default=5, help="timed rounds, after one to warm up (default %(default)s)")
-    add("--threads", type=count, default=None, help="CPU threads (default: torch's choice)")
-    add("--seed", type=int, default=0, help="seed of the weights and the prompt (default %(default)s)")
-    add("--json", type=Path, help="file for the figures (default: none is written)")
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> dict:
+def run(settings: GenerateBenchmark) -> dict[str, Any]:
     """Return the benchmark's figures with the settings and the machine."""
     import torch
 
     from moe_layers import find_checkpoint
 
-    if min(args.prompt_tokens, args.max_tokens, args.rounds) < 1:
-        raise ValueError("prompt_tokens, max_tokens and rounds must be 1 or more")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    ckpt_dir = None if args.ckpt_dir is None else find_checkpoint(args.ckpt_dir)
-    config = args.config if ckpt_dir is None else ckpt_dir / "model_config.yaml"
-    stock, ours = build_models(config, ckpt_dir, args.seed)
-    draw = torch.Generator().manual_seed(args.seed)
-    prompt_ids = torch.randint(stock.config.vocab_size, (args.prompt_tokens,), generator=draw).tolist()
-    settings = {"config": str(config), "prompt_tokens": args.prompt_tokens, "max_tokens": args.max_tokens}
-    return settings | machine() | benchmark(stock, ours, prompt_ids, args.max_tokens, args.rounds)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    ckpt_dir = None if settings.ckpt_dir is None else find_checkpoint(settings.ckpt_dir)
+    config = settings.config if ckpt_dir is None else ckpt_dir / "model_config.yaml"
+    stock, ours = build_models(config, ckpt_dir, settings.seed)
+    draw = torch.Generator().manual_seed(settings.seed)
+    n_prompt, n_tokens = settings.prompt_tokens, settings.max_tokens
+    prompt_ids = torch.randint(stock.config.vocab_size, (n_prompt,), generator=draw).tolist()
+    given = {"config": str(config), "prompt_tokens": n_prompt, "max_tokens": n_tokens}
+    return given | machine() | benchmark(stock, ours, prompt_ids, n_tokens, settings.rounds)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return 0, 1 when the tokens differ, 2 for bad settings."""
-    args = parse_args(argv)
+    parser = FlagParser(description=__doc__)
+    add_flags(parser, GenerateBenchmark)
+    settings: GenerateBenchmark = from_flags(GenerateBenchmark, parser.parse_args(argv))
+    check_counts(parser, settings)
+    from litgpt_moe.files import write_json
+
     try:
-        figures = run(args)
+        figures = run(settings)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     print(f"{figures['config']}, {figures['cpu']}, {figures['threads']} threads, torch {figures['torch']}")
     for name, rate in figures["median_tokens_per_s"].items():
         print(f"{name:6} {rate:8.1f} tokens/s")
     print(f"ratio  {figures['ratio']:8.2f}    tokens equal: {'yes' if figures['tokens_equal'] else 'NO'}")
-    if args.json:
-        text = json.dumps(figures, indent=2) + "\n"
-        partial = args.json.with_suffix(".tmp")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(args.json)
+    if settings.json:
+        write_json(settings.json, figures)
     return 0 if figures["tokens_equal"] else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

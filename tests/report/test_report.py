@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY_CONFIG
-from test_playground_page import PROGRAM, Browser
+from helpers.browser import PROGRAM, Browser
 
+from litgpt_moe.report.page import MAX_POINTS
 from tools import report
 
 STORY = '</script><script>document.title = "hurt"</script><img src=x onerror=alert(1)>'
@@ -88,35 +89,7 @@ def test_the_page_holds_what_the_run_logged(
     assert run["command"] == "run_train.py --config train_config.yaml" and run["done"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("report.html") and "file://" in lines[-1]
-    pictures = tmp_path / "report_pictures"
-    assert {path.name for path in pictures.iterdir()} == {"loss.png", "training.png", "load.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.iterdir())
-
-
-def test_in_the_picture_few_tokens_and_none_are_told_apart() -> None:
-    from matplotlib.colors import to_rgb
-
-    from tools import report_pictures
-
-    codes = base64.b64encode(bytes([0, 64, 128, 192])).decode()  # none, a quarter, even, four times
-    heat = {"layers": [0], "n_expert": 4, "steps": [10], "codes": codes}
-    axes = report_pictures.draw_heat({"name": "run", "heat": heat}).axes[0]
-    image = axes.images[0]
-    none, few, even, many = image.to_rgba(image.get_array())[:, 0]
-    assert none[3] == 0 and axes.get_facecolor()[:3] == (0, 0, 0)  # see-through to the black behind
-    for colour, name in ((few, "FEW"), (even, "EVEN"), (many, "MANY")):
-        assert colour[:3] == pytest.approx(to_rgb(getattr(report_pictures, name)), abs=0.01)
-    luminance = 0.2126 * (few[0] ** 2.2) + 0.7152 * (few[1] ** 2.2) + 0.0722 * (few[2] ** 2.2)
-    assert (luminance + 0.05) / 0.05 >= 3  # WCAG 2.2, 1.4.11: parts of a graphic beside each other
-
-
-@pytest.mark.parametrize(
-    ("seconds", "unit"), [(90, "seconds"), (313, "minutes"), (7200, "hours"), (None, "seconds")]
-)
-def test_the_picture_counts_time_in_a_unit_of_its_length(seconds: float | None, unit: str) -> None:
-    from tools.report_pictures import time_unit
-
-    assert time_unit([{"train": {"time": [1.0, seconds]}}, {"train": {}}])[0] == unit
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "report.html"}
 
 
 def test_the_heat_map_is_the_logged_load_over_the_even_one(run_dir: Path, tmp_path: Path) -> None:
@@ -166,8 +139,21 @@ def test_a_long_log_makes_a_small_page_that_keeps_the_extremes(tmp_path: Path) -
     run_dir = write_log(tmp_path / "long", "step,total_tokens,loss,grad_norm\n" + "".join(lines))
     (run,) = make(run_dir, out=tmp_path / "report.html")
     train = run["train"]
-    assert len(train["loss"]) == report.MAX_POINTS and (tmp_path / "report.html").stat().st_size < 200_000
+    assert len(train["loss"]) == MAX_POINTS and (tmp_path / "report.html").stat().st_size < 200_000
     assert max(train["loss_high"]) == 7 and train["step"][-1] == 20_000 and set(train["norm"]) == {0.5}
+
+
+def test_facts_of_another_shape_are_left_out(tmp_path: Path) -> None:
+    odd = write_log(tmp_path / "odd", "step,loss\n10,3.5\n")
+    facts = {"settings": ["seed", 1], "versions": "2.10", "command": 7}
+    (odd / "logs/run.json").write_text(json.dumps(facts), encoding="utf-8")
+    load = f"step,layer,e0,e1\n10,0,3,{'9' * 30}\n20,0,1,3\n"
+    (odd / "logs/expert_load.csv").write_text(load, encoding="utf-8")
+    (odd / "final").mkdir()
+    (odd / "final/model_config.yaml").write_text("a: &b [1]\nc: *b\n", encoding="utf-8")
+    (run,) = make(odd, out=tmp_path / "report.html")
+    assert (run["settings"], run["versions"], run["command"]) == ({}, {}, "")
+    assert run["heat"]["steps"] == [20] and run["train"]["loss"] == [3.5]
 
 
 def test_what_cannot_be_shown_is_said_in_a_sentence(
@@ -197,15 +183,6 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert mine.read_text(encoding="utf-8") == "my own page" and not out.exists()
     assert report.main([str(run_dir), "--out", str(mine), "--overwrite"]) == 0
-
-
-def test_without_matplotlib_there_is_the_page_alone(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
-    make(run_dir, out=tmp_path / "report.html")
-    assert "No PNG pictures: the package matplotlib is not installed" in capsys.readouterr().out
-    assert not (tmp_path / "report_pictures").exists()
 
 
 # --- in a browser -------------------------------------------------------------------------------------------

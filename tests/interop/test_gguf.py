@@ -1,7 +1,5 @@
 """export_hf.py --gguf, read back by gguf's own reader."""
 
-# ruff: noqa: F811 (a fixture is imported, and then the name of an argument)
-
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.interop import QWEN, TEXTS, weights_of
 from litgpt.tokenizer import Tokenizer
-from test_export import QWEN, TEXTS, make_checkpoint, mixtral, weights_of  # noqa: F401
 
 from tools import export_hf
 

@@ -1,16 +1,28 @@
-"""What the figures of a benchmark depend on, for all of them. Nothing to run here."""
+"""What the figures of a benchmark depend on, and where they are kept."""
 
 import argparse
 import os
 import platform
 import re
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check_counts(parser: argparse.ArgumentParser, settings: Any) -> None:
+    """End with status 2 if a whole number among the settings, the seed apart, is not 1 or more."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if type(value) is int and item.name != "seed" and not 1 <= value < 2**31:
+            parser.error(f"--{item.name}: {value} is not a number of 1 or more")
 
 
 def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions."""
-    import torch
+    import torch  # for the figures alone: --help must answer at once
 
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -22,19 +34,13 @@ def machine() -> dict[str, str | int]:
     } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
 
 
-def count(text: str) -> int:
-    """Return the number of 1 or more that a flag's text is, for argparse."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text[:20]!r} is not a number of 1 or more")
-    return int(text)
-
-
 def results_path(script: str, device: str) -> Path:
-    """Return where a benchmark's JSON lies: beside its script, named by the GPU if `device` is one."""
-    import torch
+    """Return where a benchmark's JSON lies: in results/ beside its script, named by the GPU if it has one."""
+    import torch  # see above
 
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
-    return Path(script).with_name("_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())]) + ".json")
+    name = "_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())])
+    return Path(script).parent / "results" / f"{name}.json"
 
 
 def _processor() -> str:

@@ -1,15 +1,12 @@
 """Measure the data path beside stock LitGPT's: tokenizing per core, peak memory, time to load a batch.
 
-Run: uv run python tools/benchmark_data.py      (1 min; --big_mb 2048 takes 5 min on two cores)
+Run: uv run python tools/benchmarks/data.py      (1 min; --big_mb 2048 takes 5 min on two cores)
 
 Tokenizing: `litgpt.data.text_files.tokenize` and our encoder get the same file, one process, in turns.
 Memory: prepare_data.py on a generated file, resident memory summed over its processes every 20 ms (memory
 that they share is counted for each). Loading: batches of the training loader, no worker processes.
 """
 
-import argparse
-import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -17,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from litgpt_moe.cli import FlagParser
-from litgpt_moe.files import write_whole
+from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
+from litgpt_moe.files import write_json, write_whole
 from prepare_data import (
     PieceCache,
     PrepareSettings,
@@ -32,11 +31,31 @@ from prepare_data import (
     prepare,
     read_tokenizer,
 )
-from tools.machine import count, machine
-
-ROOT = Path(__file__).resolve().parents[1]
+from tools.benchmarks.machine import ROOT, check_counts, machine
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
+
+
+@dataclass(frozen=True)
+class DataBenchmark:
+    """What is tokenized, prepared and loaded, and how often."""
+
+    text: Path | None = None
+    """Text to tokenize (default: the demo corpus)."""
+    tokenizer_dir: Path | None = None
+    """The tokenizer (default: 2,048 pieces trained on the demo corpus)."""
+    megabytes: float = 1.0
+    """MB of the text to tokenize."""
+    rounds: int = 5
+    """Rounds of each tokenizer."""
+    big_mb: int = 100
+    """MB of the file for the memory figure."""
+    batch_size: int = 8
+    """Sequences of a batch."""
+    block_size: int = 1024
+    """Tokens of a sequence."""
+    json: Path | None = None
+    """File for all figures (default: none is written)."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -46,7 +65,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def benchmark_tokenizing(text: Path, tokenizer_dir: Path, rounds: int) -> dict:
+def benchmark_tokenizing(text: Path, tokenizer_dir: Path, rounds: int) -> dict[str, Any]:
     """Return MB/s of ours (cache empty and filled) and of stock LitGPT, and whether the ids agree."""
     from litgpt import Tokenizer
     from litgpt.data.text_files import tokenize
@@ -107,7 +126,7 @@ def write_big_text(path: Path, source: Path, megabytes: int) -> None:
             file.write("".join(f"Story {number} {s}\n<|endoftext|>\n" for s in stories))
 
 
-def benchmark_memory(source: Path, tokenizer_dir: Path, folder: Path, megabytes: int) -> dict:
+def benchmark_memory(source: Path, tokenizer_dir: Path, folder: Path, megabytes: int) -> dict[str, Any]:
     """Return peak memory and speed of prepare_data.py on a file of that size."""
     write_big_text(folder / "train" / "big.txt", source, megabytes)
     arguments = ["--data_dir", str(folder), "--tokenizer_dir", str(tokenizer_dir)]
@@ -123,7 +142,7 @@ def benchmark_memory(source: Path, tokenizer_dir: Path, folder: Path, megabytes:
     return {"megabytes": megabytes, "peak_mb": peak / 1e6, "seconds": took, "mb_per_s": megabytes / took}
 
 
-def benchmark_loading(data_dir: Path, batch_size: int, block_size: int) -> dict:
+def benchmark_loading(data_dir: Path, batch_size: int, block_size: int) -> dict[str, Any]:
     """Return milliseconds per batch, median and 99th percentile, over three epochs at most."""
     batches = TokenBatches(TokenStream(data_dir, "train"), batch_size, block_size, seed=0)
     times = []
@@ -136,7 +155,7 @@ def benchmark_loading(data_dir: Path, batch_size: int, block_size: int) -> dict:
     return {**shape, "median_ms": 1e3 * statistics.median(times), "p99_ms": 1e3 * quantiles[98]}
 
 
-def table(result: dict) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return the figures as lines to read."""
     t, m, b = (result[name] for name in ("tokenizing", "memory", "loading"))
     return "\n".join(
@@ -154,60 +173,42 @@ def table(result: dict) -> str:
     )
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict:
+def run(settings: DataBenchmark, folder: Path) -> dict[str, Any]:
     """Return all figures; the demo corpus and its tokenizer stand in for what was not named."""
     demo = PrepareSettings(folder / "demo", "demo", folder / "tokenizer", train_tokenizer=2048, workers=1)
     prepare(demo)
-    text = args.text or folder / "demo" / "train" / "demo.txt"
-    tokenizer_dir = args.tokenizer_dir or folder / "tokenizer"
+    text = settings.text or folder / "demo" / "train" / "demo.txt"
+    tokenizer_dir = settings.tokenizer_dir or folder / "tokenizer"
     read_tokenizer(tokenizer_dir)
     sample = folder / "sample.txt"
     with text.open(encoding="utf-8") as file:
-        write_whole(sample, file.read(int(args.megabytes * 1e6)))
+        write_whole(sample, file.read(int(settings.megabytes * 1e6)))
     return {
         "machine": machine(),
-        "tokenizing": benchmark_tokenizing(sample, tokenizer_dir, args.rounds),
-        "memory": benchmark_memory(sample, tokenizer_dir, folder / "big", args.big_mb),
-        "loading": benchmark_loading(folder / "big", args.batch_size, args.block_size),
+        "tokenizing": benchmark_tokenizing(sample, tokenizer_dir, settings.rounds),
+        "memory": benchmark_memory(sample, tokenizer_dir, folder / "big", settings.big_mb),
+        "loading": benchmark_loading(folder / "big", settings.batch_size, settings.block_size),
     }
 
 
-def _megabytes(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1e6:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Return the exit status."""
+    """Print the table; 2 for bad settings."""
     parser = FlagParser(description=__doc__)
-    add = parser.add_argument
-    add("--text", type=Path, metavar="FILE", help="text to tokenize (default: the demo corpus)")
-    add("--tokenizer_dir", type=Path, metavar="DIR", help="default: 2,048 pieces trained on the demo corpus")
-    add(
-        "--megabytes",
-        type=_megabytes,
-        default=1.0,
-        help="of the text to tokenize (default %(default)s)",
-    )
-    add("--rounds", type=count, default=5, help="of each tokenizer (default %(default)s)")
-    add("--big_mb", type=count, default=100, help="of the file for the memory figure (default %(default)s)")
-    add("--batch_size", type=count, default=8, help="sequences (default %(default)s)")
-    add("--block_size", type=count, default=1024, help="tokens (default %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
-    args = parser.parse_args(argv)
+    add_flags(parser, DataBenchmark)
+    settings: DataBenchmark = from_flags(DataBenchmark, parser.parse_args(argv))
+    check_counts(parser, settings)
+    if not 0 < settings.megabytes < 1e6:
+        parser.error(f"--megabytes: {settings.megabytes} is not a number above 0")
     try:
         with tempfile.TemporaryDirectory(prefix="benchmark_data") as folder:
-            result = run(args, Path(folder))
-        if args.json:
-            write_whole(args.json, json.dumps(result, indent=1) + "\n")
+            result = run(settings, Path(folder))
+        if settings.json:
+            write_json(settings.json, result)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     print(table(result))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

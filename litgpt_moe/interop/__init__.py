@@ -1,0 +1,1 @@
+"""Checkpoints to and from other libraries, and from dense to Mixture-of-Experts."""

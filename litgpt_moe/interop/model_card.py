@@ -1,0 +1,121 @@
+"""The model card of an exported checkpoint: what its own files say about the model, and how to use it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from litgpt_moe.interop.folders import model_facts
+from litgpt_moe.yaml_files import read_mapping
+from moe_layers import CHECKPOINT_FILE, MoEConfig, read_state
+from prepare_data import MANIFEST
+
+PROMPT = "Once upon a time"
+Rows = list[tuple[str, str]]
+
+
+def model_card(folder: Path, config: MoEConfig, architecture: str, gguf_name: str | None, dtype: str) -> str:
+    """Return the README.md for the checkpoint in `folder`."""
+    path = folder / "train_config.yaml"
+    settings = read_mapping(path, is_foreign=True) if path.is_file() else {}
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- litgpt"]
+    header += ["- mixture-of-experts"] if config.n_expert else []
+    sections = [
+        "\n".join(["---", *header, "---"]),
+        f"# {config.name}",
+        f"A small {'Mixture-of-Experts ' if config.n_expert else ''}language model, pretrained with LitGPT. "
+        "It continues a text in the manner of those it was trained on; it follows no instructions.",
+        _table(shape_rows(config, architecture, dtype)),
+        "## Training",
+        _table(training_rows(folder, config, settings)) if settings else "Not recorded in the checkpoint.",
+        "## Use",
+        _usage(gguf_name),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(rows: Rows) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _usage(gguf_name: str | None) -> str:
+    code = f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # or the name of its repository
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer({PROMPT!r}, return_tensors="pt", return_token_type_ids=False)
+out = model.generate(**ids, max_new_tokens=200, do_sample=True, temperature=0.8, top_k=50)
+print(tokenizer.decode(out[0], skip_special_tokens=True))
+```"""
+    if gguf_name:
+        code += f'\n\nWith llama.cpp: `llama-completion -m {gguf_name} -p "{PROMPT}" -n 200 --temp 0.8`'
+    return code
+
+
+def shape_rows(config: MoEConfig, architecture: str, dtype: str) -> Rows:
+    """Return rows on the model's shape."""
+    facts = model_facts(config)
+    active = f", of which {facts.active_params:,} are active for a token" if config.n_expert else ""
+    rows = [
+        ("Class", f"`{architecture}`"),
+        ("Parameters", f"{facts.total_params:,}{active}"),
+        ("Layers", f"{config.n_layer} of width {config.n_embd}, {config.n_head} heads"),
+    ]
+    if config.n_expert:
+        experts = f"{config.n_expert} of width {config.moe_intermediate_size} in a layer"
+        rows.append(("Experts", f"{experts}, {config.n_expert_per_token} chosen for each token"))
+    return [
+        *rows,
+        ("Context", f"{config.block_size:,} tokens"),
+        ("Vocabulary", f"{config.vocab_size:,} pieces"),
+        ("Weights", dtype),
+    ]
+
+
+def training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) -> Rows:
+    """Return rows on the run that made the checkpoint, as far as its files say."""
+    state = read_state(folder / CHECKPOINT_FILE)
+    optimizer, train = settings.get("optimizer") or {}, settings.get("train") or {}
+    rows = []
+    if (tokens := tokens_seen(state, settings, config.block_size)) is not None:
+        steps = state["step_count"]
+        rows.append(("Tokens", f"{tokens:,} in {steps:,} steps of {tokens // max(steps, 1):,}"))
+    if data := describe_data(settings):
+        rows.append(("Data", data))
+    if isinstance(optimizer, dict) and optimizer.get("class_path"):
+        rate = (optimizer.get("init_args") or {}).get("lr")
+        name = str(optimizer["class_path"]).rpartition(".")[2]
+        rows.append(("Optimizer", name + (f", learning rate {rate:g}" if isinstance(rate, float) else "")))
+    if train.get("lr_warmup_steps"):
+        rows.append(("Warm-up", f"{train['lr_warmup_steps']:,} steps"))
+    weights = settings.get("moe") or {}
+    numbers = {key: value for key, value in weights.items() if type(value) in (int, float) and value}
+    if numbers:
+        rows.append(("Balance", ", ".join(f"{key} {value:g}" for key, value in numbers.items())))
+    return rows + [(key.capitalize(), str(settings[key])) for key in ("precision", "seed") if key in settings]
+
+
+def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int) -> int | None:
+    """Return the tokens trained on over all devices; None where that is not recorded."""
+    train = settings.get("train") or {}
+    steps, batch = state.get("step_count"), train.get("global_batch_size")
+    if not isinstance(steps, int) or not isinstance(batch, int):
+        return None
+    return steps * batch * (train.get("max_seq_length") or block_size)
+
+
+def describe_data(settings: dict[str, Any]) -> str | None:
+    """Return what is known of the training text: its folder by name, without the path to it."""
+    given = ((settings.get("data") or {}).get("init_args") or {}).get("train_data_path")
+    if not isinstance(given, str):
+        return None
+    manifest = Path(given).parent / MANIFEST
+    try:
+        split = json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"]
+        files = [Path(entry["path"]).name for entry in split["text"]]
+        counts = f"{split['n_stories']:,} texts, {split['n_tokens']:,} tokens"
+    except (OSError, ValueError, KeyError, TypeError):  # the data have moved: the name is what is left
+        return f"`{Path(given).parent.name}`"
+    return f"`{Path(given).parent.name}` ({', '.join(files[:3])}{' ...' if len(files) > 3 else ''}): {counts}"

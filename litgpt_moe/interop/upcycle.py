@@ -1,0 +1,113 @@
+"""A dense model becomes a Mixture-of-Experts one that gives the same logits until it is trained.
+
+Every expert begins as a copy of the dense MLP and the router at random (Sparse Upcycling,
+arxiv.org/abs/2212.05055); a token's weights sum to one, so the logits stay. With a width of 1/G of the dense
+one the MLP is cut into G slices, and each G experts that together are one MLP share a router row, so that a
+token visits all slices or none (virtual groups, Upcycling Large Language Models into Mixture of Experts,
+arxiv.org/abs/2410.07524).
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from litgpt_moe.interop.folders import model_facts
+from moe_layers import MoEConfig, load_model
+
+N_CHECKED = 64  # tokens whose logits are compared
+
+
+def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -> MoEConfig:
+    """Return the configuration of `dense` with `n_expert` experts of `width` (None: the dense width).
+
+    Raises:
+        ValueError: one sentence on what does not go together.
+    """
+    if dense.mlp_class_name == "LLaMAMoE":
+        raise ValueError(f"the model has {dense.n_expert} experts already; upcycling starts from a dense one")
+    if dense.mlp_class_name != "LLaMAMLP":
+        raise ValueError(
+            f"mlp_class_name is {dense.mlp_class_name}; only LLaMAMLP has the shape of an expert"
+        )
+    assert dense.intermediate_size  # LitGPT's Config computes it
+    width = width or dense.intermediate_size
+    slices = n_slices(dense, width)
+    for name, count in (("n_expert", n_expert), ("n_expert_per_token", top_k)):
+        if count % slices:
+            raise ValueError(
+                f"{name} is {count}, not a multiple of {slices}: --moe_intermediate_size {width} cuts the "
+                f"width {dense.intermediate_size} into {slices} slices, and a token must meet all of them"
+            )
+    experts = {"n_expert": n_expert, "n_expert_per_token": top_k, "moe_intermediate_size": width}
+    config = replace(dense, mlp_class_name="LLaMAMoE", **experts)
+    return replace(config, name=f"MoE-{model_facts(config).total_params / 1e6:.3g}M")
+
+
+def n_slices(dense: MoEConfig, width: int) -> int:
+    """Return into how many experts of `width` a dense MLP is cut. ValueError if it leaves a rest."""
+    assert dense.intermediate_size
+    if width < 1 or dense.intermediate_size % width:
+        raise ValueError(
+            f"moe_intermediate_size is {width}; choose a divisor of the dense width {dense.intermediate_size}"
+        )
+    return dense.intermediate_size // width
+
+
+def upcycle(
+    weights: dict[str, torch.Tensor], config: MoEConfig, noise: float, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Return the weights of `config` made of the dense ones, each expert's matrices with noise added.
+
+    `noise` is its standard deviation, as a fraction of that of the matrix; 0.0 leaves the copies equal.
+    """
+    new = {name: weight for name, weight in weights.items() if ".mlp." not in name}
+    for layer in tqdm(range(config.n_layer), unit="layer", desc="experts", disable=None):
+        mlp = f"transformer.h.{layer}.mlp"
+        dense = {name: weight for name, weight in weights.items() if name.startswith(f"{mlp}.")}
+        new[f"{mlp}.gate.weight"] = router(config, generator).to(next(iter(dense.values())).dtype)
+        for e in range(config.n_expert):
+            for name, weight in dense.items():
+                part = slice_of(weight, name.removeprefix(f"{mlp}."), e, config)
+                if noise and weight.dim() == 2:
+                    part += _normal(part.shape, generator).mul_(noise * weight.float().std()).to(part.dtype)
+                new[name.replace(".mlp.", f".mlp.experts.{e}.")] = part
+    return new
+
+
+def router(config: MoEConfig, generator: torch.Generator) -> torch.Tensor:
+    """Return a random router, (E, C); the experts that together are one dense MLP have the same row."""
+    assert config.moe_intermediate_size
+    slices = n_slices(config, config.moe_intermediate_size)
+    rows = _normal((config.n_expert // slices, config.n_embd), generator)
+    # the variance that LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
+    return rows.mul_(math.sqrt(2.0 / 5 / config.n_embd)).repeat_interleave(slices, dim=0)
+
+
+def slice_of(weight: torch.Tensor, name: str, e: int, config: MoEConfig) -> torch.Tensor:
+    """Return a copy of expert `e`'s part of a dense MLP's tensor, `name` being fc_1.weight, proj.bias, ..."""
+    width = config.moe_intermediate_size
+    assert width
+    slices = n_slices(config, width)
+    start = e % slices * width
+    if name.startswith("fc_"):
+        return weight[start : start + width].clone()
+    if name == "proj.bias":
+        return weight.clone()  # its K copies are weighted by numbers that sum to one
+    # each slice is weighted by 1 / G of what the whole MLP would be
+    return weight[:, start : start + width].mul(slices)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(shape).normal_(generator=generator)
+
+
+def largest_difference(dense_dir: Path, moe_dir: Path) -> float:
+    """Return the largest difference between the logits of two checkpoints, in float32 on random tokens."""
+    dense, moe = load_model(dense_dir, dtype=torch.float32), load_model(moe_dir, dtype=torch.float32)
+    n_tokens = min(N_CHECKED, dense.max_seq_length)
+    ids = torch.randint(dense.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return (dense(ids) - moe(ids)).abs().max().item()

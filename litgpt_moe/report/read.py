@@ -1,0 +1,263 @@
+"""What the logs of a run say: metrics, load of the experts, stories, spikes, settings.
+
+A log may be older than this code, still be written, or be damaged: what it lacks is left out, and what cannot
+be read ends in one sentence.
+"""
+
+import base64
+import csv
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from litgpt_moe.files import read_json
+from litgpt_moe.yaml_files import read_mapping
+
+MAX_HEAT_CELLS = 150_000  # of a run's heat maps: 200 kB of the page
+MAX_STRETCHES = 120  # columns of a heat map
+MAX_LOAD_STEPS = 2_000  # read from logs/expert_load.csv, evenly spread
+MAX_STORIES, MAX_SPIKES = 40, 200
+MAX_TEXT = 4_000  # characters of a story
+COUNT = re.compile(r"[0-9]{1,15}")  # what a float holds exactly
+METRICS = "logs/csv/metrics.csv"
+FACTS = "logs/run.json"
+AXES = {"step": "step", "total_tokens": "tokens", "time_s": "time", "flops": "flops"}
+CURVES = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "norm",
+    "tokens_per_s": "rate",
+    "mfu": "mfu",
+    "peak_memory_gb": "memory",
+    "skipped_steps": "skipped",
+    "remaining_time": "left",
+    "epoch": "epoch",
+}
+VALIDATION = {"val_loss": "loss", "val_ppl": "ppl"}
+LAYERS = {"load_imbalance": ("imbalance", max), "dead_experts": ("dead", sum)}  # over the layers of a row
+
+Columns = dict[str, np.ndarray]
+
+
+@dataclass
+class RunLog:
+    """What the logs of one run say; arrays have one entry for a row."""
+
+    name: str
+    folder: Path
+    train: Columns
+    """By the short names of AXES, CURVES and LAYERS; NaN where a row or an old run says nothing."""
+    val: Columns
+    heat: dict[str, Any] | None = None
+    stories: list[dict[str, Any]] = field(default_factory=list)
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def find_run(path: Path) -> Path:
+    """Return the out_dir that `path` is, or that the checkpoint `path` belongs to.
+
+    Raises:
+        FileNotFoundError: one sentence on what is not there.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; name the out_dir of a run")
+    for folder in (path, path.absolute().parent):
+        if (folder / METRICS).is_file():
+            return folder
+    # a run writes run.json as it starts, and metrics.csv with its first row
+    has_begun = (path / FACTS).is_file()
+    way_out = "wait for the run's first row" if has_begun else "name the out_dir of a run"
+    raise FileNotFoundError(f"{path}: no {METRICS} in it; {way_out}")
+
+
+def read_run(folder: Path, name: str) -> RunLog:
+    """Return what the run's logs say. Raises ValueError or OSError with one sentence."""
+    train, val = read_metrics(folder / METRICS)
+    if "loss" not in train or not len(train["loss"]):
+        raise ValueError(
+            f"{folder / METRICS} has no row yet; wait for the run's first one (train.log_interval)"
+        )
+    run = RunLog(name, folder, train, val)
+    run.heat = read_heat(folder / "logs/expert_load.csv", len(train["loss"]))
+    # where the last step has a validation by the interval, the final one writes its story again
+    stories = {row.get("step"): row for row in read_dicts(folder / "logs/stories.csv")}
+    run.stories = spread(list(stories.values()), MAX_STORIES)
+    run.spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
+    read_settings(run)
+    return run
+
+
+# --- logs ---------------------------------------------------------------------------------------------------
+
+
+def whole_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a log that may be written just now: the last one counts once it has its end."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line.replace("\0", "")
+
+
+def read_rows(path: Path) -> Iterator[list[str]]:
+    """Yield the header and the whole rows of a CSV log. ValueError, naming the file, where it is no CSV."""
+    try:
+        rows = csv.reader(whole_lines(path))
+        yield (header := next(rows, []))
+        yield from (row for row in rows if len(row) == len(header))
+    except csv.Error as error:
+        raise ValueError(f"{path} is damaged ({error}); take a whole copy of the log") from None
+
+
+def read_dicts(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a small log, [] if there is none."""
+    if not path.is_file():
+        return []
+    header, *rows = read_rows(path)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+class Column(NamedTuple):
+    """A column of the page, made of one or several columns of the log."""
+
+    name: str
+    places: list[int]
+    reduce: Callable[[Iterator[float]], float] = next
+
+    def value(self, row: list[str]) -> float:
+        """Return the number in a row, NaN for none."""
+        return self.reduce(number(row[i]) for i in self.places)
+
+
+def number(text: str) -> float:
+    """Return the number in a cell, NaN for none."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def read_metrics(path: Path) -> tuple[Columns, Columns]:
+    """Return the columns of the training rows and of the validation rows of a metrics.csv."""
+    rows = read_rows(path)
+    at = {name: i for i, name in enumerate(next(rows, []))}
+    train_columns = [Column(short, [at[name]]) for name, short in (AXES | CURVES).items() if name in at]
+    val_columns = [Column(short, [at[name]]) for name, short in (AXES | VALIDATION).items() if name in at]
+    for name, (short, reduce) in LAYERS.items():
+        if places := [i for column, i in at.items() if column.startswith(f"moe/{name}/layer_")]:
+            train_columns.append(Column(short, places, reduce))
+    train: list[list[float]] = []
+    val: list[list[float]] = []
+    for row in rows:
+        if "loss" in at and row[at["loss"]]:
+            train.append([column.value(row) for column in train_columns])
+        if "val_loss" in at and row[at["val_loss"]]:
+            val.append([column.value(row) for column in val_columns])
+    return _as_columns(train_columns, train), _as_columns(val_columns, val)
+
+
+def _as_columns(columns: list[Column], rows: list[list[float]]) -> Columns:
+    table = np.array(rows).reshape(len(rows), len(columns))
+    return {column.name: values for column, values in zip(columns, table.T, strict=True)}
+
+
+# --- load of the experts ------------------------------------------------------------------------------------
+
+
+def read_heat(path: Path, n_rows: int) -> dict[str, Any] | None:
+    """Return the load of each expert in at most 120 stretches of training, or None if it was not logged.
+
+    "codes" is base64 of bytes (layers, stretches, experts): 0 for no token, else 128 + 32 log2(load / even).
+    """
+    if not path.is_file():
+        return None
+    loads, n_expert = read_loads(path, max(1, n_rows // MAX_LOAD_STEPS))
+    layers = sorted(set().union(*loads.values()))
+    if not layers or n_expert < 1:
+        return None
+    zeros = [0] * n_expert
+    counts_SLE = np.array([[loads[step].get(layer, zeros) for layer in layers] for step in sorted(loads)])
+    n_stretches = min(len(loads), MAX_STRETCHES, max(20, MAX_HEAT_CELLS // (len(layers) * n_expert)))
+    edges = np.linspace(0, len(loads), n_stretches + 1).astype(int)
+    counts_SLE = np.add.reduceat(counts_SLE.astype(float), edges[:-1], axis=0)
+    mean_SL1 = counts_SLE.mean(axis=2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = 128 + 32 * np.log2(counts_SLE / mean_SL1)
+    codes = np.where(counts_SLE > 0, np.nan_to_num(codes).clip(1, 255), 0).round().astype(np.uint8)
+    return {
+        "layers": layers,
+        "n_expert": n_expert,
+        "steps": np.array(sorted(loads))[edges[1:] - 1].tolist(),
+        "codes": base64.b64encode(codes.transpose(1, 0, 2).tobytes()).decode(),
+    }
+
+
+def read_loads(path: Path, stride: int) -> tuple[dict[int, dict[int, list[int]]], int]:
+    """Return step -> layer -> tokens of each expert for every `stride`-th step, and the number of experts."""
+    lines = whole_lines(path)
+    n_expert = next(lines, "").count(",") - 1
+    loads: dict[int, dict[int, list[int]]] = {}
+    # whole numbers alone: no need of csv, which takes its time on a hundred thousand steps
+    steps = itertools.groupby(lines, key=lambda line: line.partition(",")[0])
+    for _, rows in itertools.islice(steps, 0, None, stride):
+        for row in rows:
+            cells = [cell.strip() for cell in row.split(",")]
+            if len(cells) == n_expert + 2 and all(map(COUNT.fullmatch, cells)):
+                step, layer, *counts = map(int, cells)
+                loads.setdefault(step, {})[layer] = counts
+    return loads, n_expert
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def read_settings(run: RunLog) -> None:
+    """Fill in the settings, the command and the versions, from logs/run.json and the newest checkpoint."""
+    facts = read_json(run.folder / FACTS)
+    checkpoints = [run.folder / "final", *sorted(run.folder.glob("step-*"), reverse=True)]
+
+    def newest(name: str) -> dict[str, Any]:
+        path = next((folder / name for folder in checkpoints if (folder / name).is_file()), None)
+        try:
+            return read_mapping(path, is_foreign=True) if path else {}
+        except (ValueError, OSError):
+            return {}  # the curves do not depend on them
+
+    def fact(name: str, kind: type) -> Any:
+        value = facts.get(name)
+        return value if isinstance(value, kind) else kind()
+
+    run.settings = flatten(fact("settings", dict) or newest("train_config.yaml"))
+    run.settings |= flatten(newest("model_config.yaml"), "model.")
+    run.command = shlex.join(map(str, fact("command", list)))
+    run.versions = {key: str(value) for key, value in fact("versions", dict).items()}
+    if device := facts.get("device"):
+        run.versions["device"] = str(device)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return dotted key -> value as text."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[f"{prefix}{key}"] = text[:MAX_TEXT]
+    return flat
+
+
+def spread(items: list[Any], most: int) -> list[Any]:
+    """Return at most `most` of `items`, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -1,0 +1,176 @@
+"""Compare whole training steps: ours, stock LitGPT's loop and layer, and the dense model of the same FLOPs.
+
+Run: uv run python tools/benchmarks/train.py      (3 min on 2 CPU cores for MoE-30M)
+
+All train in turn in one process on the same random tokens; a round is a fresh run of each, of which the
+first steps are left out. Stock is `litgpt.pretrain.main` with LitGPT's own `LLaMAMoE` and one patch: its
+count of FLOPs, which raises on MoE layers (0.5.13), is skipped. Dense has one SwiGLU as wide as the experts
+that a token meets, LitGPT's layers, and our loop, loss and optimizer; "stock dense" trains in LitGPT's loop.
+In LitGPT's loop glibc is told to give memory back as it does by itself; ours tells it not to, on a CPU.
+Where our linear maps are multiplied by oneDNN (CPUs of AMD), "dense oneDNN" has those too. Printed are
+medians, ratios of tokens/s and where the time of a step goes (from one more round, for there the clock waits
+for the device); the JSON has the machine and versions too.
+"""
+
+import argparse
+import functools
+import logging
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
+from tools.benchmarks.machine import ROOT, check_counts, machine
+
+if TYPE_CHECKING:
+    from moe_layers import MoEConfig
+
+DENSE = ("dense", "dense oneDNN", "stock dense")
+
+
+@dataclass(frozen=True)
+class TrainBenchmark:
+    """What is trained, and how often."""
+
+    model_config: Path = ROOT / "configs/moe_30m_debug.yaml"
+    """Model configuration."""
+    micro_batch_size: int = 4
+    """Sequences of a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    max_seq_length: int | None = None
+    """Tokens of a sequence (default: block_size)."""
+    steps: int = 5
+    """Timed steps of a round."""
+    rounds: int = 3
+    """Rounds of each."""
+    precision: Literal["32-true", "bf16-true", "bf16-mixed"] | None = None
+    """As in training (default: bf16-true with CUDA, else 32-true)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """As in training."""
+    out: Path | None = None
+    """JSON file for the figures (default: none is written)."""
+
+
+class Overrides(argparse.Action):
+    """Keys of the model configuration, as n_expert=8, with values as in YAML."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
+        """Add what one flag says to `override`."""
+        for text in values:
+            try:
+                key, value = text.split("=", 1)
+                namespace.override = {**namespace.override, key: yaml.safe_load(value)}
+            except (ValueError, yaml.YAMLError):
+                parser.error(f"{flag}: {text} is no KEY=VALUE; write it as n_expert=8")
+
+
+def parse(argv: list[str] | None) -> tuple[TrainBenchmark, dict[str, Any]]:
+    """Return the settings, and the keys of the model configuration that are replaced."""
+    parser = FlagParser(description=__doc__)
+    add_flags(parser, TrainBenchmark)
+    changes = "keys of the model configuration to replace"
+    parser.add_argument(
+        "--override", nargs="+", default={}, action=Overrides, metavar="KEY=VALUE", help=changes
+    )
+    args = parser.parse_args(argv)
+    settings: TrainBenchmark = from_flags(TrainBenchmark, args)
+    check_counts(parser, settings)
+    return settings, args.override
+
+
+def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the figures of all."""
+    import torch
+
+    from moe_layers import MoEConfig
+    from tools.benchmarks import train_contestants, train_times
+
+    config = MoEConfig.from_file(settings.model_config, **override)
+    make_run = functools.partial(train_contestants.make_run, settings, folder=folder)
+    kinds = train_contestants.contestants(make_run(config), dense_config(settings, override))
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    memory: dict[str, float] = {}
+    for _ in range(settings.rounds):
+        for name, (train, its_config) in kinds.items():
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            times[name] += train_times.step_times(functools.partial(train, make_run(its_config)))
+            memory[name] = round(train_contestants.peak_memory_gb(), 3)
+    shares = {
+        name: train_times.share_of_parts(functools.partial(train, make_run(its_config)), settings.steps)
+        for name, (train, its_config) in kinds.items()
+    }
+    run = make_run(config)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rivals = [name for name in ("stock", *DENSE) if name in medians]
+    return {
+        "machine": machine(),
+        "precision": run.precision,
+        "compiled": train_contestants.is_compiled(run),
+        "model": config.name,
+        "override": override,
+        "tokens_per_step": run.tokens_per_step,
+        "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
+        **{ratio_key(name): float(f"{medians[name] / medians['ours']:.4g}") for name in rivals},
+        "mfu": round(train_contestants.mfu(run, medians["ours"]), 4),
+        "share_of_step": shares,
+        # one process: on a CPU this is the highest of all so far
+        "peak_memory_gb": memory if torch.cuda.is_available() else {},
+    }
+
+
+def dense_config(settings: TrainBenchmark, override: dict[str, Any]) -> "MoEConfig":
+    """Return the dense model with the FLOPs of the experts that a token visits."""
+    from moe_layers import MoEConfig
+
+    config = MoEConfig.from_file(settings.model_config, **override)
+    width = config.n_expert_per_token * (config.moe_intermediate_size or 0)
+    no_experts = {"intermediate_size": width, "n_expert": 0, "n_expert_per_token": 0}
+    dense = {**override, "mlp_class_name": "LLaMAMLP", **no_experts}
+    return MoEConfig.from_file(settings.model_config, **dense)
+
+
+def ratio_key(name: str) -> str:
+    """Return the key of our speed as a share of that of `name`."""
+    return "of_" + name.replace(" ", "_").lower()
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the table."""
+    device, parts = figures["machine"]["device"], list(figures["share_of_step"]["ours"])
+    print(f"{figures['model']}, {figures['tokens_per_step']:,} tokens a step, {device}")
+    print(f"{'':14}{'tokens/s':>10}" + "".join(f"{part:>11}" for part in parts))
+    for name, rate in figures["tokens_per_s"].items():
+        shares = "".join(f"{figures['share_of_step'][name][part]:>11.1%}" for part in parts)
+        print(f"{name:14}{rate:>10,.0f}{shares}")
+    ratios = [f"{figures[key]:.2f} of {name}" for name in DENSE if (key := ratio_key(name)) in figures]
+    print(f"ours: {figures['of_stock']:.2f} times stock, {', '.join(ratios)}, MFU {figures['mfu']:.1%}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0; 2 after a message on a bad setting."""
+    settings, override = parse(argv)
+    from litgpt_moe.files import write_json
+    from tools.benchmarks.train_contestants import write_tokenizer
+
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to 42", each time
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            write_tokenizer(Path(name))
+            figures = compare(settings, override, Path(name))
+        except (ValueError, OSError) as error:
+            return fail(error, 2)
+    show(figures)
+    if settings.out:
+        write_json(settings.out, figures)
+        print(f"Written to {settings.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))

@@ -1,0 +1,184 @@
+"""The runs that train.py compares: ours, stock LitGPT's, dense ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import lightning as L
+import torch
+from litgpt import Tokenizer, pretrain
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.data import DataModule
+from torch.utils.data import DataLoader
+
+import run_train
+from moe_layers import MoEConfig, choose_way, has_triton, mallopt, prefers_onednn
+from prepare_data import PrepareSettings, prepare
+from tools.benchmarks.train_times import LEFT_OUT, quiet
+
+if TYPE_CHECKING:
+    from tools.benchmarks.train import TrainBenchmark
+
+Train = Callable[[run_train.Run], None]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer, which a run copies into its checkpoint, to folder/tokenizer."""
+    settings = PrepareSettings(
+        data_dir=folder / "data", dataset="demo", tokenizer_dir=folder / "tokenizer", train_tokenizer=512
+    )
+    with quiet():
+        prepare(settings)
+
+
+class RandomTokens(DataModule):
+    """Random tokens, whose loading costs next to nothing, for all alike."""
+
+    train_data_path = "random/train"
+
+    def __init__(self, vocab_size: int, block_size: int, micro_batch_size: int, n_batches: int) -> None:
+        super().__init__()
+        self.vocab_size, self.block_size = vocab_size, block_size
+        self.micro_batch_size, self.n_batches = micro_batch_size, n_batches
+
+    def connect(self, *_: Any, **__: Any) -> None:
+        """Take nothing over from the run."""
+
+    def _loader(self, n: int) -> DataLoader[torch.Tensor]:
+        generator, shape = torch.Generator().manual_seed(0), (n * self.micro_batch_size, self.block_size + 1)
+        rows: Any = torch.randint(self.vocab_size, shape, generator=generator)
+        return DataLoader(rows, batch_size=self.micro_batch_size)
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        """Return the batches to train on."""
+        return self._loader(self.n_batches)
+
+    def val_dataloader(self) -> DataLoader[torch.Tensor]:
+        """Return two batches."""
+        return self._loader(2)
+
+
+def make_run(benchmark: "TrainBenchmark", config: MoEConfig, folder: Path) -> run_train.Run:
+    """Return a checked run of `run_train` for `config`: no checkpoints but the last, no validation."""
+    length = benchmark.max_seq_length or config.block_size
+    n_steps, batch = LEFT_OUT + benchmark.steps, benchmark.micro_batch_size * benchmark.accumulation
+    train = TrainArgs(
+        global_batch_size=batch,
+        micro_batch_size=benchmark.micro_batch_size,
+        max_tokens=n_steps * batch * length,
+        max_seq_length=length,
+        max_norm=1.0,
+        save_interval=None,
+        log_interval=1,
+        lr_warmup_steps=1,
+    )
+    settings = run_train.Settings(
+        out_dir=folder / "out",
+        tokenizer_dir=folder / "tokenizer",
+        precision=benchmark.precision,
+        compile=benchmark.compile,
+        progress=False,
+        train=train,
+        eval=EvalArgs(interval=10**9, max_iters=1, final_validation=False),
+        moe=run_train.BalanceArgs(aux_loss_coef=0.01, z_loss_coef=0.001),
+        devices=1,
+    )
+    precision, _ = run_train.choose_device(settings)
+    data = RandomTokens(
+        config.vocab_size, length, benchmark.micro_batch_size, n_steps * benchmark.accumulation
+    )
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}
+    return run_train.Run(settings, config, data, optimizer, precision, 1)
+
+
+def train_ours(run: run_train.Run) -> None:
+    """Train as run_train.py does."""
+    run_train.train(run, run_train.StopSignals())
+
+
+def train_with_litgpts_layers(run: run_train.Run) -> None:
+    """Train as run_train.py does, every linear map but the head multiplied as torch does it."""
+    with mock.patch("moe_layers.use_fast_linear", lambda _: None):
+        train_ours(run)
+
+
+def train_by_triton(run: run_train.Run) -> None:
+    """Train as run_train.py does on a GPU for which torch has no fast grouped GEMM."""
+    with mock.patch("moe_layers.choose_way", lambda *_: "triton"):
+        train_ours(run)
+
+
+def train_stock(run: run_train.Run) -> None:
+    """Train as `litgpt pretrain` does; `save_checkpoint` has no part in what is timed."""
+    # what malloc comes to by itself when blocks of its largest threshold have been freed
+    mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
+    settings, names = run.settings, ("measure_flops", "save_checkpoint")
+    precision: Any = run.precision
+    compiled, _ = run_train.will_compile(settings)
+    torch.compiler.set_stance("default" if compiled else "force_eager")
+    config = Config(
+        **{key: value for key, value in vars(run.config).items() if key in Config.__annotations__}
+    )
+    originals = [getattr(pretrain, name) for name in names]
+    try:
+        pretrain.measure_flops, pretrain.save_checkpoint = lambda *_: 1.0, lambda *_: None
+        fabric = L.Fabric(devices=1, precision=precision, accelerator="auto")
+        if fabric.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # as litgpt/__main__.py does
+        pretrain.main(
+            fabric=fabric,
+            devices=1,
+            seed=settings.seed,
+            initial_checkpoint_dir=None,
+            resume=False,
+            config=config,
+            data=run.data,
+            out_dir=settings.out_dir,
+            tokenizer_dir=settings.tokenizer_dir,
+            tokenizer=Tokenizer(settings.tokenizer_dir),
+            train=settings.train,
+            eval=settings.eval,
+            optimizer=run.optimizer,
+        )
+    finally:
+        for name, original in zip(names, originals, strict=True):
+            setattr(pretrain, name, original)
+
+
+def contestants(run: run_train.Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]]:
+    """Return name -> what trains, and its model; `run` is ours, and `dense` the model of the same FLOPs."""
+    config = run.config
+    kinds: dict[str, tuple[Train, MoEConfig]] = {
+        "ours": (train_ours, config),
+        "stock": (train_stock, config),
+        "dense": (train_with_litgpts_layers, dense),
+        "stock dense": (train_stock, dense),
+    }
+    device, dtype = _device(), torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
+    if prefers_onednn(torch.empty(0, device=device, dtype=dtype)):
+        kinds["dense oneDNN"] = (train_ours, dense)
+    if has_triton(device.type, dtype) and choose_way(config, device, dtype) != "triton":
+        kinds["ours, Triton"] = (train_by_triton, config)
+    return kinds
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_compiled(run: run_train.Run) -> bool:
+    """Return whether ours is compiled."""
+    return run_train.will_compile(run.settings)[0]
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory that this process, or its GPU, has used so far."""
+    return run_train.peak_memory_gb()
+
+
+def mfu(run: run_train.Run, seconds: float) -> float:
+    """Return the share of the device's peak FLOP/s that a step of so many seconds is."""
+    flops = run_train.model_flops_per_token(run.config, run.block_size) * run.tokens_per_step
+    return flops / seconds / run_train.peak_flops(_device(), run.precision)
