@@ -46,12 +46,10 @@ def generate(
     """
     sampling = sampling or Sampling()
     count = room_for(prompt_ids, max_tokens, model.max_seq_length)
-    weight = model.lm_head.weight
-    device, ids = weight.device, torch.tensor([list(prompt_ids)], device=weight.device)
+    weight, device = model.lm_head.weight, model.lm_head.weight.device
+    ids = torch.tensor([list(prompt_ids)], device=device)
     position = torch.arange(ids.size(1), device=device)
-    seen = None
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.zeros(weight.size(0), dtype=torch.bool, device=device)
+    seen = torch.zeros(weight.size(0), dtype=torch.bool, device=device)
     try:
         model.set_kv_cache(1, max_seq_length=ids.size(1) + count, device=device, dtype=weight.dtype)
         attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
@@ -62,8 +60,7 @@ def generate(
                 attention.kv_cache = cache
             # entered for each token: between two steps the caller's gradient mode must be the caller's own
             with torch.inference_mode():
-                if seen is not None:
-                    seen[ids] = True
+                seen[ids] = True
                 # only the last row is needed, and `end` lets attention skip the empty part of the cache
                 logits = model(ids, position, input_pos_maxp1=end)[0, -1]
                 if not (logits < math.inf).all():
