@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, start_scripts
 
-from litgpt_moe.cli import FlagParser, command_line
+from litgpt_moe.cli import FlagParser, add_flags, command_line
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = [path for path in FILES if "__main__" in path.read_text(encoding="utf-8")]
@@ -123,6 +124,36 @@ def test_a_wrong_command_line_is_told_in_one_sentence(
         with pytest.raises(SystemExit) as end:
             parse(flags)
         assert (end.value.code, capsys.readouterr()) == (2, ("", f"error: {sentence}\n"))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--bar a b", "--bar true a b", "a --bar=true b", "a b --bar", "--no_bar=false a b"]
+)
+def test_a_switch_leaves_the_word_after_it_to_others(flags: str) -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        bar: bool = False
+
+    parser = FlagParser()
+    parser.add_argument("first")
+    parser.add_argument("second")
+    add_flags(parser, Settings)
+    args = parser.parse_args(flags.split())
+    assert (args.first, args.second, args.bar) == ("a", "b", True)
+
+
+def test_a_default_of_nought_or_one_is_told_in_the_help() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        port: int = 0
+        """Any free one."""
+        count: float = 1.0
+        """How many."""
+
+    parser = FlagParser()
+    add_flags(parser, Settings)
+    text = parser.format_help()
+    assert "Any free one (default 0)" in text and "How many (default 1.0)" in text
 
 
 def test_a_value_that_begins_with_dashes_is_no_flag_after_two_dashes() -> None:

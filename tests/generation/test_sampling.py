@@ -1,9 +1,10 @@
-"""Sampling of generate.py, by distributions worked out by hand."""
+"""Sampling, by distributions worked out by hand."""
 
 import pytest
 import torch
 
-from generate import Sampling, candidates, sample
+from litgpt_moe.generation.sampling import candidates, sample
+from litgpt_moe.generation.settings import Sampling
 
 
 def distribution(probs: list[float], seen: list[bool] | None = None, **options: float) -> list[float]:

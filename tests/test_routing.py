@@ -1,4 +1,4 @@
-"""inspect_routing: figures against those worked out by hand, and routing that was built to be known."""
+"""Routing and its tool: figures against those worked out by hand, and routing that was built to be known."""
 
 import errno
 import json
@@ -15,6 +15,7 @@ from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import copy_config_files, save_config
 
+from litgpt_moe import routing
 from moe_layers import MoEConfig, count_expert_load, expert_load, load_model
 from tools import inspect_routing
 
@@ -58,23 +59,23 @@ def run(checkpoint: Path, text: Path, *flags: object) -> int:
 
 
 def test_entropy_and_mutual_information_are_those_worked_out_by_hand() -> None:
-    assert inspect_routing.entropy(np.array([2, 0, 2, 4])) == pytest.approx(1.5 * math.log(2))
+    assert routing.entropy(np.array([2, 0, 2, 4])) == pytest.approx(1.5 * math.log(2))
     a = np.arange(8000) % 4
-    assert inspect_routing.mutual_information(a, a // 2) == pytest.approx(math.log(2), abs=0.002)
-    assert inspect_routing.mutual_information(a, 7 - a) == pytest.approx(math.log(4), abs=0.002)
+    assert routing.mutual_information(a, a // 2) == pytest.approx(math.log(2), abs=0.002)
+    assert routing.mutual_information(a, 7 - a) == pytest.approx(math.log(4), abs=0.002)
 
 
 def test_what_chance_gives_is_taken_off() -> None:
     random = np.random.default_rng(5)
     words, experts = random.integers(300, size=2000), random.integers(8, size=2000)
     # without it, 300 kinds seen 7 times each would seem to tell about 300 * 8 / (2 * 2000) nats
-    assert inspect_routing.mutual_information(words, experts) < 0.02
+    assert routing.mutual_information(words, experts) < 0.02
 
 
 def test_choices_are_the_models_own(tiny_checkpoint: Path) -> None:
     model = load_model(tiny_checkpoint)
     ids = np.random.default_rng(0).integers(512, size=150)  # two whole windows and a short one
-    experts, weights = inspect_routing.record_choices(model, ids)
+    experts, weights = routing.record_choices(model, ids)
     count_expert_load(model, True)
     with torch.inference_mode():
         for start in (0, 64, 128):
@@ -108,7 +109,7 @@ def test_routing_by_token_is_seen_as_such(by_token: Path, text: Path, tmp_path: 
 
 def test_typical_tokens_are_those_that_tell_most() -> None:
     counts_TE = np.array([[90, 10], [10, 90], [50, 50], [4, 0]])  # of tokens 5, 6, 7, 8 with K = 1
-    typical = inspect_routing.typical_tokens(counts_TE, 0, np.array([5, 6, 7, 8]), 1, str)
+    typical = routing.typical_tokens(counts_TE, 0, np.array([5, 6, 7, 8]), 1, str)
     assert [token["piece"] for token in typical] == ["5", "8"]  # 7 goes anywhere, 6 elsewhere
     assert [token["share"] for token in typical] == [0.9, 1.0]
     assert [token["count"] for token in typical] == [90, 4]

@@ -1,14 +1,18 @@
-"""Text as it comes, of generate.py: pieces decoded by real tokenizers, written while the model goes on."""
+"""Text as it comes: pieces decoded by real tokenizers, written while the model goes on."""
 
 import io
 
 import pytest
 import torch
 from conftest import ASSETS, SENTENCE
+from lightning import Fabric
+from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from generate import AsyncTokenStreamer, TextDecoder
+from litgpt_moe.generation.settings import Sampling
+from litgpt_moe.generation.text import AsyncTokenStreamer, TextDecoder, tell_story
+from moe_layers import load_model
 
 EMOJI = [0xF0, 0x9F, 0x98, 0x80]
 
@@ -134,3 +138,59 @@ def test_an_error_of_the_thread_reaches_the_caller(llama_style: HFTokenizer) -> 
 
     with pytest.raises(OSError, match="No space left"), AsyncTokenStreamer(llama_style, Full()) as streamer:
         streamer.put(300)
+
+
+# --- a story in the middle of training ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    return Tokenizer(tiny_checkpoint)
+
+
+def test_a_story_is_the_prompt_and_its_continuation(storyteller: Path, tokenizer: Tokenizer) -> None:
+    model = load_model(storyteller).train()
+    story = tell_story(model, tokenizer, "Lily", 60, Sampling(temperature=0.0), seed=1)
+    assert story == SENTENCE
+    assert not model.training and model.mask_cache is None
+
+
+def test_a_story_depends_on_its_seed_alone(tiny_checkpoint: Path, tokenizer: Tokenizer) -> None:
+    model, sampling = load_model(tiny_checkpoint), Sampling(temperature=0.7, top_p=0.9)
+    before = torch.get_rng_state()
+    first = tell_story(model, tokenizer, "Tom", 30, sampling, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert tell_story(model, tokenizer, "Tom", 30, sampling, seed=1) == first
+    assert tell_story(model, tokenizer, "Tom", 30, sampling, seed=2) != first
+
+
+def test_a_context_that_the_prompt_fills_leaves_the_prompt(
+    tiny_checkpoint: Path, tokenizer: Tokenizer
+) -> None:
+    prompt = "Tom went " * 40
+    assert tell_story(load_model(tiny_checkpoint), tokenizer, prompt, 30, Sampling(), seed=1) == prompt
+
+
+def test_the_story_of_a_diverged_model_says_so(tiny_checkpoint: Path, tokenizer: Tokenizer) -> None:
+    model = load_model(tiny_checkpoint)
+    model.transformer.ln_f.weight.data.fill_(3e38)  # a number, but its products overflow
+    story = tell_story(model, tokenizer, "Tom", 30, Sampling(), seed=1)
+    assert story == "(none: the model's logits are not finite)"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_in_fabric_tells_a_story_and_trains_on(
+    precision: str, tiny_checkpoint: Path, tokenizer: Tokenizer
+) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    raw = load_model(tiny_checkpoint).requires_grad_(True)
+    model = fabric.setup(raw)
+    alone = tell_story(raw, tokenizer, "Tom", 20, Sampling(temperature=0.0), seed=1)
+    story = tell_story(model, tokenizer, "Tom", 20, Sampling(temperature=0.0), seed=1)
+    if precision == "32-true":
+        assert story == alone
+    assert story.startswith("Tom") and story != "Tom"
+    model.train()
+    fabric.backward(model(torch.tensor([[1, 2, 3]])).sum())
+    assert raw.lm_head.weight.grad is not None

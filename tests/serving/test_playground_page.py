@@ -1,4 +1,4 @@
-"""tools/playground.html in a real browser: what a reader does and sees. Skips where there is no Chromium."""
+"""The playground in a real browser: what a reader does and sees. Skips where there is no Chromium."""
 
 import json
 import os
@@ -6,14 +6,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import wait_until
-from test_playground import complete, one_thread, serving
+from helpers.server import Running, complete, serving
 
-__all__ = ["one_thread"]  # the fixture, for this module too
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.usefixtures("eager"),
@@ -37,6 +36,12 @@ CONTRASTS = """
   });
 })()
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """One thread for the servers, too: two threads wait for each other on a busy machine."""
+    torch.set_num_threads(1)
 
 
 class Browser:
@@ -94,7 +99,7 @@ class Browser:
     def wait(self, code: str) -> None:
         wait_until(lambda: self.js(code))
 
-    def open(self, server: SimpleNamespace, width: int = 1280, scheme: str = "light") -> None:
+    def open(self, server: Running, width: int = 1280, scheme: str = "light") -> None:
         """Show the server's page in a window of this width and colour scheme."""
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         self("Emulation.setDeviceMetricsOverride", **size)
@@ -140,7 +145,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path) -> Iterator[SimpleNamespace]:
+def server(tiny_checkpoint: Path) -> Iterator[Running]:
     with serving(tiny_checkpoint, "--max_tokens=20") as server:
         yield server
 
@@ -153,7 +158,7 @@ DONE = "samples.length > 0 && abort === null"
 
 
 def test_ctrl_enter_tells_the_stories_that_the_server_has_for_the_seed(
-    browser: Browser, server: SimpleNamespace
+    browser: Browser, server: Running
 ) -> None:
     browser.open(server)
     assert browser.js("field('prompt').value") == "Once upon a time"
@@ -166,7 +171,9 @@ def test_ctrl_enter_tells_the_stories_that_the_server_has_for_the_seed(
     state = browser.js("samples[0].state.textContent")
     assert state.startswith("20 tokens, ") and state.endswith(" · max_tokens reached")
     command = browser.js("$('repeat').lastElementChild.textContent")
-    assert command.startswith(f"uv run python generate.py --ckpt_dir {server.engine.args.ckpt_dir} --prompt")
+    assert command.startswith(
+        f"uv run python generate.py --ckpt_dir {server.engine.served.settings.ckpt_dir} --prompt"
+    )
     assert command.endswith(
         "--prompt 'Tom went' --seed 5 --num_samples 3 --max_tokens 20 --temperature 1.2 --top_k 50 "
         "--top_p 0.9 --min_p 0 --repetition_penalty 1"
@@ -174,7 +181,7 @@ def test_ctrl_enter_tells_the_stories_that_the_server_has_for_the_seed(
     assert browser.problems == []
 
 
-def told(browser: Browser, server: SimpleNamespace) -> list[dict]:
+def told(browser: Browser, server: Running) -> list[dict]:
     """Have the page tell a story, and return the routing that the API tells of the same one."""
     browser.open(server)
     browser.fill(seed=5)
@@ -183,9 +190,7 @@ def told(browser: Browser, server: SimpleNamespace) -> list[dict]:
     return complete(server, "Once upon a time", seed=5, echo=True, routing=True).choices[0].routing
 
 
-def test_tokens_wear_their_experts_colour_in_the_chosen_layer(
-    browser: Browser, server: SimpleNamespace
-) -> None:
+def test_tokens_wear_their_experts_colour_in_the_chosen_layer(browser: Browser, server: Running) -> None:
     reads = told(browser, server)
     colours = browser.js(COLOURS.format("#legend b"))
     assert len(set(colours)) == 4
@@ -202,7 +207,7 @@ def test_tokens_wear_their_experts_colour_in_the_chosen_layer(
 
 
 def test_a_token_under_the_mouse_or_the_arrow_keys_tells_all_probabilities(
-    browser: Browser, server: SimpleNamespace
+    browser: Browser, server: Running
 ) -> None:
     reads = told(browser, server)
     reads = [read for read in reads if read["text"]]
@@ -220,7 +225,7 @@ def test_a_token_under_the_mouse_or_the_arrow_keys_tells_all_probabilities(
     assert browser.js("$('tip').hidden")
 
 
-def test_errors_are_shown_in_the_page(browser: Browser, server: SimpleNamespace) -> None:
+def test_errors_are_shown_in_the_page(browser: Browser, server: Running) -> None:
     browser.open(server)
     for values, message in [
         ({"temperature": -1}, "temperature is -1.0; choose 0 (greedy) or 0.001 or more"),
@@ -253,7 +258,7 @@ def test_stop_frees_the_slot_and_keeps_the_text(browser: Browser, chatterbox: Pa
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_fits_the_window_and_every_colour_is_readable(
-    width: int, scheme: str, browser: Browser, server: SimpleNamespace
+    width: int, scheme: str, browser: Browser, server: Running
 ) -> None:
     browser.open(server, width, scheme)
     browser.fill(n=4)
@@ -268,7 +273,7 @@ def test_it_fits_the_window_and_every_colour_is_readable(
     )
 
 
-def test_what_the_model_writes_is_text_and_no_html(browser: Browser, server: SimpleNamespace) -> None:
+def test_what_the_model_writes_is_text_and_no_html(browser: Browser, server: Running) -> None:
     browser.open(server)
     browser.fill(prompt="<img src=x onerror=alert(1)> Tom", n=1)
     browser.js("start()")
