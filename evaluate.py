@@ -85,7 +85,8 @@ def pick_checkpoint(settings: EvaluateSettings) -> Path | None:
     """Return the checkpoint directory, None for random weights; a named one that is not there is an error."""
     if settings.random_weights:
         return None
-    from moe_layers import find_checkpoint, verify_checkpoint
+    from litgpt_moe.checkpoints.layout import find_checkpoint
+    from litgpt_moe.checkpoints.reader import verify_checkpoint
 
     try:
         folder = find_checkpoint(settings.ckpt_dir or CHECKPOINTS)
@@ -100,7 +101,8 @@ def pick_checkpoint(settings: EvaluateSettings) -> Path | None:
 def set_up(settings: EvaluateSettings) -> tuple["GPT", "Corpus", dict[str, Any]]:
     """Return the model, the text and what is recorded about both, all checked against each other."""
     from litgpt_moe import scoring
-    from moe_layers import load_model, pick_device
+    from litgpt_moe.checkpoints.reader import load_model
+    from litgpt_moe.hardware import pick_device
 
     device, dtype = pick_device(settings.device, settings.precision)
     folder = pick_checkpoint(settings)
@@ -184,8 +186,8 @@ def record(result: dict[str, Any], results_file: str | None) -> None:
 
 def run(settings: EvaluateSettings) -> None:
     """Score, print and record."""
+    from litgpt_moe.hardware import keep_freed_memory
     from litgpt_moe.scoring import score
-    from moe_layers import keep_freed_memory
 
     model, corpus, identity = set_up(settings)
     if identity["settings"]["device"] == "cpu":

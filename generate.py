@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from litgpt_moe.cli import (
     FlagParser,
@@ -173,22 +173,6 @@ def main(argv: list[str] | None = None) -> int:
 
         act = write_samples
     return run_command(lambda: act(settings, sampling, prompt))
-
-
-# moved; the users follow
-MOVED = {
-    "generate": "decode",
-    "lay_out_for_decoding": "decode",
-    "read_tokenizer": "text",
-}
-
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    if name in MOVED:
-        return getattr(import_module(f"litgpt_moe.generation.{MOVED[name]}"), name)
-    raise AttributeError(name)
 
 
 if __name__ == "__main__":

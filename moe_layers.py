@@ -124,9 +124,6 @@ class MoE(LLaMAMoE):
             topk_weights_NK = topk_weights_NK * self.config.routed_scaling_factor
         return router_logits_NE, topk_weights_NK, topk_indices_NK
 
-    # renamed; the users follow
-    _route = route
-
     def _choose(self, router_logits_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the K experts with the highest logits, after a softmax over these K: weights and indices."""
         if self.has_selection_bias:
@@ -249,41 +246,3 @@ def _keep_float32[Module: nn.Module](
         kept = after.to(before.dtype) if before.is_meta else before.to(after.device)
         module._buffers[BIAS_NAME] = kept
     return module
-
-
-# moved; the users follow
-
-_MOVED = {
-    "litgpt_moe.config": "MoEConfig config_problems",
-    "litgpt_moe.hardware": "pick_device keep_freed_memory mallopt",
-    "litgpt_moe.checkpoints.layout": "CHECKPOINT_FILE CONFIG_FILE RECORD_FILE MAX_RECORD_BYTES find_checkpoint",
-    "litgpt_moe.checkpoints.reader": (
-        "verify_checkpoint sha256_of load_model read_state read_weights check_weights MAX_PICKLE_BYTES"
-    ),
-    "litgpt_moe.balance": "count_expert_load discard_step_load expert_load has_selection_bias router_statistics set_balance update_selection_bias use_selection_bias",
-    "litgpt_moe.kernels.choice": "experts_path",
-    "litgpt_moe.kernels.matmul": "matmul prefers_onednn use_fast_linear",
-    "litgpt_moe.kernels.triton": "has_triton",
-    "litgpt_moe.loss": "CHUNK_VALUES IGNORED_TOKEN chunk_rows defer_head linear_cross_entropy LossHead",
-}
-
-
-def __getattr__(name: str) -> Any:
-    import importlib
-
-    if name == "moe_layers":
-        from litgpt_moe.balance import layers_of
-
-        return layers_of
-    for module, names in _MOVED.items():
-        if name in names.split():
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(name)
-
-
-def count_parameters(config: Config) -> tuple[int, int]:
-    """Return (total_params, active_params); litgpt_moe.config.model_facts has both."""
-    from litgpt_moe.config import model_facts
-
-    facts = model_facts(config)
-    return facts.total_params, facts.active_params

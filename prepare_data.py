@@ -8,7 +8,6 @@ in a flat array of ids; manifest.json says what made it, and shards that no long
 """
 
 import argparse
-import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,21 +32,6 @@ from litgpt_moe.data.settings import (
 )
 
 STOPPED = "stopped; finished shards are kept, run again to go on"
-# moved; the users follow
-MOVED = {
-    "SPLITS": "settings",
-    "TextReader": "text",
-    "download": "download",
-    "MANIFEST": "manifest",
-    "read_manifest": "manifest",
-    "PieceCache": "encoding",
-    "StoryEncoder": "encoding",
-    "read_tokenizer": "tokenizer:read_tokenizer_facts",
-    "prepare": "prepare",
-    "stale_reasons": "prepare",
-    "TokenBatches": "batches",
-    "TokenStream": "batches",
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,9 +116,6 @@ def __getattr__(name: str) -> Any:
         from litgpt_moe.data.module import TextShards
 
         return TextShards
-    if name in MOVED:
-        module, _, new_name = MOVED[name].partition(":")
-        return getattr(importlib.import_module(f"litgpt_moe.data.{module}"), new_name or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,10 +9,8 @@ push and pull leave the artifact's name in the directory, so that a run can tell
 """
 
 import argparse
-import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from litgpt_moe.cli import (
     RUN_TRAIN,
@@ -28,17 +26,6 @@ from litgpt_moe.cli import (
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, REFERENCE_FORM, WandbSettings
 
 COMMANDS = ("push", "pull", "verify")
-# moved; the users follow
-MOVED = {
-    "find_tokenizer": "tokenizer",
-    "manifest_fingerprint": "manifest",
-    "CONNECT_SECONDS": "artifact",
-    "TransferError": "artifact",
-    "lineage": "artifact",
-    "log_checkpoint": "artifact",
-    "pull": "artifact",
-    "use_dataset": "artifact",
-}
 
 
 def _artifacts_dir() -> Path:
@@ -105,12 +92,6 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work (no network, damage found), 2 for bad input."""
     args = build_parser().parse_intermixed_args(argv)
     return run_command(lambda: transfer(args), "stopped; run it again")
-
-
-def __getattr__(name: str) -> Any:
-    if name in MOVED:
-        return getattr(importlib.import_module(f"litgpt_moe.data.{MOVED[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

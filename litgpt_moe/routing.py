@@ -16,8 +16,8 @@ import torch
 from litgpt.model import GPT
 from tqdm import tqdm
 
+from litgpt_moe.balance import layers_of
 from litgpt_moe.scoring import take_off_head, vocabulary
-from moe_layers import moe_layers
 
 N_TYPICAL = 8  # tokens named for an expert
 Pieces = Callable[[int], str]  # a token's text by its id
@@ -61,7 +61,7 @@ def inspect(
     Raises:
         ValueError: the model has no experts, not this layer, or not these tokens.
     """
-    if not (known := moe_layers(model)):
+    if not (known := layers_of(model)):
         raise ValueError("the model has no experts; tools/upcycle.py makes some of a dense model")
     if layer is not None and layer not in known:
         raise ValueError(
@@ -97,7 +97,7 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
         weights.setdefault(index, []).append(weights_NK.cpu().numpy())
 
     hooks = [
-        layer.register_forward_pre_hook(partial(record, index)) for index, layer in moe_layers(model).items()
+        layer.register_forward_pre_hook(partial(record, index)) for index, layer in layers_of(model).items()
     ]
     device, window = next(model.parameters()).device, model.max_seq_length
     try:

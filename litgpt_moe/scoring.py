@@ -24,19 +24,19 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from litgpt_moe.balance import count_expert_load, expert_load
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE
+from litgpt_moe.checkpoints.reader import read_state, sha256_of
 from litgpt_moe.cli import WorkFailed
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.batches import TokenStream
+from litgpt_moe.data.encoding import StoryEncoder
+from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
+from litgpt_moe.data.prepare import stale_reasons
+from litgpt_moe.data.text import TextReader
+from litgpt_moe.data.tokenizer import find_tokenizer, read_tokenizer_facts
 from litgpt_moe.files import sha256_file
-from moe_layers import (
-    CHECKPOINT_FILE,
-    MoEConfig,
-    chunk_rows,
-    count_expert_load,
-    expert_load,
-    read_state,
-    sha256_of,
-)
-from prepare_data import StoryEncoder, TextReader, TokenStream, read_manifest, read_tokenizer, stale_reasons
-from wandb_dataset import find_tokenizer, manifest_fingerprint
+from litgpt_moe.loss import chunk_rows
 
 
 class EvaluationError(WorkFailed):
@@ -82,7 +82,7 @@ def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
 
 def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
     """Return the stories of plain text files one after another, each BOS ... EOS as in the shards."""
-    encoder = StoryEncoder(read_tokenizer(tokenizer_dir))
+    encoder = StoryEncoder(read_tokenizer_facts(tokenizer_dir))
     ids, n_bytes = [], 0
     for path in paths:
         if not path.is_file():
@@ -119,7 +119,7 @@ def bytes_of_first(corpus: Corpus, n_tokens: int) -> int:
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_dir / "tokenizer.json"))
     ids = corpus.read(0, n_tokens)
     # story by story, because the decoder drops the space that stands for the beginning of a text
-    stories = np.split(ids, np.flatnonzero(ids == read_tokenizer(corpus.tokenizer_dir).bos_id))
+    stories = np.split(ids, np.flatnonzero(ids == read_tokenizer_facts(corpus.tokenizer_dir).bos_id))
     *whole, last = tokenizer.decode_batch([story.tolist() for story in stories])
     kept = last.rstrip("\ufffd")  # a character cut at the end decodes to one U+FFFD for each of its bytes
     return sum(len(text.encode()) for text in (*whole, kept)) + len(last) - len(kept)

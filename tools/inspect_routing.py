@@ -52,11 +52,13 @@ def check(settings: InspectSettings, text: Path) -> None:
 
 def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     """Write both files and return what to print. Raises ValueError or OSError with one sentence."""
+    from litgpt_moe.checkpoints.layout import find_checkpoint
+    from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
     from litgpt_moe.generation.text import read_tokenizer
+    from litgpt_moe.hardware import pick_device
     from litgpt_moe.routing import inspect, table
     from litgpt_moe.routing_figure import draw
     from litgpt_moe.scoring import text_corpus
-    from moe_layers import find_checkpoint, load_model, pick_device, verify_checkpoint
 
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(checkpoint)

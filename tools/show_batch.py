@@ -36,10 +36,11 @@ def batches_at(checkpoint_dir: Path, step: int, data_dir: Path | None) -> "Token
         ValueError: the run did not train on our data module, its data has changed since, or it is shorter.
         OSError: a file is missing.
     """
+    from litgpt_moe.checkpoints.layout import CONFIG_FILE
+    from litgpt_moe.config import MoEConfig
     from litgpt_moe.data.batches import TokenBatches, TokenStream
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.yaml_files import read_mapping
-    from moe_layers import CONFIG_FILE, MoEConfig
 
     settings = read_mapping(checkpoint_dir / "train_config.yaml")
     data, train = settings.get("data") or {}, settings.get("train") or {}
@@ -66,7 +67,7 @@ def show(run: Path, step: int, data_dir: Path | None) -> None:
     """Print the stories of the step."""
     from litgpt import Tokenizer
 
-    from moe_layers import find_checkpoint
+    from litgpt_moe.checkpoints.layout import find_checkpoint
 
     checkpoint_dir = find_checkpoint(run)
     batches = batches_at(checkpoint_dir, step, data_dir)

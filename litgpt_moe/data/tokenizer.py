@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
 from litgpt_moe.cli import note
 from litgpt_moe.data.download import download
 from litgpt_moe.data.manifest import read_manifest
@@ -19,8 +20,6 @@ from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.text import TextReader
 from litgpt_moe.files import read_json, sha256_file, write_json, write_whole
 
-# TODO(integrator): the one owner is litgpt_moe.checkpoints.layout; import it from there once that is merged
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 TOKENIZER_FOLDER = "tokenizer"  # its name in an artifact, and the usual one beside a data directory
 TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the size that was asked for

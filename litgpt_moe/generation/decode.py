@@ -6,10 +6,10 @@ from collections.abc import Generator, Sequence
 import torch
 from litgpt.model import GPT, CausalSelfAttention
 
+from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.generation.sampling import sample
 from litgpt_moe.generation.settings import Sampling
-from moe_layers import moe_layers
 
 
 class Diverged(WorkFailed):
@@ -80,7 +80,7 @@ def lay_out_for_decoding(model: GPT) -> None:
     A step is bound by reading the weights. As (in, out) in memory MKL reads them at 17 to 26 GB/s on an AMD
     EPYC core, as (out, in) at 10 (torch 2.10, tools/benchmarks/generate.py).
     """
-    for layer in moe_layers(model).values():
+    for layer in layers_of(model).values():
         layer.pack_for_decoding()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight.is_contiguous():

@@ -13,10 +13,12 @@ import torch
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe.checkpoints.layout import find_checkpoint
+from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
 from litgpt_moe.cli import note
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
-from moe_layers import find_checkpoint, load_model, pick_device, verify_checkpoint
+from litgpt_moe.hardware import pick_device
 
 REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no (or not yet a whole) character
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

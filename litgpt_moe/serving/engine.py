@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from litgpt.model import GPT
 
+from litgpt_moe.balance import layers_of
 from litgpt_moe.generation.decode import Diverged, generate, room_for
 from litgpt_moe.generation.text import TextDecoder
 from litgpt_moe.serving.errors import ApiError
 from litgpt_moe.serving.requests import CompletionRequest, Served
-from moe_layers import moe_layers
 
 
 class StopText:
@@ -46,7 +46,7 @@ class RouterWatch:
     """Records what a model's routers say of each token that it reads, between `start` and `stop`."""
 
     def __init__(self, model: GPT) -> None:
-        self.layers = moe_layers(model)
+        self.layers = layers_of(model)
         self._records: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         for layer in self.layers.values():
             layer.register_forward_pre_hook(self._record)

@@ -1,6 +1,7 @@
 """Text as it comes: pieces decoded by real tokenizers, written while the model goes on."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch

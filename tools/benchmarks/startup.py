@@ -22,6 +22,8 @@ from pathlib import Path
 import yaml
 
 from litgpt_moe.cli import FlagParser, fail, run_script
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
 from tools.benchmarks.machine import ROOT
 
 HELP_GOAL_S = 1.0
@@ -106,13 +108,10 @@ def write_stories(data: Path) -> None:
 
 def write_inputs(folder: Path) -> dict[str, list[str]]:
     """Prepare a small data directory and both runs' settings; return the command of each run."""
-    import prepare_data  # not for --help
 
     data, tokenizer = folder / "data", folder / "tokenizer"
     write_stories(data)
-    prepare_data.prepare(
-        prepare_data.PrepareSettings(data_dir=data, tokenizer_dir=tokenizer, train_tokenizer=VOCABULARY)
-    )
+    prepare(PrepareSettings(data_dir=data, tokenizer_dir=tokenizer, train_tokenizer=VOCABULARY))
     shards = {
         "train_data_path": str(data / "train"),
         "val_data_path": str(data / "val"),

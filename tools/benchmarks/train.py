@@ -27,7 +27,7 @@ from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
 from tools.benchmarks.machine import ROOT, check_counts, machine
 
 if TYPE_CHECKING:
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
 DENSE = ("dense", "dense oneDNN", "stock dense")
 
@@ -87,7 +87,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
     """Return the figures of all."""
     import torch
 
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
     from tools.benchmarks import train_contestants, train_times
 
     config = MoEConfig.from_file(settings.model_config, **override)
@@ -126,7 +126,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
 
 def dense_config(settings: TrainBenchmark, override: dict[str, Any]) -> "MoEConfig":
     """Return the dense model with the FLOPs of the experts that a token visits."""
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     config = MoEConfig.from_file(settings.model_config, **override)
     width = config.n_expert_per_token * (config.moe_intermediate_size or 0)

@@ -14,8 +14,13 @@ from litgpt.data import DataModule
 from torch.utils.data import DataLoader
 
 import run_train
-from moe_layers import MoEConfig, choose_way, has_triton, mallopt, prefers_onednn
-from prepare_data import PrepareSettings, prepare
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.hardware import mallopt
+from litgpt_moe.kernels.choice import choose_way
+from litgpt_moe.kernels.matmul import prefers_onednn
+from litgpt_moe.kernels.triton import has_triton
 from tools.benchmarks.train_times import LEFT_OUT, quiet
 
 if TYPE_CHECKING:
