@@ -54,7 +54,7 @@ def normalize_flags(argv: list[str]) -> list[str]:
 
 
 def join_switches(argv: list[str], switches: set[str]) -> list[str]:
-    """Return `argv` with a value joined to each switch: `--progress` and `--progress false` both need one word.
+    """Return `argv` with `--progress false` as one word: a switch needs no value, but may have one.
 
     argparse alone would take the argument after a switch for its value.
     """

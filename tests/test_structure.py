@@ -20,7 +20,7 @@ ROWS = (
     ("moe_layers",),
     ("config", "loss", "hardware"),
     ("checkpoints", "data", "generation", "planning"),
-    ("training", "serving", "scoring", "routing", "interop", "report", "comparison"),
+    ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),
 )
 SCRIPT_LINES = {
     "run_train": 250,
