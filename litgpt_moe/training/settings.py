@@ -5,9 +5,11 @@ have LitGPT's names, types and defaults (`import litgpt.args` would load torch);
 they differ, and `training.run.to_litgpt` makes LitGPT's own from them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 # for the integrator: from litgpt_moe.checkpoints.layout import CheckpointArgs, and delete the class below
 # for the integrator: from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR
@@ -202,3 +204,15 @@ class Settings:
     """Validation."""
     log: LogArgs = field(default_factory=LogArgs)
     """Names for the W&B logger."""
+
+
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings as YAML and loggers take them: what trained, without which run or files it was."""
+    left_out = ("config", "model_config", "resume", "overwrite")
+    plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def saved_text(settings: Settings) -> str:
+    """Return the train_config.yaml that a checkpoint keeps."""
+    return yaml.safe_dump(plain_settings(settings), sort_keys=False)
