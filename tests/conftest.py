@@ -291,10 +291,10 @@ def workspace(
     tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A folder to run in: model and train settings for the tiny data, eight steps of 4 x 64 tokens."""
-    import run_train
+    from litgpt_moe.training.parse import VARIABLES
 
     monkeypatch.chdir(tmp_path)
-    for name in run_train.VARIABLES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "model_config.yaml").write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
     settings = {

@@ -3,10 +3,13 @@
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
 import run_train
+from litgpt_moe.cli import normalize_flags
+from litgpt_moe.training.run import set_up
 
 # what a clock or the machine says; everything else must be equal
 TIMING = {"time_s", "tokens_per_s", "iter_time", "remaining_time", "peak_memory_gb", "mfu"}
@@ -16,6 +19,15 @@ BALANCED = ("--moe.aux_loss_coef", 0.01, "--moe.z_loss_coef", 0.001, "--moe.bias
 def run(*flags: object) -> int:
     """Return the status of run_train.py in this process, with the settings of `workspace`."""
     return run_train.main(["--config", "train_config.yaml", *map(str, flags)])
+
+
+def refusal(*flags: object) -> str:
+    """Return what a run in `workspace` with these flags is refused for; nothing is written."""
+    argv = normalize_flags(["--config", "train_config.yaml", *map(str, flags)])
+    with pytest.raises((ValueError, OSError)) as raised:
+        set_up(argv)
+    assert sorted(path.name for path in Path().iterdir()) == ["model_config.yaml", "train_config.yaml"]
+    return str(raised.value)
 
 
 def rows(out_dir: str = "out") -> list[dict[str, str]]:

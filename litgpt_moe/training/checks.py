@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def range_problems(settings: Settings) -> list[str]:
     """Return one sentence per number that is too low or too high to make sense."""
     problems = []
     for key, lowest in LOWEST.items():
-        value = functools.reduce(getattr, key.split("."), settings)
+        value: Any = functools.reduce(getattr, key.split("."), settings)
         highest = 2**32 - 1 if key == "seed" else 10**15
         if value is not None and not lowest <= value <= highest and value != float("inf"):
             above = f", up to {highest}" if value > highest else ""
