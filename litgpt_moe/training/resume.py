@@ -31,7 +31,7 @@ class OpenCheckpoint:
 
     folder: Path
     state: dict[str, Any]
-    """What the file holds, until `take` hands it over."""
+    """What the file holds. Whoever loads it empties it: a mapped file keeps its disk space while in use."""
     is_bare: bool
     """Whether the file is a state dict of weights with nothing around it."""
     has_selection_bias: bool
@@ -50,14 +50,8 @@ class OpenCheckpoint:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The model's state dict, until `take`."""
+        """The model's state dict, until `state` is emptied."""
         return self.state.get("model", self.state)
-
-    def take(self) -> dict[str, Any]:
-        """Return the state and let go of it: while a tensor of it lives, the disk space stays in use."""
-        taken = dict(self.state)
-        self.state.clear()
-        return taken
 
 
 def find_resume(settings: Settings) -> OpenCheckpoint | None:

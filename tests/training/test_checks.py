@@ -196,6 +196,21 @@ def test_several_gpus_and_muon_exclude_each_other(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "8"), ("RANK", "5"), ("WORLD_SIZE", "0x2")])
+def test_a_launcher_s_variable_that_does_not_fit_the_devices_is_named(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    told = refusal()
+    assert told.startswith(f"${name} is ") and text in told
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_negative_number_of_machines_is_named_by_its_key() -> None:
+    assert "--num_nodes: num_nodes is -297; choose 1 or more" in refusal("--num_nodes", "-297")
+
+
+@pytest.mark.usefixtures("workspace")
 def test_a_second_run_into_a_live_folder_is_refused_whatever_lies_there() -> None:
     with checks.run_lock(Path("out")):
         for flags in ([], ["--resume", "auto"], ["--overwrite"]):

@@ -1,4 +1,4 @@
-"""Our TrainArgs, EvalArgs and LogArgs have LitGPT's names, types and defaults, but for a list of differences."""
+"""Our TrainArgs, EvalArgs and LogArgs have LitGPT's names, types and defaults, but for a list."""
 
 import inspect
 from dataclasses import FrozenInstanceError, asdict, fields, replace
