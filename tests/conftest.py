@@ -17,7 +17,7 @@ import yaml
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-pytest.register_assert_rewrite("runs")  # what it asserts is told in full too
+pytest.register_assert_rewrite("helpers.runs")  # what it asserts is told in full too
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}

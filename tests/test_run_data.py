@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import alter
-from runs import edit_yaml, run
+from helpers.runs import edit_yaml, run
 
 import prepare_data
 import run_train

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import edit_yaml, losses, rows, run, weights
+from helpers.runs import edit_yaml, losses, rows, run, weights
 
 import run_train
 

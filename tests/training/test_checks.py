@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import edit_yaml, refusal
+from helpers.runs import edit_yaml, refusal
 
 from litgpt_moe.training import checks
 from litgpt_moe.training.checks import train_problems

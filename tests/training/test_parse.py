@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_CONFIG
-from runs import edit_yaml, refusal
+from helpers.runs import edit_yaml, refusal
 
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import parse

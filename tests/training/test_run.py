@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import edit_yaml
+from helpers.runs import edit_yaml
 
 from litgpt_moe.training import run as run_module
 from litgpt_moe.training.parse import load_settings

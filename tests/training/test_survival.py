@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import BALANCED, assert_same_run, rows, run, weights
+from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 import run_train
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import OFFLINE, ROOT, SENTENCES, TINY_CONFIG
-from runs import BALANCED, assert_same_run, losses, rows, run
+from helpers.runs import BALANCED, assert_same_run, losses, rows, run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import litgpt
 import pytest
 import torch
-from runs import assert_same_run, losses, rows, run, weights
+from helpers.runs import assert_same_run, losses, rows, run, weights
 
 import moe_layers
 import run_train

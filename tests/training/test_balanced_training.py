@@ -7,7 +7,7 @@ import pytest
 import torch
 from litgpt import GPT
 from litgpt.config import Config
-from runs import losses, rows, run, weights
+from helpers.runs import losses, rows, run, weights
 from test_guard import loss_times
 
 import evaluate

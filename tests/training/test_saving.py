@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run, run, weights
+from helpers.runs import assert_same_run, run, weights
 
 import run_train
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import TINY_CONFIG
 from litgpt import GPT
-from runs import assert_same_run, edit_yaml, losses, rows, run, weights
+from helpers.runs import assert_same_run, edit_yaml, losses, rows, run, weights
 
 import moe_layers
 import run_train
