@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.runs import run
 from litgpt import GPT
 from litgpt.utils import save_config
 
@@ -179,3 +180,17 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
 def test_a_step_that_its_folder_s_name_belies_is_not_resumed() -> None:
     save("out/step-00000004", 6)
     assert "holds no whole step-*" in refused("--resume", "true")
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_whole_resumed_run_reads_its_checkpoint_once_and_builds_no_model_at_a_step(
+    opened: list[Path], built: list[GPT]
+) -> None:
+    assert run("--max_tokens", 1024) == 0
+    shutil.rmtree("out/final")
+    opened.clear()
+    built.clear()
+    assert run("--max_tokens", 2048, "--resume", "auto", "--train.max_time", 600) == 0
+    assert [path.parent.name for path in opened].count("step-00000004") == 1
+    # three to set up (see above), that which trains, two for its optimizer and its FLOPs, two for the story
+    assert len(built) <= 8
