@@ -77,10 +77,10 @@ def load_settings(argv: list[str]) -> Parsed:
     """
     given = {**read_variables(), **read_flags(argv)}
     if "config" in given:  # it may name the model's file
-        given = {**read_yaml(Path(given["config"][0])), **given}
+        given = {**read_settings_file(Path(given["config"][0])), **given}
     config, model_config = choose_configs(given)
     if "config" not in given:
-        given = {**read_yaml(config), **given}
+        given = {**read_settings_file(config), **given}
     given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
     return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
 
@@ -124,8 +124,8 @@ def read_variables() -> Given:
     return {FLAG_TO_KEY.get(n.lower(), n.lower()): (value, f"${n}") for n, value in present.items()}
 
 
-def read_yaml(path: Path) -> Given:
-    """Return what a train_config.yaml gives."""
+def read_yaml(path: Path, is_foreign: bool = False) -> Given:
+    """Return what a train_config.yaml gives; `is_foreign`: of somebody else's, it may hold no aliases."""
     must_be_groups = (*(f"{key}.init_args" for key in CLASS_KEYS), *GROUPS)
     given: Given = {}
 
@@ -141,12 +141,13 @@ def read_yaml(path: Path) -> Given:
             else:
                 given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, str(path))
 
-    flatten("", read_mapping(path))
-    return _without_files(given, path)
+    flatten("", read_mapping(path, is_foreign))
+    return given
 
 
-def _without_files(given: Given, path: Path) -> Given:
-    """Return `given` once its `config` and `model_config`, if any, are known to be of use."""
+def read_settings_file(path: Path) -> Given:
+    """Return what a run's own train_config.yaml gives, whose model_config may name the model's file."""
+    given = read_yaml(path)
     config, model_config = (given.pop(key, (None, ""))[0] for key in ("config", "model_config"))
     if config is not None:
         raise ValueError(f"{path}: config is {config!r}; settings name no other settings file: remove it")

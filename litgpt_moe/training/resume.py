@@ -111,7 +111,7 @@ def check_resume(
             f"{folder} was trained without a selection bias; drop moe.bias_update_rate, or start "
             "from its weights with --initial_checkpoint_dir"
         )
-    before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE).items()}
+    before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE, is_foreign=True).items()}
     _check_unchanged(folder, before, settings, optimizer)
     n_steps = (settings.train.max_tokens or 0) // tokens_per_step
     if step > n_steps:

@@ -177,6 +177,19 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
     assert "do not fit the model config MoE-tiny" in refused(*first)
 
 
+def test_what_else_stands_in_a_checkpoint_s_settings_is_of_no_matter() -> None:
+    save(
+        "out/step-00000004", 4, model_config={"n_layer": 2}, config="other.yaml", train={"max_tokens": "all"}
+    )
+    assert set_up_here("--resume", "auto").start_step == 4
+
+
+def test_an_alias_in_a_checkpoint_s_settings_is_refused() -> None:
+    path = save("out/step-00000004", 4) / "train_config.yaml"
+    path.write_text("seed: &a 1\nnum_nodes: *a\n", encoding="utf-8")
+    assert "it holds an alias" in refused("--resume", "auto")
+
+
 def test_a_step_that_its_folder_s_name_belies_is_not_resumed() -> None:
     save("out/step-00000004", 6)
     assert "holds no whole step-*" in refused("--resume", "true")
