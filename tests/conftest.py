@@ -335,17 +335,17 @@ def llama_style(tiny_tokenizer_dir: Path) -> "Tokenizer":
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """Have something happen while a step is computed, as a signal does."""
-    import run_train
+    from litgpt_moe.training.guard import Guard
 
     def schedule(step: int, act: Callable[[], object]) -> None:
-        is_bad, calls = run_train.Guard.is_bad, []
+        count_bad, calls = Guard.count_bad, []
 
-        def watched(guard: run_train.Guard, loss: float, norm: float) -> bool:
+        def watched(guard: Guard, loss: float, norm: float) -> bool:
             calls.append(loss)
             if len(calls) == step:
                 act()
-            return is_bad(guard, loss, norm)
+            return count_bad(guard, loss, norm)
 
-        monkeypatch.setattr(run_train.Guard, "is_bad", watched)
+        monkeypatch.setattr(Guard, "count_bad", watched)
 
     return schedule

@@ -1,6 +1,8 @@
 """A run of run_train.py in the `workspace` of conftest.py, and what it left."""
 
+import contextlib
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import yaml
 
 import run_train
 from litgpt_moe.cli import normalize_flags
+from litgpt_moe.training import loop
+from litgpt_moe.training._checkpoints_temporary import tensors_of
 from litgpt_moe.training.run import set_up
 
 # what a clock or the machine says; everything else must be equal
@@ -62,11 +66,29 @@ def assert_same_run(out_dir: str, expected: str) -> None:
     one, other = (
         torch.load(Path(path, "final/lit_model.pth"), weights_only=True) for path in (out_dir, expected)
     )
-    for name, tensor in run_train.tensors_of({key: one[key] for key in ("model", "optimizer")}):
-        same = dict(run_train.tensors_of({key: other[key] for key in ("model", "optimizer")}))[name]
+    for name, tensor in tensors_of({key: one[key] for key in ("model", "optimizer")}):
+        same = dict(tensors_of({key: other[key] for key in ("model", "optimizer")}))[name]
         assert torch.equal(tensor, same), name
     assert one["train_dataloader"] == other["train_dataloader"]
     assert history(out_dir) == history(expected)
     for name in ("expert_load.csv", "stories.csv", "spikes.csv"):
         logs = [Path(path, "logs", name) for path in (out_dir, expected)]
         assert len({log.read_bytes() if log.exists() else None for log in logs}) == 1, name
+
+
+@contextlib.contextmanager
+def loss_times(factor: float, *calls: int) -> Iterator[None]:
+    """Multiply the loss of the given calls of LitGPT's loop (1 is the first after its sanity check)."""
+    original, n_calls = loop.linear_cross_entropy, 0
+
+    def cross_entropy(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        nonlocal n_calls
+        n_calls += hidden.requires_grad
+        loss = original(hidden, *args, **options)
+        return loss * factor if hidden.requires_grad and n_calls in calls else loss
+
+    loop.linear_cross_entropy = cross_entropy
+    try:
+        yield
+    finally:
+        loop.linear_cross_entropy = original
