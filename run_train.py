@@ -137,13 +137,14 @@ def train(run: "Run", stops: "StopSignals") -> "Result":
                 devices=run.devices,
                 num_nodes=settings.num_nodes,
                 seed=settings.seed,
-                # LoopHooks.on_after_setup loads it
+                # training.model.prepare_model loads it: LitGPT would read bare weights alone
                 initial_checkpoint_dir=None,
                 resume=run.resume.file if run.resume else False,
                 config=run.config,
                 data=run.data,
                 out_dir=settings.out_dir,
                 tokenizer_dir=settings.tokenizer_dir,
+                # one object for both: reading a large tokenizer takes half a second
                 tokenizer=hooks.stories.tokenizer,
                 train=train_args,
                 eval=eval_args,
@@ -152,7 +153,7 @@ def train(run: "Run", stops: "StopSignals") -> "Result":
     finally:
         hooks.writer.wait()
         for logger in loggers:
-            logger.finalize("")
+            logger.finalize("finished")
     if hooks.writer.failure is not None:
         raise RunFailed(f"{hooks.writer.failure}; then continue with --resume auto")
     return Result.of(hooks)

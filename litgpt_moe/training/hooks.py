@@ -23,7 +23,7 @@ from litgpt_moe.training._checkpoints_temporary import (
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.guard import Guard
-from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_row
+from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_row, validation_row
 from litgpt_moe.training.model import PreparedModel, Reduce, prepare_model, router_counts, set_router_counts
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.schedule import learning_rate, warmup_steps
@@ -44,7 +44,7 @@ class LoopHooks:
 
     model: PreparedModel
     loader: TrainLoader
-    peak_flops: float
+    device: torch.device
 
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
         settings = run.settings
@@ -78,7 +78,12 @@ class LoopHooks:
         """Prepare the model, which Fabric has just wrapped."""
         self.model = prepare_model(fabric, module, self.run)
         self.writer.selection_bias = self.model.has_selection_bias
-        self.peak_flops = peak_flops(fabric.device, self.run.precision) * fabric.world_size
+        self.device = fabric.device
+
+    @functools.cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of all devices at their best; the first row of the log measures it where it is not known."""
+        return peak_flops(self.device, self.run.precision) * self.run.world_size
 
     # --- one optimizer step ---
 
@@ -143,9 +148,12 @@ class LoopHooks:
 
     def complete(self, fabric: Fabric, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`, with figures of all ranks and the routers' statistics."""
-        row = metric_row(self.run, self.clock, self.step, metrics, self.figures, self.peak_flops)
+        # read before peak_flops, whose first measurement takes half a second on a CPU
+        seconds = self.clock.seconds
         if "loss" not in metrics:
-            return row
+            return validation_row(self.run, self.step, seconds, metrics)
+        rate = self.clock.steps_per_s(self.step, seconds)
+        row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
         epoch = self.loader.state_dict().get("epoch", 0)
         row |= {"epoch": epoch, "skipped_steps": self.guard.n_skipped}
         counts, read = router_statistics(self.model.gpt, _sum_over_ranks(fabric.strategy))

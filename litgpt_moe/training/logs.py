@@ -76,19 +76,30 @@ class StepFigures(NamedTuple):
     learning_rate: float = math.nan
 
 
+def validation_row(run: Run, step: int, seconds: float, losses: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a validation: when it was, and its losses."""
+    when = {"step": step, "total_tokens": step * run.tokens_per_step, "time_s": seconds}
+    return when | {key: float(value) for key, value in losses.items()}
+
+
 def metric_row(
-    run: Run, clock: Clock, step: int, from_litgpt: dict[str, Any], figures: StepFigures, peak_flops: float
+    run: Run,
+    step: int,
+    seconds: float,
+    steps_per_s: float,
+    figures: StepFigures,
+    peak_flops: float,
+    from_litgpt: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the row in place of LitGPT's: its figures are rank 0's, and its rates count validation in.
+    """Return the row of a step in place of LitGPT's: its loss is rank 0's, its rates count validations in.
 
     The router's statistics, the epoch and the skipped steps are for the caller to add.
     """
-    tokens, seconds = step * run.tokens_per_step, clock.seconds
-    row: dict[str, Any] = {"step": step, "total_tokens": tokens, "time_s": seconds}
-    if "loss" not in from_litgpt:
-        return row | {key: float(value) for key, value in from_litgpt.items()}
-    rate = clock.steps_per_s(step, seconds) * run.tokens_per_step
-    return row | {
+    tokens, rate = step * run.tokens_per_step, steps_per_s * run.tokens_per_step
+    return {
+        "step": step,
+        "total_tokens": tokens,
+        "time_s": seconds,
         **figures._asdict(),
         "tokens_per_s": rate,
         # model FLOPs utilization: the share of what the devices could do at most
@@ -99,12 +110,12 @@ def metric_row(
     }
 
 
-def metric_line(row: dict[str, Any], n_steps: int, val_loss: str | None) -> str:
+def metric_line(row: dict[str, Any], n_steps: int, val_loss: float | None) -> str:
     """Return a row of metrics as a line for a person."""
     parts = (
         f"step {row['step']:,}/{n_steps:,}",
         f"epoch {row['epoch'] + 1}",
-        f"loss {row['loss']:.3f}" + (f", val {val_loss}" if val_loss else ""),
+        f"loss {row['loss']:.3f}" + ("" if val_loss is None else f", val {val_loss:.3f}"),
         f"lr {row['learning_rate']:.2e}",
         f"norm {row['grad_norm']:.2f}",
         f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}",
@@ -132,8 +143,8 @@ class MetricLog(Logger):
         self.run, self.logs = run, logs
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
         self.bar: tqdm | None = None
-        self.shown: dict[str, str] = {}
-        """The latest loss and val_loss, as they are shown."""
+        self.latest: dict[str, float] = {}
+        """The latest loss and val_loss."""
 
     @property
     def name(self) -> str:
@@ -153,11 +164,11 @@ class MetricLog(Logger):
         if not is_main_process():
             return
         self.logs.metrics.write(metrics)
-        self.shown |= {key: f"{float(metrics[key]):.3f}" for key in ("loss", "val_loss") if key in metrics}
+        self.latest |= {key: float(metrics[key]) for key in ("loss", "val_loss") if key in metrics}
         if self.bar is not None:
-            self.bar.set_postfix(self.shown, refresh=False)
+            self.bar.set_postfix({key: f"{value:.3f}" for key, value in self.latest.items()}, refresh=False)
         elif "loss" in metrics:
-            self.print(metric_line(metrics, self.run.n_steps, self.shown.get("val_loss")))
+            self.print(metric_line(metrics, self.run.n_steps, self.latest.get("val_loss")))
 
     def report_spike(self, step: int, figures: StepFigures, spike: Spike) -> None:
         """Write down where the batch of a loss spike lies, so that it can be looked at."""

@@ -34,8 +34,8 @@ class Result:
     """Why it was stopped before its last step, "" if it was not."""
     loss: float
     """Of the last step, nan if there was none."""
-    val_loss: str | None
-    """Of the last validation, as it was shown."""
+    val_loss: float | None
+    """Of the last validation, None without one."""
     n_skipped: int
     """Steps without a finite gradient, of which no weight was moved."""
     tokens_per_s: float | None
@@ -51,7 +51,7 @@ class Result:
             step=hooks.step,
             ending=hooks.ending,
             loss=hooks.figures.loss,
-            val_loss=hooks.metrics.shown.get("val_loss"),
+            val_loss=hooks.metrics.latest.get("val_loss"),
             n_skipped=hooks.guard.n_skipped,
             tokens_per_s=rate and rate * hooks.run.tokens_per_step,
             log=hooks.logs.metrics.path,
@@ -97,7 +97,7 @@ def report(run: Run, result: Result, resume_command: str) -> str:
     final, n_steps = run.settings.out_dir / "final", result.step - run.start_step
     # of the last step, which may lie between two rows of the log
     losses = [] if math.isnan(result.loss) else [f"{result.loss:.3f} in training"]
-    losses += [f"{result.val_loss} in validation"] if result.val_loss else []
+    losses += [] if result.val_loss is None else [f"{result.val_loss:.3f} in validation"]
     rate = f", {result.tokens_per_s:,.0f} tokens/s with validation and saving" if result.tokens_per_s else ""
     lines = [f"\nTrained    {n_steps * run.tokens_per_step:,} tokens in {n_steps} steps{rate}"]
     lines += [f"Loss       {', '.join(losses)}"] if losses else []

@@ -1,15 +1,15 @@
 """What a run reports: times, the row of metrics, the line on the terminal and what the log does with both."""
 
-import math
 import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TINY_CONFIG
 
 from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.guard import Spike
-from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_line, metric_row
+from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_line, metric_row, validation_row
 from litgpt_moe.training.settings import Settings, TrainArgs
 from moe_layers import MoEConfig
 
@@ -79,12 +79,11 @@ def test_the_overall_rate_is_from_the_first_step_to_the_last(now: list[float]) -
 # --- the row and the line -----------------------------------------------------------------------------------
 
 
-def test_a_row_has_the_work_so_far_and_the_share_of_the_peak(now: list[float]) -> None:
-    clock = Clock(start_step=0)
-    now[0] += 2
+def test_a_row_has_the_work_so_far_and_the_share_of_the_peak() -> None:
     from_litgpt = {"loss": 9.9, "iter": 8, "iter_time": 0.1, "remaining_time": 60.0, "learning_rate": 9.9}
-    row = metric_row(a_run(), clock, 4, from_litgpt, StepFigures(3.0, 1.5, 0.01), peak_flops=1e6)
-    assert (row["step"], row["total_tokens"], row["time_s"]) == (4, 1024, pytest.approx(2.0))
+    figures = StepFigures(3.0, 1.5, 0.01)
+    row = metric_row(a_run(), 4, 2.0, 2.0, figures, peak_flops=1e6, from_litgpt=from_litgpt)
+    assert (row["step"], row["total_tokens"], row["time_s"]) == (4, 1024, 2.0)
     # the step's own figures over all ranks, not LitGPT's of rank 0
     assert (row["loss"], row["grad_norm"], row["learning_rate"]) == (3.0, 1.5, 0.01)
     assert row["tokens_per_s"] == pytest.approx(512.0)
@@ -92,10 +91,9 @@ def test_a_row_has_the_work_so_far_and_the_share_of_the_peak(now: list[float]) -
     assert (row["iter"], row["remaining_time"]) == (8, 60.0)
 
 
-def test_a_row_of_a_validation_has_its_losses_and_takes_no_time_from_the_next() -> None:
-    clock = Clock(start_step=0)
-    row = metric_row(a_run(), clock, 4, {"val_loss": 2.0, "val_ppl": 7.4}, StepFigures(), math.nan)
-    assert set(row) == {"step", "total_tokens", "time_s", "val_loss", "val_ppl"}
+def test_a_row_of_a_validation_says_when_it_was_and_its_losses() -> None:
+    row = validation_row(a_run(), 4, 3.0, {"val_loss": torch.tensor(2.0), "val_ppl": 7.5})
+    assert row == {"step": 4, "total_tokens": 1024, "time_s": 3.0, "val_loss": 2.0, "val_ppl": 7.5}
 
 
 LINE = {
@@ -119,7 +117,7 @@ def test_the_line_says_where_the_run_is() -> None:
 def test_the_line_names_the_layer_with_the_fullest_expert() -> None:
     loads = {"moe/load_imbalance/layer_00": 1.5, "moe/load_imbalance/layer_03": 2.25}
     dead = {"moe/dead_experts/layer_00": 1.0, "moe/dead_experts/layer_03": 2.0}
-    line = metric_line(LINE | loads | dead, 8, "2.500")
+    line = metric_line(LINE | loads | dead, 8, 2.5)
     assert "loss 3.142, val 2.500 |" in line and "| load x2.25 in layer 3, 2 dead |" in line
     dead["moe/dead_experts/layer_03"] = 0.0
     assert "| load x2.25 in layer 3 |" in metric_line(LINE | loads | dead, 8, None)
@@ -140,7 +138,7 @@ def test_a_logged_row_is_in_the_file_and_on_the_terminal(
     assert capsys.readouterr().err == ""
     log.log_metrics(LINE, step=4)
     assert "loss 3.142, val 2.500" in capsys.readouterr().err
-    assert log.shown == {"loss": "3.142", "val_loss": "2.500"}
+    assert log.latest == {"loss": 3.14159, "val_loss": 2.5}
     assert len(log.logs.metrics.path.read_text(encoding="utf-8").splitlines()) == 3
 
 
