@@ -3,7 +3,7 @@
 
 For the integrator: delete this file, and let each `from litgpt_moe.training._checkpoints_temporary import`
 name those modules: layout (checkpoints_of), writer (CheckpointWriter, delete_run, tensors_of, tidy,
-write_state), state (RunState, damage_in, rng_state, set_rng_state), hardware (has_cuda, keep_freed_memory,
+write_state), state (RunState, check_moments, damage_in, rng_state, set_rng_state), hardware (has_cuda, keep_freed_memory,
 peak_flops, peak_memory_gb, will_compile).
 """
 import json
@@ -232,6 +232,8 @@ def refuse_damage(path: Path, reason: str) -> NoReturn:
 
 
 MT19937_WORDS = 624  # of NumPy's generator
+# of torch's optimizers that have a fused step: Adam, AdamW, SGD (and Muon), Adagrad
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
 @dataclass
@@ -284,7 +286,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def _is_guard(value: Any) -> bool:
@@ -305,7 +307,7 @@ def _is_router(value: Any) -> bool:
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "time_s": lambda value: _is_finite(value) and value >= 0,
     "guard": _is_guard,
-    "told_step": lambda value: value == -1 or _is_count(value),
+    "told_step": lambda value: _is_count(value) or (type(value) is int and value == -1),
     **dict.fromkeys(("n_rows", "n_spikes", "n_loads", "n_stories"), _is_count),
     "router": _is_router,
 }
@@ -319,7 +321,7 @@ def _short(value: Any) -> str:
 def check_state(state: dict[str, Any], folder: Path) -> None:
     """Check that training can go on from `state`, the content of a checkpoint file in `folder`.
 
-    Sizes are left to torch: load the state inside `damage_in`.
+    Sizes are left to torch and `check_moments`: load the state inside `damage_in`.
 
     Raises:
         ValueError: it is not as it was saved, or holds weights alone.
@@ -341,6 +343,22 @@ def check_state(state: dict[str, Any], folder: Path) -> None:
         # a checkpoint of LitGPT's own loop has neither
         if "run" in state or "rng" in state or (folder / RECORD_FILE).exists():
             RunState().load_state_dict(state)
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Check that what an optimizer has loaded is as large as its weights.
+
+    torch's `load_state_dict` does not look, and the fused AdamW of torch 2.10 writes beyond smaller moments.
+
+    Raises:
+        ValueError: naming the moment.
+    """
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            shape = weight.shape if name in MOMENTS else torch.Size() if name == "step" else None
+            if shape is not None and isinstance(value, torch.Tensor) and value.shape != shape:
+                shapes = f"{tuple(value.shape)}, its weight is of {tuple(weight.shape)}"
+                raise ValueError(f"optimizer.state has a {name} of {shapes}")
 
 
 @contextlib.contextmanager

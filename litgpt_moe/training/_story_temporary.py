@@ -13,8 +13,9 @@ from litgpt.generate.base import generate
 
 @dataclass(frozen=True)
 class Sampling:
-    temperature: float = 0.7
-    top_p: float = 0.9
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
 
 
 def tell_story(
@@ -34,6 +35,7 @@ def tell_story(
             prompt_ids,
             length,
             temperature=sampling.temperature,
+            top_k=sampling.top_k or None,
             top_p=sampling.top_p,
             eos_id=tokenizer.eos_id,
         )

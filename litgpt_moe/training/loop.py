@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from litgpt_moe.training._checkpoints_temporary import (
     CheckpointWriter,
+    check_moments,
     damage_in,
     has_cuda,
     keep_freed_memory,
@@ -25,7 +26,7 @@ from litgpt_moe.training._checkpoints_temporary import (
 )
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.hooks import LoopHooks
-from litgpt_moe.training.optimizer import clone_state, make_optimizer
+from litgpt_moe.training.optimizer import clone_state, make_optimizer, unwrapped
 from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings
@@ -63,23 +64,23 @@ class TrainingFabric(L.Fabric):
         return norm
 
     def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
-        """Load a checkpoint; into the loop's own state, with what a resumed run needs besides."""
-        is_resume = "iter_num" in (state or {})
-        groups = state["optimizer"].param_groups if is_resume else []
+        """Load a checkpoint; if into the loop's own state, with all that a resumed run needs besides."""
+        if "iter_num" not in (state or {}):
+            return super().load(path, state, strict=strict, weights_only=True)
+        groups = state["optimizer"].param_groups
         own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         try:
             with damage_in(Path(path).parent):
                 left_over = super().load(path, state, strict=strict, weights_only=True)
-                if is_resume:
-                    self.hooks.resume(self, state, left_over)
+                check_moments(unwrapped(state["optimizer"]))
+                self.hooks.resume(self, state, left_over)
         except ValueError as error:
             raise RunFailed(str(error)) from error
-        if is_resume:
-            # the run's own settings hold, as of a weight_decay that changed: the checkpoint has the old ones
-            for group, settings in zip(state["optimizer"].param_groups, own, strict=True):
-                group.update(settings)
-            clone_state(state["optimizer"])
+        # the run's own settings hold: the checkpoint has those of before, such as another weight_decay
+        for group, settings in zip(state["optimizer"].param_groups, own, strict=True):
+            group.update(settings)
         # as long as something refers to a tensor in the mapped file, its disk space stays in use
+        clone_state(unwrapped(state["optimizer"]))
         left_over.clear()
         return {}
 

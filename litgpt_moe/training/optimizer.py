@@ -94,12 +94,16 @@ def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Opti
     return kind([{"params": matrices + head}, without_decay], **init_args)
 
 
-def clone_state(optimizer: Any) -> None:
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimizer itself, out of Fabric's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def clone_state(optimizer: Optimizer) -> None:
     """Clone the optimizer's state: after a memory-mapped load it still refers to the checkpoint file.
 
     The file's disk space would stay in use even after somebody deletes it.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Fabric's wrapper
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if isinstance(value, torch.Tensor) and value.device.type == "cpu":

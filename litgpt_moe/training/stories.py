@@ -16,7 +16,7 @@ PROMPT = "Once upon a time"
 # the same seed each time, so that stories of one run differ by what the model has learned
 SEED = 1
 FINAL_NEW_TOKENS = 300
-SAMPLING = Sampling(temperature=0.7, top_p=0.9)
+SAMPLING = Sampling(temperature=0.7, top_k=0, top_p=0.9)
 
 
 class StoryLog:

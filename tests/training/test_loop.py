@@ -1,5 +1,6 @@
 """The ways into LitGPT's loop: what is replaced and put back, which Fabric, and what a step costs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,3 +95,17 @@ def test_a_run_that_ends_early_changes_litgpt_s_settings_and_not_its_own() -> No
     assert hooks.ending == "SIGTERM" and hooks.train_args.save_interval == 1
     assert hooks.run.settings.train.save_interval == 4
     assert plain_settings(hooks.run.settings) == before
+
+
+def test_moments_of_another_size_are_refused_before_a_step_writes_beyond_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--max_tokens", 4 * 256) == 0
+    path = Path("out/final/lit_model.pth")
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    torch.save(state, path)
+    Path("out/final/checkpoint.json").unlink()
+    capsys.readouterr()
+    assert run("--resume", "out/final", "--out_dir", "more") == 1
+    assert "its training state is damaged: optimizer.state has a exp_avg of (1,)" in capsys.readouterr().err

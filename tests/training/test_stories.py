@@ -68,3 +68,11 @@ def test_no_story_where_none_is_wanted_or_another_process_writes_it(
 def test_the_last_story_is_told_from_the_checkpoint_alone(tmp_path: Path, storyteller: Path) -> None:
     moved = shutil.copytree(storyteller, tmp_path / "final")
     assert final_story(moved) == final_story(storyteller) != ""
+
+
+def test_a_model_without_finite_logits_tells_no_story(story_log: StoryLog, tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)  # finite themselves
+    story_log.tell(model, None, 4)
+    assert rows(story_log)[0]["text"] == "(none: the model's logits are not finite)"
