@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # what the helpers assert is told in full too
-pytest.register_assert_rewrite("runs", "helpers")
+pytest.register_assert_rewrite("helpers")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core: more threads would wait for each other
@@ -308,10 +308,10 @@ def workspace(
     tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A folder to run in: model and train settings for the tiny data, eight steps of 4 x 64 tokens."""
-    import run_train
+    from litgpt_moe.training.parse import VARIABLES
 
     monkeypatch.chdir(tmp_path)
-    for name in run_train.VARIABLES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "model_config.yaml").write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
     settings = {
@@ -352,17 +352,17 @@ def llama_style(tiny_tokenizer_dir: Path) -> "Tokenizer":
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """Have something happen while a step is computed, as a signal does."""
-    import run_train
+    from litgpt_moe.training.guard import Guard
 
     def schedule(step: int, act: Callable[[], object]) -> None:
-        is_bad, calls = run_train.Guard.is_bad, []
+        count_bad, calls = Guard.count_bad, []
 
-        def watched(guard: run_train.Guard, loss: float, norm: float) -> bool:
+        def watched(guard: Guard, loss: float, norm: float) -> bool:
             calls.append(loss)
             if len(calls) == step:
                 act()
-            return is_bad(guard, loss, norm)
+            return count_bad(guard, loss, norm)
 
-        monkeypatch.setattr(run_train.Guard, "is_bad", watched)
+        monkeypatch.setattr(Guard, "count_bad", watched)
 
     return schedule

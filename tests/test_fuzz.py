@@ -19,7 +19,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from runs import weights
+from helpers.runs import weights
 
 import evaluate
 import generate

@@ -1,13 +1,11 @@
 """Data, run and checkpoints on W&B: the real SDK against a small server, online and offline."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -184,35 +182,3 @@ def test_training_outlives_the_sdk_and_a_server_that_refuses(
         output = "".join(lines)
         assert process.wait() == 0, output
         assert "Warning: W&B is lost" in output and "Checkpoint out" in output
-
-
-class BrokenRun:
-    """A W&B run whose every call fails."""
-
-    def __getattr__(self, name: str) -> object:
-        raise BrokenPipeError("the service has ended")
-
-
-def test_a_wandb_that_fails_is_told_once_and_stops_nothing(tmp_path: Path) -> None:
-    told: list[str] = []
-    settings = run_train.Settings(out_dir=tmp_path)
-    log = run_train.WandbLog(SimpleNamespace(settings=settings), told.append)
-    log.logger = BrokenRun()
-    for step in range(3):
-        log.log_metrics({"loss": 1.0}, step)
-    log.close()
-    assert len(told) == 1 and re.search(r"W&B is lost \(the service has ended\); training goes on", told[0])
-
-
-def test_without_a_login_the_run_is_refused_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    def refuse() -> None:
-        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
-
-    log = run_train.WandbLog(SimpleNamespace(settings=run_train.Settings(out_dir=tmp_path)), print)
-    monkeypatch.setattr(log, "_open", refuse)
-    with pytest.raises(run_train.RunFailed, match=r"wandb login.*WANDB_MODE=offline"):
-        log.begin()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import edit_yaml
+from helpers.runs import edit_yaml
 
 import evaluate
 import generate

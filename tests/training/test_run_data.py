@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import alter
-from runs import edit_yaml, run
+from helpers.runs import edit_yaml, run
 
 import run_train
 from litgpt_moe.data import manifest, prepare
@@ -114,11 +114,6 @@ def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(prepare, "altered_shards", lambda *args: hashed.append(1) or check(*args))
     assert run("--max_tokens", 256) == 0
     assert len(hashed) == 1
-
-
-def test_the_seed_sets_the_order_of_the_data_too(workspace: Path) -> None:
-    settings = run_train.load_settings(["--config", "train_config.yaml", "--seed", "7"])
-    assert run_train.check_run(settings).data.seed == 7
 
 
 def test_missing_data_of_the_user_s_own_is_told_with_its_place(

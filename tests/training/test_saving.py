@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run, run, weights
+from helpers.runs import assert_same_run, run, weights
 
-import run_train
+from litgpt_moe.training import _checkpoints_temporary as writer
+from litgpt_moe.training._temporary import checkpoint_flaw
+from litgpt_moe.training.hooks import LoopHooks
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -43,8 +45,11 @@ def test_a_setting_of_the_optimizer_that_is_a_tensor_is_damage(capsys: pytest.Ca
     torch.save(state, path)
     Path("out/final/checkpoint.json").unlink()
     capsys.readouterr()
-    assert run("--resume", "out/final", "--out_dir", "other") == 2
-    assert "optimizer.param_groups.1.fused is no setting" in capsys.readouterr().err
+    assert run("--resume", "out/final", "--out_dir", "other") == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error.replace("\\", "/").startswith("error: out/final: its training state is damaged: ")
+    assert error.replace("\\", "/").endswith("start from its weights with --initial_checkpoint_dir out/final")
+    assert [path for path in Path("other").iterdir() if path.name != "logs"] == []
 
 
 def test_another_total_at_resume_is_told_in_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +124,7 @@ def test_what_a_kill_amid_a_save_leaves_is_removed_or_put_back() -> None:
     Path("out/.step-00000008.tmp").mkdir()
     Path("out/.step-00000008.tmp/lit_model.pth").write_bytes(b"half")
     shutil.copytree("out/step-00000004", "out/.final.old")  # moved aside, and the new one had not come
-    run_train.tidy(Path("out"), start_step=4)
+    writer.tidy(Path("out"), start_step=4)
     names = {path.name for path in Path("out").iterdir() if path.name[:4] in (".ste", ".fin", "step", "fina")}
     assert names == {"step-00000004", "final"}
 
@@ -129,7 +134,7 @@ def test_training_waits_for_the_copy_alone_and_the_copy_does_not_change_with_the
 ) -> None:
     assert run("--max_tokens", 7 * 256, "--out_dir", "out") == 0
     order: list[str] = []
-    write, before_step = run_train.write_state, run_train.Monitor.before_step
+    write, before_step = writer.write_state, LoopHooks.before_step
 
     def slow_write(*args: object) -> dict:
         time.sleep(0.5)
@@ -137,12 +142,12 @@ def test_training_waits_for_the_copy_alone_and_the_copy_does_not_change_with_the
         order.append("written")
         return result
 
-    def step(monitor: run_train.Monitor, *args: object) -> None:
-        order.append(f"step {monitor.step + 1}")
-        before_step(monitor, *args)
+    def step(hooks: LoopHooks, *args: object) -> None:
+        order.append(f"step {hooks.step + 1}")
+        before_step(hooks, *args)
 
-    monkeypatch.setattr(run_train, "write_state", slow_write)
-    monkeypatch.setattr(run_train.Monitor, "before_step", step)
+    monkeypatch.setattr(writer, "write_state", slow_write)
+    monkeypatch.setattr(LoopHooks, "before_step", step)
     assert run("--out_dir", "slow", "--max_tokens", 7 * 256) == 0
     assert order.index("step 7") < order.index("written")
     one, other = weights("slow/step-00000004"), weights("out/step-00000004")
@@ -184,7 +189,7 @@ def test_a_full_disk_ends_the_run_where_the_option_says_so(
     error = capsys.readouterr().err.replace("\\", "/")
     assert "error: out/step-00000008 could not be saved: it needs" in error
     assert "continue with --resume auto" in error
-    assert run_train.checkpoint_flaw(Path("out/step-00000004")) is None
+    assert checkpoint_flaw(Path("out/step-00000004")) is None
     assert sum(path.name.startswith("step-") for path in Path("out").iterdir()) == 1
 
 
@@ -205,14 +210,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_checkpoints_whole(
     small_disk: Path, at_step: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filler, write_state = small_disk / "filler", run_train.write_state
+    filler, write_state = small_disk / "filler", writer.write_state
 
     def write(state: dict, path: Path) -> dict:  # another process takes the room after it was looked for
         if path.parent.name == ".step-00000008.tmp":
             filler.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 150_000))
         return write_state(state, path)
 
-    monkeypatch.setattr(run_train, "write_state", write)
+    monkeypatch.setattr(writer, "write_state", write)
     at_step(11, lambda: filler.unlink())
     assert run("--out_dir", small_disk / "out", "--max_tokens", 12 * 256) == 0
     error = capsys.readouterr().err
@@ -222,4 +227,4 @@ def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_c
     names = sorted(path.name for path in (small_disk / "out").glob("*") if path.name[0] in "sf")
     assert names == ["final", "step-00000004", "step-00000012"]
     for name in names:
-        assert run_train.checkpoint_flaw(small_disk / "out" / name) is None
+        assert checkpoint_flaw(small_disk / "out" / name) is None

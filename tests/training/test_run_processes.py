@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import OFFLINE, ROOT, SENTENCES, TINY_CONFIG
-from runs import BALANCED, assert_same_run, losses, rows, run
+from helpers.runs import BALANCED, assert_same_run, losses, rows, run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
 def test_sharded_processes_train_as_one_and_either_resumes_the_other(tied: bool) -> None:
     flags = ["--max_tokens", 20 * 256, "--micro_batch_size", 1, "--train.tie_embeddings", tied, *BALANCED]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    script = [str(ROOT / "tests/fsdp_on_cpu.py"), *RUN[2:]]
+    script = [str(ROOT / "tests/helpers/fsdp_on_cpu.py"), *RUN[2:]]
     sharded = [*launcher, *script, "--devices", "2", "--accelerator", "auto"]
     both = start("--out_dir", "sharded", *flags, command=sharded)
     assert run("--out_dir", "one", *flags) == 0

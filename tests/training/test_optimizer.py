@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -10,20 +9,24 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_CONFIG
+from helpers import compiling_sgd
+from helpers.runs import assert_same_run, edit_yaml, losses, rows, run, weights
 from litgpt import GPT
-from runs import assert_same_run, edit_yaml, losses, rows, run, weights
 
-import moe_layers
-import run_train
+import litgpt_moe
+from litgpt_moe.training._temporary import model_facts
+from litgpt_moe.training.optimizer import make_optimizer, sort_parameters
+from litgpt_moe.training.settings import Settings
+from moe_layers import MoEConfig
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
 
 def test_no_decay_reaches_norms_biases_embeddings_and_routers() -> None:
-    model = GPT(moe_layers.MoEConfig(**{**TINY_CONFIG, "bias": True, "norm_qk": True}))
+    model = GPT(MoEConfig(**{**TINY_CONFIG, "bias": True, "norm_qk": True}))
     matrices, head, rest = (
         {name for name, weight in model.named_parameters() if any(weight is part for part in parts)}
-        for parts in run_train.sort_parameters(model)
+        for parts in sort_parameters(model)
     )
     assert matrices | head | rest == dict(model.named_parameters()).keys()
     assert head == {"lm_head.weight"}
@@ -36,46 +39,18 @@ def test_no_decay_reaches_norms_biases_embeddings_and_routers() -> None:
 
 
 def test_tied_embeddings_count_as_embeddings() -> None:
-    model = GPT(moe_layers.MoEConfig(**TINY_CONFIG))
+    model = GPT(MoEConfig(**TINY_CONFIG))
     model.transformer.wte.weight = model.lm_head.weight
-    _, head, rest = run_train.sort_parameters(model)
+    _, head, rest = sort_parameters(model)
     assert not head and any(weight is model.lm_head.weight for weight in rest)
-
-
-GRAPHS = []
-
-
-def counting(graph: torch.fx.GraphModule, _: list) -> object:
-    GRAPHS.append(graph)
-    return graph.forward
-
-
-@torch.compile(backend=counting)
-def shrunk(weight: torch.Tensor) -> torch.Tensor:
-    return weight * 0.999
-
-
-class CompilingSGD(torch.optim.SGD):
-    """SGD with a function compiled at import, and one in its step, as torchao's optimizers have them."""
-
-    @torch.no_grad()
-    def step(self, closure: object = None) -> object:
-        @torch.compile(dynamic=False, backend=counting)
-        def grown(weight: torch.Tensor) -> torch.Tensor:
-            return weight * 1.001
-
-        for group in self.param_groups:
-            for weight in group["params"]:
-                weight.copy_(torch.compile(grown, backend=counting)(shrunk(weight)))
-        return super().step(closure)
 
 
 def test_what_an_optimizer_compiles_runs_eagerly_where_the_model_does() -> None:
     torch.compiler.set_stance("default")
-    edit_yaml("train_config.yaml", "optimizer", {"class_path": "test_optimizers.CompilingSGD"})
+    edit_yaml("train_config.yaml", "optimizer", {"class_path": "helpers.compiling_sgd.CompilingSGD"})
     edit_yaml("train_config.yaml", "optimizer.init_args", {"lr": 0.01})
     assert run("--max_tokens", 512) == 0
-    assert GRAPHS == []
+    assert compiling_sgd.GRAPHS == []
 
 
 @pytest.mark.parametrize(("where", "n_decayed"), [("matrices", 1), ("all", 2)])
@@ -115,10 +90,9 @@ def test_muon_moves_the_hidden_matrices_and_resumes_exactly() -> None:
 
 
 def test_muon_orthogonalises_each_expert_by_itself() -> None:
-    model = GPT(moe_layers.MoEConfig(**TINY_CONFIG))
-    settings = run_train.Settings()
+    model = GPT(MoEConfig(**TINY_CONFIG))
     spec = {"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1, "weight_decay": 0.0}}
-    optimizer = run_train.make_optimizer(settings, model, spec)
+    optimizer = make_optimizer(Settings(), model, spec)
     expert = model.transformer.h[0].mlp.experts[1].fc_1.weight
     before = expert.detach().clone()
     expert.grad = torch.randn_like(expert)
@@ -131,9 +105,7 @@ def test_muon_orthogonalises_each_expert_by_itself() -> None:
 
 def test_a_row_tells_the_share_of_the_peak_and_the_work_so_far() -> None:
     assert run() == 0
-    config = moe_layers.MoEConfig(**TINY_CONFIG)
-    _, active = moe_layers.count_parameters(config)
-    per_token = 6 * (active - config.padded_vocab_size * config.n_embd) + 12 * 2 * config.n_embd * 64
+    per_token = model_facts(MoEConfig(**TINY_CONFIG), block_size=64).flops_per_token
     logged = [row for row in rows() if row["loss"]]
     assert [float(row["flops"]) for row in logged] == [step * 256 * per_token for step in range(1, 9)]
     assert all(0 < float(row["mfu"]) < 1 for row in logged)
@@ -152,6 +124,7 @@ def test_the_load_the_stories_and_the_command_are_on_file_and_sampling_changes_n
     assert all(sum(int(row[f"e{e}"]) for e in range(4)) == 4 * 64 * 2 for row in loads)
     facts = json.loads(Path("telling/logs/run.json").read_text(encoding="utf-8"))
     assert facts["settings"]["train"]["global_batch_size"] == 4 and facts["versions"]["litgpt"] == "0.5.13"
+    assert facts["versions"]["litgpt_moe"] == litgpt_moe.__version__
     assert (
         yaml.safe_load(Path("telling/final/train_config.yaml").read_text(encoding="utf-8"))
         == facts["settings"]
@@ -168,31 +141,3 @@ def test_a_resumed_run_takes_its_own_weight_decay_and_not_the_saved_one() -> Non
     assert run("--max_tokens", 1280, "--resume", "auto", "--optimizer.weight_decay", 0.5) == 0
     state = torch.load("out/final/lit_model.pth", weights_only=True)
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        # 10 steps, 2 of warm-up, from 1.0 to 0.2; cosine: 0.2 + 0.4 (1 + cos(pi (step - 2) / 8))
-        ("cosine", {1: 0.5, 2: 1.0, 4: 0.2 + 0.4 * (1 + math.sqrt(0.5)), 6: 0.6, 10: 0.2}),
-        # the last 4 steps go down: 0.2 + 0.8 (1 - sqrt(done))
-        ("wsd", {1: 0.5, 2: 1.0, 6: 1.0, 7: 0.2 + 0.8 * 0.5, 10: 0.2}),
-        ("constant", {1: 0.5, 2: 1.0, 10: 1.0}),
-    ],
-)
-def test_the_learning_rate_of_each_schedule_is_the_one_worked_out_by_hand(
-    name: str, expected: dict[int, float]
-) -> None:
-    settings = run_train.Settings()
-    settings.schedule = run_train.ScheduleArgs(name=name, decay_fraction=0.4)
-    settings.train.min_lr = 0.2
-    found = {step: run_train.learning_rate(settings, step, 10, 2, 1.0) for step in expected}
-    assert found == pytest.approx(expected)
-
-
-def test_warm_up_counts_in_tokens_or_steps() -> None:
-    edit_yaml("train_config.yaml", "train.lr_warmup_steps", 4)
-    assert run("--out_dir", "steps") == 0
-    assert run("--out_dir", "tokens", "--schedule.warmup_tokens", 4 * 256, "--micro_batch_size", 1) == 0
-    rates = [[row["learning_rate"] for row in rows(name) if row["loss"]] for name in ("steps", "tokens")]
-    assert rates[0] == rates[1] and [float(rate) for rate in rates[0][:4]] == [0.0025, 0.005, 0.0075, 0.01]

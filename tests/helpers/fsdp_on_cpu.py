@@ -16,8 +16,9 @@ import torch
 from lightning.fabric import connector
 from torch.distributed import fsdp
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import run_train
+from litgpt_moe.training import loop
 
 CPU = torch.device("cpu")
 
@@ -59,15 +60,15 @@ def let_fsdp_run_on_the_cpu() -> None:
     )
 
 
-def make_fabric(*args: Any, make: Any = run_train.make_fabric, has_cuda: Any = run_train._has_cuda) -> Any:
-    run_train._has_cuda = lambda: True  # for the choice of the strategy alone
+def make_fabric(*args: Any, make: Any = loop.make_fabric, has_cuda: Any = loop.has_cuda) -> Any:
+    loop.has_cuda = lambda: True  # for the choice of the strategy alone
     fabric = make(*args)
-    run_train._has_cuda = has_cuda
+    loop.has_cuda = has_cuda
     print(type(fabric.strategy).__name__)
     return fabric
 
 
 if __name__ == "__main__":
     let_fsdp_run_on_the_cpu()
-    run_train.make_fabric = make_fabric
+    loop.make_fabric = make_fabric
     raise SystemExit(run_train.main())

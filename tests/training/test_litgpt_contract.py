@@ -32,10 +32,10 @@ def test_main_takes_the_arguments_that_run_train_passes() -> None:
 def test_save_checkpoint_calls_the_function_that_we_replace() -> None:
     source = inspect.getsource(pretrain.save_checkpoint)
     assert "save_hyperparameters(setup, checkpoint_file.parent)" in source, (
-        "save_checkpoint no longer calls save_hyperparameters: must run_train.train still replace it?"
+        "save_checkpoint no longer calls save_hyperparameters: must training/loop.py still replace it?"
     )
     assert source.index("fabric.save") < source.index("save_config"), (
-        "model_config.yaml is no longer written last: run_train.find_resume takes it for the mark of a whole"
+        "model_config.yaml is no longer written last: its presence marks a whole checkpoint of LitGPT"
     )
 
 
@@ -104,10 +104,10 @@ def test_the_loop_divides_the_loss_but_not_what_a_layer_adds() -> None:
 def test_the_arguments_that_pretraining_ignores_are_still_ignored() -> None:
     source = inspect.getsource(pretrain.fit) + inspect.getsource(pretrain.main)
     for name in ("max_steps", "max_time", "epochs", "max_new_tokens"):
-        assert name not in source, f"LitGPT now reads {name}: run_train need not refuse it, or do it itself"
+        assert name not in source, f"LitGPT now reads {name}: training/ need not refuse it or do it"
 
 
-def test_the_loop_calls_what_the_monitor_waits_for_in_its_order() -> None:
+def test_the_loop_calls_what_the_hooks_wait_for_in_its_order() -> None:
     source = inspect.getsource(pretrain.fit)
     calls = (
         "train_iterator = CycleIterator(train_dataloader)",  # Ending is raised from there, between steps
@@ -120,13 +120,13 @@ def test_the_loop_calls_what_the_monitor_waits_for_in_its_order() -> None:
         "save_checkpoint(",
     )
     places = [source.index(call, source.index("total_t0 =") if n > 1 else 0) for n, call in enumerate(calls)]
-    assert places[1:] == sorted(places[1:]), "litgpt.pretrain.fit has another order than Monitor counts on"
+    assert places[1:] == sorted(places[1:]), "litgpt.pretrain.fit has another order than LoopHooks"
 
 
 def test_main_asks_for_the_functions_that_we_replace() -> None:
     source = inspect.getsource(pretrain.main)
     assert source.index("fabric.setup(model)") < source.index("instantiate_torch_optimizer("), (
-        "the optimizer is built before Monitor.on_after_setup knows the model"
+        "the optimizer is built before LoopHooks.on_after_setup knows the model"
     )
     for call in (
         "initialize_weights(",
@@ -138,13 +138,32 @@ def test_main_asks_for_the_functions_that_we_replace() -> None:
         assert call in source, f"litgpt.pretrain.main no longer calls {call}"
 
 
+def test_every_function_that_we_replace_is_called_by_its_name_in_the_module() -> None:
+    calls = {
+        "save_checkpoint": "save_checkpoint(fabric, state, tokenizer_dir, out_dir /",
+        "validate": "validate(fabric, model, val_dataloader, max_iters=eval.max_iters)",
+        "instantiate_torch_optimizer": "instantiate_torch_optimizer(optimizer, model.parameters(), **extra",
+        "chunked_cross_entropy": "loss = chunked_cross_entropy(logits, targets)",
+    }
+    source = inspect.getsource(pretrain.main) + inspect.getsource(pretrain.fit)
+    for name, call in calls.items():
+        assert hasattr(pretrain, name), f"litgpt.pretrain has no {name} to replace: see training/loop.py"
+        assert call in source, f"litgpt.pretrain calls {name} with other arguments: see training/loop.py"
+    assert "chunk_size=0" in source, "fit no longer marks the loss of the model whose FLOPs are counted"
+
+
+def test_fit_saves_by_the_train_args_that_main_was_given_so_that_a_change_is_seen() -> None:
+    assert "train=train" in inspect.getsource(pretrain.main), "LoopHooks cannot ask for a save at the end"
+    assert "replace(" not in inspect.getsource(pretrain.fit), "fit works on a copy of TrainArgs"
+
+
 def test_a_validation_loss_is_exponentiated_unchecked() -> None:
-    assert "math.exp(val_loss)" in inspect.getsource(pretrain.fit), "litgpt_seams need not clamp it any more"
+    assert "math.exp(val_loss)" in inspect.getsource(pretrain.fit), "LoopHooks.validate need not"
 
 
 def test_a_global_batch_is_rounded_down_in_silence() -> None:
     args = TrainArgs(global_batch_size=10, micro_batch_size=4)
-    assert args.gradient_accumulation_iters(devices=1) == 2, "LitGPT now checks it: run_train need not"
+    assert args.gradient_accumulation_iters(devices=1) == 2, "training/checks.py need not"
 
 
 def test_compile_can_be_kept_from_compiling() -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import loss_times, losses, rows, run, weights
 from litgpt import GPT
 from litgpt.config import Config
-from runs import losses, rows, run, weights
-from test_guard import loss_times
 
 import evaluate
 import generate

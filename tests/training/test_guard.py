@@ -1,41 +1,51 @@
 """The guard of a run: steps that are not finite, losses that jump, and what is told of them."""
 
-import contextlib
 import csv
 import math
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import litgpt
 import pytest
 import torch
-from runs import assert_same_run, losses, rows, run, weights
+from conftest import ROOT
+from helpers.runs import assert_same_run, loss_times, losses, rows, run, weights
 
-import moe_layers
-import run_train
+from litgpt_moe.training.guard import Guard
+from litgpt_moe.training.hooks import LoopHooks
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
 
-@contextlib.contextmanager
-def loss_times(factor: float, *calls: int) -> Iterator[None]:
-    """Multiply the loss of the given calls of LitGPT's loop (1 is the first after its sanity check)."""
-    original, n_calls = moe_layers.linear_cross_entropy, 0
+def test_the_guard_counts_bad_steps_and_those_in_a_row() -> None:
+    guard = Guard(spike_sigma=6.0)
+    steps = [(1.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0), (math.inf, 1.0)]
+    found = [(guard.count_bad(*step), guard.n_in_a_row) for step in steps]
+    assert found == [(False, 0), (True, 1), (True, 2), (False, 0), (True, 1)]
+    assert guard.n_skipped == 3
 
-    def cross_entropy(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        nonlocal n_calls
-        n_calls += hidden.requires_grad
-        loss = original(hidden, *args, **options)
-        return loss * factor if hidden.requires_grad and n_calls in calls else loss
 
-    moe_layers.linear_cross_entropy = cross_entropy
-    try:
-        yield
-    finally:
-        moe_layers.linear_cross_entropy = original
+def test_a_spike_is_a_loss_that_many_deviations_above_enough_losses_before() -> None:
+    before = [3.0, 5.0] * 16  # mean 4, standard deviation 1
+    for sigma, loss, expected in ((6.0, 10.1, (4.0, 1.0)), (6.0, 9.9, None), (0.0, 100.0, None)):
+        guard = Guard(sigma)
+        assert [guard.add_loss(loss) for loss in before[:31]] == [None] * 31
+        assert guard.add_loss(before[31]) is None
+        assert guard.add_loss(loss) == expected
+    few = Guard(6.0)
+    assert [few.add_loss(loss) for loss in (*before[:31], 100.0)] == [None] * 32
+
+
+def test_the_guard_compares_with_the_latest_losses_and_keeps_them_in_a_checkpoint() -> None:
+    guard, again = Guard(6.0), Guard(6.0)
+    for loss in range(200):
+        guard.add_loss(float(loss))
+    guard.count_bad(math.nan, 1.0)
+    again.load_state_dict(guard.state_dict())
+    assert again.losses == [float(loss) for loss in range(72, 200)]
+    assert (again.n_skipped, again.n_in_a_row) == (1, 1)
 
 
 def test_a_step_without_a_finite_loss_changes_no_weight_and_is_counted() -> None:
@@ -52,14 +62,14 @@ def test_a_step_without_a_finite_loss_changes_no_weight_and_is_counted() -> None
 def test_weights_that_are_no_numbers_are_never_saved(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after_step = run_train.Monitor.on_after_optimizer_step
+    after_step = LoopHooks.on_after_optimizer_step
 
-    def overflow(monitor: run_train.Monitor, strategy: object, optimizer: torch.optim.Optimizer) -> None:
-        after_step(monitor, strategy, optimizer)
-        if monitor.step == 3:  # as an update with a finite gradient can, in bf16
+    def overflow(hooks: LoopHooks, strategy: object, optimizer: torch.optim.Optimizer) -> None:
+        after_step(hooks, strategy, optimizer)
+        if hooks.step == 3:  # as an update with a finite gradient can, in bf16
             optimizer.param_groups[0]["params"][1].data[0, 0] = math.inf
 
-    monkeypatch.setattr(run_train.Monitor, "on_after_optimizer_step", overflow)
+    monkeypatch.setattr(LoopHooks, "on_after_optimizer_step", overflow)
     assert run("--train.save_interval", 1) == 1
     error = capsys.readouterr().err.replace("\\", "/")
     assert "error: out/step-00000003 could not be saved: model." in error
@@ -71,7 +81,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
 def test_a_loss_spike_is_written_down_with_the_place_of_its_batch(
     tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sys.path.insert(0, str(Path(run_train.__file__).parent / "tools"))
+    sys.path.insert(0, str(ROOT / "tools"))
     import show_batch
 
     with loss_times(50.0, 41 * 2):  # the second micro-batch of step 41
@@ -89,7 +99,7 @@ def test_a_loss_spike_is_written_down_with_the_place_of_its_batch(
 def test_the_stories_of_a_step_are_shown_from_any_folder(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sys.path.insert(0, str(Path(run_train.__file__).parent / "tools"))
+    sys.path.insert(0, str(ROOT / "tools"))
     import show_batch
 
     shutil.copytree(tiny_data, "data/mine")
@@ -130,11 +140,3 @@ def test_a_validation_loss_too_large_for_its_exponential_ends_nothing(
     monkeypatch.setattr(pretrain, "validate", lambda *_, **__: torch.tensor(1e6))
     assert run("--max_tokens", 4 * 256) == 0
     assert [row["val_loss"] for row in rows() if row["val_loss"]] == ["700.0", "700.0"]
-
-
-def test_a_model_without_finite_logits_tells_no_story(tiny_checkpoint: Path) -> None:
-    model, tokenizer = moe_layers.load_model(tiny_checkpoint), litgpt.Tokenizer(tiny_checkpoint)
-    assert run_train.write_story(model, tokenizer, 5).startswith(run_train.PROMPT)
-    with torch.no_grad():
-        model.lm_head.weight.fill_(3e38)  # finite themselves
-    assert run_train.write_story(model, tokenizer, 5) == "(none: the model's logits are not finite)"
