@@ -176,7 +176,7 @@ def other_loggers(run: "Run", hooks: "LoopHooks") -> list[Any]:
 
 def open_out_dir(run: "Run", hooks: "LoopHooks") -> None:
     """Clear the run's folder of what is not part of this run's history, and write what the run is."""
-    from litgpt_moe.training._checkpoints_temporary import delete_run, tidy
+    from litgpt_moe.checkpoints.writer import delete_run, tidy
     from litgpt_moe.training.summary import write_run_facts
 
     out_dir = run.settings.out_dir

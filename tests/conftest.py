@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -91,7 +94,7 @@ def faults_of_new_memory() -> Callable[[], int]:
 
     import torch
 
-    from moe_layers import mallopt
+    from litgpt_moe.hardware import mallopt
 
     def faults() -> int:
         counts = []
@@ -182,7 +185,7 @@ TINY_CONFIG = {
 @pytest.fixture
 def tiny_config():
     """A MoEConfig of two layers, C=16, E=4, K=2, T=64 and 512 words."""
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     return MoEConfig(**TINY_CONFIG)
 
@@ -194,7 +197,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir
     from litgpt.model import GPT
     from litgpt.utils import copy_config_files, save_config
 
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     config = MoEConfig(**TINY_CONFIG)
     torch.manual_seed(1)
@@ -215,7 +218,7 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) 
     from litgpt.utils import copy_config_files, save_config
     from tokenizers import Tokenizer
 
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     def overfit(text: str, **config: object) -> Path:
         torch.manual_seed(0)
@@ -285,7 +288,6 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
     """A prepared data directory: about 6,000 training tokens in 300 different stories, and a val split."""
-    import prepare_data
 
     folder = tmp_path_factory.mktemp("data") / "custom_text"
     names = [f"{a}{b}" for a in ("Al", "Bo", "Ce", "Da", "El", "Fi") for b in ("na", "ra", "lo", "mi", "ke")]
@@ -298,8 +300,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
         (folder / split).mkdir(parents=True)
         text = "".join(f"{story}\n<|endoftext|>\n" for story in part)
         (folder / split / "stories.txt").write_text(text, encoding="utf-8")
-    settings = prepare_data.PrepareSettings(data_dir=folder, tokenizer_dir=tiny_tokenizer_dir, workers=1)
-    prepare_data.prepare(settings)
+    settings = PrepareSettings(data_dir=folder, tokenizer_dir=tiny_tokenizer_dir, workers=1)
+    prepare(settings)
     return folder
 
 

@@ -21,7 +21,9 @@ from litgpt_moe.balance import (
     update_selection_bias,
     use_selection_bias,
 )
-from moe_layers import MoE, MoEConfig, load_model
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.config import MoEConfig
+from moe_layers import MoE
 
 pytestmark = pytest.mark.usefixtures("eager")
 

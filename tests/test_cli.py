@@ -180,14 +180,14 @@ def test_every_yaml_in_configs_loads(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODEL_CONFIGS, ids=relative)
 def test_every_model_configuration_passes_its_checks(path: Path) -> None:
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     assert MoEConfig.from_file(path).n_expert > 0
 
 
 @pytest.mark.parametrize("path", MODEL_CONFIGS, ids=relative)
 def test_a_model_configuration_has_the_size_its_name_tells(path: Path) -> None:
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
     from tools.count_params import count_params
 
     count = count_params(MoEConfig.from_file(path))
@@ -196,7 +196,7 @@ def test_a_model_configuration_has_the_size_its_name_tells(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODEL_CONFIGS, ids=relative)
 def test_the_header_of_a_model_configuration_tells_its_true_counts(path: Path) -> None:
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
     from tools.count_params import count_params
 
     count = count_params(MoEConfig.from_file(path))

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, alter
 
-import moe_layers
 from evaluate import main
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import sha256_file
+from litgpt_moe.loss import CHUNK_VALUES
 from litgpt_moe.scoring import bytes_of_first, split_corpus
-from prepare_data import read_tokenizer
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -51,7 +51,7 @@ def write_data(data_dir: Path, tokenizer_dir: Path, val: list[str] = STORIES) ->
     splits = {"train": STORIES[:1], "val": val}
     tokenizer = {
         "sha256": sha256_file(tokenizer_dir / "tokenizer.json"),
-        "vocab_size": read_tokenizer(tokenizer_dir).vocab_size,
+        "vocab_size": read_tokenizer_facts(tokenizer_dir).vocab_size,
         "bos_id": 1,
         "eos_id": 2,
     }
@@ -127,7 +127,7 @@ def test_loss_is_that_of_a_plain_loop_over_every_token(evaluated, data_dir, tiny
 
 def test_few_logits_at_a_time_give_the_same_loss(evaluated, monkeypatch):
     whole = evaluated()
-    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", 5 * 512)  # five tokens
+    monkeypatch.setitem(CHUNK_VALUES, "cpu", 5 * 512)  # five tokens
     assert evaluated()["loss"] == pytest.approx(whole["loss"], abs=1e-7)
 
 

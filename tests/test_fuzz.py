@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.runs import weights
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from helpers.runs import weights
 
 import evaluate
 import generate

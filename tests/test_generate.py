@@ -204,7 +204,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 @pytest.fixture(scope="module")
 def expected(chatterbox: Path, llama_style: HFTokenizer) -> str:
     """The beginning of what the processes below say."""
-    from moe_layers import load_model
+    from litgpt_moe.checkpoints.reader import load_model
 
     prompt = [1, *llama_style.encode("Tom").ids]
     steps: Iterator[int] = generate(load_model(chatterbox), prompt, 4000, GREEDY)

@@ -13,7 +13,6 @@ import yaml
 from conftest import ROOT, TINY_CONFIG, wait_until
 from helpers.wandb_server import WandbServer, serve
 
-import run_train
 from litgpt_moe.data.artifact import lineage
 from litgpt_moe.data.manifest import verify
 from litgpt_moe.data.prepare import prepare

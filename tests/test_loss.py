@@ -8,9 +8,9 @@ from litgpt.model import GPT
 from litgpt.utils import chunked_cross_entropy
 
 from litgpt_moe import loss as loss_module
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.kernels import matmul
 from litgpt_moe.loss import IGNORED_TOKEN, defer_head, linear_cross_entropy
-from moe_layers import MoEConfig
 
 pytestmark = pytest.mark.usefixtures("eager")
 

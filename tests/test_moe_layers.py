@@ -13,10 +13,12 @@ from lightning.fabric.utilities.throughput import measure_flops
 from litgpt.model import GPT, LLaMAMLP, LLaMAMoE
 from litgpt.pretrain import initialize_weights
 
-import moe_layers
 from litgpt_moe import balance
+from litgpt_moe.checkpoints.layout import find_checkpoint
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.kernels import choice
-from moe_layers import MoE, MoEConfig, SimplifiedLLaMAMoE
+from moe_layers import MoE, SimplifiedLLaMAMoE
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -278,7 +280,7 @@ def test_a_loaded_checkpoint_gives_stock_litgpt_s_logits(tiny_checkpoint: Path) 
     stock.load_state_dict(
         torch.load(tiny_checkpoint / "lit_model.pth", weights_only=True)["model"], strict=True
     )
-    model = moe_layers.load_model(tiny_checkpoint)
+    model = load_model(tiny_checkpoint)
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), stock(tokens), rtol=1e-5, atol=1e-6)
@@ -287,7 +289,7 @@ def test_a_loaded_checkpoint_gives_stock_litgpt_s_logits(tiny_checkpoint: Path) 
 
 
 def test_a_model_is_loaded_in_the_dtype_asked_for(tiny_checkpoint: Path) -> None:
-    model = moe_layers.load_model(tiny_checkpoint, dtype=torch.bfloat16)
+    model = load_model(tiny_checkpoint, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
 
@@ -304,7 +306,7 @@ def test_a_truncated_checkpoint_is_told_in_one_sentence(tiny_checkpoint: Path, t
     weights = folder / "lit_model.pth"
     weights.write_bytes(weights.read_bytes()[:-500])
     with pytest.raises(ValueError, match=r"lit_model\.pth is damaged") as caught:
-        moe_layers.load_model(folder)
+        load_model(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -313,7 +315,7 @@ def test_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: P
     wider = {**TINY_CONFIG, "moe_intermediate_size": 12}
     (folder / "model_config.yaml").write_text(yaml.dump(wider), encoding="utf-8")
     with pytest.raises(ValueError, match=r"do not fit the model config MoE-tiny: .*experts\.0\.fc_1\.weight"):
-        moe_layers.load_model(folder)
+        load_model(folder)
 
 
 def test_a_checkpoint_is_found_by_its_folder_its_parent_or_its_newest_step(
@@ -321,23 +323,23 @@ def test_a_checkpoint_is_found_by_its_folder_its_parent_or_its_newest_step(
 ) -> None:
     for name in ("step-00000100", "step-00000900"):
         copy_checkpoint(tiny_checkpoint, tmp_path / name)
-    assert moe_layers.find_checkpoint(tmp_path / "step-00000100") == tmp_path / "step-00000100"
-    assert moe_layers.find_checkpoint(tmp_path / "step-00000100" / "lit_model.pth").name == "step-00000100"
-    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "step-00000900"
+    assert find_checkpoint(tmp_path / "step-00000100") == tmp_path / "step-00000100"
+    assert find_checkpoint(tmp_path / "step-00000100" / "lit_model.pth").name == "step-00000100"
+    assert find_checkpoint(tmp_path) == tmp_path / "step-00000900"
     (tmp_path / "step-00000900" / "lit_model.pth").unlink()
-    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "step-00000100"
+    assert find_checkpoint(tmp_path) == tmp_path / "step-00000100"
     copy_checkpoint(tiny_checkpoint, tmp_path / "final")
-    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "final"
+    assert find_checkpoint(tmp_path) == tmp_path / "final"
 
 
 def test_no_checkpoint_is_told_with_the_place(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no lit_model"):
-        moe_layers.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
-        moe_layers.find_checkpoint(tmp_path / "absent")
+        find_checkpoint(tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file; name a checkpoint directory"):
-        moe_layers.find_checkpoint(tmp_path / "file")
+        find_checkpoint(tmp_path / "file")
 
 
 def test_a_router_with_groups_begins_with_random_weights_not_with_old_memory() -> None:

@@ -16,7 +16,9 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import copy_config_files, save_config
 
 from litgpt_moe import routing
-from moe_layers import MoEConfig, count_expert_load, expert_load, load_model
+from litgpt_moe.balance import count_expert_load, expert_load
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.config import MoEConfig
 from tools import inspect_routing
 
 

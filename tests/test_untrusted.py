@@ -17,6 +17,7 @@ import generate
 import prepare_data
 import run_train
 import wandb_dataset
+from litgpt_moe.data.manifest import read_manifest
 from tools import inspect_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -281,5 +282,5 @@ def test_shards_with_counts_that_are_no_numbers_are_made_again(
     path.write_text(json.dumps(manifest), encoding="utf-8")
     flags = ["--data_dir", "d", "--tokenizer_dir", str(tiny_tokenizer_dir), "--workers", "1"]
     assert prepare_data.main(flags) == 0
-    was = prepare_data.read_manifest(tiny_data)["splits"]["train"]["n_stories"]
-    assert prepare_data.read_manifest(Path("d"))["splits"]["train"]["n_stories"] == was
+    was = read_manifest(tiny_data)["splits"]["train"]["n_stories"]
+    assert read_manifest(Path("d"))["splits"]["train"]["n_stories"] == was

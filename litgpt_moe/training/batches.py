@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from litgpt import Tokenizer
 
-import prepare_data
+from litgpt_moe.data.module import TextShards
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.checks import warn_of_unused_rows
 from litgpt_moe.training.run import Run
@@ -76,7 +78,7 @@ class TrainLoader:
 
 def prepare_data_of(run: Run) -> None:
     """Put the data on disk, up to date; raises ValueError if it is too short for the run."""
-    if isinstance(run.data, prepare_data.TextShards):
+    if isinstance(run.data, TextShards):
         _prepare_text(run)
     is_new = not (run.resume or run.initial)
     if is_new and (n_rows := run.config.padded_vocab_size):
@@ -95,8 +97,8 @@ def _prepare_text(run: Run) -> None:
     if run.demo_data or not has_tokenizer:
         is_demo_model = run.config.padded_vocab_size == DEMO_VOCAB
         trains_own = not has_tokenizer and (run.demo_data or is_demo_model)
-        prepare_data.prepare(
-            prepare_data.PrepareSettings(
+        prepare(
+            PrepareSettings(
                 data_dir=folder,
                 dataset="demo" if run.demo_data else "custom",
                 tokenizer_dir=settings.tokenizer_dir,

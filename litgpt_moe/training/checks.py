@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 
+from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
+from litgpt_moe.checkpoints.reader import checkpoint_flaw
+from litgpt_moe.config import ModelFacts
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import FolderLock, existing_parent
+from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
-from litgpt_moe.training._temporary import (
-    ModelFacts,
-    checkpoint_flaw,
-    checkpoints_of,
-    has_cuda,
-    memory_bytes,
-    read_tokenizer_facts,
-)
 from litgpt_moe.training.resume import OpenCheckpoint
-from litgpt_moe.training.settings import CheckpointArgs, LogArgs, Settings, TrainArgs
+from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
 
 # the lowest value that makes sense; 0 switches off where it is allowed
 LOWEST = {

@@ -14,9 +14,9 @@ from typing import Any
 
 from litgpt import Config
 
+from litgpt_moe.balance import STATISTICS
 from litgpt_moe.files import write_whole
 from litgpt_moe.processes import is_main_process
-from moe_layers import STATISTICS
 
 METRICS_FILE = Path("csv/metrics.csv")
 STEP_COLUMNS = (

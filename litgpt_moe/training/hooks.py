@@ -12,14 +12,11 @@ from lightning.fabric.strategies.strategy import Strategy
 from litgpt.args import TrainArgs
 from torch.optim import Optimizer
 
-from litgpt_moe.training._checkpoints_temporary import (
-    CheckpointWriter,
-    RunState,
-    checkpoints_of,
-    peak_flops,
-    rng_state,
-    set_rng_state,
-)
+from litgpt_moe.balance import discard_step_load, layers_of, router_statistics, update_selection_bias
+from litgpt_moe.checkpoints.layout import checkpoints_of
+from litgpt_moe.checkpoints.state import RunState, rng_state, set_rng_state
+from litgpt_moe.checkpoints.writer import CheckpointWriter
+from litgpt_moe.hardware import peak_flops
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.guard import Guard
@@ -30,7 +27,6 @@ from litgpt_moe.training.schedule import learning_rate, warmup_steps
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.steps import Deadline, Judge, RunFailed, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
-from moe_layers import discard_step_load, moe_layers, router_statistics, update_selection_bias
 
 # of a slow disk, until a first save has been timed
 ASSUMED_BYTES_PER_S = 200e6
@@ -158,7 +154,7 @@ class LoopHooks:
         row |= {"epoch": epoch, "skipped_steps": self.guard.n_skipped}
         counts, read = router_statistics(self.model.gpt, _sum_over_ranks(fabric.strategy))
         counts = counts.cpu()
-        self.logs.write_loads(self.step, moe_layers(self.model.gpt), counts.tolist())
+        self.logs.write_loads(self.step, layers_of(self.model.gpt), counts.tolist())
         return row | read(counts)
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:

@@ -16,14 +16,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from litgpt import GPT, pretrain
 from torch.optim import Optimizer
 
-from litgpt_moe.training._checkpoints_temporary import (
-    CheckpointWriter,
-    check_moments,
-    damage_in,
-    has_cuda,
-    keep_freed_memory,
-    will_compile,
-)
+from litgpt_moe.checkpoints.state import check_moments, damage_in
+from litgpt_moe.checkpoints.writer import CheckpointWriter
+from litgpt_moe.hardware import has_cuda, keep_freed_memory, will_compile
+from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.optimizer import clone_state, make_optimizer, unwrapped
@@ -32,7 +28,6 @@ from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.sharding import ShardedStrategy
 from litgpt_moe.training.steps import RunFailed
-from moe_layers import linear_cross_entropy
 
 
 class TrainingFabric(L.Fabric):

@@ -8,18 +8,11 @@ import torch
 from lightning.fabric import Fabric
 from litgpt import GPT
 
+from litgpt_moe.balance import Balance, has_selection_bias, layers_of, set_balance, use_selection_bias
+from litgpt_moe.kernels.matmul import use_fast_linear
+from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.sharding import is_sharded
-from moe_layers import (
-    Balance,
-    LossHead,
-    defer_head,
-    has_selection_bias,
-    moe_layers,
-    set_balance,
-    use_fast_linear,
-    use_selection_bias,
-)
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # returns the sum over all ranks
 
@@ -78,4 +71,4 @@ def set_router_counts(gpt: GPT, counts: list[dict[str, torch.Tensor]]) -> None:
 
 
 def _balances(gpt: GPT) -> list[Balance]:
-    return [layer.balance for layer in moe_layers(gpt).values() if layer.balance is not None]
+    return [layer.balance for layer in layers_of(gpt).values() if layer.balance is not None]

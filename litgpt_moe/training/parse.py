@@ -12,8 +12,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from litgpt_moe.cli import RUN_TRAIN, command_line, join_switches
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
-from litgpt_moe.training._temporary import MoEConfig, has_cuda
 from litgpt_moe.training.class_path import CLASS_KEYS, words_of_action
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.yaml_files import read_mapping

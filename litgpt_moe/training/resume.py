@@ -7,20 +7,17 @@ from typing import Any
 import torch
 from litgpt import Config
 
-from litgpt_moe.processes import note_once
-from litgpt_moe.training._temporary import (
-    CHECKPOINT_FILE,
-    SETTINGS_FILE,
+from litgpt_moe.balance import has_selection_bias
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints_of, find_checkpoint
+from litgpt_moe.checkpoints.reader import (
     check_weights,
-    checkpoints_of,
-    find_checkpoint,
     flaw_words,
-    has_selection_bias,
     read_state,
     read_training_state,
     verify_checkpoint,
     weights_of,
 )
+from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
 from litgpt_moe.training.settings import Settings
 

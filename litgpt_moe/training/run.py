@@ -9,19 +9,14 @@ from typing import Any
 import torch
 from litgpt import args as litgpt_args
 
+from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
+from litgpt_moe.data.artifact import pull
+from litgpt_moe.data.manifest import MANIFEST
+from litgpt_moe.data.module import TextShards
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
+from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
-from litgpt_moe.training._temporary import (
-    DEFAULT_DATA_DIR,
-    MANIFEST,
-    SPLITS,
-    ModelFacts,
-    MoEConfig,
-    TextShards,
-    model_facts,
-    pull,
-    training_device,
-)
 from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import OpenCheckpoint, check_resume, find_initial, find_resume
 from litgpt_moe.training.settings import Settings

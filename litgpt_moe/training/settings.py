@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-# for the integrator: from litgpt_moe.checkpoints.layout import CheckpointArgs, and delete the class below
-# for the integrator: from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR
-DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
+from litgpt_moe.checkpoints.layout import CheckpointArgs
+from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR
 
 
 @dataclass(frozen=True)
@@ -112,24 +111,6 @@ class ScheduleArgs:
     """Tokens of linear warm-up, in place of train.lr_warmup_steps (null: as those say)."""
     decay_fraction: float = 0.2
     """Share of the steps in which wsd goes down (0.2: arxiv.org/abs/2405.18392)."""
-
-
-@dataclass(frozen=True)
-class CheckpointArgs:
-    """Which checkpoints stay, which go to W&B, and what a full disk means."""
-
-    keep_last: int | None = None
-    """Newest step-* to keep; older ones are deleted after a save (null: all stay)."""
-    keep_every: int | None = None
-    """Steps; step-* that are multiples of it stay beside keep_last (null: none)."""
-    on_full_disk: Literal["continue", "stop"] = "continue"
-    """continue: go on training, the next save may succeed; stop: end the run with status 1."""
-    to_wandb: Literal["final", "kept", "none"] = "final"
-    """With logger_name wandb, artifacts of: final/; also each step-* that is kept for good; nothing."""
-
-    def keeps(self, step: int) -> bool:
-        """Return whether the step-* of `step` stays for good."""
-        return self.keep_last is None or bool(self.keep_every and step % self.keep_every == 0)
 
 
 @dataclass(frozen=True)

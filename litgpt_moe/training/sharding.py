@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
-from litgpt_moe.training._checkpoints_temporary import CheckpointWriter
+from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.training.optimizer import plain_name
 from litgpt_moe.training.resume import OpenCheckpoint
 

@@ -3,14 +3,15 @@
 import functools
 from pathlib import Path
 
-import torch
 from litgpt import GPT, Tokenizer
 
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.generation.settings import Sampling
+from litgpt_moe.generation.text import tell_story
+from litgpt_moe.loss import LossHead
 from litgpt_moe.processes import is_main_process
-from litgpt_moe.training._story_temporary import Sampling, tell_story
 from litgpt_moe.training.csv_log import CsvLog
 from litgpt_moe.training.run import Run
-from moe_layers import LossHead, load_model
 
 PROMPT = "Once upon a time"
 # the same seed each time, so that stories of one run differ by what the model has learned
@@ -39,15 +40,13 @@ class StoryLog:
         if not self.max_new_tokens or self.last_step == step or not is_main_process():
             return
         self.last_step = step
-        device = model.lm_head.weight.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if head is not None:
+            head.is_deferred = False
+        try:
+            text = tell_story(model, self.tokenizer, PROMPT, self.max_new_tokens, SAMPLING, SEED)
+        finally:
             if head is not None:
-                head.is_deferred = False
-            try:
-                text = tell_story(model, self.tokenizer, PROMPT, self.max_new_tokens, SAMPLING, SEED)
-            finally:
-                if head is not None:
-                    head.is_deferred = True
+                head.is_deferred = True
         model.train()
         self.log.write({"step": step, "tokens": step * self.tokens_per_step, "prompt": PROMPT, "text": text})
 

@@ -10,15 +10,16 @@ import torch
 
 import litgpt_moe
 from litgpt_moe.cli import command_line
+from litgpt_moe.data.module import TextShards
+from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import FolderInUse, is_disk_full, write_json
-from litgpt_moe.training._checkpoints_temporary import has_cuda, peak_memory_gb
+from litgpt_moe.hardware import has_cuda, peak_memory_gb
+from litgpt_moe.kernels.choice import experts_path
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.steps import RunFailed
 from litgpt_moe.training.stories import final_story
-from moe_layers import experts_path
-from prepare_data import PrepareSettings, TextShards
 
 RUN_FILE = Path("logs/run.json")
 PACKAGES = ("torch", "litgpt", "lightning", "numpy")

@@ -15,13 +15,13 @@ from lightning.fabric.loggers.logger import Logger
 from litgpt.utils import choose_logger
 from wandb import errors
 
-import wandb_dataset
 from litgpt_moe.cli import first_line
+from litgpt_moe.data.artifact import CONNECT_SECONDS, lineage, log_checkpoint, use_dataset
+from litgpt_moe.data.module import TextShards
 from litgpt_moe.files import write_whole
 from litgpt_moe.processes import is_main_process
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.steps import RunFailed
-from prepare_data import TextShards
 
 # at the end, for data and checkpoints, then for the metrics; `wandb sync` sends what is left
 PATIENCE_S = 150
@@ -45,9 +45,9 @@ class WandbLog(Logger):
         self._uploader.start()
         if self.logger is not None and isinstance(run.data, TextShards):
             data_dir = Path(run.data.train_data_path).parent
-            self.lineage = wandb_dataset.lineage(data_dir)
+            self.lineage = lineage(data_dir)
             self.logger.experiment.config.update({"dataset": self.lineage}, allow_val_change=True)
-            self._send(wandb_dataset.use_dataset, data_dir, run.settings.tokenizer_dir)
+            self._send(use_dataset, data_dir, run.settings.tokenizer_dir)
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class WandbLog(Logger):
             return
         metadata = {"step": step, "tokens": step * self.run.tokens_per_step, **self.latest}
         metadata["dataset"] = self.lineage
-        self._send(wandb_dataset.log_checkpoint, folder, self.run.config.name, metadata)
+        self._send(log_checkpoint, folder, self.run.config.name, metadata)
 
     def finalize(self, status: str) -> None:
         """Wait, within bounds, until W&B has everything."""
@@ -127,9 +127,7 @@ def connect(run: Run, tell: Callable[[str], None]) -> Any:
 
 def _connect(run: Run, **options: Any) -> Any:
     settings = run.settings
-    options["settings"] = wandb.Settings(
-        init_timeout=wandb_dataset.CONNECT_SECONDS, finish_timeout=PATIENCE_S
-    )
+    options["settings"] = wandb.Settings(init_timeout=CONNECT_SECONDS, finish_timeout=PATIENCE_S)
     options["log_args"] = {key: value for key, value in asdict(settings.log).items() if value is not None}
     options |= {"id": run_id(run), "resume": "allow"}
     # Lightning's logger does not look at the variable

@@ -22,7 +22,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> torch.nn.Module:
-    from moe_layers import load_model
+    from litgpt_moe.checkpoints.reader import load_model
 
     return load_model(tiny_checkpoint)
 
@@ -81,7 +81,7 @@ def test_cached_and_uncached_logits_agree(model: torch.nn.Module, prompt_ids: li
 def test_the_weights_layout_changes_neither_names_shapes_nor_logits(
     tiny_checkpoint: Path, model: torch.nn.Module, prompt_ids: list[int]
 ) -> None:
-    from moe_layers import load_model
+    from litgpt_moe.checkpoints.reader import load_model
 
     other = load_model(tiny_checkpoint)
     lay_out_for_decoding(other)

@@ -11,9 +11,9 @@ from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.generation.text import AsyncTokenStreamer, TextDecoder, tell_story
-from moe_layers import load_model
 
 EMOJI = [0xF0, 0x9F, 0x98, 0x80]
 

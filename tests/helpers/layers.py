@@ -3,7 +3,8 @@
 import torch
 from conftest import TINY_CONFIG
 
-from moe_layers import MoE, MoEConfig
+from litgpt_moe.config import MoEConfig
+from moe_layers import MoE
 
 GROUPS = {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
 WIDE = {"n_embd": 64, "moe_intermediate_size": 32}

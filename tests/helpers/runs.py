@@ -10,9 +10,9 @@ import torch
 import yaml
 
 import run_train
+from litgpt_moe.checkpoints.writer import tensors_of
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
-from litgpt_moe.training._checkpoints_temporary import tensors_of
 from litgpt_moe.training.run import set_up
 
 # what a clock or the machine says; everything else must be equal

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import TINY_CONFIG
 
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.kernels import choice
-from moe_layers import MoEConfig
 
 
 def test_ways_are_chosen_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe.balance import set_balance
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.kernels import cpu, matmul
-from moe_layers import MoE, MoEConfig
+from moe_layers import MoE
 
 pytestmark = pytest.mark.usefixtures("eager")
 

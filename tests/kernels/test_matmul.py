@@ -5,8 +5,8 @@ import torch
 from conftest import TINY_CONFIG
 from litgpt.model import GPT
 
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.kernels import matmul
-from moe_layers import MoEConfig
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe import balance
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.kernels import rows
 from litgpt_moe.kernels import triton as triton_experts
 from litgpt_moe.kernels.grouped_mm import has_fast_grouped_mm
-from moe_layers import MoEConfig
 
 triton = pytest.importorskip("triton")
 triton_kernels = importlib.import_module("litgpt_moe.kernels.triton_kernels")

@@ -76,7 +76,7 @@ DENSE_FIRST = {"first_k_dense_replace": 1, "intermediate_size": 32}
 def test_the_routing_told_is_the_routing_that_was(
     change: dict[str, int], overfitted: Callable[..., Path]
 ) -> None:
-    from moe_layers import count_expert_load, expert_load
+    from litgpt_moe.balance import count_expert_load, expert_load
 
     with serving(overfitted(SENTENCE, **change), "--temperature=0") as server:
         text, reads = read_tokens(server, prompt="Lily had")

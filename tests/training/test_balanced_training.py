@@ -11,7 +11,7 @@ from litgpt.config import Config
 
 import evaluate
 import generate
-import moe_layers
+from litgpt_moe.checkpoints.reader import load_model
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -62,7 +62,7 @@ def test_a_selection_bias_is_told_of_read_by_our_scripts_and_refused_by_stock(ti
     assert run("--moe.bias_update_rate", 0.01) == 0
     assert json.loads(Path("out/final/checkpoint.json").read_text(encoding="utf-8"))["selection_bias"] is True
     assert all(bias.dtype == torch.float32 and bias.any() for bias in biases("out/final").values())
-    model = moe_layers.load_model(Path("out/final"))
+    model = load_model(Path("out/final"))
     for name, bias in biases("out/final").items():
         assert torch.equal(model.state_dict()[name], bias)
     stock = GPT(Config.from_file("out/final/model_config.yaml"))

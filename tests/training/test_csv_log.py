@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY_CONFIG
 
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.training.csv_log import CsvLog, RunLogs, metric_columns
-from moe_layers import MoEConfig
 
 
 def lines(log: CsvLog) -> list[str]:

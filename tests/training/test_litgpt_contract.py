@@ -14,7 +14,8 @@ from litgpt.config import Config
 from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
 from litgpt.utils import save_config
 
-from moe_layers import MoE, MoEConfig
+from litgpt_moe.config import MoEConfig
+from moe_layers import MoE
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -14,10 +14,9 @@ from helpers.runs import assert_same_run, edit_yaml, losses, rows, run, weights
 from litgpt import GPT
 
 import litgpt_moe
-from litgpt_moe.training._temporary import model_facts
+from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.training.optimizer import make_optimizer, sort_parameters
 from litgpt_moe.training.settings import Settings
-from moe_layers import MoEConfig
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 

@@ -11,9 +11,9 @@ from helpers.runs import run
 from litgpt import GPT
 from litgpt.utils import save_config
 
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.training.run import Run, set_up
 from litgpt_moe.training.settings import Settings, saved_text
-from moe_layers import MoEConfig
 
 pytestmark = pytest.mark.usefixtures("workspace")
 FLAGS = ("--config", "train_config.yaml")

@@ -9,7 +9,6 @@ import pytest
 from conftest import alter
 from helpers.runs import edit_yaml, run
 
-import run_train
 from litgpt_moe.data import manifest, prepare
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.loss import defer_head
 from litgpt_moe.training.csv_log import CsvLog
 from litgpt_moe.training.settings import EvalArgs, Settings
 from litgpt_moe.training.stories import PROMPT, StoryLog, final_story
-from moe_layers import defer_head, load_model
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
-from litgpt_moe.training._temporary import checkpoint_flaw
+from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.training.checks import run_lock
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from wandb import errors
 
+from litgpt_moe.checkpoints.layout import CheckpointArgs
 from litgpt_moe.training import wandb_log
-from litgpt_moe.training.settings import CheckpointArgs, Settings
+from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.steps import RunFailed
 from litgpt_moe.training.wandb_log import WandbLog, connect, run_id
 
