@@ -15,7 +15,7 @@ import torch
 from helpers.runs import assert_same_run, run, weights
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.training import _checkpoints_temporary as writer
+from litgpt_moe.checkpoints import writer
 from litgpt_moe.training.hooks import LoopHooks
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +66,6 @@ def test_rows_that_a_killed_process_wrote_after_its_last_checkpoint_come_once(at
 
 
 def test_max_time_saves_and_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
     assert run("--max_tokens", 10**6 * 256, "--train.max_time", 6, "--train.log_interval", 100) == 0
     output = capsys.readouterr().out
     assert "(train.max_time of 6 s)" in output and "--resume auto" in output
