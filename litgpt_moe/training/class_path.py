@@ -1,5 +1,6 @@
 """Objects from `class_path` and `init_args`, as LitGPT's YAML files name them, typed by jsonargparse."""
 
+import contextlib
 import difflib
 import importlib
 import re
@@ -11,6 +12,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.data import DataModule
 
+from litgpt_moe.processes import note_once
 from litgpt_moe.yaml_files import type_words
 
 # keys whose value is a class: its base, the package of a bare name, and the usual class
@@ -66,18 +68,10 @@ def find_class(key: str, spec: dict[str, Any]) -> type:
 
 
 def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the init_args of `spec` as `kind` annotates them: plain YAML reads 1e-5 as text.
-
-    A null for an argument that the class does not have is left out: so a flag takes a YAML's argument back.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, skip={"params"} if key == "optimizer" else set())
-    types = {action.dest: action for action in parser._actions}
-    given = spec.get("init_args") or {}
+    """Return the init_args of `spec` as `kind` annotates them: plain YAML reads 1e-5 as text."""
+    parser, types = arguments_of(key, kind)
     typed = {}
-    for name, value in given.items():
-        if name not in types and value is None:
-            continue
+    for name, value in (spec.get("init_args") or {}).items():
         try:
             if name not in types:
                 raise ArgumentError(None, "unknown")
@@ -86,6 +80,13 @@ def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any
             wrong = wrong_argument(key, spec["class_path"], name, value, types)
             raise BadClass(f"{key}.init_args: {wrong}", [f"{key}.init_args.{name}"]) from None
     return typed
+
+
+def arguments_of(key: str, kind: type) -> tuple[ArgumentParser, dict[str, Any]]:
+    """Return a parser of a class's arguments, and its actions by their names."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip={"params"} if key == "optimizer" else set())
+    return parser, {action.dest: action for action in parser._actions}
 
 
 def wrong_argument(key: str, class_path: str, name: str, value: Any, types: dict[str, Any]) -> str:
@@ -97,9 +98,33 @@ def wrong_argument(key: str, class_path: str, name: str, value: Any, types: dict
         near = ["lr"]
     if near:
         return f"unknown key {name}; did you mean {near[0]}?"
-    return f"unknown key {name}: {class_path} has none; leave it out, or add --{key}.{name} null"
+    return f"unknown key {name}: {class_path} has none; leave it out"
 
 
 def words_of_action(action: Any) -> str:
     """Return what a value of a jsonargparse argument looks like, as one says it."""
     return type_words(getattr(action, "_typehint", None) or action.type)
+
+
+def without_foreign_arguments(given: dict[str, tuple[Any, str]], config: str) -> dict[str, tuple[Any, str]]:
+    """Leave out init_args of the YAML file `config` that a class named by a flag does not have, and say so.
+
+    `given` has the value of each dotted key, and the file, variable or flag that gave it.
+    They were written for the YAML's class. What both classes have (lr, weight_decay) stays, and so do flags.
+    """
+    for key in CLASS_KEYS:
+        class_path, place = given.get(f"{key}.class_path", (None, config))
+        if place == config:
+            continue
+        # a class that cannot be used is reported where it is built
+        with contextlib.suppress(BadClass):
+            known = arguments_of(key, find_class(key, {"class_path": class_path}))[1]
+            written = [name for name, (_, place) in given.items() if place == config]
+            names = [
+                name.removeprefix(f"{key}.init_args.") for name in written if f"{key}.init_args." in name
+            ]
+            if foreign := [name for name in names if name not in known]:
+                what = ", ".join(foreign)
+                note_once(f"{class_path} has no {what}: left out what {config} says under {key}.init_args.")
+                given = {k: v for k, v in given.items() if k not in {f"{key}.init_args.{n}" for n in foreign}}
+    return given

@@ -15,7 +15,7 @@ from litgpt_moe.cli import RUN_TRAIN, command_line, join_switches
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
-from litgpt_moe.training.class_path import CLASS_KEYS, words_of_action
+from litgpt_moe.training.class_path import CLASS_KEYS, without_foreign_arguments, words_of_action
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.yaml_files import read_mapping
 
@@ -82,6 +82,7 @@ def load_settings(argv: list[str]) -> Parsed:
     config, model_config = choose_configs(given)
     if "config" not in given:
         given = {**read_settings_file(config), **given}
+    given = without_foreign_arguments(given, str(config))
     given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
     return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
 

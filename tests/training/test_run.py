@@ -86,10 +86,22 @@ def test_the_optimizer_s_class_has_one_name_and_its_values_their_types() -> None
         "class_path": "torch.optim.adamw.AdamW",
         "init_args": {"betas": (0.9, 0.95), "lr": 0.02, "weight_decay": 0.1},
     }
-    settings = load_settings(
-        ["--config", "train_config.yaml", "--optimizer", "torch.optim.Muon", "--optimizer.betas", "null"]
-    ).settings
+
+
+def test_a_class_named_by_a_flag_takes_what_it_knows_of_the_yaml_s_arguments(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    edit_yaml("train_config.yaml", "optimizer.init_args.betas", [0.9, 0.95])
+    edit_yaml("train_config.yaml", "optimizer.init_args.lr", "2e-2")
+    flags = ["--config", "train_config.yaml", "--optimizer"]
+    settings = load_settings([*flags, "torch.optim.Muon"]).settings
     assert optimizer_spec(settings)["init_args"] == {"lr": 0.02, "weight_decay": 0.1}
+    assert "betas" not in settings.optimizer["init_args"]
+    note = "torch.optim.Muon has no betas: left out what train_config.yaml says under optimizer.init_args."
+    assert note in capsys.readouterr().err
+    for wrong in (["torch.optim.Muon", "--optimizer.betas", "[0.9, 0.95]"], ["AdamX"]):
+        with pytest.raises(ValueError, match=r"unknown key betas|AdamX, which cannot be used"):
+            optimizer_spec(load_settings([*flags, *wrong]).settings)
 
 
 def test_an_older_train_config_gives_the_settings_that_it_was_saved_with() -> None:

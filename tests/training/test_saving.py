@@ -14,8 +14,8 @@ import pytest
 import torch
 from helpers.runs import assert_same_run, run, weights
 
-from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.checkpoints import writer
+from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.training.hooks import LoopHooks
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
