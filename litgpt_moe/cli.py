@@ -54,14 +54,17 @@ def normalize_flags(argv: list[str]) -> list[str]:
 
 
 def join_switches(argv: list[str], switches: set[str]) -> list[str]:
-    """Return `argv` with `--progress false` as `--progress=false`: a switch may have a value."""
+    """Return `argv` with `--progress false` as one word: a switch needs no value, but may have one.
+
+    argparse alone would take the argument after a switch for its value.
+    """
     joined: list[str] = []
     for word in argv:
         if word.lower() in ("true", "false") and joined and joined[-1] in switches:
             joined[-1] += f"={word}"
         else:
             joined.append(word)
-    return joined
+    return [f"{word}=true" if word in switches else word for word in joined]
 
 
 def path_from_flag(text: str) -> Path:
@@ -136,8 +139,8 @@ def _default(item: Field[Any]) -> Any:
 
 def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default: Any, text: str) -> None:
     text = text.replace("%", "%%")
-    if default not in (None, False, True) and default != [] and "default" not in text:
-        text += " (default %(default)s)"
+    if default not in (None, []) and not isinstance(default, bool) and "default" not in text:
+        text = f"{text.rstrip('.')} (default %(default)s)"
     if kind is bool:
         names = (f"--{name}", f"--no_{name}")
         parser.add_argument(*names, action=_Switch, default=default, dest=name, help=text)

@@ -29,6 +29,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """A safe YAML loader that refuses a key given twice; plain YAML lets the last one win silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping; YAMLError if it has a key twice."""
         if isinstance(node, yaml.MappingNode):  # else the loader's own message, as for `!!map text`
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -40,6 +41,7 @@ class ForeignLoader(UniqueKeyLoader):
     """The loader for files that came with a checkpoint: ten lines of aliases can stand for 10**9 values."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node; YAMLError if it is an alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it holds an alias, which no checkpoint of ours does; write its value out")
         return super().compose_node(parent, index)
@@ -80,7 +82,10 @@ def typed(values: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
+    known = {item.name for item in fields(kind) if item.init}
     try:
+        if not values.keys() <= known:  # before their values are parsed, which may be anything
+            raise ArgumentError(None, "unknown")
         parsed = parser.parse_object(values)
         if any(value is None and _key_problem(parser, kind, key, None) for key, value in values.items()):
             raise ArgumentError(None, "null")

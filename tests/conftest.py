@@ -7,19 +7,28 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-pytest.register_assert_rewrite("runs")  # what it asserts is told in full too
+# what the helpers assert is told in full too
+pytest.register_assert_rewrite("helpers")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker a core: more threads would wait for each other
 
 ROOT = Path(__file__).parents[1]
+# real stories, and a tokenizer trained on them: tests/assets/README.md names their source
+ASSETS = ROOT / "tests" / "assets"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process started here compiles every package again
 
@@ -45,6 +54,26 @@ def alter(shard: Path, at: int = 100) -> None:
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def start_scripts(jobs: Iterable[Sequence[object]]) -> dict[str, dict]:
+    """Start scripts with arguments, all in one other process; what each did is under its job as JSON.
+
+    See tests/helpers/start_scripts.py: "status", "out", "err", and the "heavy" packages that it imports.
+    """
+    helper = ROOT / "tests/helpers/start_scripts.py"
+    result = subprocess.run(
+        [sys.executable, str(helper), *(json.dumps([str(word) for word in job]) for job in jobs)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUTF8": "1", "COLUMNS": "100"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 def wait_until(is_so: Callable[[], object]) -> None:
     """Return once it is so; fail when it is not within the time that a very busy machine may need."""
     end = time.monotonic() + 60
@@ -65,7 +94,7 @@ def faults_of_new_memory() -> Callable[[], int]:
 
     import torch
 
-    from moe_layers import mallopt
+    from litgpt_moe.hardware import mallopt
 
     def faults() -> int:
         counts = []
@@ -78,15 +107,6 @@ def faults_of_new_memory() -> Callable[[], int]:
     if faults() < 1000:
         pytest.skip("pages are larger here")
     return faults
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real stories and the real tokenizer beside the checkout; skips where it is absent."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data beside the checkout ({folder.name}/ is absent)")
-    return folder
 
 
 @pytest.fixture
@@ -165,7 +185,7 @@ TINY_CONFIG = {
 @pytest.fixture
 def tiny_config():
     """A MoEConfig of two layers, C=16, E=4, K=2, T=64 and 512 words."""
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     return MoEConfig(**TINY_CONFIG)
 
@@ -177,7 +197,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir
     from litgpt.model import GPT
     from litgpt.utils import copy_config_files, save_config
 
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     config = MoEConfig(**TINY_CONFIG)
     torch.manual_seed(1)
@@ -198,7 +218,7 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) 
     from litgpt.utils import copy_config_files, save_config
     from tokenizers import Tokenizer
 
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     def overfit(text: str, **config: object) -> Path:
         torch.manual_seed(0)
@@ -268,7 +288,6 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
     """A prepared data directory: about 6,000 training tokens in 300 different stories, and a val split."""
-    import prepare_data
 
     folder = tmp_path_factory.mktemp("data") / "custom_text"
     names = [f"{a}{b}" for a in ("Al", "Bo", "Ce", "Da", "El", "Fi") for b in ("na", "ra", "lo", "mi", "ke")]
@@ -281,8 +300,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path
         (folder / split).mkdir(parents=True)
         text = "".join(f"{story}\n<|endoftext|>\n" for story in part)
         (folder / split / "stories.txt").write_text(text, encoding="utf-8")
-    settings = prepare_data.PrepareSettings(data_dir=folder, tokenizer_dir=tiny_tokenizer_dir, workers=1)
-    prepare_data.prepare(settings)
+    settings = PrepareSettings(data_dir=folder, tokenizer_dir=tiny_tokenizer_dir, workers=1)
+    prepare(settings)
     return folder
 
 
@@ -291,10 +310,10 @@ def workspace(
     tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A folder to run in: model and train settings for the tiny data, eight steps of 4 x 64 tokens."""
-    import run_train
+    from litgpt_moe.training.parse import VARIABLES
 
     monkeypatch.chdir(tmp_path)
-    for name in run_train.VARIABLES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "model_config.yaml").write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
     settings = {
@@ -335,17 +354,17 @@ def llama_style(tiny_tokenizer_dir: Path) -> "Tokenizer":
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """Have something happen while a step is computed, as a signal does."""
-    import run_train
+    from litgpt_moe.training.guard import Guard
 
     def schedule(step: int, act: Callable[[], object]) -> None:
-        is_bad, calls = run_train.Guard.is_bad, []
+        count_bad, calls = Guard.count_bad, []
 
-        def watched(guard: run_train.Guard, loss: float, norm: float) -> bool:
+        def watched(guard: Guard, loss: float, norm: float) -> bool:
             calls.append(loss)
             if len(calls) == step:
                 act()
-            return is_bad(guard, loss, norm)
+            return count_bad(guard, loss, norm)
 
-        monkeypatch.setattr(run_train.Guard, "is_bad", watched)
+        monkeypatch.setattr(Guard, "count_bad", watched)
 
     return schedule

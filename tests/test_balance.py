@@ -10,8 +10,20 @@ from conftest import TINY_CONFIG
 from litgpt.model import GPT, LLaMAMoE
 from torch.utils.checkpoint import checkpoint
 
-import moe_layers
-from moe_layers import MoE, MoEConfig, load_balancing_loss, router_z_loss, set_balance
+from litgpt_moe.balance import (
+    discard_step_load,
+    has_selection_bias,
+    layers_of,
+    load_balancing_loss,
+    router_statistics,
+    router_z_loss,
+    set_balance,
+    update_selection_bias,
+    use_selection_bias,
+)
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.config import MoEConfig
+from moe_layers import MoE
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -24,7 +36,7 @@ def make_model(dtype: torch.dtype = torch.float64, **overrides: object) -> GPT:
     torch.manual_seed(3)
     model = GPT(MoEConfig(**{**TINY_CONFIG, **overrides})).to(dtype)
     with torch.no_grad():
-        for layer in moe_layers.moe_layers(model).values():
+        for layer in layers_of(model).values():
             layer.gate.weight.normal_()
     return model
 
@@ -65,7 +77,7 @@ def written_out_losses(layer: MoE, x: torch.Tensor) -> torch.Tensor:
 def test_gradients_are_those_of_the_written_out_losses(overrides: dict) -> None:
     model, ids = make_model(**overrides), tokens(0)
     plain, inputs = copy.deepcopy(model), []
-    layers = moe_layers.moe_layers(plain).values()
+    layers = layers_of(plain).values()
     handles = [
         layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0])) for layer in layers
     ]
@@ -139,9 +151,9 @@ def test_recomputed_activations_count_once_and_give_the_same_gradients(use_reent
     for each in (model, recomputing):
         set_balance(each, **COEFFICIENTS, bias_update_rate=0.1)
         micro_batch(each, tokens(0)).backward()
-        read.append(moe_layers.router_statistics(each)[0])
+        read.append(router_statistics(each)[0])
     torch.testing.assert_close(read[0], read[1])
-    load = [layer.balance.step_load for layer in moe_layers.moe_layers(recomputing).values()]
+    load = [layer.balance.step_load for layer in layers_of(recomputing).values()]
     assert [int(counts.sum()) for counts in load] == [2 * 23 * 2] * 2
     got = {name.replace(".block.", "."): grad for name, grad in gradients(recomputing).items()}
     for name, grad in gradients(model).items():
@@ -165,8 +177,8 @@ def test_a_compiled_layer_balances_as_the_eager_one(overrides: dict, dynamic: bo
         balance = layer.balance
         state = [layer.gate.weight.grad, x.grad, balance.step_load.clone(), balance.sums.clone()]
         read.append([tensor.double() for tensor in state])
-        moe_layers.router_statistics(model)
-        moe_layers.discard_step_load(model)
+        router_statistics(model)
+        discard_step_load(model)
     for eager, compiled in zip(*read, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
 
@@ -181,7 +193,7 @@ def test_validation_and_generation_are_untouched() -> None:
     model.train()
     with torch.no_grad():
         model(ids)
-    assert all(not layer.balance.sums.any() for layer in moe_layers.moe_layers(model).values())
+    assert all(not layer.balance.sums.any() for layer in layers_of(model).values())
 
 
 def test_the_router_and_its_losses_stay_in_float32_in_a_bf16_model_and_under_autocast() -> None:
@@ -192,8 +204,8 @@ def test_the_router_and_its_losses_stay_in_float32_in_a_bf16_model_and_under_aut
         seen = []
         layer = model.transformer.h[0].mlp
         attach = layer._attach_losses
-        layer._attach_losses = lambda w, logits, plan, attach=attach, seen=seen: (
-            seen.append(logits) or attach(w, logits, plan)
+        layer._attach_losses = lambda w, logits, *rest, attach=attach, seen=seen: (
+            seen.append(logits) or attach(w, logits, *rest)
         )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = micro_batch(model, ids)
@@ -221,10 +233,10 @@ def test_the_bias_moves_once_per_step_by_the_sign_of_the_whole_batch_s_load(over
         assert not layer.selection_bias.any()
     load = layer.balance.step_load.tolist()
     assert sum(load) == 2 * 2 * 23 * 2
-    moe_layers.update_selection_bias(model)
+    update_selection_bias(model)
     assert torch.equal(layer.selection_bias, expected_bias(load, 0.25))
     assert not layer.balance.step_load.any()
-    moe_layers.update_selection_bias(model)  # no token since: nothing to balance
+    update_selection_bias(model)  # no token since: nothing to balance
     assert torch.equal(layer.selection_bias, expected_bias(load, 0.25))
 
 
@@ -239,9 +251,9 @@ def test_the_bias_follows_the_load_of_all_processes() -> None:
         seen.append(load.clone())
         return load + other
 
-    moe_layers.update_selection_bias(model, all_reduce)
+    update_selection_bias(model, all_reduce)
     assert len(seen) == 1  # one call for all layers
-    biases = [layer.selection_bias for layer in moe_layers.moe_layers(model).values()]
+    biases = [layer.selection_bias for layer in layers_of(model).values()]
     for bias, load in zip(biases, seen[0] + other, strict=True):
         assert torch.equal(bias, expected_bias(load.tolist(), 0.25))
 
@@ -250,8 +262,8 @@ def test_a_skipped_step_moves_nothing() -> None:
     model = make_model()
     set_balance(model, bias_update_rate=0.25)
     micro_batch(model, tokens(0)).backward()
-    moe_layers.discard_step_load(model)
-    moe_layers.update_selection_bias(model)
+    discard_step_load(model)
+    update_selection_bias(model)
     assert not model.transformer.h[0].mlp.selection_bias.any()
 
 
@@ -260,14 +272,14 @@ def test_the_bias_chooses_and_leaves_the_weights_alone(overrides: dict) -> None:
     layer = make_model(**overrides, n_expert_per_token=2).transformer.h[0].mlp
     layer.use_selection_bias()
     x = torch.randn(5, 16, dtype=torch.float64)
-    logits, before, chosen = layer._route(x)
+    logits, before, chosen = layer.route(x)
     layer.selection_bias.fill_(7.0)  # the same for all: the same choice, the same weights
-    _, after, still = layer._route(x)
+    _, after, still = layer.route(x)
     assert torch.equal(chosen.sort().values, still.sort().values)
     torch.testing.assert_close(before.sum(1), after.sum(1))
     layer.selection_bias.zero_()
     layer.selection_bias[1] = 100.0
-    _, weights, indices = layer._route(x)
+    _, weights, indices = layer.route(x)
     assert (indices == 1).any(dim=1).all()
     raw = logits.gather(1, indices)
     wanted = raw.softmax(1) if not overrides else raw.sigmoid()
@@ -277,10 +289,10 @@ def test_the_bias_chooses_and_leaves_the_weights_alone(overrides: dict) -> None:
 def test_the_bias_is_in_the_state_dict_only_once_it_is_used() -> None:
     model = make_model()
     set_balance(model, **COEFFICIENTS)
-    assert not moe_layers.has_selection_bias(model.state_dict())
+    assert not has_selection_bias(model.state_dict())
     assert model.state_dict().keys() == GPT(model.config).state_dict().keys()
     set_balance(model, bias_update_rate=0.1)
-    assert moe_layers.has_selection_bias(model.state_dict())
+    assert has_selection_bias(model.state_dict())
     extra = model.state_dict().keys() - GPT(model.config).state_dict().keys()
     assert sorted(extra) == [f"transformer.h.{i}.mlp.e_score_correction_bias" for i in (0, 1)]
     with pytest.raises(RuntimeError, match="e_score_correction_bias"):
@@ -293,18 +305,18 @@ def test_the_bias_survives_a_checkpoint_in_float32_whatever_the_model_is_cast_to
     config = MoEConfig(**TINY_CONFIG)
     model = GPT(config)
     set_balance(model, bias_update_rate=0.001)
-    for layer in moe_layers.moe_layers(model).values():
+    for layer in layers_of(model).values():
         layer.selection_bias.copy_(torch.tensor([0.501, -0.25, 0.0, 3.001]))
     for file in tiny_checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save({"model": model.bfloat16().state_dict()}, tmp_path / "lit_model.pth")
     for dtype in (None, torch.bfloat16, torch.float32):
-        loaded = moe_layers.load_model(tmp_path, dtype=dtype)
+        loaded = load_model(tmp_path, dtype=dtype)
         bias = loaded.transformer.h[1].mlp.selection_bias
         assert torch.equal(bias, torch.tensor([0.501, -0.25, 0.0, 3.001]))
         assert loaded.transformer.h[1].mlp.has_selection_bias
     fresh = GPT(config)
-    moe_layers.use_selection_bias(fresh)
+    use_selection_bias(fresh)
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(loaded(tokens(0)), fresh.eval()(tokens(0)))
 
@@ -324,14 +336,14 @@ def test_a_bf16_model_keeps_its_bias_in_float32(overrides: dict) -> None:
 
 def test_statistics_are_told_per_layer_and_start_afresh_each_time() -> None:
     model = make_model(first_k_dense_replace=1, intermediate_size=8, n_layer=3)
-    assert moe_layers.router_statistics(model)[1](torch.zeros(0, 4)) == {}
+    assert router_statistics(model)[1](torch.zeros(0, 4)) == {}
     set_balance(model)
     layer = model.transformer.h[1].mlp
     with torch.no_grad():
         layer.gate.weight.zero_()  # all logits are 0: every token goes to the same two experts
     for seed in (0, 1):
         micro_batch(model, tokens(seed)).backward()
-    stacked, read = moe_layers.router_statistics(model)
+    stacked, read = router_statistics(model)
     values = read(stacked.cpu())
     assert len(values) == 2 * 5
     assert values["moe/load_imbalance/layer_01"] == 2.0
@@ -340,16 +352,16 @@ def test_statistics_are_told_per_layer_and_start_afresh_each_time() -> None:
     assert values["moe/aux_loss/layer_01"] == pytest.approx(1.0)
     assert values["moe/z_loss/layer_01"] == pytest.approx(math.log(4) ** 2, rel=1e-6)
     assert 1.0 < values["moe/load_imbalance/layer_02"] < 4.0
-    assert moe_layers.router_statistics(model)[1](torch.zeros(2, 8)) == {}
+    assert router_statistics(model)[1](torch.zeros(2, 8)) == {}
 
 
 def test_statistics_of_all_processes_are_added_up() -> None:
     model = make_model()
     set_balance(model)
     micro_batch(model, tokens(0)).backward()
-    alone, read = moe_layers.router_statistics(model)
+    alone, read = router_statistics(model)
     micro_batch(model, tokens(0)).backward()
-    doubled, _ = moe_layers.router_statistics(model, lambda stacked: stacked * 2)
+    doubled, _ = router_statistics(model, lambda stacked: stacked * 2)
     assert torch.equal(doubled, alone * 2)
     assert read(alone) == read(doubled)  # loads are compared, losses averaged over micro-batches
 
@@ -390,9 +402,9 @@ def test_a_skewed_start_collapses_without_balance_and_not_with_it(balance: dict,
         micro_batch(model, torch.cat(ids, dim=1)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        moe_layers.update_selection_bias(model)
+        update_selection_bias(model)
         if step % 50 == 49:
-            stacked, read = moe_layers.router_statistics(model)
+            stacked, read = router_statistics(model)
             imbalances.append(read(stacked)["moe/load_imbalance/layer_00"])
     assert (imbalances[-1] < 1.5) == is_even, imbalances
     assert is_even or imbalances[-1] > 3.0, imbalances

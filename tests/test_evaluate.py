@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, alter
 
-import evaluate
-import moe_layers
-from evaluate import Corpus, iter_batches, main, score, summarize
+from evaluate import main
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import sha256_file
-from prepare_data import read_tokenizer
+from litgpt_moe.loss import CHUNK_VALUES
+from litgpt_moe.scoring import bytes_of_first, split_corpus
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -51,7 +51,7 @@ def write_data(data_dir: Path, tokenizer_dir: Path, val: list[str] = STORIES) ->
     splits = {"train": STORIES[:1], "val": val}
     tokenizer = {
         "sha256": sha256_file(tokenizer_dir / "tokenizer.json"),
-        "vocab_size": read_tokenizer(tokenizer_dir).vocab_size,
+        "vocab_size": read_tokenizer_facts(tokenizer_dir).vocab_size,
         "bos_id": 1,
         "eos_id": 2,
     }
@@ -125,49 +125,15 @@ def test_loss_is_that_of_a_plain_loop_over_every_token(evaluated, data_dir, tiny
     assert result["loss"] == pytest.approx(plain_cross_entropy(tiny_checkpoint, ids, window), abs=1e-6)
 
 
-def test_a_head_of_zeros_scores_the_logarithm_of_the_vocabulary(tiny_config):
-    from litgpt import GPT
-
-    model = GPT(tiny_config)
-    torch.nn.init.zeros_(model.lm_head.weight)
-    corpus = Corpus(lambda a, b: np.arange(a, b), 200, 1000, 512, Path(), {})
-    result = score(model, corpus, window=64)
-    assert result["loss"] == pytest.approx(math.log(512), abs=1e-6)
-    assert result["perplexity"] == pytest.approx(512, rel=1e-5)
-    assert result["bits_per_byte"] == pytest.approx(9 * 199 / 1000, abs=1e-6)  # log2(512) = 9
-
-
 def test_few_logits_at_a_time_give_the_same_loss(evaluated, monkeypatch):
     whole = evaluated()
-    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", 5 * 512)  # five tokens
+    monkeypatch.setitem(CHUNK_VALUES, "cpu", 5 * 512)  # five tokens
     assert evaluated()["loss"] == pytest.approx(whole["loss"], abs=1e-7)
 
 
 def test_memory_that_logits_on_a_cpu_free_is_kept_for_the_next(evaluated, faults_of_new_memory):
     evaluated()
     assert faults_of_new_memory() < 100
-
-
-@pytest.mark.parametrize("n_tokens", [2, 9, 10, 11, 40, 41])
-def test_windows_predict_every_token_but_the_first_once_and_in_order(n_tokens):
-    corpus = Corpus(lambda a, b: np.arange(n_tokens)[a:b], n_tokens, 1, 512, Path(), {})
-    parts = list(iter_batches(corpus, window=5, batch_size=2))
-    assert np.concatenate([ids[:, 1:].ravel() for ids in parts]).tolist() == list(range(1, n_tokens))
-    assert np.concatenate([ids[:, :-1].ravel() for ids in parts]).tolist() == list(range(n_tokens - 1))
-
-
-def test_standard_error_of_equal_windows_is_the_usual_one():
-    # means 1, 2, 3: standard deviation 1, over sqrt(3)
-    result = summarize(np.array([10.0, 20.0, 30.0]), np.array([10, 10, 10]), n_bytes=50)
-    assert result["loss"] == 2.0 and result["loss_stderr"] == pytest.approx(1 / math.sqrt(3))
-
-
-def test_a_short_window_weighs_by_its_length():
-    assert summarize(np.array([10.0, 6.0]), np.array([10, 2]), n_bytes=1)["loss"] == pytest.approx(16 / 12)
-
-
-def test_one_window_has_no_standard_error():
-    assert summarize(np.array([10.0]), np.array([5]), n_bytes=1)["loss_stderr"] is None
 
 
 def test_bits_per_byte_divides_by_the_bytes_of_the_stories(evaluated):
@@ -178,15 +144,15 @@ def test_bits_per_byte_divides_by_the_bytes_of_the_stories(evaluated):
 
 @pytest.mark.parametrize("n_whole", [1, 2, 3])
 def test_bytes_of_a_part_are_those_of_its_stories(data_dir, tiny_tokenizer_dir, n_whole):
-    corpus = evaluate.split_corpus(data_dir, "val", tiny_tokenizer_dir)
+    corpus = split_corpus(data_dir, "val", tiny_tokenizer_dir)
     ends = [i + 1 for i, token in enumerate(all_tokens(data_dir)) if token == 2]
     wanted = sum(len(story.strip().encode()) for story in STORIES[:n_whole])
-    assert evaluate.bytes_of_first(corpus, ends[n_whole - 1]) == wanted
+    assert bytes_of_first(corpus, ends[n_whole - 1]) == wanted
 
 
 def test_bytes_of_a_part_grow_with_each_token_to_the_whole(data_dir, tiny_tokenizer_dir):
-    corpus = evaluate.split_corpus(data_dir, "val", tiny_tokenizer_dir)
-    counts = [evaluate.bytes_of_first(corpus, n) for n in range(1, corpus.n_tokens + 1)]
+    corpus = split_corpus(data_dir, "val", tiny_tokenizer_dir)
+    counts = [bytes_of_first(corpus, n) for n in range(1, corpus.n_tokens + 1)]
     assert counts[0] == 0 and counts[-1] == corpus.n_bytes
     assert all(before <= after for before, after in pairwise(counts))
 

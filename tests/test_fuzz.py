@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.runs import weights
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from runs import weights
 
 import evaluate
 import generate
@@ -98,8 +98,12 @@ def lightning_log() -> None:
 
 
 @pytest.fixture
-def check(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[list], int], list], int]:
-    """A function that runs a script: status 0, or 1 or 2 with messages. An exception fails the test."""
+def check(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Callable[[list], int], list], int]]:
+    """A function that runs a script: status 0, or 1 or 2 with messages. An exception fails the test.
+
+    Of all cases together some must be used and some refused, or the test would accept anything.
+    """
+    statuses: set[int] = set()
 
     def run(main: Callable[[list], int], argv: list) -> int:
         with limits():
@@ -107,14 +111,16 @@ def check(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[list], int]
         err = capsys.readouterr().err
         assert status in (0, 1, 2) and "Traceback" not in err, err
         assert status == 0 or "error: " in err or main is inspect_checkpoint.main
+        statuses.add(status)
         return status
 
-    return run
+    yield run
+    assert 0 in statuses and statuses & {1, 2}
 
 
 @pytest.fixture
-def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> None:
-    """Have a run that passed its checks end after one step; a large one, before."""
+def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path, check: Callable) -> None:
+    """Have a run that passed its checks end after one step; a large one, before. Unchanged files do pass."""
     train = run_train.train
     shutil.copytree(tiny_data, "d")
 
@@ -137,6 +143,7 @@ def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> None:
 
     monkeypatch.setattr(run_train, "train", short)
     monkeypatch.setattr(run_train, "tell_story", lambda _: "")
+    assert check(run_train.main, TRAIN) == 0
 
 
 def leaves(node: object, path: tuple = ()) -> Iterator[tuple]:

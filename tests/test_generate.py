@@ -1,4 +1,4 @@
-"""generate.py: the same tokens as LitGPT, the command and its refusals, a real pipe and Ctrl-C."""
+"""generate.py: the command and its refusals, a real pipe and Ctrl-C."""
 
 import io
 import itertools
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCE
+from conftest import ASSETS, SENTENCE
 from tokenizers import Tokenizer as HFTokenizer
 
-from generate import Sampling, generate, main
+from generate import main
+from litgpt_moe.generation.decode import generate
+from litgpt_moe.generation.settings import Sampling
 
 ROOT = Path(__file__).parents[1]
 GREEDY = Sampling(temperature=0.0)
@@ -23,126 +25,10 @@ GREEDY = Sampling(temperature=0.0)
 pytestmark = pytest.mark.usefixtures("eager")
 
 
-# --- models and tokenizers ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     """One thread for the module's fixtures, too: two threads wait for each other on a busy machine."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> torch.nn.Module:
-    from moe_layers import load_model
-
-    return load_model(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def prompt_ids(llama_style: HFTokenizer) -> list[int]:
-    return [1, *llama_style.encode("Tom went to the park").ids]
-
-
-# --- generating ---------------------------------------------------------------------------------------------
-
-
-def test_greedy_equals_litgpts_generate_token_for_token(
-    model: torch.nn.Module, tiny_checkpoint: Path, prompt_ids: list[int]
-) -> None:
-    from litgpt.config import Config
-    from litgpt.generate.base import generate_fn
-    from litgpt.model import GPT
-
-    stock = GPT(Config.from_checkpoint(tiny_checkpoint)).eval()
-    stock.load_state_dict(model.state_dict())
-    stock.max_seq_length = len(prompt_ids) + 40
-    stock.set_kv_cache(batch_size=1)
-    steps = generate_fn(
-        stock,
-        torch.tensor(prompt_ids),
-        stock.max_seq_length,
-        temperature=0.0,
-        include_prompt=False,
-        include_eos=True,
-    )
-    assert list(generate(model, prompt_ids, 40, GREEDY)) == [int(token) for token in steps]
-
-
-def test_greedy_equals_litgpt_llm_token_for_token(tiny_checkpoint: Path, model: torch.nn.Module) -> None:
-    from litgpt import LLM
-    from litgpt.tokenizer import Tokenizer
-
-    # left alone, LitGPT computes in bfloat16 even on a CPU
-    llm = LLM.load(str(tiny_checkpoint), distribute=None)
-    llm.distribute(accelerator="cpu", precision="32-true")
-    theirs = llm.generate("Tom had", max_new_tokens=30, temperature=0.0, return_as_token_ids=True)
-    tokenizer = Tokenizer(tiny_checkpoint)
-    ours = list(generate(model, tokenizer.encode("Tom had").tolist(), 30, GREEDY, tokenizer.eos_id))
-    assert ours == theirs.tolist()
-
-
-def test_cached_and_uncached_logits_agree(model: torch.nn.Module, prompt_ids: list[int]) -> None:
-    uncached = model(torch.tensor([prompt_ids]))[0]
-    model.set_kv_cache(1, max_seq_length=len(prompt_ids))
-    steps = [
-        model(torch.tensor([[token]]), torch.tensor([place]), input_pos_maxp1=place + 1)[0, 0]
-        for place, token in enumerate(prompt_ids)
-    ]
-    model.clear_kv_cache()
-    assert torch.allclose(torch.stack(steps), uncached, atol=1e-5)
-
-
-def test_the_weights_layout_changes_neither_names_shapes_nor_logits(
-    tiny_checkpoint: Path, model: torch.nn.Module, prompt_ids: list[int]
-) -> None:
-    from generate import lay_out_for_decoding
-    from moe_layers import load_model
-
-    other = load_model(tiny_checkpoint)
-    lay_out_for_decoding(other)
-    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
-    assert list(generate(other, prompt_ids, 40, GREEDY)) == list(generate(model, prompt_ids, 40, GREEDY))
-    ids = torch.tensor([prompt_ids])
-    assert torch.allclose(other(ids), model(ids), atol=1e-5)
-
-
-def test_the_same_seed_gives_the_same_tokens(model: torch.nn.Module, prompt_ids: list[int]) -> None:
-    def drawn(seed: int) -> list[int]:
-        return list(generate(model, prompt_ids, 20, generator=torch.Generator().manual_seed(seed)))
-
-    assert drawn(1) == drawn(1) != drawn(2)
-
-
-def test_iterators_that_take_turns_give_what_each_gives_alone(
-    model: torch.nn.Module, prompt_ids: list[int]
-) -> None:
-    prompts = [prompt_ids, prompt_ids[:3], [*prompt_ids, *prompt_ids]]
-    alone = [list(generate(model, prompt, 20, GREEDY)) for prompt in prompts]
-    in_turns = [generate(model, prompt, 20, GREEDY) for prompt in prompts]
-    assert list(zip(*in_turns, strict=True)) == list(zip(*alone, strict=True))
-    assert model.mask_cache is None
-
-
-def test_a_penalty_without_bound_never_repeats_a_token(model: torch.nn.Module, prompt_ids: list[int]) -> None:
-    # the penalised are divided to about 0 or multiplied far below it; most of the others are above
-    settings = Sampling(temperature=0.0, repetition_penalty=1e9)
-    ids = prompt_ids + list(generate(model, prompt_ids, 20, settings))
-    assert len(set(ids[-20:])) == 20
-
-
-def test_generating_leaves_the_callers_gradient_mode_alone(
-    model: torch.nn.Module, prompt_ids: list[int]
-) -> None:
-    steps = generate(model, prompt_ids, 5, GREEDY)
-    next(steps)
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    steps.close()
-    assert model.mask_cache is None
-
-
-def test_generating_stops_where_the_context_is_full(model: torch.nn.Module, prompt_ids: list[int]) -> None:
-    assert len(list(generate(model, prompt_ids, 1000, GREEDY))) == 64 - len(prompt_ids)
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -282,10 +168,10 @@ def test_a_damaged_tokenizer_is_named(
 
 
 def test_the_tokenizer_of_another_model_is_refused(
-    tiny_checkpoint: Path, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(tiny_checkpoint, tmp_path / "mixed")
-    shutil.copyfile(shared_data / "llama2-tokenizer" / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(ASSETS / "tokenizer/tokenizer.json", folder / "tokenizer.json")
     assert main(["--ckpt_dir", str(folder), "--prompt", "Once upon a time"]) == 2
     assert "the tokenizer is not the model's" in capsys.readouterr().err
 
@@ -318,7 +204,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 @pytest.fixture(scope="module")
 def expected(chatterbox: Path, llama_style: HFTokenizer) -> str:
     """The beginning of what the processes below say."""
-    from moe_layers import load_model
+    from litgpt_moe.checkpoints.reader import load_model
 
     prompt = [1, *llama_style.encode("Tom").ids]
     steps: Iterator[int] = generate(load_model(chatterbox), prompt, 4000, GREEDY)

@@ -1,23 +1,22 @@
 """Data, run and checkpoints on W&B: the real SDK against a small server, online and offline."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 from conftest import ROOT, TINY_CONFIG, wait_until
-from wandb_server import WandbServer, serve
+from helpers.wandb_server import WandbServer, serve
 
-import prepare_data
-import run_train
-from wandb_dataset import lineage, verify
+from litgpt_moe.data.artifact import lineage
+from litgpt_moe.data.manifest import verify
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # made up; 40 characters, as W&B demands
 
@@ -108,7 +107,7 @@ def test_the_key_is_in_no_output_and_no_file(online: Workspace) -> None:
 def test_only_what_changed_is_sent_again(online: Workspace) -> None:
     (online.folder / "data/stories/val/more.txt").write_text("Tom had a hat.\n", encoding="utf-8")
     settings = {"data_dir": online.folder / "data/stories", "tokenizer_dir": online.folder / "data/tokenizer"}
-    prepare_data.prepare(prepare_data.PrepareSettings(**settings, workers=1))
+    prepare(PrepareSettings(**settings, workers=1))
     del online.server.sent[:]
     online.run("wandb_dataset.py", "push", "--data_dir", "data/stories")
     (shard,) = (online.folder / "data/stories/val/val").glob("*.bin")
@@ -135,11 +134,12 @@ def test_a_pull_that_is_killed_in_the_middle_is_made_whole_by_the_next(online: W
 
 
 OFFLINE_RUN = """
-import sys, wandb, wandb_dataset
+import wandb
 from pathlib import Path
+from litgpt_moe.data import artifact
 run = wandb.init(project="tests", settings=wandb.Settings(console="off"))
-wandb_dataset.use_dataset(run, Path("data/stories"), Path("data/tokenizer"))
-wandb_dataset.log_checkpoint(run, Path("data/tokenizer"), "model", {})  # any folder of files does
+artifact.use_dataset(run, Path("data/stories"), Path("data/tokenizer"))
+artifact.log_checkpoint(run, Path("data/tokenizer"), "model", {})  # any folder of files does
 """
 
 
@@ -181,35 +181,3 @@ def test_training_outlives_the_sdk_and_a_server_that_refuses(
         output = "".join(lines)
         assert process.wait() == 0, output
         assert "Warning: W&B is lost" in output and "Checkpoint out" in output
-
-
-class BrokenRun:
-    """A W&B run whose every call fails."""
-
-    def __getattr__(self, name: str) -> object:
-        raise BrokenPipeError("the service has ended")
-
-
-def test_a_wandb_that_fails_is_told_once_and_stops_nothing(tmp_path: Path) -> None:
-    told: list[str] = []
-    settings = run_train.Settings(out_dir=tmp_path)
-    log = run_train.WandbLog(SimpleNamespace(settings=settings), told.append)
-    log.logger = BrokenRun()
-    for step in range(3):
-        log.log_metrics({"loss": 1.0}, step)
-    log.close()
-    assert len(told) == 1 and re.search(r"W&B is lost \(the service has ended\); training goes on", told[0])
-
-
-def test_without_a_login_the_run_is_refused_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    def refuse() -> None:
-        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
-
-    log = run_train.WandbLog(SimpleNamespace(settings=run_train.Settings(out_dir=tmp_path)), print)
-    monkeypatch.setattr(log, "_open", refuse)
-    with pytest.raises(run_train.RunFailed, match=r"wandb login.*WANDB_MODE=offline"):
-        log.begin()

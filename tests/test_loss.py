@@ -7,8 +7,10 @@ from conftest import TINY_CONFIG
 from litgpt.model import GPT
 from litgpt.utils import chunked_cross_entropy
 
-import moe_layers
-from moe_layers import MoEConfig, defer_head, linear_cross_entropy
+from litgpt_moe import loss as loss_module
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.kernels import matmul
+from litgpt_moe.loss import IGNORED_TOKEN, defer_head, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -20,11 +22,11 @@ def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("rows", [1, 4, 100], ids="chunks of {} rows".format)
 @pytest.mark.parametrize("ignored", [0, 5, 21], ids="{} ignored".format)
 def test_loss_and_gradients_are_those_of_pytorch(monkeypatch, rows: int, ignored: int) -> None:
-    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", rows * 13)
+    monkeypatch.setitem(loss_module.CHUNK_VALUES, "cpu", rows * 13)
     hidden = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 13, (3, 7))
-    targets.view(-1)[:ignored] = moe_layers.IGNORED_TOKEN
+    targets.view(-1)[:ignored] = IGNORED_TOKEN
     ours = gradients(linear_cross_entropy(hidden, weight, targets), hidden, weight)
     theirs = gradients(chunked_cross_entropy(hidden @ weight.t(), targets), hidden, weight)
     for found, expected in zip(ours, theirs, strict=True):
@@ -33,8 +35,8 @@ def test_loss_and_gradients_are_those_of_pytorch(monkeypatch, rows: int, ignored
 
 @pytest.mark.parametrize("library", ["oneDNN", "MKL"])
 def test_either_library_gives_pytorch_s_loss_and_the_least_likely_word_stays_finite(monkeypatch, library):
-    monkeypatch.setattr(moe_layers, "_is_amd_with_avx512", lambda: library == "oneDNN")
-    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", 16 * 50)
+    monkeypatch.setattr(matmul, "_is_amd_with_avx512", lambda: library == "oneDNN")
+    monkeypatch.setitem(loss_module.CHUNK_VALUES, "cpu", 16 * 50)
     hidden, weight = torch.randn(37, 24), torch.randn(50, 24)
     hidden[0], weight[7] = 20 * weight[3], -weight[3]  # word 7 is some 900 nats away: exp gives 0
     targets = torch.randint(0, 50, (37,))
@@ -48,7 +50,7 @@ def test_either_library_gives_pytorch_s_loss_and_the_least_likely_word_stays_fin
 
 
 def test_in_bfloat16_the_loss_is_float32_and_chunks_are_added_up_exactly(monkeypatch) -> None:
-    monkeypatch.setitem(moe_layers.CHUNK_VALUES, "cpu", 4 * 100)  # 64 chunks
+    monkeypatch.setitem(loss_module.CHUNK_VALUES, "cpu", 4 * 100)  # 64 chunks
     hidden = torch.randn(256, 32, requires_grad=True)  # float32, as Fabric hands over a bf16 model's output
     weight = torch.randn(100, 32).bfloat16().requires_grad_(True)
     targets = torch.randint(0, 100, (256,))
@@ -62,7 +64,7 @@ def test_in_bfloat16_the_loss_is_float32_and_chunks_are_added_up_exactly(monkeyp
 
 
 def test_without_gradients_none_are_computed(monkeypatch) -> None:
-    monkeypatch.setattr(moe_layers, "_add_gradients", None)  # would be called
+    monkeypatch.setattr(loss_module, "_add_gradients", None)  # would be called
     hidden, weight, targets = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True), torch.arange(4)
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, targets)

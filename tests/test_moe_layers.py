@@ -7,17 +7,21 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_CONFIG
+from helpers.layers import GROUPS, pair, per_token, run
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.throughput import measure_flops
 from litgpt.model import GPT, LLaMAMLP, LLaMAMoE
 from litgpt.pretrain import initialize_weights
 
-import moe_layers
-from moe_layers import MoE, MoEConfig, SimplifiedLLaMAMoE
+from litgpt_moe import balance
+from litgpt_moe.checkpoints.layout import find_checkpoint
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.kernels import choice
+from moe_layers import MoE, SimplifiedLLaMAMoE
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-GROUPS = {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2}
 VARIANTS = {
     "plain": {},
     "all experts": {"n_expert_per_token": 4},
@@ -28,37 +32,6 @@ VARIANTS = {
     "groups, normalised and scaled": {**GROUPS, "norm_topk_prob": True, "routed_scaling_factor": 1.7},
     "groups, one expert": {**GROUPS, "n_expert_per_token": 1, "norm_topk_prob": False},
 }
-
-
-def pair(stock_class: type, dtype: torch.dtype, **overrides: object) -> tuple[torch.nn.Module, MoE]:
-    """A stock-shaped layer and ours with the same random weights."""
-    config = MoEConfig(**{**TINY_CONFIG, **overrides})
-    stock, ours = stock_class(config).to(dtype), MoE(config).to(dtype)
-    with torch.no_grad():
-        for parameter in stock.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    ours.load_state_dict(stock.state_dict())
-    return stock, ours
-
-
-def run(layer: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The layer's output, and every gradient by name, for a loss that weighs each output differently."""
-    layer.zero_grad()
-    x = x.clone().requires_grad_(True)
-    y = layer(x)
-    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    (y * weight).sum().backward()
-    return {"y": y.detach(), "x.grad": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
-
-
-def naive_moe(layer: MoE, x: torch.Tensor) -> torch.Tensor:
-    """The definition, per token and per choice."""
-    rows = []
-    for token in x.reshape(-1, x.size(-1)):
-        values, experts = (layer.gate.weight @ token).topk(layer.config.n_expert_per_token)
-        weights = values.softmax(0, dtype=torch.float).to(x.dtype)
-        rows.append(sum(w * layer.experts[int(e)](token) for w, e in zip(weights, experts, strict=True)))
-    return torch.stack(rows).view_as(x)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
@@ -74,7 +47,7 @@ def test_moe_gives_stock_outputs_and_every_gradient_in_float64(overrides: dict) 
 def test_moe_follows_the_definition_written_per_token() -> None:
     _, ours = pair(LLaMAMoE, torch.float64)
     x = torch.randn(2, 5, 16, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), naive_moe(ours, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours(x), per_token(ours, x), rtol=1e-12, atol=1e-12)
 
 
 def test_simplified_layer_gives_stock_outputs_and_gradients() -> None:
@@ -115,14 +88,14 @@ def test_packed_weights_are_left_alone_once_the_model_is_converted() -> None:
     ours.float()
     x = torch.randn(1, 2, 16)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), naive_moe(ours, x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours(x), per_token(ours, x), rtol=1e-5, atol=1e-6)
 
 
 def test_grouped_gemm_gives_the_loop_s_outputs_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = pair(LLaMAMoE, torch.float32)
     x = torch.randn(4, 16, 16)
     expected = run(ours, x)
-    monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", lambda device, dtype: True)
+    monkeypatch.setattr(choice, "has_fast_grouped_mm", lambda device, dtype: True)
     got = run(ours, x)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -146,7 +119,7 @@ def test_router_works_in_float32_when_the_model_is_bf16() -> None:
         ours.gate.weight[3, 1] = 2**-7  # 1 + 2**-7 * 2**-7 is not a bf16 number: bf16 logits would tie
     x = torch.zeros(1, 16, dtype=torch.bfloat16)
     x[0, :2] = torch.tensor([1.0, 2**-7])
-    *_, indices_NK = ours._route(x)
+    *_, indices_NK = ours.route(x)
     assert indices_NK[0, 0] == 3
 
 
@@ -154,9 +127,9 @@ def test_router_works_in_float32_when_the_model_is_bf16() -> None:
 def test_autocast_leaves_the_router_in_float32(overrides: dict) -> None:
     _, ours = pair(LLaMAMoE, torch.float32, **overrides)
     x = torch.randn(6, 16)
-    expected = ours._route(x)[1]
+    expected = ours.route(x)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ours._route(x)[1]
+        got = ours.route(x)[1]
     assert torch.equal(got, expected)
 
 
@@ -191,15 +164,15 @@ def test_expert_load_counts_each_choice_once_and_only_while_it_is_on(tiny_config
     model = GPT(tiny_config)
     tokens = torch.randint(0, 512, (2, 10))
     model(tokens)
-    moe_layers.count_expert_load(model, True)
+    balance.count_expert_load(model, True)
     model(tokens)
     with torch.no_grad():
         model(tokens[:1, :2])
-    load = moe_layers.expert_load(model)
+    load = balance.expert_load(model)
     assert [int(load[layer].sum()) for layer in (0, 1)] == [2 * (20 + 2)] * 2
-    moe_layers.count_expert_load(model, False)
+    balance.count_expert_load(model, False)
     model(tokens)
-    assert moe_layers.expert_load(model)[0].sum() == 0
+    assert balance.expert_load(model)[0].sum() == 0
 
 
 def test_every_parameter_is_initialised_under_empty_init() -> None:
@@ -221,7 +194,7 @@ def test_every_parameter_is_initialised_under_empty_init() -> None:
 def test_first_k_dense_replace_makes_the_first_blocks_dense() -> None:
     model = GPT(MoEConfig(**{**TINY_CONFIG, "first_k_dense_replace": 1, "intermediate_size": 24}))
     assert isinstance(model.transformer.h[0].mlp, LLaMAMLP)
-    assert list(moe_layers.moe_layers(model)) == [1]
+    assert list(balance.layers_of(model)) == [1]
 
 
 def test_one_small_layer_compiles_and_agrees_with_eager() -> None:
@@ -237,18 +210,11 @@ def test_one_small_layer_compiles_and_agrees_with_eager() -> None:
 
 def test_the_grouped_gemm_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.set_stance("default")
-    monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", lambda device, dtype: True)
+    monkeypatch.setattr(choice, "has_fast_grouped_mm", lambda device, dtype: True)
     _, ours = pair(LLaMAMoE, torch.bfloat16)
     x = torch.randn(1, 12, 16, dtype=torch.bfloat16)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled, x)["y"], run(ours, x)["y"], rtol=0.05, atol=0.05)
-
-
-def test_experts_of_unaligned_width_are_not_sent_to_the_grouped_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe_layers, "has_fast_grouped_mm", lambda device, dtype: True)
-    wide, narrow = (MoEConfig(**{**TINY_CONFIG, "moe_intermediate_size": width}) for width in (16, 12))
-    assert moe_layers.choose_way(wide, torch.device("cpu"), torch.bfloat16) == "grouped_mm"
-    assert moe_layers.choose_way(narrow, torch.device("cpu"), torch.bfloat16) == "segments"
 
 
 BAD_VALUES = {
@@ -314,7 +280,7 @@ def test_a_loaded_checkpoint_gives_stock_litgpt_s_logits(tiny_checkpoint: Path) 
     stock.load_state_dict(
         torch.load(tiny_checkpoint / "lit_model.pth", weights_only=True)["model"], strict=True
     )
-    model = moe_layers.load_model(tiny_checkpoint)
+    model = load_model(tiny_checkpoint)
     tokens = torch.randint(0, 512, (2, 30))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), stock(tokens), rtol=1e-5, atol=1e-6)
@@ -323,7 +289,7 @@ def test_a_loaded_checkpoint_gives_stock_litgpt_s_logits(tiny_checkpoint: Path) 
 
 
 def test_a_model_is_loaded_in_the_dtype_asked_for(tiny_checkpoint: Path) -> None:
-    model = moe_layers.load_model(tiny_checkpoint, dtype=torch.bfloat16)
+    model = load_model(tiny_checkpoint, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
 
@@ -340,7 +306,7 @@ def test_a_truncated_checkpoint_is_told_in_one_sentence(tiny_checkpoint: Path, t
     weights = folder / "lit_model.pth"
     weights.write_bytes(weights.read_bytes()[:-500])
     with pytest.raises(ValueError, match=r"lit_model\.pth is damaged") as caught:
-        moe_layers.load_model(folder)
+        load_model(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -349,7 +315,7 @@ def test_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: P
     wider = {**TINY_CONFIG, "moe_intermediate_size": 12}
     (folder / "model_config.yaml").write_text(yaml.dump(wider), encoding="utf-8")
     with pytest.raises(ValueError, match=r"do not fit the model config MoE-tiny: .*experts\.0\.fc_1\.weight"):
-        moe_layers.load_model(folder)
+        load_model(folder)
 
 
 def test_a_checkpoint_is_found_by_its_folder_its_parent_or_its_newest_step(
@@ -357,27 +323,23 @@ def test_a_checkpoint_is_found_by_its_folder_its_parent_or_its_newest_step(
 ) -> None:
     for name in ("step-00000100", "step-00000900"):
         copy_checkpoint(tiny_checkpoint, tmp_path / name)
-    assert moe_layers.find_checkpoint(tmp_path / "step-00000100") == tmp_path / "step-00000100"
-    assert moe_layers.find_checkpoint(tmp_path / "step-00000100" / "lit_model.pth").name == "step-00000100"
-    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "step-00000900"
+    assert find_checkpoint(tmp_path / "step-00000100") == tmp_path / "step-00000100"
+    assert find_checkpoint(tmp_path / "step-00000100" / "lit_model.pth").name == "step-00000100"
+    assert find_checkpoint(tmp_path) == tmp_path / "step-00000900"
     (tmp_path / "step-00000900" / "lit_model.pth").unlink()
-    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "step-00000100"
+    assert find_checkpoint(tmp_path) == tmp_path / "step-00000100"
     copy_checkpoint(tiny_checkpoint, tmp_path / "final")
-    assert moe_layers.find_checkpoint(tmp_path) == tmp_path / "final"
+    assert find_checkpoint(tmp_path) == tmp_path / "final"
 
 
 def test_no_checkpoint_is_told_with_the_place(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no lit_model"):
-        moe_layers.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
-        moe_layers.find_checkpoint(tmp_path / "absent")
+        find_checkpoint(tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file; name a checkpoint directory"):
-        moe_layers.find_checkpoint(tmp_path / "file")
-
-
-def test_grouped_gemm_is_not_called_fast_on_the_cpu() -> None:
-    assert not moe_layers.has_fast_grouped_mm(torch.device("cpu"), torch.bfloat16)
+        find_checkpoint(tmp_path / "file")
 
 
 def test_a_router_with_groups_begins_with_random_weights_not_with_old_memory() -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import edit_yaml, losses, rows, run, weights
-
-import run_train
+from helpers.runs import edit_yaml, losses, rows, run, weights
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -210,15 +208,6 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_before_training(
     assert run() == 2
     assert "a checkpoint needs" in capsys.readouterr().err
     assert not Path("out").exists()
-
-
-def test_the_metrics_file_keeps_its_rows_when_a_new_column_comes(tmp_path: Path) -> None:
-    metrics = run_train.LogFile(tmp_path / "logs/metrics.csv")
-    metrics.write({"step": 1, "loss": 3.0})
-    metrics.write({"step": 1, "val_loss": 2.5})
-    metrics.write({"step": 2, "loss": 2.0})
-    text = (tmp_path / "logs/metrics.csv").read_text(encoding="utf-8").split()
-    assert text == ["step,loss,val_loss", "1,3.0,", "1,,2.5", "2,2.0,"]
 
 
 def test_the_summary_gives_true_figures(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

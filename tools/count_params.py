@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe.cli import FlagParser, fail, run_script
 
 if TYPE_CHECKING:
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.05  # of the size in a name
@@ -47,7 +47,7 @@ class ParamCount:
 
 def count_params(config: "MoEConfig") -> ParamCount:
     """Return the counts of the model that `config` describes, built on the meta device."""
-    from litgpt_moe.interop.folders import model_facts
+    from litgpt_moe.config import model_facts
 
     facts, embedding = model_facts(config), 2 * (config.padded_vocab_size or 0) * config.n_embd
     counts = (facts.total_params, facts.active_params, embedding, facts.flops_per_token)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("configs", nargs="*", type=Path, help="model configurations (default: ours)")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
     args = parser.parse_args(argv)
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     try:
         if not (paths := args.configs or default_configs()):

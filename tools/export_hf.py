@@ -16,16 +16,16 @@ from litgpt_moe.cli import FlagParser, run_command, run_script
 
 def export(args: argparse.Namespace) -> str:
     """Do what the flags say and return what to print. Raises as `write_folder`."""
-    from generate import read_tokenizer
+    from litgpt_moe.checkpoints.layout import find_checkpoint
+    from litgpt_moe.checkpoints.reader import load_tokenizer, verify_checkpoint
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.export_folder import check_packages, write_folder
-    from moe_layers import find_checkpoint, verify_checkpoint
 
     check_packages(args.gguf, not args.no_check)
     check_new_folder(args.out, 0)
     folder = find_checkpoint(args.checkpoint)
     verify_checkpoint(folder)
-    read_tokenizer(folder)
+    load_tokenizer(folder)
     lines = [
         *write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check),
         f"Next:\n  read {args.out / 'README.md'} and add a licence",

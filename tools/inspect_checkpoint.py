@@ -17,8 +17,8 @@ def inspect(folder: Path, with_tensors: bool) -> list[str]:
     Raises:
         ValueError: the weights or a configuration are damaged, or do not belong together.
     """
+    from litgpt_moe.checkpoints.reader import verify_checkpoint
     from litgpt_moe.report.checkpoint import describe, describe_files, find_problems
-    from moe_layers import verify_checkpoint
 
     verify_checkpoint(folder)
     print("\n".join([str(folder), *describe_files(folder)]))
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor with mean, std, bad values")
     args = parser.parse_args(argv)
-    from moe_layers import find_checkpoint
+    from litgpt_moe.checkpoints.layout import find_checkpoint
 
     try:
         folder = find_checkpoint(args.dir)

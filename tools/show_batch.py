@@ -5,19 +5,22 @@ Run: uv run python tools/show_batch.py checkpoints --step 1200     (10 s, most o
 logs/spikes.csv of a run names the steps worth a look. Works on a run that is still going.
 """
 
-import argparse
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import prepare_data
-from litgpt_moe.cli import FlagParser
+from litgpt_moe.cli import FlagParser, run_command, run_script
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR
+
+if TYPE_CHECKING:
+    from litgpt_moe.data.batches import TokenBatches
+
+OWN_DATA = "prepare_data.TextShards"  # as train_config.yaml names our data module
 
 
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
-    """Return the run's data directory: a relative one is looked for where the run was started, then here."""
+    """Return the run's data directory; a relative one is looked for where the run was started, then here."""
     init_args = settings["data"].get("init_args") or {}
-    named = Path(init_args.get("train_data_path", prepare_data.PrepareSettings.data_dir / "train")).parent
+    named = Path(init_args.get("train_data_path", DEFAULT_DATA_DIR / "train")).parent
     if settings.get("dataset_dir"):
         named = Path(settings["dataset_dir"])
     run_dir, out_dir = checkpoint_dir.resolve().parent, Path(settings.get("out_dir") or "")
@@ -26,77 +29,62 @@ def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
     return start / named if (start / named).exists() else named
 
 
-def batches_of(checkpoint_dir: Path, data_dir: Path | None = None) -> prepare_data.TokenBatches:
-    """Return the run's training batches, one optimizer step each.
+def batches_at(checkpoint_dir: Path, step: int, data_dir: Path | None) -> "TokenBatches":
+    """Return the run's training batches, one optimizer step each, positioned before `step`.
 
     Raises:
-        ValueError: the run did not train on our data module, or its data has changed since.
+        ValueError: the run did not train on our data module, its data has changed since, or it is shorter.
         OSError: a file is missing.
     """
+    from litgpt_moe.checkpoints.layout import CONFIG_FILE
+    from litgpt_moe.config import MoEConfig
+    from litgpt_moe.data.batches import TokenBatches, TokenStream
+    from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.yaml_files import read_mapping
-    from moe_layers import CONFIG_FILE, MoEConfig
 
     settings = read_mapping(checkpoint_dir / "train_config.yaml")
     data, train = settings.get("data") or {}, settings.get("train") or {}
-    if data.get("class_path") != "prepare_data.TextShards":
-        raise ValueError(
-            f"{checkpoint_dir}: its data is {data.get('class_path')}, not prepare_data.TextShards"
-        )
-    manifest = (data_dir or data_dir_of(checkpoint_dir, settings)) / prepare_data.MANIFEST
+    if data.get("class_path") != OWN_DATA:
+        raise ValueError(f"{checkpoint_dir}: its data is {data.get('class_path')}, not {OWN_DATA}")
+    manifest = (data_dir or data_dir_of(checkpoint_dir, settings)) / MANIFEST
     if not manifest.is_file():
         raise FileNotFoundError(f"{manifest}: not found; name the run's data directory with --data_dir")
     block_size = train.get("max_seq_length") or MoEConfig.from_file(checkpoint_dir / CONFIG_FILE).block_size
     seed = (data.get("init_args") or {}).get("seed", settings.get("seed"))
-    stream = prepare_data.TokenStream(manifest.parent, "train")
-    return prepare_data.TokenBatches(stream, train["global_batch_size"], block_size, seed)
-
-
-def check_step(step: int, checkpoint_dir: Path, tokens_per_step: int) -> None:
-    """Raise ValueError if the run, as its newest checkpoint has it, is shorter."""
-    from litgpt_moe.yaml_files import read_mapping
-
-    n_steps = read_mapping(checkpoint_dir / "train_config.yaml")["train"]["max_tokens"] // tokens_per_step
+    # the order of the data depends on neither the micro-batch nor the devices: one batch here is one step
+    batches = TokenBatches(
+        TokenStream(manifest.parent, "train"), train["global_batch_size"], block_size, seed
+    )
+    n_steps = train["max_tokens"] // (batches.batch_size * block_size)
     if not 1 <= step <= n_steps:
         raise ValueError(f"--step is {step}; choose 1 to {n_steps}, the steps of {checkpoint_dir.parent}")
+    epoch, n_used = divmod((step - 1) * batches.batch_size, batches.n_sequences)
+    batches.load_state_dict({"epoch": epoch, "n_used": n_used, "n_sequences": batches.n_sequences})
+    return batches
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line's parser."""
+def show(run: Path, step: int, data_dir: Path | None) -> None:
+    """Print the stories of the step."""
+    from litgpt import Tokenizer
+
+    from litgpt_moe.checkpoints.layout import find_checkpoint
+
+    checkpoint_dir = find_checkpoint(run)
+    batches = batches_at(checkpoint_dir, step, data_dir)
+    tokenizer = Tokenizer(checkpoint_dir)
+    for number, ids in enumerate(next(iter(batches)), 1):
+        print(f"--- step {step}, sequence {number} of {batches.batch_size}\n{tokenizer.decode(ids)}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status: 0, or 2 after a sentence on what cannot be read."""
     parser = FlagParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a run's out_dir, or one of its checkpoints")
     parser.add_argument("--step", type=int, required=True, help="optimizer step, 1 is the first")
     parser.add_argument("--data_dir", type=Path, help="where its data is now (default: where it was)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Return 0, or 2 after a message on what cannot be read."""
-    args = build_parser().parse_args(argv)
-    try:
-        from litgpt import Tokenizer
-
-        from moe_layers import find_checkpoint
-
-        checkpoint_dir = find_checkpoint(args.run)
-        batches = batches_of(checkpoint_dir, args.data_dir)
-        check_step(args.step, checkpoint_dir, batches.batch_size * batches.block_size)
-        tokenizer = Tokenizer(checkpoint_dir)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    # the flow is the same for any micro-batch and any number of devices: one batch here is one step
-    used = (args.step - 1) * batches.batch_size
-    batches.load_state_dict(
-        {
-            "epoch": used // batches.n_sequences,
-            "n_used": used % batches.n_sequences,
-            "n_sequences": batches.n_sequences,
-        }
-    )
-    for number, ids in enumerate(next(iter(batches)), 1):
-        print(f"--- step {args.step}, sequence {number} of {batches.batch_size}\n{tokenizer.decode(ids)}\n")
-    return 0
+    args = parser.parse_args(argv)
+    return run_command(lambda: show(args.run, args.step, args.data_dir), "stopped")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main))

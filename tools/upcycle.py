@@ -47,11 +47,13 @@ def run(args: argparse.Namespace) -> str:
     """Write the checkpoint and return lines that say what it is and what to do next."""
     import torch
 
+    from litgpt_moe.checkpoints.layout import CONFIG_FILE, TOKENIZER_FILES, find_checkpoint, read_files
+    from litgpt_moe.checkpoints.reader import load_model
+    from litgpt_moe.checkpoints.writer import write_checkpoint
+    from litgpt_moe.config import MoEConfig, model_facts
     from litgpt_moe.files import check_new_folder
-    from litgpt_moe.interop.folders import TOKENIZER_FILES, model_facts, read_files, write_checkpoint
     from litgpt_moe.interop.next_command import NEXT, training_command
     from litgpt_moe.interop.upcycle import largest_difference, moe_config, upcycle
-    from moe_layers import CONFIG_FILE, MoEConfig, find_checkpoint, load_model
 
     check_args(args)
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)

@@ -9,13 +9,15 @@ import torch
 from litgpt.tokenizer import Tokenizer
 from safetensors.torch import save_file
 
+from litgpt_moe.checkpoints.layout import CONFIG_FILE
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.checkpoints.writer import tensor_bytes
 from litgpt_moe.cli import WorkFailed
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import new_folder, sync_files
 from litgpt_moe.interop import tokenizer_files, transformers
 from litgpt_moe.interop.families import family_of
 from litgpt_moe.interop.model_card import PROMPT, model_card
-from moe_layers import CONFIG_FILE, MoEConfig, load_model
-from run_train import tensor_bytes
 
 WEIGHTS_FILE = "model.safetensors"
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order differ by about 1e-6

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from moe_layers import MoEConfig
+from litgpt_moe.config import MoEConfig
 
 
 @dataclass(frozen=True)

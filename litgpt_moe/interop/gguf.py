@@ -16,9 +16,9 @@ import torch
 from gguf import GGUFWriter
 from tqdm import tqdm
 
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.interop.families import FAMILIES, family_of
 from litgpt_moe.interop.transformers import Weights
-from moe_layers import MoEConfig
 
 ARCHITECTURES = dict(zip(FAMILIES, ("llama", "qwen3moe", "llama", "qwen3"), strict=True))
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)\.weight")

@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
+from litgpt_moe.checkpoints.writer import write_checkpoint
 from litgpt_moe.cli import first_line
+from litgpt_moe.config import model_facts
 from litgpt_moe.files import read_json
-from litgpt_moe.interop.folders import TOKENIZER_FILES, model_facts, write_checkpoint
 from litgpt_moe.interop.tokenizer_files import to_lit_tokenizer
 from litgpt_moe.interop.transformers import Weights, to_lit_config, to_lit_weights
 

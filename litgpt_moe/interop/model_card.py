@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.interop.folders import model_facts
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE
+from litgpt_moe.checkpoints.reader import read_state
+from litgpt_moe.config import MoEConfig, model_facts
+from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.yaml_files import read_mapping
-from moe_layers import CHECKPOINT_FILE, MoEConfig, read_state
-from prepare_data import MANIFEST
 
 PROMPT = "Once upon a time"
 Rows = list[tuple[str, str]]

@@ -8,8 +8,8 @@ from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
+from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files
 from litgpt_moe.files import read_json
-from litgpt_moe.interop.folders import TOKENIZER_FILES, read_files
 
 
 def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, str], dict[str, Any]]:

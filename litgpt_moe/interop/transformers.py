@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from litgpt.scripts import convert_hf_checkpoint, convert_lit_checkpoint
 
+from litgpt_moe.config import MoEConfig, meta_model
 from litgpt_moe.files import read_json
 from litgpt_moe.interop.families import FAMILIES, PLAIN, ROPE_TYPES, Family, family_of, refuse, rope_type
-from litgpt_moe.interop.folders import meta_model
-from moe_layers import MoEConfig
 
 Weights = dict[str, torch.Tensor]
 

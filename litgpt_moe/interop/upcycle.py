@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from litgpt_moe.interop.folders import model_facts
-from moe_layers import MoEConfig, load_model
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.config import MoEConfig, model_facts
 
 N_CHECKED = 64  # tokens whose logits are compared
 

@@ -5,20 +5,12 @@ from typing import Any
 
 import torch
 
-from generate import read_tokenizer
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, RECORD_FILE
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_state, read_weights
+from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.files import read_json
-from litgpt_moe.interop.folders import model_facts
 from litgpt_moe.interop.model_card import tokens_seen
 from litgpt_moe.yaml_files import read_mapping
-from moe_layers import (
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    RECORD_FILE,
-    MoEConfig,
-    load_model,
-    read_state,
-    read_weights,
-)
 
 SETTINGS_FILE = "train_config.yaml"
 NEEDED = {
@@ -118,7 +110,7 @@ def describe_tokenizer(folder: Path) -> list[str]:
     """Return a line on the tokenizer, as LitGPT reads it."""
     if not (folder / "tokenizer.json").is_file():
         return ["  none"]
-    tokenizer = read_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     return [f"  {tokenizer.vocab_size} pieces, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"]
 
 
@@ -148,7 +140,7 @@ def find_problems(folder: Path) -> list[str]:
     model = load_model(folder, device="meta")  # names and shapes against the configuration, no memory
     if problems:
         return problems
-    tokenizer, room = read_tokenizer(folder), model.config.padded_vocab_size or 0
+    tokenizer, room = load_tokenizer(folder), model.config.padded_vocab_size or 0
     if tokenizer.vocab_size > room:
         problems.append(f"tokenizer has {tokenizer.vocab_size} pieces, the model {room}")
     if tokenizer.eos_id is None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from moe_layers import read_weights
+from litgpt_moe.checkpoints.reader import read_weights
 
 TEXTS = [
     "Tom had a red ball.",

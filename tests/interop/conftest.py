@@ -10,7 +10,7 @@ from conftest import TINY_CONFIG
 from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
 
-from moe_layers import MoEConfig
+from litgpt_moe.config import MoEConfig
 from tools import export_hf
 
 

@@ -13,10 +13,12 @@ from conftest import TINY_CONFIG
 from helpers.interop import DENSE, LLAMA3, QWEN, TEXTS, refusal, transformers_model, weights_of
 from litgpt.tokenizer import Tokenizer
 
-from generate import Sampling, generate
+from litgpt_moe.balance import use_selection_bias
+from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.files import DiskFull, new_folder
+from litgpt_moe.generation.decode import generate
+from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.interop import transformers as conversion
-from moe_layers import load_model, use_selection_bias
 from tools import export_hf, import_hf
 
 SHAPES = {  # name -> what differs from TINY_CONFIG, and the class it must become

@@ -13,9 +13,9 @@ from helpers.interop import TEXTS, refusal, transformers_model, weights_of
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import copy_config_files
 
-from litgpt_moe.interop.folders import TOKENIZER_FILES
+from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
+from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
 from litgpt_moe.interop.import_folder import INDEX
-from moe_layers import load_model, verify_checkpoint
 from tools import import_hf
 
 

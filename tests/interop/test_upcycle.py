@@ -13,7 +13,8 @@ from litgpt.model import GPT
 from litgpt.utils import copy_config_files, save_config
 
 import run_train
-from moe_layers import MoEConfig, load_model, read_weights, verify_checkpoint
+from litgpt_moe.checkpoints.reader import load_model, read_weights, verify_checkpoint
+from litgpt_moe.config import MoEConfig
 from tools import upcycle
 
 DENSE = {

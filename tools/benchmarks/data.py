@@ -21,16 +21,12 @@ from typing import Any
 import numpy as np
 
 from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
+from litgpt_moe.data.batches import TokenBatches, TokenStream
+from litgpt_moe.data.encoding import PieceCache, StoryEncoder
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import write_json, write_whole
-from prepare_data import (
-    PieceCache,
-    PrepareSettings,
-    StoryEncoder,
-    TokenBatches,
-    TokenStream,
-    prepare,
-    read_tokenizer,
-)
 from tools.benchmarks.machine import ROOT, check_counts, machine
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
@@ -70,7 +66,7 @@ def benchmark_tokenizing(text: Path, tokenizer_dir: Path, rounds: int) -> dict[s
     from litgpt import Tokenizer
     from litgpt.data.text_files import tokenize
 
-    stock, ours = Tokenizer(tokenizer_dir), StoryEncoder(read_tokenizer(tokenizer_dir))
+    stock, ours = Tokenizer(tokenizer_dir), StoryEncoder(read_tokenizer_facts(tokenizer_dir))
 
     def run_ours() -> np.ndarray:
         return ours.encode(text.read_text(encoding="utf-8").strip())
@@ -179,7 +175,7 @@ def run(settings: DataBenchmark, folder: Path) -> dict[str, Any]:
     prepare(demo)
     text = settings.text or folder / "demo" / "train" / "demo.txt"
     tokenizer_dir = settings.tokenizer_dir or folder / "tokenizer"
-    read_tokenizer(tokenizer_dir)
+    read_tokenizer_facts(tokenizer_dir)
     sample = folder / "sample.txt"
     with text.open(encoding="utf-8") as file:
         write_whole(sample, file.read(int(settings.megabytes * 1e6)))

@@ -49,8 +49,9 @@ def build_models(config_file: Path, ckpt_dir: Path | None, seed: int) -> "tuple[
     from litgpt.config import Config
     from litgpt.model import GPT
 
-    from generate import lay_out_for_decoding
-    from moe_layers import MoEConfig, load_model
+    from litgpt_moe.checkpoints.reader import load_model
+    from litgpt_moe.config import MoEConfig
+    from litgpt_moe.generation.decode import lay_out_for_decoding
 
     torch.manual_seed(seed)
     stock = GPT(Config.from_file(config_file)).requires_grad_(False).eval()
@@ -80,7 +81,8 @@ def stock_tokens(model: "GPT", prompt_ids: list[int], n_tokens: int) -> list[int
 
 def our_tokens(model: "GPT", prompt_ids: list[int], n_tokens: int) -> list[int]:
     """Return the greedy continuation by generate.py."""
-    from generate import Sampling, generate
+    from litgpt_moe.generation.decode import generate
+    from litgpt_moe.generation.settings import Sampling
 
     return list(generate(model, prompt_ids, n_tokens, Sampling(temperature=0.0)))
 
@@ -116,7 +118,7 @@ def run(settings: GenerateBenchmark) -> dict[str, Any]:
     """Return the benchmark's figures with the settings and the machine."""
     import torch
 
-    from moe_layers import find_checkpoint
+    from litgpt_moe.checkpoints.layout import find_checkpoint
 
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from litgpt.model import LLaMAMLP, LLaMAMoE
 
-from moe_layers import MoE, MoEConfig, choose_way, has_triton
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.kernels.choice import choose_way
+from litgpt_moe.kernels.triton import has_triton
+from moe_layers import MoE
 from tools.benchmarks.hf_blocks import check_output, make_input, make_step
 from tools.benchmarks.machine import ROOT
 

@@ -117,13 +117,12 @@ def write_stories(data: Path) -> None:
 
 def write_inputs(folder: Path) -> dict[str, list[str]]:
     """Prepare a small data directory and both runs' settings; return the command of each run."""
-    import prepare_data  # not for --help
+    from litgpt_moe.data.prepare import prepare
+    from litgpt_moe.data.settings import PrepareSettings
 
     data, tokenizer = folder / "data", folder / "tokenizer"
     write_stories(data)
-    prepare_data.prepare(
-        prepare_data.PrepareSettings(data_dir=data, tokenizer_dir=tokenizer, train_tokenizer=VOCABULARY)
-    )
+    prepare(PrepareSettings(data_dir=data, tokenizer_dir=tokenizer, train_tokenizer=VOCABULARY))
     shards = {
         "train_data_path": str(data / "train"),
         "val_data_path": str(data / "val"),

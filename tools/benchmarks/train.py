@@ -27,7 +27,7 @@ from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
 from tools.benchmarks.machine import ROOT, check_counts, machine
 
 if TYPE_CHECKING:
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
 DENSE = ("dense", "dense oneDNN", "stock dense")
 
@@ -87,7 +87,8 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
     """Return the figures of all."""
     import torch
 
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
+    from litgpt_moe.hardware import peak_memory_gb
     from tools.benchmarks import train_contestants, train_times
 
     config = MoEConfig.from_file(settings.model_config, **override)
@@ -100,7 +101,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             times[name] += train_times.step_times(functools.partial(train, make_run(its_config)))
-            memory[name] = round(train_contestants.peak_memory_gb(), 3)
+            memory[name] = round(peak_memory_gb(), 3)
     shares = {
         name: train_times.share_of_parts(functools.partial(train, make_run(its_config)), settings.steps)
         for name, (train, its_config) in kinds.items()
@@ -126,7 +127,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
 
 def dense_config(settings: TrainBenchmark, override: dict[str, Any]) -> "MoEConfig":
     """Return the dense model with the FLOPs of the experts that a token visits."""
-    from moe_layers import MoEConfig
+    from litgpt_moe.config import MoEConfig
 
     config = MoEConfig.from_file(settings.model_config, **override)
     width = config.n_expert_per_token * (config.moe_intermediate_size or 0)

@@ -1,0 +1,1 @@
+"""Checkpoints: their place and names, reading, writing, and what a resume needs."""

@@ -1,0 +1,198 @@
+"""Where checkpoints lie: their files, their names, the record that each carries, and which of them are kept.
+
+Nothing heavy is imported here: the settings of a run hold `CheckpointArgs`.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from litgpt_moe.files import sha256_file, sync_directory
+
+CHECKPOINT_FILE = "lit_model.pth"
+CONFIG_FILE = "model_config.yaml"
+SETTINGS_FILE = "train_config.yaml"
+RECORD_FILE = "checkpoint.json"  # what a whole checkpoint holds: its step, each file's size and SHA-256
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+FINAL = "final"
+RECORD_FORMAT = 1
+MAX_RECORD_BYTES = 1 << 20
+STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")  # as `step_name` writes it
+
+
+@dataclass(frozen=True)
+class CheckpointArgs:
+    """Which checkpoints stay, which go to W&B, and what a full disk means."""
+
+    keep_last: int | None = None
+    """Newest step-* to keep; older ones are deleted after a save (null: all stay)."""
+    keep_every: int | None = None
+    """Steps; step-* that are multiples of it stay beside keep_last (null: none)."""
+    on_full_disk: Literal["continue", "stop"] = "continue"
+    """continue: go on training, the next save may succeed; stop: end the run with status 1."""
+    to_wandb: Literal["final", "kept", "none"] = "final"
+    """With logger_name wandb, artifacts of: final/; also each step-* that is kept for good; nothing."""
+
+    def keeps(self, step: int) -> bool:
+        """Return whether the step-* of `step` is never deleted."""
+        return self.keep_last is None or bool(self.keep_every and step % self.keep_every == 0)
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+def step_name(step: int) -> str:
+    """Return the name of the checkpoint directory of a step, as LitGPT's loop writes it: step-00000100."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint directory; None if its name is not one that a run gives.
+
+    `final/` has the step that its checkpoint.json records, None without a readable one.
+    """
+    if path.name == FINAL:
+        try:
+            return read_record(path).get("step")
+        except (ValueError, OSError):
+            return None
+    match = STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def steps_of(out_dir: Path) -> dict[int, Path]:
+    """Return the step-* directories of a run by their step, whole or not, in ascending order."""
+    steps = {step_of(path): path for path in out_dir.glob("step-*")}
+    return {step: steps[step] for step in sorted(step for step in steps if step is not None)}
+
+
+def checkpoints_of(out_dir: Path) -> list[Path]:
+    """Return the checkpoint directories of a run, whole or not, the one of the last step first.
+
+    Of step-* and `final/` with the same step, step-* comes first; a `final/` without a record comes last.
+    """
+    found = list(steps_of(out_dir).values())
+    if (final := out_dir / FINAL).is_dir():
+        found.append(final)
+    steps = {path: step_of(path) for path in found}
+    return sorted(
+        found, key=lambda path: (-1 if steps[path] is None else steps[path], path.name), reverse=True
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint directory that `path` means: itself, its `final/`, or its newest whole `step-*`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: naming what was looked for.
+        ValueError: there are checkpoints but none is whole; the text says what is wrong with the first.
+    """
+    if path.is_file() and path.name == CHECKPOINT_FILE:
+        path = path.parent
+    if path.is_file():
+        raise NotADirectoryError(
+            f"{path} is a file; name a checkpoint directory, which holds {CHECKPOINT_FILE}"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
+    if _has_model(path):  # the user named it: verify_checkpoint says what is wrong with it
+        return path
+    problems = []
+    for candidate in filter(_has_model, (path / FINAL, *reversed(steps_of(path).values()))):
+        try:
+            recorded_files(candidate)
+            return candidate
+        except ValueError as problem:
+            problems.append(problem)
+    if problems:
+        raise problems[0]
+    raise FileNotFoundError(
+        f"{path} holds no {CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
+    )
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / CHECKPOINT_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+
+
+def read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the content of those files in `folder` that exist."""
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+# --- checkpoint.json ----------------------------------------------------------------------------------------
+
+
+def write_record(
+    folder: Path, step: int, files: dict[str, dict[str, Any]], selection_bias: bool = False
+) -> None:
+    """Flush every file in `folder` to the disk and list them all in its checkpoint.json.
+
+    `files` has the entries of files that are flushed already, as `writer.write_state` returns them.
+    """
+    files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in files:  # lit_model.pth was hashed while it was written
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    with (folder / RECORD_FILE).open("w", encoding="utf-8") as file:
+        json.dump({"format": RECORD_FORMAT, "step": step, **notes, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(folder)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the checked content of a folder's checkpoint.json, {} without one (as LitGPT's own checkpoints).
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    record = folder / RECORD_FILE
+    if not record.exists():
+        return {}
+    try:
+        if record.stat().st_size > MAX_RECORD_BYTES:
+            raise ValueError("it is too large")
+        content = json.loads(record.read_bytes())
+        version, files, step = content["format"], content["files"], content.get("step")
+        if version != RECORD_FORMAT:
+            raise ValueError(f"its format is {version!r:.80}, not {RECORD_FORMAT}")
+        kinds = [(type(entry["bytes"]), type(entry["sha256"])) for entry in files.values()]
+        if CHECKPOINT_FILE not in files or set(kinds) != {(int, str)}:
+            raise ValueError("it does not list the files")
+        if step is not None and (type(step) is not int or step < 0):
+            raise ValueError(f"its step is {step!r:.80}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        refuse_damage(record, str(error).strip("'") or type(error).__name__)
+    return content
+
+
+def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the files that checkpoint.json lists with their entries, {} without one.
+
+    Raises:
+        ValueError: one of them is missing, has another size than recorded, or would lie elsewhere.
+    """
+    files = read_record(folder).get("files", {})
+    for name, entry in files.items():
+        path = folder / name
+        if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
+            raise ValueError(
+                f"{folder / RECORD_FILE} lists {name!r}, not a file of its folder; use another checkpoint"
+            )
+        if not path.is_file():
+            refuse_damage(path, f"{RECORD_FILE} lists it and it is not there")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            refuse_damage(path, f"it has {size:,} bytes, {RECORD_FILE} says {entry['bytes']:,}")
+    return {folder / name: entry for name, entry in files.items()}
+
+
+def refuse_damage(path: Path, reason: str) -> NoReturn:
+    """Raise the ValueError for a damaged file of a checkpoint, in one line."""
+    reason = " ".join(reason.split())[:200]
+    raise ValueError(f"{path} is damaged or not a checkpoint's ({reason}); use another checkpoint")

@@ -1,0 +1,271 @@
+"""From a checkpoint directory to a model: every file checked against the record, and no code run.
+
+What is promised: weights, configuration and tokenizer of somebody else's checkpoint run no code. The border
+is torch's `weights_only=True` for tensors, a safe loader without aliases for YAML, and JSON for the others.
+"""
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_moe.balance import BIAS_NAME, has_selection_bias, layers_of, use_selection_bias
+from litgpt_moe.checkpoints.layout import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    RECORD_FILE,
+    recorded_files,
+    refuse_damage,
+)
+from litgpt_moe.checkpoints.state import check_state
+from litgpt_moe.config import MoEConfig, meta_model
+from litgpt_moe.files import is_outside, sha256_file
+from litgpt_moe.hardware import DTYPES
+from litgpt_moe.kernels.matmul import use_fast_linear
+
+MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check every file that checkpoint.json lists (LitGPT's own checkpoints have none: nothing to check).
+
+    Raises:
+        ValueError: one sentence, when a file is missing, has another size or another SHA-256 than recorded,
+            or is a link out of the folder.
+        OSError: a file cannot be read.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink() and is_outside(path, folder):
+            raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
+    for path, entry in recorded_files(folder).items():
+        stat = path.stat()
+        if sha256_of(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
+            refuse_damage(path, f"its content is not what {RECORD_FILE} recorded")
+
+
+@lru_cache  # generate, evaluate and load_model each ask before they use a file
+def sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+    """Return the SHA-256 of a file's content; size and time say whether it changed since the last call."""
+    return sha256_file(path)
+
+
+def checkpoint_flaw(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from, None if it is whole; its name is left to the caller."""
+    try:
+        read_training_state(folder)
+    except (ValueError, OSError) as error:
+        return flaw_words(error, folder)
+    return None
+
+
+def flaw_words(error: Exception, folder: Path) -> str:
+    """Return the words of an error of `read_training_state` without the folder's name and the way out."""
+    reason = str(error).removeprefix(str(folder)).lstrip(f": {os.sep}")
+    return re.split("; (?:use|resume from) another", reason)[0]
+
+
+def read_training_state(folder: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint that training can go on from, every file of it checked.
+
+    Raises:
+        ValueError, OSError: it is not whole, or holds weights alone; one sentence.
+    """
+    # LitGPT, whose checkpoints have no digests, writes the configuration last
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder}: it was not written to its end; use another checkpoint")
+    verify_checkpoint(folder)
+    state = read_state(folder / CHECKPOINT_FILE)
+    check_state(state, folder)
+    return state
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the content of the file `path`, tensors memory-mapped; never runs code (`weights_only`).
+
+    Raises:
+        ValueError: the file is damaged, no checkpoint, or made to do more than hold tensors.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    try:
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # a view can claim any number of values; factor 2: tied weights are one storage under two names
+        if sum(tensor.nbytes for tensor in _tensors(state)) > 2 * path.stat().st_size:
+            raise ValueError("its tensors claim more values than it holds")
+    # a damaged file raises pickle, zip, runtime, key, memory or (seeking too far) OS errors
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint ({_reason(error)}); use another one"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no checkpoint; give one that run_train.py or LitGPT wrote")
+    return dict(dict.items(state))  # an OrderedDict's own attributes may hide its methods
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if isinstance(error, pickle.UnpicklingError):  # torch's first lines say how to load the file all the same
+        if name := re.search(r"GLOBAL ([\w.]{1,60})", text):
+            return f"it asks for {name[1]}, which weights do not need and which may do harm"
+        return "it holds more than tensors and plain values"
+    return (text.splitlines() or [type(error).__name__])[0][:120]
+
+
+def _tensors(state: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor in nested dicts, lists and tuples; one container is entered once."""
+    todo, seen = [state], set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, torch.Tensor):
+            yield node
+        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
+            seen.add(id(node))
+            todo.extend(dict.values(node) if isinstance(node, dict) else node)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError if the file is not as torch.save writes it: nothing packed, no part twice."""
+    with zipfile.ZipFile(path) as archive:
+        if len({entry.filename for entry in archive.infolist()}) < len(archive.infolist()):
+            raise ValueError("two of its parts have one name")
+        for entry in archive.infolist():
+            name = entry.filename
+            if ".." in re.split(r"[/\\]", name) or name.startswith(("/", "\\")):
+                raise ValueError(f"its part {name!r} would lie outside")
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise ValueError(f"its part {name!r} unpacks to {entry.file_size:,} bytes")
+            if name.endswith(("data.pkl", "byteorder", "version")) and entry.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"its part {name!r} has {entry.file_size:,} bytes")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the model's state dict in the file `path`, memory-mapped. Raises as `read_state`."""
+    return weights_of(read_state(path), path)
+
+
+def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Return the model's state dict in `state`, the content of the file `path`; ValueError if it has none."""
+    weights = state.get("model", state)
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in dict.values(weights)):
+        raise ValueError(
+            f"{path} holds no model weights; give a checkpoint that run_train.py or LitGPT wrote"
+        )
+    return dict(dict.items(weights))
+
+
+def check_weights(
+    folder: Path, config: Config, weights: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the weights in `folder`, memory-mapped; those in `weights` if they have been read already.
+
+    Raises:
+        ValueError: they are not of a model of `config`. Also as `read_state`.
+    """
+    weights = read_weights(folder / CHECKPOINT_FILE) if weights is None else weights
+    _check_fit(weights, _empty_model(weights, config), folder)
+    return weights
+
+
+def _empty_model(weights: dict[str, torch.Tensor], config: Config) -> GPT:
+    """Return the model without values that has the weights' selection bias, if they have one."""
+    model = meta_model(config)
+    if has_selection_bias(weights):
+        use_selection_bias(model)
+    return model
+
+
+def _check_fit(weights: dict[str, torch.Tensor], model: GPT, folder: Path) -> None:
+    expected = model.state_dict()
+    where = f"{folder}: the weights do not fit the model config {model.config.name}:"
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"{where} they lack {missing[0]} ({len(missing)} missing)")
+    if extra := [name for name in weights if name not in expected]:
+        raise ValueError(f"{where} they have an unexpected {extra[0]!s:.80} ({len(extra)} too many)")
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, the config wants {tuple(tensor.shape)}"
+            raise ValueError(f"{where} {name} is {shapes}")
+        if weights[name].dtype not in (*DTYPES.values(), torch.float64):
+            raise ValueError(
+                f"{where} {name} is of {weights[name].dtype}, not of float32, bfloat16 or float16"
+            )
+
+
+def _check_finite(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    for name, weight in weights.items():
+        # a finite sum says that all values are, and takes a third of the time of asking each
+        total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+        if not total.isfinite() and not weight.isfinite().all():
+            where = f"{folder / CHECKPOINT_FILE}: {name} holds values that are not finite"
+            raise ValueError(f"{where} (the training diverged); use an earlier checkpoint")
+
+
+# --- model and tokenizer ------------------------------------------------------------------------------------
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
+    """Return the checkpoint's model in eval mode on `device`, in `dtype` (default: as it was saved).
+
+    Only the weights are read into memory, not the optimizer state that lies in the same file. On the device
+    `meta` nothing is: names and shapes are checked alone.
+
+    Raises:
+        ValueError: a file is damaged, the weights do not belong to the configuration, or one is not a number.
+        OSError: a file cannot be read.
+    """
+    verify_checkpoint(folder)
+    config = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
+    weights = read_weights(folder / CHECKPOINT_FILE)
+    model = _empty_model(weights, config)
+    _check_fit(weights, model, folder)
+    if torch.device(device).type != "meta":
+        _check_finite(weights, folder)
+    # the selection bias stays float32 in every dtype: the choice must be the one that was trained;
+    # copy: the weights leave the memory-mapped file, which a running training may replace
+    weights = {
+        name: weight.to(device, torch.float32 if name.endswith(BIAS_NAME) else dtype, copy=True)
+        for name, weight in weights.items()
+    }
+    model.load_state_dict(weights, assign=True)
+    use_fast_linear(model)
+    model.cos, model.sin = model.rope_cache(device=torch.device(device))
+    for layer in layers_of(model).values():
+        layer.tokens_per_expert = torch.zeros(config.n_expert, dtype=torch.int64, device=device)
+        if not layer.has_selection_bias:  # not in the weights, so still on meta
+            layer.e_score_correction_bias = torch.zeros(config.n_expert, device=device)
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Return the checkpoint's tokenizer.
+
+    Raises:
+        ValueError, FileNotFoundError: it is damaged or not there; one sentence.
+    """
+    way_out = "copy in the files of the tokenizer it was trained with"
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
+    try:
+        return Tokenizer(folder)
+    # tokenizers raises plain Exception, LitGPT KeyError and others
+    except Exception as error:
+        raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error

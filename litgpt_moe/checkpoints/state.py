@@ -1,0 +1,187 @@
+"""What a checkpoint holds beside weights and optimizer: the counters of a run and its random generators."""
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from litgpt_moe.checkpoints.layout import RECORD_FILE, read_record, step_of
+
+MT19937_WORDS = 624  # of NumPy's generator
+# of torch's optimizers that have a fused step: Adam, AdamW, SGD (and Muon), Adagrad
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+
+
+@dataclass
+class RunState:
+    """What a resumed run goes on with. On disk: `run` for all but `rng`, and `rng`, beside LitGPT's keys."""
+
+    time_s: float = 0.0
+    """Seconds of training, over all processes that took part one after another."""
+    guard: dict[str, Any] = field(default_factory=lambda: {"n_skipped": 0, "n_in_a_row": 0, "losses": []})
+    """State dict of the guard: skipped steps, those in a row, the latest losses."""
+    told_step: int = -1
+    """Step of the latest story in logs/stories.csv, -1 before the first."""
+    n_rows: int = 0
+    """Rows of logs/csv/metrics.csv."""
+    n_spikes: int = 0
+    """Rows of logs/spikes.csv."""
+    n_loads: int = 0
+    """Rows of logs/expert_load.csv."""
+    n_stories: int = 0
+    """Rows of logs/stories.csv."""
+    router: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    """Of each MoE layer, since the last row of the log and over all ranks: `load` (E,) int64, `sums` (4,)."""
+    rng: dict[str, Any] = field(default_factory=dict)
+    """Random generators, as `rng_state` returns them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the two entries of a checkpoint, `run` and `rng`."""
+        run = {name: value for name, value in vars(self).items() if name != "rng"}
+        return {"run": run, "rng": self.rng}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the entries `run` and `rng` of a checkpoint's content.
+
+        Raises:
+            ValueError: one of the values is missing or not of its kind.
+        """
+        run, rng = state.get("run"), state.get("rng")
+        for name, is_right in _KINDS.items():
+            value = run.get(name) if isinstance(run, dict) else None
+            if not is_right(value):
+                raise ValueError(f"run.{name} is {_short(value)}")
+            setattr(self, name, value)
+        if not isinstance(rng, dict) or not {"python", "numpy", "torch", "cuda"} <= rng.keys():
+            raise ValueError(f"rng is {_short(rng)}")
+        self.rng = rng
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _is_guard(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("losses"), list):
+        return False
+    counts = (value.get("n_skipped"), value.get("n_in_a_row"))
+    return all(map(_is_count, counts)) and all(map(_is_finite, value["losses"]))
+
+
+def _is_router(value: Any) -> bool:
+    def is_layer(layer: Any) -> bool:
+        tensors = [layer.get("load"), layer.get("sums")] if isinstance(layer, dict) else [None]
+        return all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+
+    return isinstance(value, list) and all(map(is_layer, value))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "time_s": lambda value: _is_finite(value) and value >= 0,
+    "guard": _is_guard,
+    "told_step": lambda value: _is_count(value) or (type(value) is int and value == -1),
+    **dict.fromkeys(("n_rows", "n_spikes", "n_loads", "n_stories"), _is_count),
+    "router": _is_router,
+}
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def check_state(state: dict[str, Any], folder: Path) -> None:
+    """Check that training can go on from `state`, the content of a checkpoint file in `folder`.
+
+    Sizes are left to torch and `check_moments`: load the state inside `damage_in`.
+
+    Raises:
+        ValueError: it is not as it was saved, or holds weights alone.
+    """
+    if "step_count" not in state:
+        raise ValueError(f"{folder} holds weights alone; start from it with --initial_checkpoint_dir")
+    with damage_in(folder):
+        for name in ("step_count", "iter_num"):
+            if not _is_count(state.get(name)):
+                raise ValueError(f"{name} is {_short(state.get(name))}")
+        for step in (step_of(folder), read_record(folder).get("step")):
+            if step is not None and step != state["step_count"]:
+                raise ValueError(
+                    f"step_count is {state['step_count']}, and the checkpoint that of step {step}"
+                )
+        for name in ("model", "optimizer", "train_dataloader"):
+            if not isinstance(state.get(name), dict):
+                raise ValueError(f"{name} is {_short(state.get(name))}")
+        # a checkpoint of LitGPT's own loop has neither
+        if "run" in state or "rng" in state or (folder / RECORD_FILE).exists():
+            RunState().load_state_dict(state)
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Check that what an optimizer has loaded is as large as its weights.
+
+    torch's `load_state_dict` does not look, and the fused AdamW of torch 2.10 writes beyond smaller moments.
+
+    Raises:
+        ValueError: naming the moment.
+    """
+    for weight, moments in optimizer.state.items():
+        for name, value in moments.items():
+            shape = weight.shape if name in MOMENTS else torch.Size() if name == "step" else None
+            if shape is not None and isinstance(value, torch.Tensor) and value.shape != shape:
+                shapes = f"{tuple(value.shape)}, its weight is of {tuple(weight.shape)}"
+                raise ValueError(f"optimizer.state has a {name} of {shapes}")
+
+
+@contextlib.contextmanager
+def damage_in(folder: Path) -> Iterator[None]:
+    """Turn what torch and others raise for a training state that does not fit into one ValueError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{folder}: its training state is damaged: {lines[0][:200]}; resume from another step-*, "
+            f"or start from its weights with --initial_checkpoint_dir {folder}"
+        ) from error
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of every random generator that a layer or a data module may draw from."""
+    name, keys, *others = np.random.get_state()
+    numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *others)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Set every generator to a state of `rng_state`; CUDA's only where there are as many devices.
+
+    Raises:
+        ValueError: a generator does not take its state.
+    """
+    try:
+        random.setstate(state["python"])
+        name, keys, position, *others = state["numpy"]
+        if not 0 <= position <= MT19937_WORDS:  # NumPy does not check it and would read past its memory
+            raise ValueError(f"position {position}")
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, *others))
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+    # each generator has errors of its own for a state that it does not take
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"the state of its random generators cannot be set ({reason})") from error

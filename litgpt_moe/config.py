@@ -1,0 +1,202 @@
+"""The model's configuration: LitGPT's keys, checked together, and the facts that follow from them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT, LLaMAMoE
+
+from litgpt_moe.yaml_files import read_mapping, typed
+
+MAX_BLOCK_SIZE = 1 << 18  # the rotary table of 128 columns then takes 268 MB
+MAX_EXPERTS = 20_000  # over all layers; each is an object that takes time to make
+
+
+@dataclass
+class MoEConfig(Config):
+    """LitGPT's `Config` whose MoE layer is ours, and whose mistakes are all reported at once.
+
+    It has LitGPT's keys and no more: what `litgpt.utils.save_config` writes is read by stock LitGPT.
+    """
+
+    def __post_init__(self) -> None:
+        problems = config_problems(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        super().__post_init__()
+
+    @classmethod
+    def from_file(cls, path: str | Path, is_foreign: bool = False, **overrides: Any) -> "MoEConfig":
+        """Return the configuration in the YAML file `path`, keys in `overrides` replaced.
+
+        `is_foreign`: the file came with a checkpoint, and is refused if it holds YAML aliases.
+
+        Raises:
+            ValueError: with one line per problem, each naming the file, the key and the way out.
+            OSError: when the file cannot be read.
+        """
+        values = {**read_mapping(Path(path), is_foreign), **overrides}
+        values = typed(values, Config, Path(path))
+        try:
+            config = cls(**values)
+            meta_model(config)  # trips over the values that no check of ours knows
+            return config
+        except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
+            lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
+            raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+    @property
+    def mlp_class(self) -> type:
+        """The class that LitGPT's `Block` builds as its MLP."""
+        # The *name* stays LLaMAMoE, so a saved config is LitGPT's. The import waits as LitGPT's own does:
+        # the layer needs the configuration, and the configuration the layer
+        from moe_layers import MoE
+
+        return MoE if self.mlp_class_name == "LLaMAMoE" else super().mlp_class
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def config_problems(config: Config) -> list[str]:
+    """Return one sentence per value of `config` that LitGPT would fail on later, or silently ignore."""
+    problems = []
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "intermediate_size"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            problems.append(f"{key} is {value}; choose 1 or more")
+    if not problems:
+        problems = _size_problems(config)
+    if problems:
+        return problems
+    if config.head_size is None and config.n_embd % config.n_head:
+        problems.append(
+            f"n_embd is {config.n_embd}, which n_head {config.n_head} does not divide; change either"
+        )
+    groups = config.n_query_groups
+    if groups is not None and (groups < 1 or config.n_head % groups):
+        problems.append(f"n_query_groups is {groups}, which does not divide n_head {config.n_head}")
+    if not 0.0 <= config.rotary_percentage <= 1.0:
+        problems.append(f"rotary_percentage is {config.rotary_percentage}; choose 0.0 to 1.0")
+    if config.mlp_class_name == "LLaMAMoE":
+        problems += _expert_problems(config)
+    elif config.n_expert or config.first_k_dense_replace is not None:
+        problems.append(
+            f"mlp_class_name is {config.mlp_class_name}, which has no experts; "
+            "set mlp_class_name: LLaMAMoE or remove n_expert and first_k_dense_replace"
+        )
+    return problems
+
+
+def _size_problems(config: Config) -> list[str]:
+    """Return one sentence per value that would take minutes or gigabytes before anything else can be said."""
+    in_layer = 1 + max(config.n_expert or 0, 0) + max(config.n_shared_expert or 0, 0)
+    problems = []
+    if config.block_size > MAX_BLOCK_SIZE:
+        problems.append(f"block_size is {config.block_size:.6g}; choose {MAX_BLOCK_SIZE:,} or less")
+    if config.n_layer * in_layer > MAX_EXPERTS:
+        problems.append(
+            f"n_layer {config.n_layer:.6g} times {in_layer:.6g} MLPs in a layer is over {MAX_EXPERTS:,}; "
+            "lower n_layer or n_expert"
+        )
+    return problems
+
+
+def _expert_problems(config: Config) -> list[str]:
+    n_expert, top_k, width = config.n_expert, config.n_expert_per_token, config.moe_intermediate_size
+    if n_expert < 1:
+        return [
+            f"n_expert is {n_expert}; an LLaMAMoE model needs 1 or more (LitGPT would run without any MLP)"
+        ]
+    problems = []
+    if not 1 <= top_k <= n_expert:
+        problems.append(f"n_expert_per_token is {top_k} but n_expert is {n_expert}; choose 1 to {n_expert}")
+    if width is None or width < 1:
+        problems.append(f"moe_intermediate_size is {width}; give the width inside one expert, 1 or more")
+    if (config.n_shared_expert or 0) < 0:
+        problems.append(f"n_shared_expert is {config.n_shared_expert}; choose 0 or more")
+    dense = config.first_k_dense_replace
+    if dense is not None and not 0 <= dense <= config.n_layer:
+        problems.append(
+            f"first_k_dense_replace is {dense} but n_layer is {config.n_layer}; choose 0 to n_layer"
+        )
+    if config.n_expert_groups:
+        problems += _group_problems(config)
+    elif config.n_topk_groups is not None or config.n_topk_scores_per_group is not None:
+        problems.append(
+            "n_topk_groups and n_topk_scores_per_group are ignored without n_expert_groups; remove them"
+        )
+    # Weights normalised over one choice are the constant 1: the router would never get a gradient.
+    if top_k == 1 and n_expert > 1 and (not config.n_expert_groups or config.norm_topk_prob):
+        problems.append(
+            "n_expert_per_token is 1 and weights are normalised after top-k, so the router gets no gradient; "
+            "choose 2 or more, or expert groups (n_expert_groups) with norm_topk_prob: false"
+        )
+    return problems
+
+
+def _group_problems(config: Config) -> list[str]:
+    n_groups, n_expert = config.n_expert_groups or 0, config.n_expert
+    if n_groups < 2 or n_expert % n_groups:
+        return [f"n_expert_groups is {n_groups}, which must be 2 or more and divide n_expert {n_expert}"]
+    problems, size = [], n_expert // n_groups
+    if config.n_topk_groups is None or not 1 <= config.n_topk_groups <= n_groups:
+        problems.append(f"n_topk_groups is {config.n_topk_groups}; choose 1 to n_expert_groups {n_groups}")
+    elif config.n_expert_per_token > config.n_topk_groups * size:
+        reach = config.n_topk_groups * size
+        problems.append(
+            f"n_expert_per_token is {config.n_expert_per_token} but the chosen groups hold {reach}"
+        )
+    if config.n_topk_scores_per_group is None or not 1 <= config.n_topk_scores_per_group <= size:
+        problems.append(
+            f"n_topk_scores_per_group is {config.n_topk_scores_per_group}; "
+            f"choose 1 to the experts per group {size}"
+        )
+    return problems
+
+
+# --- what follows from a configuration ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What one configuration costs."""
+
+    total_params: int
+    active_params: int
+    """Parameters that one token meets: all but the experts that it is not sent to."""
+    flops_per_token: int
+    """Forward and backward, at the full context length."""
+
+
+def meta_model(config: Config) -> GPT:
+    """Return the model on the meta device: names and shapes without values, which takes no memory."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def model_facts(config: Config, block_size: int | None = None) -> ModelFacts:
+    """Return the facts of a model, at a context of `block_size` tokens (default: the configuration's own).
+
+    FLOPs: PaLM, appendix B (arxiv.org/abs/2204.02311), 6 N + 12 L H Q T a token. N are the weights that
+    multiply one token: matrices of active experts, attention, router and head, not the token embedding, which
+    is looked up, nor norms and biases. Attention is counted without its causal half, as MFU is quoted.
+    """
+    model = meta_model(config)
+    everything = list(model.parameters())
+    layers = [module for module in model.modules() if isinstance(module, LLaMAMoE)]
+    in_experts = [weight for layer in layers for weight in layer.experts.parameters()]
+    n_experts, n_idle = max(config.n_expert, 1), config.n_expert - config.n_expert_per_token
+    total = sum(weight.numel() for weight in everything)
+    active = total - sum(weight.numel() for weight in in_experts) * n_idle // n_experts
+    look_up = model.get_parameter("transformer.wte.weight").numel()
+    multiplied = _in_matrices(everything) - _in_matrices(in_experts) * n_idle // n_experts - look_up
+    n_tokens, head_size = block_size or config.block_size, config.head_size or 0
+    attention = 12 * config.n_layer * config.n_head * head_size * n_tokens
+    return ModelFacts(total, active, 6 * multiplied + attention)
+
+
+def _in_matrices(weights: list[torch.nn.Parameter]) -> int:
+    return sum(weight.numel() for weight in weights if weight.dim() >= 2)

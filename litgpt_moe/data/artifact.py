@@ -1,0 +1,231 @@
+"""A data directory as a Weights & Biases artifact: push, pull, and what a run or checkpoint came from."""
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from filelock import FileLock
+from wandb.errors import Error
+
+from litgpt_moe.cli import RUN_TRAIN, command_line, first_line, variable
+from litgpt_moe.data.manifest import (
+    MANIFEST,
+    RUN_AGAIN,
+    fingerprint,
+    listed,
+    listed_files,
+    manifest_fingerprint,
+    read_manifest,
+    verify,
+)
+from litgpt_moe.data.settings import DEFAULT_PROJECT, REFERENCE_FORM, WandbSettings
+from litgpt_moe.data.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, find_tokenizer
+from litgpt_moe.files import check_inside, read_json, write_json
+
+LINEAGE = "artifact.json"  # in the data directory: name and fingerprint of the artifact that it equals
+Policy = Literal["mutable", "immutable"]  # whether W&B copies the files before it sends them
+CONNECT_SECONDS = 30  # W&B's own 90 is long to wait for the news that there is no network
+
+
+class TransferError(ConnectionError):
+    """W&B could not be reached, refused the request, or sent something that must not be used."""
+
+
+# --- push ---------------------------------------------------------------------------------------------------
+
+
+def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = None) -> str:
+    """Log a data directory as an artifact and return the sentence that says where it is and what is next.
+
+    Raises:
+        FileNotFoundError, ValueError: the data or its tokenizer is not there, or the data is damaged.
+        TransferError: W&B did not take it.
+    """
+    tokenizer_dir = find_tokenizer(data_dir, tokenizer_dir)
+    fingerprint(data_dir)  # hashes every file, so that damaged data is never pushed
+    name = upload.wandb_artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
+    project = upload.wandb_project or DEFAULT_PROJECT
+    try:
+        run = wandb.init(
+            project=project,
+            entity=upload.wandb_entity,
+            name=upload.wandb_run_name,
+            tags=upload.tags,
+            job_type="push",
+            # console="off": otherwise W&B would take this command's own output for a training log
+            settings=wandb.Settings(console="off", init_timeout=CONNECT_SECONDS),
+        )
+        try:
+            return log_artifact(run, data_dir, tokenizer_dir, name, upload.aliases)
+        finally:
+            run.finish()
+    except (Error, BrokenPipeError) as error:
+        raise TransferError(f"could not push {data_dir} to W&B: {first_line(error)}") from error
+
+
+def log_artifact(
+    run: wandb.Run, data_dir: Path, tokenizer_dir: Path, name: str, aliases: list[str] | None
+) -> str:
+    """Log the artifact to an open run and return what `push` returns."""
+    if run.disabled:
+        raise TransferError("WANDB_MODE=disabled sends nothing; set it to online or offline")
+    # offline, the files are copied: they may change before `wandb sync` reads them
+    policy: Policy = "mutable" if run.offline else "immutable"
+    logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
+    if run.offline:
+        remember_artifact(data_dir, name)
+        return f"{name}: recorded; send it with: uv run wandb sync {command_line(Path(run.dir).parent)}"
+    logged.wait()
+    remember_artifact(data_dir, logged.source_qualified_name)
+    name = logged.source_qualified_name
+    return f"{name}: uploaded; train on it with: {command_line(*RUN_TRAIN, '--wandb_dataset', name)}"
+
+
+def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Policy) -> wandb.Artifact:
+    """Return the artifact of a data directory that `verify` found whole."""
+    manifest = read_manifest(data_dir, check_shards=False)
+    counts = ("n_stories", "n_tokens", "n_bytes")
+    metadata = {
+        "fingerprint": manifest_fingerprint(manifest),
+        **{key: manifest.get(key) for key in ("format_version", "tokenizer", "options", "code")},
+        "splits": {name: {key: split[key] for key in counts} for name, split in manifest["splits"].items()},
+    }
+    artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
+    with artifact.new_file(MANIFEST, encoding="utf-8") as file:
+        file.write(json.dumps(without_times(manifest), indent=1, sort_keys=True))
+    for path in sorted(listed_files(manifest)):
+        artifact.add_file(str(data_dir / path), name=path, policy=policy)
+    for path in filter(Path.is_file, (tokenizer_dir / file for file in TOKENIZER_FILES)):
+        artifact.add_file(str(path), name=f"{TOKENIZER_FOLDER}/{path.name}", policy=policy)
+    return artifact
+
+
+def without_times(node: object) -> object:
+    """Return parsed JSON with every `mtime_ns` zero, so that equal data makes an equal artifact."""
+    if isinstance(node, dict):
+        return {key: 0 if key == "mtime_ns" else without_times(value) for key, value in node.items()}
+    return [without_times(value) for value in node] if isinstance(node, list) else node
+
+
+def remember_artifact(data_dir: Path, artifact: str) -> None:
+    """Record in the data directory that its content, as it is now, equals `artifact`."""
+    manifest = read_manifest(data_dir, check_shards=False)
+    write_json(data_dir / LINEAGE, {"artifact": artifact, "fingerprint": manifest_fingerprint(manifest)})
+
+
+# --- what a run and its checkpoints came from ---------------------------------------------------------------
+
+
+def lineage(data_dir: Path) -> dict[str, str | None]:
+    """Return a data directory's `fingerprint`, and the `artifact` with that fingerprint, None if none has."""
+    manifest = read_manifest(data_dir, check_shards=False)
+    now = {"artifact": None, "fingerprint": manifest_fingerprint(manifest)}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # never pushed or pulled, or a damaged record
+        recorded = read_json(data_dir / LINEAGE)
+        if recorded["fingerprint"] == now["fingerprint"]:
+            now["artifact"] = str(recorded["artifact"])
+    return now
+
+
+def use_dataset(run: wandb.Run, data_dir: Path, tokenizer_dir: Path) -> None:
+    """Record on W&B that `run` reads the artifact that the data directory equals; no-op if there is none."""
+    reference = lineage(data_dir)["artifact"]
+    if reference is None or run.disabled:
+        return
+    if "/" in reference and not run.offline:
+        run.use_artifact(reference)
+        return
+    artifact = build_artifact(data_dir, tokenizer_dir, artifact_name(reference), "immutable")
+    if run.offline:
+        # wandb 0.31 refuses use_artifact offline, though its sync knows how; the server keeps equal data once
+        run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    else:  # pushed offline: the name that `wandb sync` gave it is not known here
+        run.use_artifact(artifact)
+
+
+def log_checkpoint(run: wandb.Run, folder: Path, name: str, metadata: dict[str, Any]) -> None:
+    """Log a checkpoint directory as an artifact of `run`; W&B then shows which data it was trained on."""
+    artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=metadata)
+    for path in sorted(folder.iterdir()):  # not add_dir, which prints a line for each file
+        # immutable: W&B makes no copy of the weights, and refuses a file that changed before its upload
+        artifact.add_file(str(path), policy="immutable")
+    logged = run.log_artifact(artifact, aliases=["latest", folder.name])
+    if not run.offline:
+        logged.wait()  # raises what the server refused
+
+
+# --- pull ---------------------------------------------------------------------------------------------------
+
+
+def artifact_name(reference: str) -> str:
+    """Return `name` of entity/project/name:alias."""
+    return reference.rsplit("/", 1)[-1].partition(":")[0]
+
+
+def resolve_artifact(reference: str, entity: str | None) -> str:
+    """Return "entity/project/name:alias"; `entity` fills in where the reference has none."""
+    parts = reference.split("/")
+    if len(parts) == 2 and entity:
+        parts = [entity, *parts]
+    words = [*parts[:-1], *parts[-1].split(":")]
+    if len(parts) != 3 or len(words) != 4 or not all(re.fullmatch(r"(?!\.+$)[^\\#?%\s]+", w) for w in words):
+        raise ValueError(f"{reference!r} is not a W&B data set; {REFERENCE_FORM}")
+    return "/".join(parts)
+
+
+def pull(reference: str, artifacts_dir: Path) -> Path:
+    """Return the data directory of `entity/project/name:alias` (WANDB_ENTITY fills in), downloaded once."""
+    reference = resolve_artifact(reference, variable("WANDB_ENTITY"))
+    try:
+        return fetch(reference, artifacts_dir)
+    except (Error, ValueError, OSError) as error:
+        reason = first_line(error).removesuffix(f"; {RUN_AGAIN}")  # the folder is gone by now
+        raise TransferError(f"could not pull {reference}: {reason}") from error
+
+
+def fetch(reference: str, artifacts_dir: Path) -> Path:
+    """Return the folder of an artifact, downloaded and checked unless its digest is there already."""
+    source = wandb.Api().artifact(reference)
+    for path, entry in source.manifest.entries.items():
+        check_inside(path)
+        if entry.ref:  # a reference could copy any file of this machine into the folder
+            raise ValueError(f"the entry {path!r} is a link to {entry.ref}; refusing it")
+    digest = re.sub(r"[^0-9A-Za-z]", "", source.digest)[:32]
+    target = artifacts_dir / f"{artifact_name(reference)}-{digest}"
+    if not target.is_dir():
+        artifacts_dir.mkdir(parents=True, exist_ok=True)
+        # beside the target, so that the rename is atomic and half a download is never taken for a whole one
+        part = artifacts_dir / f".part-{target.name}"
+        with FileLock(f"{part}.lock"):  # of a run's several processes the first one downloads
+            if not target.is_dir():
+                download(source, part, target)
+    return target
+
+
+def download(source: wandb.Artifact, part: Path, target: Path) -> None:
+    """Fetch an artifact into `part`, check it, and rename it to `target`."""
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process; W&B's cache has what that fetched
+    try:
+        source.download(root=str(part))
+        check_download(part)
+        remember_artifact(part, source.source_qualified_name)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_download(folder: Path) -> None:
+    """Check every hash of a fresh download, then record its files' own times in its manifest."""
+    if links := [path for path in folder.rglob("*") if path.is_symlink()]:
+        raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
+    if problems := verify(folder):
+        raise ValueError(f"{problems[0].removeprefix(str(folder))[1:]}; the download is not used")
+    find_tokenizer(folder, folder / TOKENIZER_FOLDER)
+    manifest = read_manifest(folder)
+    for entry in listed(manifest, "text"):  # so that the check for stale shards need not hash the texts again
+        entry["mtime_ns"] = (folder / entry["path"]).stat().st_mtime_ns
+    write_json(folder / MANIFEST, manifest)

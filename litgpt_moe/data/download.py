@@ -1,0 +1,53 @@
+"""Files of the Hugging Face hub: the TinyStories text, and any one file of a repository."""
+
+import contextlib
+import errno
+import shutil
+from pathlib import Path
+
+from litgpt_moe.cli import note
+from litgpt_moe.data.text import refuse_other_text
+
+TINYSTORIES = ("roneneldan/TinyStories", {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"})
+
+
+def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
+    """Fetch a file of a hub repository into `folder`; an interrupted download goes on where it stopped.
+
+    Raises:
+        ConnectionError: the hub or the file cannot be reached; the text ends with `way_out`.
+    """
+    import httpx  # here: no worker process downloads, and each would need 0.1 s and 15 MB more
+    from huggingface_hub import constants, hf_hub_download  # as httpx
+
+    note(f"downloading {name} of {repo} to {folder}")
+    part = folder / ".download"
+    try:
+        path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        if not any(part.rglob("*.incomplete")):  # else the next call goes on from there
+            shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # fails unless it is empty
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        if isinstance(error, RuntimeError) and "closed" in reason:
+            reason = "no connection to it"  # huggingface_hub 1.3 retries with a client that it has closed
+        where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
+        raise ConnectionError(f"{where} ({reason}); {way_out}") from error
+    Path(path).replace(folder / name)
+    shutil.rmtree(part)
+
+
+def download_tinystories(data_dir: Path) -> None:
+    """Fetch the two text files of TinyStories that are not there yet."""
+    repo, names = TINYSTORIES
+    refuse_other_text(data_dir, "tinystories", names)
+    way_out = (
+        "run again to go on where it stopped, set HF_ENDPOINT to a mirror, "
+        f"or put text of your own into {data_dir / 'train'} and leave out --dataset"
+    )
+    for split, name in names.items():
+        if not (data_dir / split / name).is_file():
+            download(repo, "dataset", name, data_dir / split, way_out)

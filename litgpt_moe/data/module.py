@@ -1,0 +1,107 @@
+"""TextShards: the data module through which LitGPT's training loop reads our token shards."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from litgpt.data import TextFiles
+from torch import distributed
+from torch.utils.data import ChainDataset, DataLoader
+
+from litgpt_moe.data.batches import TokenBatches, TokenStream
+from litgpt_moe.data.prepare import refresh
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR, DEFAULT_TOKENIZER_DIR
+from litgpt_moe.processes import is_first_on_machine
+
+
+class ShardLoader(DataLoader[torch.Tensor]):
+    """A DataLoader over `TokenBatches` whose position LitGPT saves in its checkpoints and restores."""
+
+    def __init__(self, batches: TokenBatches) -> None:
+        # Fabric gives any other data set a distributed sampler; an iterable one, empty here, it leaves alone
+        super().__init__(ChainDataset([]), batch_size=None)
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
+        # not DataLoader's own iterator, which draws from the global random state and takes 50 us a batch
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the data."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a position that `state_dict` returned."""
+        self.batches.load_state_dict(state)
+
+
+@dataclass
+class TextShards(TextFiles):
+    """LitGPT's TextFiles on our shards: stories with BOS and EOS, exact resume, no litdata."""
+
+    train_data_path: Path = DEFAULT_DATA_DIR / "train"
+    """Folder of the training text; its parent is the data directory with manifest.json."""
+    val_data_path: Path | None = None
+    """Folder of the validation text: val beside train_data_path, and nothing else."""
+    seed: int = 42
+    """Seed of the order of the training sequences."""
+    num_workers: int = 0
+    """Processes that read ahead. 0 is fastest on a local disk: reading costs less than the hand-over."""
+    tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
+    """Folder of the tokenizer that the shards must have been made with."""
+
+    def __post_init__(self) -> None:
+        train, val = Path(self.train_data_path), self.val_data_path
+        if train.name != "train" or (val is not None and Path(val) != train.parent / "val"):
+            given = f"train_data_path is {train}, val_data_path {val}"
+            raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
+        if self.num_workers < 0:
+            raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
+        self.train_data_path, self.data_dir, self.is_checked = train, train.parent, False
+        super().__post_init__()
+
+    def prepare_data(self) -> None:
+        """Make stale shards again; their contents are hashed once in a run, by one process of each machine.
+
+        LitGPT calls this in every process, and run_train.py before that.
+        """
+        is_to_hash = not self.is_checked and is_first_on_machine()
+        refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
+        self.is_checked = True
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the loader of the training split: endless, shuffled by `seed`, dealt out to the ranks."""
+        return self._loader("train", self.seed)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the loader of the validation split: in order, the whole of it on every rank."""
+        return self._loader("val", None)
+
+    def _loader(self, split: str, seed: int | None) -> ShardLoader:
+        """Return a split's loader; ValueError if its text is too short for one batch (val: one sequence)."""
+        is_shared = seed is not None and _is_distributed()
+        ranks = (distributed.get_rank(), distributed.get_world_size()) if is_shared else (0, 1)
+        stream, block_size = TokenStream(self.data_dir, split), self.max_seq_length - 1
+        batches = TokenBatches(
+            stream, self.batch_size, block_size, seed, *ranks, num_workers=self.num_workers
+        )
+        n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
+        if batches.n_sequences < n_wanted:
+            raise ValueError(
+                f"{self.data_dir}: the {split} split has {len(stream):,} tokens, {batches.n_sequences} "
+                f"sequences of {block_size}, but {n_wanted} are needed; choose a smaller micro_batch_size or "
+                "max_seq_length, or give more text (val: or prepare with a larger --val_fraction)"
+            )
+        return ShardLoader(batches)
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+# YAML files and checkpoints name the class so; prepare_data.py gives it under this name
+TextShards.__module__ = "prepare_data"

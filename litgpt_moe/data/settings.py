@@ -1,0 +1,107 @@
+"""What a preparation and an upload are told. Imports nothing heavy: the scripts make their flags of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from litgpt_moe.cli import variable, words_of
+
+SPLITS = ("train", "val")
+DATASETS = ("custom", "tinystories", "demo")
+ON_BAD_UTF8 = ("replace", "refuse")
+MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
+DEFAULT_DATA_DIR = Path("data/custom_text")
+DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
+DEFAULT_PROJECT = "litgpt-moe"
+REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO_MODEL = CONFIGS / "demo_model.yaml"
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What one run prepares; the flags of prepare_data.py are these fields."""
+
+    data_dir: Path = DEFAULT_DATA_DIR
+    """folder with train/*.txt and, if wanted, val/*.txt; shards and manifest.json go there too"""
+    dataset: str = "custom"
+    """custom: your own text; tinystories: download it (2.2 GB); demo: write the built-in stories"""
+    tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
+    """folder of tokenizer.json; TinyLlama's is downloaded into it if it has none"""
+    train_tokenizer: int | None = None
+    """pieces of a BPE tokenizer to train on the text (default: train none)"""
+    separator: str = "<|endoftext|>"
+    """line between two stories; '' splits at blank lines"""
+    on_bad_utf8: str = "replace"
+    """replace bytes that are not UTF-8 by U+FFFD, or refuse them; both report file and line"""
+    val_fraction: float = 0.01
+    """share of the stories for the val split if there is no val/*.txt"""
+    workers: int = 0
+    """processes that tokenize, about 100 MB each (0: one per core)"""
+    demo_stories: int = 9_000
+    """stories to write with --dataset demo (0.7 KB each)"""
+    seed: int = 42
+    """seed of the demo stories"""
+    overwrite: bool = False
+    """replace another tokenizer in tokenizer_dir, or an edited demo.txt"""
+
+
+def _is_on(name: str) -> bool:
+    return (variable(name) or "").lower() in ("1", "true", "yes", "on")
+
+
+@dataclass(frozen=True)
+class UploadSettings:
+    """Whether prepare_data.py uploads what it prepared; WandbSettings say where to."""
+
+    log_to_wandb: bool = field(default_factory=lambda: _is_on("WANDB_LOG_DATASET"))
+    """upload the data directory to Weights & Biases (default WANDB_LOG_DATASET)"""
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """Where and as what an upload goes to Weights & Biases; a flag wins over its environment variable."""
+
+    wandb_project: str | None = field(default_factory=lambda: variable("WANDB_PROJECT"))
+    """W&B project (WANDB_PROJECT; default litgpt-moe)"""
+    wandb_entity: str | None = field(default_factory=lambda: variable("WANDB_ENTITY"))
+    """W&B user or team (WANDB_ENTITY; default: your W&B default)"""
+    wandb_artifact: str | None = field(default_factory=lambda: variable("WANDB_DATA_ARTIFACT"))
+    """name of the artifact (WANDB_DATA_ARTIFACT; default: the data directory's name)"""
+    wandb_alias: list[str] | None = None
+    """alias of the artifact, repeatable (default: WANDB_DATA_ALIASES=a,b)"""
+    wandb_tag: list[str] | None = None
+    """tag of the W&B run, repeatable (default: WANDB_TAGS=a,b)"""
+    wandb_run_name: str | None = field(default_factory=lambda: variable("WANDB_RUN_NAME"))
+    """name of the W&B run (WANDB_RUN_NAME; default: made up by W&B)"""
+
+    @property
+    def aliases(self) -> list[str] | None:
+        """Aliases of the artifact besides "latest", from the flags or else the variable."""
+        return self.wandb_alias or words_of("WANDB_DATA_ALIASES")
+
+    @property
+    def tags(self) -> list[str] | None:
+        """Tags of the W&B run, from the flags or else the variable."""
+        return self.wandb_tag or words_of("WANDB_TAGS")
+
+
+def check_settings(settings: PrepareSettings) -> None:
+    """Raise ValueError with all that is wrong with the settings, before anything is written."""
+    s, vocab = settings, settings.train_tokenizer
+    rules = (
+        ("dataset", s.dataset in DATASETS, f"one of {', '.join(DATASETS)}"),
+        ("on_bad_utf8", s.on_bad_utf8 in ON_BAD_UTF8, f"one of {', '.join(ON_BAD_UTF8)}"),
+        ("val_fraction", 0 < s.val_fraction <= 0.5, "a number above 0, at most 0.5"),
+        ("train_tokenizer", vocab is None or vocab >= MIN_VOCAB, f"{MIN_VOCAB} pieces or more"),
+        ("workers", s.workers >= 0, "0 (one per core) or more"),
+        ("demo_stories", s.demo_stories >= 2, "2 or more"),
+        ("separator", len(s.separator.splitlines()) <= 1, "the text of one line"),
+    )
+    problems = [f"{name} is {getattr(settings, name)!r}; choose {rule}" for name, ok, rule in rules if not ok]
+    problems += [
+        f"{folder}: a file; name a folder with --{name}"
+        for name in ("data_dir", "tokenizer_dir")
+        if (folder := getattr(settings, name)).exists() and not folder.is_dir()
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -1,0 +1,219 @@
+"""Stories -> token shards, made by worker processes; whole ones of an interrupted run are used again.
+
+A worker imports this module, encoding.py and tokenizer.py: no torch, so that it is small and starts fast.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from litgpt_moe.cli import note
+from litgpt_moe.data.encoding import StoryEncoder
+from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, Manifest, listed
+from litgpt_moe.data.settings import SPLITS, PrepareSettings
+from litgpt_moe.data.text import SeenStories, TextReader
+from litgpt_moe.data.tokenizer import TokenizerFacts
+from litgpt_moe.files import check_inside, open_whole, read_json, sha256_file, write_json
+
+SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
+STORIES_PER_WRITE = 1_000
+OWN_FILE = re.compile(
+    r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)"
+)  # only files of these names are ever deleted
+
+Entry = dict[str, Any]  # of a shard, as the manifest lists it
+encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one
+
+
+def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: TokenizerFacts) -> Entry:
+    """Write a shard whole, and its entry to a journal file beside it; return the entry."""
+    encoder = encoder_of(facts)
+    sha256, size = hashlib.sha256(), 0
+    with open_whole(data_dir / name) as file:
+        for some in itertools.batched(stories, STORIES_PER_WRITE):
+            data = b"".join(encoder.pack([story.decode("utf-8") for story in some]))
+            sha256.update(data)
+            size += file.write(data)
+    entry = {"path": name, "n_tokens": size // facts.dtype.itemsize, "n_stories": len(stories)}
+    entry |= {"n_bytes": sum(map(len, stories)), "sha256": sha256.hexdigest()}
+    write_json((data_dir / name).with_suffix(".json"), entry)
+    return entry
+
+
+def finished_shards(data_dir: Path, width: int) -> dict[str, Entry]:
+    """Return the entries of whole shards by key: the manifest's, and an interrupted run's journal's."""
+    found = {}
+    for path in (data_dir / MANIFEST, *data_dir.glob("*/*/*.json")):
+        # a damaged entry, or a file that is not ours: the shard is made again
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            content = read_json(path)
+            for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
+                if any(type(entry[key]) is not int for key in ("n_stories", "n_bytes", "n_tokens")):
+                    raise TypeError("a count is no number")
+                shard, size = data_dir / check_inside(entry["path"]), entry["n_tokens"] * width
+                if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
+                    found[shard.stem[6:]] = entry  # its name is number-key.bin
+    return found
+
+
+def start_worker() -> None:
+    """Make a worker process leave Ctrl-C to its parent, and end when the parent has ended, even if killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def start_pool(workers: int) -> Executor:
+    """Return a pool of worker processes; for a single worker a thread, which starts at once."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    # spawn: all that Windows has, and safe where the parent has threads
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+
+
+class SplitWriter:
+    """Assigns stories to the splits, without duplicates, and has a shard made whenever there are enough."""
+
+    def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int, val_every: int | None) -> None:
+        self.data_dir, self.facts, self.workers, self.val_every = data_dir, facts, workers, val_every
+        self.n_duplicates: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        self.n_new = self.n_reused_bytes = 0
+        self._seen = SeenStories()
+        self._finished = finished_shards(data_dir, facts.dtype.itemsize)
+        # stories and their hashes that are in no shard yet
+        self._waiting: dict[str, tuple[list[bytes], list[bytes]]] = {name: ([], []) for name in SPLITS}
+        self._shards: dict[str, list[Entry | Future[Entry]]] = {split: [] for split in SPLITS}
+        self._submitted: list[Future[Entry]] = []
+
+    def add(self, split: str, stories: list[str], pool: Executor) -> None:
+        """Take stories read from the text of one split."""
+        encoded = [story.encode("utf-8") for story in stories]
+        hashes = [hashlib.blake2b(story, digest_size=8).digest() for story in encoded]
+        is_new = self._seen.add(np.frombuffer(b"".join(hashes), dtype="<u8")).tolist()
+        self.n_duplicates[split] += is_new.count(False)
+        for item in itertools.compress(zip(encoded, hashes, strict=True), is_new):
+            # the first of every val_every stories, so that even the smallest corpus has a val story
+            to_val = self.val_every is not None and self.n_new % self.val_every == 0
+            self.n_new += 1
+            for waiting, part in zip(self._waiting["val" if to_val else split], item, strict=True):
+                waiting.append(part)
+        for name, (waiting, _) in self._waiting.items():
+            if sum(map(len, waiting)) >= SHARD_BYTES:
+                self._flush(name, pool)
+
+    def finish(self, pool: Executor) -> dict[str, list[Entry]]:
+        """Make the last shards, wait until all are written, and return the entries of each split."""
+        for split, (waiting, _) in self._waiting.items():
+            if waiting:
+                self._flush(split, pool)
+        shards = self._shards.items()
+        return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
+
+    def _is_whole(self, entry: Entry) -> bool:
+        return sha256_file(self.data_dir / entry["path"]) == entry.get("sha256")
+
+    def _flush(self, split: str, pool: Executor) -> None:
+        """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
+        stories, hashes = self._waiting[split]
+        self._waiting[split] = ([], [])
+        facts, shards = self.facts, self._shards[split]
+        made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
+        key = hashlib.blake2b(b"".join(hashes) + made_by.encode(), digest_size=8).hexdigest()
+        if (made := self._finished.get(key)) and self._is_whole(made):
+            shards.append(made)
+            self.n_reused_bytes += made["n_bytes"]
+            return
+        if len(self._submitted) >= self.workers:  # hold no more text in memory than the workers work on
+            self._submitted[-self.workers].result()
+        # the name has the key, so that a new shard never overwrites one that the present manifest lists
+        name = f"{split}/{split}/{len(shards):05d}-{key}.bin"
+        self._submitted.append(pool.submit(write_shard, self.data_dir, name, stories, facts))
+        shards.append(self._submitted[-1])
+
+
+def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: TokenizerFacts) -> Manifest:
+    """Write the shards of both splits and return the manifest's entry of each split."""
+    data_dir, reading = settings.data_dir, (settings.separator, settings.on_bad_utf8)
+    # val first: a story that is in both is then a duplicate in train
+    readers = {split: [TextReader(path, *reading) for path in text[split]] for split in reversed(SPLITS)}
+    total = sum(reader.stat.st_size for some in readers.values() for reader in some)
+    # one worker per two shards: to start a process takes as long as tokenizing some megabytes
+    workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
+    val_every = None if text["val"] else max(2, round(1 / settings.val_fraction))
+    writer = SplitWriter(data_dir, facts, workers, val_every)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    with start_pool(workers) as pool, bar as progress:
+        for split in readers:
+            for stories in itertools.chain.from_iterable(r.story_lists(progress) for r in readers[split]):
+                writer.add(split, stories, pool)
+        shards = writer.finish(pool)
+    if writer.n_reused_bytes:
+        note(f"{writer.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
+    splits: Manifest = {}
+    for split in SPLITS:
+        if not shards[split]:
+            clean(data_dir, listed_in_place(data_dir))
+            raise ValueError(_no_story(data_dir, split, settings.separator, writer.n_duplicates[split]))
+        entry: Entry = {
+            key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")
+        }
+        entry["n_duplicates"] = writer.n_duplicates[split]
+        entry["n_replaced_bytes"] = sum(reader.n_replaced_bytes for reader in readers[split])
+        entry["text"] = [reader.record(data_dir) for reader in readers[split]]
+        splits[split] = entry | {"shards": shards[split]}
+    return splits
+
+
+def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> str:
+    if split == "train" and n_duplicates:
+        return (
+            f"{data_dir}: no story for the train split that val does not have too "
+            f"({n_duplicates:,} dropped); give it other text"
+        )
+    return (
+        f"{data_dir}: no story for the {split} split; give more text, or end each story by a line "
+        f"{separator!r} (--separator names another, '' splits at blank lines)"
+    )
+
+
+def listed_in_place(data_dir: Path) -> list[Entry]:
+    """Return the entries of the shards that the present manifest lists, [] if it is damaged or not there."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return [entry for entry in listed(read_json(data_dir / MANIFEST), "shards") if entry["path"]]
+    return []
+
+
+def clean(data_dir: Path, shards: list[Entry]) -> None:
+    """Delete our own files except `shards`: outdated shards, journals, parts of killed runs."""
+    keep = {data_dir / shard["path"] for shard in shards}
+    for folder in shard_folders(data_dir):
+        for path in folder.glob("*"):
+            if OWN_FILE.fullmatch(path.name) and path not in keep:
+                # Windows refuses while a training run has the file mapped; the next preparation deletes it
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def shard_folders(data_dir: Path) -> list[Path]:
+    """Return the folder of each split's shards."""
+    return [data_dir / split / split for split in SPLITS]

@@ -1,0 +1,166 @@
+"""Text files -> stories: read in blocks, bad UTF-8 reported, overlong stories cut, duplicates found."""
+
+import codecs
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from litgpt_moe.cli import note
+from litgpt_moe.data.settings import SPLITS
+
+BLOCK_BYTES = 4 << 20  # text read at once
+MAX_STORY_CHARS = (
+    1 << 20
+)  # a longer story is cut, at a paragraph if it has any; whole, it may not fit in memory
+MAX_REPORTS = 10  # lines with bad UTF-8 reported of one file
+BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
+
+
+def list_text(data_dir: Path) -> dict[str, list[Path]]:
+    """Return the text files of both splits.
+
+    Raises:
+        FileNotFoundError: there is no text to train on.
+        ValueError: a file is empty or no file, or the demo corpus is mixed with other text.
+    """
+    text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
+    train = data_dir / "train"
+    if not text["train"]:
+        missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
+        way_out = (
+            f"put UTF-8 text into {train}/*.txt, or fetch some with prepare_data.py --dataset demo "
+            "or --dataset tinystories"
+        )
+        raise FileNotFoundError(f"{missing}; {way_out}")
+    for path in text["train"] + text["val"]:
+        if not path.is_file():
+            raise ValueError(f"{path}: not a file; move it away, or put the text itself there")
+        if path.stat().st_size < 1 << 16 and not path.read_bytes().strip():
+            raise ValueError(f"{path}: empty; put text into it or remove it")
+    if (train / "demo.json").is_file() and len(text["train"]) > 1:
+        mixed = f"{train}: the demo corpus (demo.txt, demo.json) is beside other text"
+        raise ValueError(f"{mixed}; remove those two files, or use another --data_dir")
+    return text
+
+
+def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
+    """Raise ValueError if the folders of a named data set hold other text, which would be mixed with it."""
+    text = [path for split in SPLITS for path in sorted((data_dir / split).glob("*.txt"))]
+    if other := next((path for path in text if path.name != own.get(path.parent.name)), None):
+        raise ValueError(
+            f"{other}: other text is there already; give --dataset {dataset} a folder of its own "
+            "with --data_dir, or leave --dataset out to use that text"
+        )
+
+
+def cut_story(text: str) -> int:
+    """Return where to cut an overlong story: at a paragraph, a line, a word, or anywhere."""
+    ends = (text.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in ("\n\n", "\n", " "))
+    return next((end for end in ends if end > 0), MAX_STORY_CHARS)
+
+
+class TextReader:
+    """Reads a text file in blocks and gives lists of whole stories; counts what it had to mend."""
+
+    def __init__(
+        self, path: Path, separator: str, on_bad_utf8: str, report: Callable[[str], None] = note
+    ) -> None:
+        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, report
+        line = re.escape(separator) + r"[ \t]*" if separator else ""
+        self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
+        self.stat = path.stat()
+        self.sha256 = hashlib.sha256()
+        self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = 0
+
+    def story_lists(self, progress: "tqdm[Any]") -> Iterator[list[str]]:
+        """Yield the stories in order, stripped and never empty, some megabytes at a time."""
+        carry = "\n"
+        for block in self._blocks(progress):
+            *stories, carry = self.separator.split(carry + block)
+            while len(carry) > MAX_STORY_CHARS:
+                end = cut_story(carry)
+                stories.append(carry[:end])
+                carry = carry[end:]
+                self.n_cuts += 1
+            yield [story for story in map(str.strip, stories) if story]
+        yield [carry.strip()] if carry.strip() else []
+        if self.n_bad_lines > MAX_REPORTS:
+            self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
+        if self.n_cuts:
+            long = f"stories of over {MAX_STORY_CHARS:,} characters"
+            self.report(f"{self.path}: {long} were cut {self.n_cuts} times")
+
+    def record(self, data_dir: Path) -> dict[str, Any]:
+        """Return the manifest's entry of the file; ValueError if it was written to while it was read."""
+        size, mtime_ns = self.stat.st_size, self.stat.st_mtime_ns
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+            raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
+        name = self.path.relative_to(data_dir).as_posix()
+        return {"path": name, "size": size, "mtime_ns": mtime_ns, "sha256": self.sha256.hexdigest()}
+
+    def _blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
+        # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps what is not UTF-8
+        decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
+        n_lines = 0
+        with self.path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{self.path}: UTF-16 text; save it as UTF-8")
+            file.seek(0)
+            while chunk := file.read(BLOCK_BYTES):
+                self.sha256.update(chunk)
+                progress.update(len(chunk))
+                text = decode(chunk)
+                yield self._mend(text, n_lines + 1)
+                n_lines += text.count("\n")
+        yield self._mend(decode(b"", final=True), n_lines + 1) + "\n"
+
+    def _mend(self, text: str, first_line: int) -> str:
+        with contextlib.suppress(UnicodeEncodeError):
+            text.encode(
+                "utf-8"
+            )  # fails if there are escaped bytes, and is much faster than a search for them
+            return text
+        for number, line in enumerate(text.split("\n"), first_line):
+            if not (n_bytes := sum(map(len, BAD_BYTES.findall(line)))):
+                continue
+            where = f"{self.path}:{number}: {n_bytes} bytes are not UTF-8"
+            if self.on_bad_utf8 == "refuse":
+                raise ValueError(f"{where}; mend the file, or replace them with --on_bad_utf8 replace")
+            self.n_replaced_bytes += n_bytes
+            self.n_bad_lines += 1
+            if self.n_bad_lines <= MAX_REPORTS:
+                self.report(f"{where}, replaced by U+FFFD")
+        return BAD_BYTES.sub("\ufffd", text)
+
+
+class SeenStories:
+    """The 64-bit hashes of all stories so far, 8 bytes a story.
+
+    Among 2 million stories two different ones have the same hash with a probability of 10^-7.
+    """
+
+    def __init__(self) -> None:
+        # sorted arrays, each at least twice as long as the next: few to search, and cheap to merge
+        self._runs: list[np.ndarray[Any, Any]] = []
+
+    def add(self, hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return which of the hashes are new, as booleans, and remember them."""
+        new = np.zeros(len(hashes), dtype=bool)
+        new[np.unique(hashes, return_index=True)[1]] = True
+        for run in self._runs:
+            at = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            new &= run[at] != hashes
+        if new.any():
+            self._runs.append(np.sort(hashes[new]))
+        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
+            self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]), kind="stable")]
+        return new

@@ -1,0 +1,211 @@
+"""The tokenizer of a data directory: what shards record of it; training, downloading or finding one."""
+
+import contextlib
+import functools
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
+from litgpt_moe.cli import note
+from litgpt_moe.data.download import download
+from litgpt_moe.data.manifest import read_manifest
+from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.data.text import TextReader
+from litgpt_moe.files import read_json, sha256_file, write_json, write_whole
+
+TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+TOKENIZER_FOLDER = "tokenizer"  # its name in an artifact, and the usual one beside a data directory
+TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the size that was asked for
+MAX_TRAINING_BYTES = 100 << 20  # of text; more hardly changes the merges
+
+SPACE = "\u2581"  # how Llama's tokenizer writes a space
+LLAMA_NORMALIZER = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+SPLIT_AT_SPACES = pre_tokenizers.Split(SPACE, "merged_with_next")
+BYTE_PIECES = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}  # ids where LitGPT's decoder expects them
+NOT_PLAIN_BPE = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+# The parts of a text that Llama's BPE encodes independently of each other, as a regular expression:
+# a word with the spaces before it, spaces that no word follows, or a newline
+PIECE = r" *[^ \n]+| +|\n"
+# The same for a tokenizer with SPLIT_AT_SPACES, which separates all but the last of several spaces
+PIECE_OF_SPLIT = r" ?[^ \n]+| |\n"
+# The pre-tokenizer for training: merges never cross a word, a digit, a run of punctuation or a newline
+WORD = (
+    rf"{SPACE}?\p{{L}}+(?:['\u2019]\p{{L}}+)?|{SPACE}?\p{{N}}|{SPACE}?[^{SPACE}\s\p{{L}}\p{{N}}]+|{SPACE}|\n"
+)
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What of a tokenizer the shards depend on, and what an encoder needs."""
+
+    folder: Path
+    sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    special_pieces: tuple[str, ...]
+    piece: str | None
+    """Regular expression of the parts of a text that can be encoded independently; None if there is none."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest little-endian type that holds every id."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+
+def tokenizer_sha256(tokenizer_dir: Path) -> str:
+    """Return the SHA-256 of tokenizer.json."""
+    path = tokenizer_dir / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; name a folder that has it with --tokenizer_dir")
+    return sha256_file(path)
+
+
+def read_tokenizer_facts(tokenizer_dir: Path) -> TokenizerFacts:
+    """Return the facts of a tokenizer's folder, BOS and EOS chosen as litgpt.Tokenizer does.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json.
+        ValueError: LitGPT could not use the tokenizer; the text says why.
+    """
+    paths = [tokenizer_dir / name for name in TOKENIZER_FILES[1:]]
+    others = (sha256_file(path) if path.is_file() else None for path in paths)
+    return _read_facts(tokenizer_dir, tokenizer_sha256(tokenizer_dir), *others)
+
+
+# cached by the files' digests: a run asks four times, and reading 32,000 pieces takes 0.1 s
+@functools.cache
+def _read_facts(tokenizer_dir: Path, sha256: str, *_: str | None) -> TokenizerFacts:
+    path, config_path = tokenizer_dir / "tokenizer.json", tokenizer_dir / "tokenizer_config.json"
+    spec, config = read_json(path), read_json(config_path)
+    generation = read_json(tokenizer_dir / "generation_config.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
+        raise ValueError(f"{path}: not a tokenizer ({error}); replace the file") from None
+    if config_path.is_file() and not isinstance(config.get("tokenizer_class"), str):
+        raise ValueError(f"{config_path}: no tokenizer_class, which LitGPT needs; add it")
+    ids = {}
+    for key in ("bos", "eos"):
+        token = config.get(f"{key}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        ids[key] = generation.get(f"{key}_token_id") if token is None else tokenizer.token_to_id(str(token))
+        if type(ids[key]) is not int or not 0 <= ids[key] < tokenizer.get_vocab_size():
+            way_out = f"{key}_token must name a piece of {path.name}"
+            raise ValueError(f"{config_path}: no {key.upper()} id; {way_out}")
+    for key in ("added_tokens", "pre_tokenizer", "normalizer"):
+        if key not in spec:
+            raise ValueError(f"{path}: no {key}; replace the file by a whole one")
+    special_pieces = tuple(token["content"] for token in spec["added_tokens"])
+    bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    piece = None
+    if can_split_at_spaces(spec) and whole in (bare, [ids["bos"], *bare], [ids["bos"], *bare, ids["eos"]]):
+        piece = PIECE_OF_SPLIT if spec["pre_tokenizer"] else PIECE
+    size = tokenizer.get_vocab_size()
+    return TokenizerFacts(tokenizer_dir, sha256, size, ids["bos"], ids["eos"], special_pieces, piece)
+
+
+def can_split_at_spaces(spec: dict[str, Any]) -> bool:
+    """Return whether the parts of a text that PIECE finds can be encoded one by one, to the same ids.
+
+    True for Llama's tokenizer: spaces become "\u2581", and no merge makes a piece with "\u2581" after another
+    character or with a newline in it, so no merge ever joins the two sides of such a place.
+    """
+    model = spec["model"]
+    return (
+        model["type"] == "BPE"
+        and not any(model.get(key) for key in NOT_PLAIN_BPE)
+        and not (spec.get("truncation") or spec.get("padding"))
+        and spec["normalizer"] == json.loads(LLAMA_NORMALIZER.__getstate__())
+        and spec["pre_tokenizer"] in (None, json.loads(SPLIT_AT_SPACES.__getstate__()))
+        # without bytes for every character, unknown ones side by side would become a single <unk>
+        and bool(model.get("byte_fallback") and BYTE_PIECES.keys() <= model["vocab"].keys())
+        and not any(SPACE in token["content"] or " " in token["content"] for token in spec["added_tokens"])
+        and not any(SPACE in p.lstrip(SPACE) or ("\n" in p and p != "\n") for p in model["vocab"])
+    )
+
+
+def train_tokenizer(folder: Path, vocab_size: int, paths: list[Path], separator: str) -> None:
+    """Train a Llama-style BPE on text files and write it to `folder`; by byte fallback any text encodes."""
+    total = sum(path.stat().st_size for path in paths)
+    every = 1 + total // MAX_TRAINING_BYTES  # every n-th story is enough to count pairs; it bounds memory
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = LLAMA_NORMALIZER
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    steps = (decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse())
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
+        limit_alphabet=max(64, (vocab_size - 259) // 4),
+        show_progress=False,
+    )
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
+        # what is wrong with the text is reported when it is tokenized
+        readers = (TextReader(path, separator, "replace", report=lambda _: None) for path in paths)
+        stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
+        tokenizer.train_from_iterator(itertools.islice(stories, 0, None, every), trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["pre_tokenizer"] = None  # as in Llama's tokenizer, where only the merges decide
+    # bytes are pieces but not special tokens: a text that spells "<0x41>" must stay these six characters
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 3]
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", TRAINED_BY_US: vocab_size}
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    write_json(folder / "tokenizer_config.json", config)
+    write_whole(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
+
+
+def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerFacts:
+    """Return the facts of the tokenizer in tokenizer_dir, after training or downloading it if need be."""
+    folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
+    is_there = (folder / "tokenizer.json").is_file()
+    if wanted is not None and (settings.overwrite or not is_there):
+        note(f"training a tokenizer of {wanted:,} pieces into {folder}")
+        train_tokenizer(folder, wanted, paths, settings.separator)
+    elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
+        raise ValueError(
+            f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names "
+            "another folder, and without --train_tokenizer it is used"
+        )
+    elif not is_there:
+        note(f"{folder}: no tokenizer there")
+        way_out = (
+            "name a folder that has tokenizer.json with --tokenizer_dir, "
+            "or train one on the text with prepare_data.py --train_tokenizer 4096"
+        )
+        for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: a folder that has it counts as complete
+            download(TOKENIZER_REPO, "model", name, folder, way_out)
+    return read_tokenizer_facts(folder)
+
+
+def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
+    """Return the folder of the tokenizer that made the shards: the one named, or one in or beside `data_dir`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no usable manifest, or no such tokenizer.
+    """
+    wanted = read_manifest(data_dir, check_shards=False)["tokenizer"]["sha256"]
+    if tokenizer_dir:
+        path = tokenizer_dir / "tokenizer.json"
+        if path.is_file() and sha256_file(path) == wanted:
+            return tokenizer_dir
+        what = "not the one" if path.is_file() else "not found, so not the one"
+        raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
+    beside = sorted(path.parent for path in data_dir.parent.glob("*/tokenizer.json"))
+    near = [data_dir / TOKENIZER_FOLDER, data_dir.parent / TOKENIZER_FOLDER, *beside]
+    for path in (folder / "tokenizer.json" for folder in near):
+        with contextlib.suppress(PermissionError):  # a folder of somebody else's
+            if path.is_file() and sha256_file(path) == wanted:
+                return path.parent
+    raise ValueError(
+        f"{data_dir}: the tokenizer that made it is not in {near[0]}, nor in a folder beside {data_dir}; "
+        "name its folder with --tokenizer_dir"
+    )

@@ -1,0 +1,171 @@
+"""Between text and tokens: prompts in, finished text out while the model goes on."""
+
+import queue
+import re
+import sys
+import threading
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import tokenizers
+import torch
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_moe.checkpoints.layout import find_checkpoint
+from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
+from litgpt_moe.cli import note
+from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
+from litgpt_moe.generation.settings import GenerateSettings, Sampling
+from litgpt_moe.hardware import pick_device
+
+REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no (or not yet a whole) character
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
+    """Return the checkpoint's model, ready to generate, and its tokenizer."""
+    device, dtype = pick_device(settings.device, settings.precision)
+    folder = find_checkpoint(settings.ckpt_dir)
+    verify_checkpoint(folder)
+    tokenizer = read_tokenizer(folder)
+    note(f"checkpoint {folder} on {device} in {str(dtype).removeprefix('torch.')}")
+    model = load_model(folder, device, dtype)
+    if device.type == "cpu":
+        lay_out_for_decoding(model)
+    return model, tokenizer
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return the checkpoint's tokenizer; one sentence when it is missing or damaged."""
+    way_out = "copy in the files of the tokenizer it was trained with"
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
+    try:
+        return Tokenizer(folder)
+    except Exception as error:  # tokenizers raises plain Exception, LitGPT KeyError and others
+        raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
+
+
+def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> list[int]:
+    """Return the prompt's token ids; ValueError if it has none, leaves no room, or the tokenizer is wrong."""
+    prompt_ids = tokenizer.encode(prompt).tolist()
+    room_for(prompt_ids, max_tokens, model.max_seq_length)
+    if max(prompt_ids) >= model.config.padded_vocab_size:
+        size = f"token {max(prompt_ids):,}, the model knows {model.config.padded_vocab_size:,}"
+        raise ValueError(f"the tokenizer is not the model's ({size}); copy the right one into the checkpoint")
+    return prompt_ids
+
+
+def tell_story(
+    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling, seed: int
+) -> str:
+    """Return the prompt and its continuation, or a note in brackets where the model has diverged.
+
+    The model is left in eval mode and without a cache; torch's global random numbers are not used.
+    """
+    model.eval()
+    prompt_ids = tokenizer.encode(prompt).tolist()
+    if len(prompt_ids) >= model.max_seq_length:
+        return prompt  # the prompt alone fills the context of a toy model
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    new_ids = generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eos_id, generator)
+    try:
+        return tokenizer.decode(torch.tensor([*prompt_ids, *new_ids])).strip()
+    except Diverged:
+        return "(none: the model's logits are not finite)"
+
+
+class TextDecoder:
+    """Token ids in, finished text out; the pieces joined are the tokenizer's decoding of the whole.
+
+    `tokenizers.decoders.DecodeStream` is not used: as of tokenizers 0.23 it raises "Invalid prefix" when
+    bytes that follow a finished emoji are invalid (the whole run of byte pieces is then shown as U+FFFD),
+    and it never returns an unfinished character. The work per token is constant: a short window is decoded.
+    """
+
+    CONTEXT = 4  # tokens kept before the new ones: a character has at most four bytes
+    LONGEST = 16  # a window this long is cut although its end looks unfinished: it is text of U+FFFD
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._window: list[int] = []
+        self._shown = 0  # characters of the window's text that were returned already
+
+    def put(self, token_id: int) -> str:
+        """Return the text that this token finished, perhaps none."""
+        piece = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+        # special and unknown ids have no text, nor do they count as the first token, whose space is stripped
+        if piece is None:
+            return ""
+        self._window.append(token_id)
+        if BYTE_PIECE.fullmatch(piece):
+            return ""  # one invalid byte changes the text of the whole run of bytes: wait for its end
+        text = self._tokenizer.decode(self._window)
+        stable = text.removesuffix(REPLACEMENT)
+        new, self._shown = stable[self._shown :], len(stable)
+        if stable == text or len(self._window) > self.LONGEST:
+            self._window = self._window[-self.CONTEXT :]
+            self._shown = len(self._tokenizer.decode(self._window).removesuffix(REPLACEMENT))
+        return new
+
+    def end(self) -> str:
+        """Return what was kept back; bytes that never became a character are U+FFFD."""
+        new = self._tokenizer.decode(self._window)[self._shown :]
+        self._window, self._shown = [], 0
+        return new
+
+
+class AsyncTokenStreamer:
+    """Write tokens as text from a thread of its own, so that the model never waits for the terminal.
+
+    Use it as a context manager: leaving it, by Ctrl-C too, writes what is queued and kept back. An error of
+    the thread (a closed pipe, a full disk) is raised by the next `put` or `end`.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, out: TextIO | None = None) -> None:
+        self._decoder = TextDecoder(tokenizer)
+        self._out = sys.stdout if out is None else out
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="token-streamer", daemon=True)
+        self._thread.start()
+
+    def put(self, token_id: int) -> None:
+        """Queue one token; raises the error of an earlier one."""
+        self._raise_error()
+        self._queue.put(token_id)
+
+    def end(self) -> None:
+        """Write everything that is left and wait until it is out; further calls do nothing."""
+        self._queue.put(None)
+        self._thread.join()
+        self._raise_error()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: Any) -> None:
+        # an error on the way here is the one to report, not the one of the writing thread
+        with suppress(OSError) if kind else nullcontext():
+            self.end()
+
+    def _run(self) -> None:
+        try:
+            while (token_id := self._queue.get()) is not None:
+                self._write(self._decoder.put(token_id))
+            self._write(self._decoder.end())
+        except Exception as error:  # noqa: BLE001  raised again in the caller's thread, whatever it is
+            self._error = error
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._out.write(text)
+            self._out.flush()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

@@ -1,0 +1,14 @@
+"""`torch.autograd.Function` with types."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+
+class Function(torch.autograd.Function):
+    """torch's own, of which type checkers know that `apply` returns one tensor."""
+
+    if TYPE_CHECKING:
+        apply: ClassVar[Callable[..., torch.Tensor]]
+        backward: ClassVar[Callable[..., Any]]

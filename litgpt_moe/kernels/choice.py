@@ -1,0 +1,58 @@
+"""How the experts are run: one function for all kernels, and the choice by device and dtype."""
+
+import torch
+import torch.nn as nn
+from litgpt.config import Config
+
+from litgpt_moe.kernels.cpu import cpu_experts
+from litgpt_moe.kernels.grouped_mm import grouped_mm_experts, has_fast_grouped_mm
+from litgpt_moe.kernels.loop import loop_experts
+from litgpt_moe.kernels.rows import Plan
+from litgpt_moe.kernels.triton import has_triton, triton_experts
+
+WAYS = {
+    "grouped_mm": "grouped GEMM (torch.nn.functional.grouped_mm)",
+    "triton": "grouped GEMM (Triton, litgpt_moe/kernels)",
+    "segments": "one GEMM for each expert's sorted rows",
+    "loop": "a loop over the experts' modules",
+}
+
+
+def run_experts(
+    way: str, x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, experts: nn.ModuleList
+) -> torch.Tensor:
+    """Return each token's weighted sum of its experts' outputs, (N, C).
+
+    Args:
+        way: a key of WAYS.
+        weights_R1: the weight of each sorted row.
+        experts: each has the linear layers fc_1, fc_2 and proj, as `litgpt.model.LLaMAMLP`.
+    """
+    if way == "loop":
+        return loop_experts(x_NC, weights_R1, plan, experts)
+    # not get_parameter: inside FSDP's forward the weights are plain tensors
+    names = ("fc_1", "fc_2", "proj")
+    fc_1, fc_2, proj = ([getattr(expert, name).weight for expert in experts] for name in names)
+    run = {"grouped_mm": grouped_mm_experts, "triton": triton_experts, "segments": cpu_experts}[way]
+    return run(x_NC, weights_R1, plan, fc_1, fc_2, proj)
+
+
+def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the key of WAYS for the fastest kernels that this device has in this dtype."""
+    if config.bias:
+        return "loop"
+    # rows of a multiple of 16 bytes in bf16
+    is_aligned = config.n_embd % 8 == 0 and (config.moe_intermediate_size or 0) % 8 == 0
+    if is_aligned and has_fast_grouped_mm(device, dtype):
+        return "grouped_mm"
+    return "triton" if has_triton(device.type, dtype) else "segments"
+
+
+def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Return, in words, how this model's experts would be run on this device in this dtype."""
+    if not config.n_expert:
+        return "none"
+    device = torch.device(device)
+    way = choose_way(config, device, dtype)
+    waits = "" if way in ("grouped_mm", "triton") or device.type == "cpu" else ", which waits for the device"
+    return WAYS[way] + waits

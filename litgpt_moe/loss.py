@@ -1,0 +1,145 @@
+"""The loss of a large vocabulary, computed from the hidden states without all logits in memory at once."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+from litgpt.model import GPT
+
+from litgpt_moe.kernels.autograd import Function
+from litgpt_moe.kernels.matmul import Linear, add_matmul, matmul, prefers_onednn
+from litgpt_moe.kernels.rows import accumulation_dtype
+
+# a target without loss, as in LitGPT and PyTorch
+IGNORED_TOKEN = -100
+# logits in a chunk: 64 MB in float32 are 2 to 7 % faster on a Xeon than the 28 MB that glibc keeps without
+# `keep_freed_memory`; 256 MB keep a GPU's GEMMs large
+CHUNK_VALUES = {"cpu": 16 << 20, "cuda": 1 << 26}
+
+
+def chunk_rows(device: torch.device, vocab_size: int) -> int:
+    """Return how many tokens' logits to hold at once."""
+    return max(1, CHUNK_VALUES.get(device.type, 1 << 22) // vocab_size)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight_VC: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return the mean cross-entropy, float32 or wider, of the logits `hidden @ weight_VC.T`, chunk by chunk.
+
+    The logits and their gradient never exist as a whole: for 32,000 tokens in the vocabulary they would be
+    the largest tensors of a small model's step. The gradients are computed in forward, while a chunk's logits
+    are there. Liger Kernel, section 3.2 (arxiv.org/abs/2410.10989).
+
+    Args:
+        hidden: (..., C), the input of the head.
+        weight_VC: the head's weight.
+        targets: (...) token ids, or IGNORED_TOKEN.
+        dtype: of the GEMMs; the weight's if not given.
+    """
+    hidden_NC = hidden.reshape(-1, hidden.size(-1))
+    # asked here: inside `forward` of an autograd.Function gradients are always off
+    has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight_VC.requires_grad)
+    dtype = dtype or weight_VC.dtype
+    return _LinearCrossEntropy.apply(hidden_NC, weight_VC, targets.reshape(-1), dtype, has_backward)
+
+
+class _LinearCrossEntropy(Function):
+    """Forward computes the gradients too; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NC: torch.Tensor,
+        weight_VC: torch.Tensor,
+        targets_N: torch.Tensor,
+        dtype: torch.dtype,
+        has_backward: bool,
+    ) -> torch.Tensor:
+        is_kept_N1 = (targets_N != IGNORED_TOKEN)[:, None]
+        targets_N1 = targets_N.clamp_min(0)[:, None]
+        n_kept = is_kept_N1.sum().clamp_min(1)
+        x_NC, w_VC, exact = hidden_NC.to(dtype), weight_VC.to(dtype), accumulation_dtype(hidden_NC)
+        loss = torch.zeros((), dtype=exact, device=x_NC.device)
+        gradients = None
+        if has_backward:
+            # the sum over many chunks needs more than bfloat16
+            weight_grad_VC = torch.zeros(weight_VC.shape, dtype=exact, device=x_NC.device)
+            if prefers_onednn(x_NC):  # see `_add_gradients`
+                weight_grad_VC = weight_grad_VC.view(weight_VC.shape[::-1]).t()
+            gradients = torch.empty_like(hidden_NC), weight_grad_VC
+        size = chunk_rows(x_NC.device, w_VC.size(0))
+        for at in range(0, x_NC.size(0), size):
+            rows = slice(at, at + size)
+            logits_SV = matmul(x_NC[rows], w_VC.t())
+            log_probs_SV = _log_softmax(logits_SV, exact)
+            loss -= (log_probs_SV.gather(1, targets_N1[rows]) * is_kept_N1[rows]).sum()
+            if gradients is not None:
+                _add_gradients(log_probs_SV.exp_(), targets_N1, is_kept_N1, rows, x_NC, w_VC, *gradients)
+        if gradients is not None:
+            ctx.save_for_backward(*gradients, n_kept)
+            ctx.weight_dtype = weight_VC.dtype
+        return loss / n_kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_grad_NC, sum_VC, n_kept = ctx.saved_tensors
+        scale = grad / n_kept
+        weight_grad_VC = sum_VC.new_empty(sum_VC.shape, dtype=ctx.weight_dtype)
+        torch.mul(sum_VC, scale, out=weight_grad_VC)
+        return hidden_grad_NC * scale.to(hidden_grad_NC.dtype), weight_grad_VC, None, None, None
+
+
+def _log_softmax(logits_SV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the log-probabilities in `dtype`; on a CPU in place if the logits have that dtype."""
+    if logits_SV.device.type != "cpu":
+        return logits_SV.log_softmax(1, dtype=dtype)  # one kernel, which reads the narrower dtype
+    logits_SV = logits_SV.to(dtype)
+    return torch.log_softmax(logits_SV, 1, out=logits_SV)
+
+
+def _add_gradients(
+    probs_SV: torch.Tensor,
+    targets_N1: torch.Tensor,
+    is_kept_N1: torch.Tensor,
+    rows: slice,
+    x_NC: torch.Tensor,
+    w_VC: torch.Tensor,
+    hidden_grad_NC: torch.Tensor,
+    weight_grad_VC: torch.Tensor,
+) -> None:
+    """Add one chunk's gradients of the summed loss to the last two arguments; overwrites `probs_SV`."""
+    targets_S1, is_kept_S1 = targets_N1[rows], is_kept_N1[rows]
+    grad_SV = probs_SV.scatter_add_(1, targets_S1, -torch.ones_like(targets_S1, dtype=probs_SV.dtype))
+    grad_SV = grad_SV.to(x_NC.dtype)
+    hidden_grad_NC[rows] = matmul(grad_SV, w_VC) * is_kept_S1
+    x_SC = x_NC[rows] * is_kept_S1
+    if prefers_onednn(x_SC):  # it copies a transposed factor, and x is the smaller one
+        add_matmul(weight_grad_VC.t(), x_SC.t(), grad_SV)
+    else:
+        add_matmul(weight_grad_VC, grad_SV.t(), x_SC)
+
+
+class LossHead(Linear):
+    """LitGPT's `lm_head` that can leave its product to `linear_cross_entropy`; see `defer_head`."""
+
+    is_deferred = False
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the logits (..., V), or the input while the loss multiplies by the weight itself."""
+        return input if self.is_deferred else super().forward(input)
+
+
+def defer_head(model: GPT) -> LossHead | None:
+    """Leave the head's product to the loss from now on; return the head, or None if that is impossible.
+
+    It is where something comes between product and loss: a bias, or a soft cap on the logits.
+    """
+    head, config = model.lm_head, model.config
+    is_plain = type(head) in (nn.Linear, Linear) and head.bias is None
+    if not is_plain or config.final_logit_softcapping is not None:
+        return None
+    head.__class__ = LossHead  # the same object, so hooks and parameters stay
+    deferred = cast(LossHead, head)
+    deferred.is_deferred = True
+    return deferred

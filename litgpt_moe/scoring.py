@@ -1,0 +1,253 @@
+"""Score a model on text: corpus, windows, nats, and the figures they sum up to.
+
+How it counts: the tokens, in order, are cut into windows of T inputs (T = block_size), the last one short.
+Every token but the very first is predicted exactly once, from the tokens before it in its window. Loss is
+the mean over those predictions, BOS and EOS among them, in nats per token. Its standard error comes from
+the spread of the windows' means, weighted by length. Bits per byte is all nats over the bytes of the text.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from litgpt.model import GPT, do_softcapping
+from litgpt.pretrain import initialize_weights
+from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from litgpt_moe.balance import count_expert_load, expert_load
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE
+from litgpt_moe.checkpoints.reader import read_state, sha256_of
+from litgpt_moe.cli import WorkFailed
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.batches import TokenStream
+from litgpt_moe.data.encoding import StoryEncoder
+from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
+from litgpt_moe.data.prepare import stale_reasons
+from litgpt_moe.data.text import TextReader
+from litgpt_moe.data.tokenizer import find_tokenizer, read_tokenizer_facts
+from litgpt_moe.files import sha256_file
+from litgpt_moe.loss import chunk_rows
+
+
+class EvaluationError(WorkFailed):
+    """The evaluation itself failed; the text is one sentence for the user."""
+
+
+@dataclass
+class Corpus:
+    """A stream of token ids to score."""
+
+    read: Callable[[int, int], np.ndarray]
+    """Returns the token ids from start to stop, int64."""
+    n_tokens: int
+    n_bytes: int
+    """UTF-8 bytes of the whole stream's text."""
+    vocab_size: int
+    tokenizer_dir: Path
+    identity: dict[str, Any]
+    """What is recorded about the text beside the result."""
+
+
+# --- what to score ------------------------------------------------------------------------------------------
+
+
+def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
+    """Return a prepared split; ValueError where another tokenizer or an older text made it."""
+    manifest = read_manifest(data_dir)
+    facts = manifest["tokenizer"]
+    if sha256_file(tokenizer_dir / "tokenizer.json") != facts["sha256"]:
+        raise ValueError(
+            f"{data_dir}: tokenized with another tokenizer than the one in {tokenizer_dir}; "
+            f"run prepare_data.py --tokenizer_dir {tokenizer_dir}, or score text files with --text"
+        )
+    if reasons := stale_reasons(data_dir, tokenizer_dir):
+        raise ValueError(f"{data_dir}: {reasons[0]}; run prepare_data.py on that folder again")
+    stream = TokenStream(data_dir, split)
+    if len(stream) < 2:
+        raise ValueError(f"{data_dir}: the {split} split has {len(stream)} tokens; scoring needs 2 or more")
+    n_bytes = manifest["splits"][split]["n_bytes"]
+    identity = {"data_dir": str(data_dir), "split": split, "fingerprint": manifest_fingerprint(manifest)}
+    return Corpus(stream.read, len(stream), n_bytes, facts["vocab_size"], tokenizer_dir, identity)
+
+
+def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
+    """Return the stories of plain text files one after another, each BOS ... EOS as in the shards."""
+    encoder = StoryEncoder(read_tokenizer_facts(tokenizer_dir))
+    ids, n_bytes = [], 0
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such text file")
+        before = len(ids)
+        with tqdm(disable=True) as progress:
+            for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(progress):
+                ids += map(encoder.encode, stories)
+                n_bytes += sum(len(story.encode()) for story in stories)
+        if len(ids) == before:
+            raise ValueError(f"{path}: holds no text; name a UTF-8 text file with at least one word")
+    stream = np.concatenate(ids)
+    identity = {"text": [{"path": str(path), "sha256": sha256_file(path)} for path in paths]}
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return stream[start:stop]
+
+    return Corpus(read, len(stream), n_bytes, encoder.facts.vocab_size, tokenizer_dir, identity)
+
+
+def pick_tokenizer(folder: Path | None, data_dir: Path | None) -> Path:
+    """Return the folder of the tokenizer: `folder`, else the one that made the data, else the default one."""
+    if folder is None:
+        folder = Path("data/tokenizer") if data_dir is None else find_tokenizer(data_dir, None)
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder}: holds no tokenizer.json; copy in the one used for training")
+    return folder
+
+
+def bytes_of_first(corpus: Corpus, n_tokens: int) -> int:
+    """Return the UTF-8 bytes of the text that the first `n_tokens` stand for."""
+    if n_tokens >= corpus.n_tokens:
+        return corpus.n_bytes
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_dir / "tokenizer.json"))
+    ids = corpus.read(0, n_tokens)
+    # story by story, because the decoder drops the space that stands for the beginning of a text
+    stories = np.split(ids, np.flatnonzero(ids == read_tokenizer_facts(corpus.tokenizer_dir).bos_id))
+    *whole, last = tokenizer.decode_batch([story.tolist() for story in stories])
+    kept = last.rstrip("\ufffd")  # a character cut at the end decodes to one U+FFFD for each of its bytes
+    return sum(len(text.encode()) for text in (*whole, kept)) + len(last) - len(kept)
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+def random_model(config_path: Path, seed: int, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Return the model as LitGPT initialises it before the first training step."""
+    config = MoEConfig.from_file(config_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT(config)
+        # of the Fabric it reads only whether the strategy is FSDP (litgpt 0.5.13)
+        fabric: Any = SimpleNamespace(strategy=None)
+        initialize_weights(fabric, model, config.n_layer, config.n_embd)
+    return model.requires_grad_(False).to(device, dtype).eval()
+
+
+def describe_checkpoint(folder: Path) -> dict[str, Any]:
+    """Return what identifies a checkpoint: path, step where it is known, hash of the weights."""
+    path = folder / CHECKPOINT_FILE
+    step, stat = read_state(path).get("step_count"), path.stat()
+    step = step if isinstance(step, int) else None
+    return {"path": str(folder), "step": step, "sha256": sha256_of(path, stat.st_size, stat.st_mtime_ns)}
+
+
+def vocabulary(model: GPT) -> int:
+    """Return how many token ids the model knows."""
+    size = model.config.padded_vocab_size
+    assert size is not None  # LitGPT's Config fills it in
+    return size
+
+
+def pick_window(max_seq_length: int | None, corpus: Corpus, model: GPT) -> int:
+    """Return the inputs per window; ValueError where model and text, or model and flag, do not fit."""
+    config = model.config
+    if corpus.vocab_size > (known := vocabulary(model)):
+        raise ValueError(
+            f"{corpus.tokenizer_dir}: the tokenizer has {corpus.vocab_size} pieces but {config.name} knows "
+            f"{known}; use the tokenizer that the model was made for"
+        )
+    window = max_seq_length or config.block_size
+    if window > config.block_size:
+        raise ValueError(f"--max_seq_length is {window}; choose at most {config.block_size}, the block_size")
+    return window
+
+
+# --- scoring ------------------------------------------------------------------------------------------------
+
+
+def iter_batches(corpus: Corpus, window: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield (B, window + 1) ids; a row's last is the next row's first. The last, short window comes alone."""
+    n_whole = (corpus.n_tokens - 1) // window
+    for first in range(0, n_whole, batch_size):
+        last = min(first + batch_size, n_whole)
+        ids = corpus.read(first * window, last * window + 1)
+        yield np.lib.stride_tricks.sliding_window_view(ids, window + 1)[::window]
+    if n_whole * window < corpus.n_tokens - 1:
+        yield corpus.read(n_whole * window, corpus.n_tokens)[None]
+
+
+def take_off_head(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make `model` return hidden states, and return the function from these to float32 logits."""
+    head, cap = model.lm_head, model.config.final_logit_softcapping
+    setattr(model, "lm_head", torch.nn.Identity())  # noqa: B010  LitGPT declares it as a Linear
+    model.config.final_logit_softcapping = None
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        raw = head(hidden).float()
+        return raw if cap is None else do_softcapping(raw, cap)
+
+    return logits
+
+
+def window_nats(model: GPT, logits: Callable[..., torch.Tensor], ids: torch.Tensor) -> list[float]:
+    """Return the summed cross-entropy of each row of `ids`, (B, T+1); `logits` is from `take_off_head`."""
+    hidden, targets = model(ids[:, :-1]), ids[:, 1:]
+    rows = chunk_rows(ids.device, vocabulary(model))  # all at once they would be gigabytes
+    parts = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+    nats = torch.cat([cross_entropy(logits(x), y, reduction="none") for x, y in parts])
+    # float64: the rounding of ten million float32 additions would show
+    return nats.view(targets.shape).cpu().double().sum(dim=1).tolist()
+
+
+def score(
+    model: GPT, corpus: Corpus, window: int, batch_size: int = 8, max_batches: int | None = None
+) -> dict[str, Any]:
+    """Return the figures of `summarize`, the speed and the experts' load; takes the head off `model`."""
+    vocab, device = vocabulary(model), model.lm_head.weight.device
+    logits = take_off_head(model)
+    count_expert_load(model, True)
+    nats, lengths, start = [], [], time.perf_counter()
+    batches = islice(iter_batches(corpus, window, batch_size), max_batches and min(max_batches, sys.maxsize))
+    with torch.inference_mode(), tqdm(total=corpus.n_tokens - 1, unit=" tokens", disable=None) as progress:
+        for batch in batches:
+            if batch.max() >= vocab:
+                raise EvaluationError(f"the data hold token {batch.max()} but the model knows {vocab}")
+            try:
+                nats += window_nats(model, logits, torch.from_numpy(batch.copy()).to(device))
+            except torch.OutOfMemoryError:
+                raise EvaluationError(f"no memory for --batch_size {batch_size}; choose less") from None
+            lengths += [batch.shape[1] - 1] * batch.shape[0]
+            progress.update(batch.size - batch.shape[0])
+    seconds = time.perf_counter() - start
+    load = {layer: tokens.long().tolist() for layer, tokens in expert_load(model).items()}
+    figures = summarize(np.array(nats), np.array(lengths), bytes_of_first(corpus, sum(lengths) + 1))
+    return {**figures, "tokens_per_s": figures["n_tokens"] / seconds, "seconds": seconds, "expert_load": load}
+
+
+def summarize(nats: np.ndarray, lengths: np.ndarray, n_bytes: int) -> dict[str, Any]:
+    """Return loss, standard error, perplexity and bits per byte of windows with these nats and lengths."""
+    total, n_tokens, n_windows = float(nats.sum()), int(lengths.sum()), len(nats)
+    loss = total / n_tokens
+    if not math.isfinite(loss):
+        raise EvaluationError(f"the loss is {loss}: damaged weights, or --precision too narrow; try 32-true")
+    stderr = None  # unknown for one window
+    if n_windows > 1:  # of a ratio of two sums: Cochran, Sampling Techniques, eq. 2.39
+        deviations = nats - loss * lengths
+        stderr = math.sqrt((deviations**2).sum() * n_windows / (n_windows - 1)) / n_tokens
+    return {
+        "loss": loss,
+        "loss_stderr": stderr,
+        "perplexity": math.exp(min(loss, 700.0)),  # exp overflows at 709
+        "bits_per_byte": total / math.log(2) / n_bytes,
+        "total_nats": total,
+        "n_tokens": n_tokens,
+        "n_bytes": n_bytes,
+        "n_windows": n_windows,
+    }

@@ -1,0 +1,264 @@
+"""The web application: the page, /v1/models and /v1/completions as OpenAI has them, and the server under it.
+
+Beside OpenAI's parameters these are taken: top_k, min_p, repetition_penalty, and `"routing": true`, with
+which each choice lists the tokens that the model has read so far: `[{"text", "experts": by layer, "probs": by
+layer, in 1/1000}]`.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import json
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Send
+
+from litgpt_moe.cli import note
+from litgpt_moe.generation.settings import GenerateSettings, Sampling
+from litgpt_moe.generation.text import encode_prompt, load
+from litgpt_moe.serving.engine import Engine, Piece
+from litgpt_moe.serving.errors import UNKNOWN, ApiError, error_response
+from litgpt_moe.serving.requests import CompletionRequest, Served, read_body, read_request
+
+PAGE = Path(__file__).with_name("playground.html")
+# the page's own script and style, requests to this server, and nothing else
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PATIENCE_S = 30  # for a client to read
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+
+class CompletionResponse(StreamingResponse):
+    """The answer to a request: server-sent events, or one JSON object.
+
+    `StreamingResponse` cancels the work when the client disconnects, and the slot is free at once. So it is
+    when a client reads nothing for `PATIENCE_S`.
+    """
+
+    def __init__(self, engine: Engine, request: CompletionRequest) -> None:
+        super().__init__((), headers={"cache-control": "no-store"}, media_type="text/event-stream")
+        self._engine, self._request = engine, request
+        head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
+        self._head = {**head, "created": int(time.time()), "model": engine.served.name, "seed": request.seed}
+
+    async def stream_response(self, send: Send) -> None:
+        """Do the work in a slot of the engine, and send what comes of it."""
+
+        async def patient_send(message: Any) -> None:
+            async with asyncio.timeout(PATIENCE_S):
+                await send(message)
+
+        with suppress(TimeoutError):  # uvicorn closes the connection when nothing more is sent
+            try:
+                async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
+                    if self._request.stream:
+                        self.body_iterator = self._events(pieces)
+                        await super().stream_response(patient_send)
+                        return
+                    answer = JSONResponse(await self._collect(pieces))
+            except ApiError as error:
+                answer = error_response(error)
+            start = {"status": answer.status_code, "headers": answer.raw_headers}
+            await patient_send({"type": "http.response.start", **start})
+            await patient_send({"type": "http.response.body", "body": answer.body})
+
+    async def _events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
+        n_new = 0
+        try:
+            async for number, piece in pieces:
+                n_new += piece.n_new
+                if piece.text or piece.read or piece.finish_reason:
+                    yield event({**self._head, "choices": [self._choice(number, piece)]})
+            if self._request.include_usage:
+                yield event({**self._head, "choices": [], "usage": self._usage(n_new)})
+        except ApiError as error:  # the status 200 is sent already
+            yield event(error.body)
+        except Exception:
+            yield event(UNKNOWN.body)
+            raise
+        yield "data: [DONE]\n\n"
+
+    async def _collect(self, pieces: AsyncIterator[tuple[int, Piece]]) -> dict[str, Any]:
+        n_new, wholes = 0, {}
+        async for number, piece in pieces:
+            n_new += piece.n_new
+            whole = wholes.setdefault(number, Piece("", []))
+            whole.text += piece.text
+            whole.read += piece.read
+            whole.finish_reason, whole.ending = piece.finish_reason, piece.ending
+        choices = [self._choice(number, wholes[number]) for number in sorted(wholes)]
+        return {**self._head, "choices": choices, "usage": self._usage(n_new)}
+
+    def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
+        choice = {"index": number, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+        extra = {"ending": piece.ending} if piece.ending else {}
+        return {**choice, **extra, **({"routing": piece.read} if self._request.routing else {})}
+
+    def _usage(self, n_new: int) -> dict[str, int]:
+        n_prompt = sum(map(len, self._request.prompts))
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+
+
+def event(content: dict[str, Any]) -> str:
+    """Return a server-sent event of JSON."""
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """Return /v1/models' entry: OpenAI's keys, and what the page needs to know."""
+    served, layers = engine.served, list(engine.watch.layers)
+    config, settings = served.model.config, served.settings
+    routing = {
+        "layers": layers,
+        "n_expert": config.n_expert,
+        "n_expert_per_token": config.n_expert_per_token,
+        "scores": "sigmoid" if config.n_expert_groups else "softmax",
+    }
+    defaults = {
+        "prompt": settings.prompt,
+        "max_tokens": min(settings.max_tokens, served.context),
+        "num_samples": settings.num_samples,
+        "seed": settings.seed,
+        **asdict(served.sampling),
+    }
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": engine.created,
+        "owned_by": "litgpt-moe",
+        "max_model_len": served.context,
+        "defaults": defaults,
+        "folder": str(settings.ckpt_dir),
+        "routing": routing if layers else None,
+    }
+
+
+# --- the application ----------------------------------------------------------------------------------------
+
+
+def own_hosts(host: str) -> list[str]:
+    """Return the names and addresses by which a request may call this machine (patterns of starlette's).
+
+    A page elsewhere can make its own name point to this machine and read the answers (DNS rebinding), so
+    other names are refused. Every IPv4 address is accepted: nobody can make one point elsewhere, and behind
+    NAT the machine does not know all of its own. No name ends in a number (WHATWG URL, section 3.5).
+    """
+    addresses = [a.address.partition("%")[0] for nic in psutil.net_if_addrs().values() for a in nic]
+    six = [f"[{address}]" for address in (*addresses, "::1") if address.count(":") > 1]
+    names = ["localhost", socket.gethostname(), f"[{host}]" if ":" in host else host]
+    return [*names, *six, *(f"*.{number}" for number in range(256))]
+
+
+def make_app(engine: Engine, host: str) -> Starlette:
+    """Return the web application: the page, /v1/models and /v1/completions."""
+    page = PAGE.read_text(encoding="utf-8")
+
+    async def index(_: Request) -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [describe_model(engine)]})
+
+    async def model(request: Request) -> Response:
+        if (name := request.path_params["name"]) != engine.served.name:
+            raise ApiError(404, f"no model {name!r:.80} is here", "model", "model_not_found")
+        return JSONResponse(describe_model(engine))
+
+    async def completions(request: Request) -> Response:
+        return CompletionResponse(engine, read_request(await read_body(request), engine.served))
+
+    routes = [
+        Route("/", index),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/v1/completions", completions, methods=["POST"]),
+    ]
+    handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, Exception), refuse)
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=own_hosts(host), www_redirect=False)]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+async def refuse(_: Request, error: Exception) -> Response:
+    """Return the answer to a request that raised `error`."""
+    if isinstance(error, HTTPException):
+        has = "this server has /, /v1/models and /v1/completions"
+        response = error_response(ApiError(error.status_code, f"{error.detail}: {has}"))
+        response.headers.update(error.headers or {})  # 405 names the methods that are allowed
+        return response
+    return error_response(error if isinstance(error, ApiError) else UNKNOWN)
+
+
+# --- the server ---------------------------------------------------------------------------------------------
+
+
+class Server(uvicorn.Server):
+    """A server that ends what its engine is doing when it is told to stop."""
+
+    def __init__(self, engine: Engine, host: str) -> None:
+        config = uvicorn.Config(
+            make_app(engine, host),
+            ws="none",
+            lifespan="off",
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            limit_concurrency=100,
+            timeout_graceful_shutdown=3,
+        )
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; a story in progress would keep the server waiting."""
+        self._engine.closing = True
+        super().handle_exit(sig, frame)
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """Return a listening socket; OSError with one sentence where there is none to be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
+        raise OSError(f"port {port} on {host} {reason}; choose another by --port or --host") from None
+
+
+def serve(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
+    """Serve the checkpoint until Ctrl-C. ValueError and OSError say why it cannot be."""
+    with open_port(settings.host, settings.port) as listener:
+        model, tokenizer = load(settings)
+        encode_prompt(model, tokenizer, prompt, settings.max_tokens)  # the page begins with it: does it fit?
+        served = Served(model, tokenizer, replace(settings, prompt=prompt, prompt_file=None), sampling)
+        server = Server(Engine(served), settings.host)
+        address, port, *_ = listener.getsockname()
+        where = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
+        note(f"playground {where}\nOpenAI API {where}/v1, model {served.name}")
+        if not ipaddress.ip_address(address).is_loopback:
+            name = f"its address or {socket.gethostname()}"
+            note(f"whoever reaches this machine, by {name}, can use it: there is no password")
+        note("Ctrl-C stops it")
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped
+            server.run(sockets=[listener])

@@ -1,0 +1,1 @@
+"""Pretraining: settings, checks, and LitGPT's own loop with ours around it."""

@@ -1,0 +1,253 @@
+"""What is known to be wrong with a run before its first file is written: one sentence a problem."""
+
+import functools
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
+from litgpt_moe.checkpoints.reader import checkpoint_flaw
+from litgpt_moe.config import ModelFacts
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.files import FolderLock, existing_parent
+from litgpt_moe.hardware import has_cuda, memory_bytes
+from litgpt_moe.processes import note_once
+from litgpt_moe.training.resume import OpenCheckpoint
+from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
+
+# the lowest value that makes sense; 0 switches off where it is allowed
+LOWEST = {
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.max_tokens": 1,
+    "train.max_seq_length": 1,
+    "train.log_interval": 1,
+    "train.save_interval": 1,
+    "train.lr_warmup_steps": 0,
+    "train.lr_warmup_fraction": 0,
+    "train.min_lr": 0,
+    "train.max_norm": 0,
+    "train.max_time": 1,
+    "moe.aux_loss_coef": 0,
+    "moe.z_loss_coef": 0,
+    "moe.bias_update_rate": 0,
+    "schedule.warmup_tokens": 0,
+    "schedule.decay_fraction": 0,
+    "checkpoints.keep_last": 1,
+    "checkpoints.keep_every": 1,
+    "guard.max_skipped_steps": 1,
+    "guard.spike_sigma": 0,
+    "eval.interval": 1,
+    "eval.max_iters": 1,
+    "eval.max_new_tokens": 0,
+    "num_nodes": 1,
+    "seed": 0,
+}
+# shares of a whole
+AT_MOST_1 = ("train.lr_warmup_fraction", "schedule.decay_fraction")
+
+
+def run_lock(out_dir: Path) -> FolderLock:
+    """Return what keeps a second run out of `out_dir`."""
+    return FolderLock(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
+
+
+# --- settings among themselves ------------------------------------------------------------------------------
+
+
+def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
+    """Return one sentence per training setting that is out of range, ignored by LitGPT, or does not fit.
+
+    `block_size` is the model's, None where its configuration has problems of its own.
+    """
+    problems = range_problems(settings) + warmup_problems(settings) + ignored_problems(settings)
+    if has_cuda() and settings.accelerator != "cpu" and world_size > 1 and "Muon" in str(settings.optimizer):
+        problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use devices: 1 or AdamW")
+    problems = problems or batch_problems(settings.train, block_size, world_size)
+    if not problems:
+        _warn_of_long_warmup(settings.train, block_size or 1)
+    return problems
+
+
+def range_problems(settings: Settings) -> list[str]:
+    """Return one sentence per number that is too low or too high to make sense."""
+    problems = []
+    for key, lowest in LOWEST.items():
+        value: Any = functools.reduce(getattr, key.split("."), settings)
+        highest = 2**32 - 1 if key == "seed" else 10**15
+        if value is not None and not lowest <= value <= highest and value != float("inf"):
+            above = f", up to {highest}" if value > highest else ""
+            problems.append(f"{key} is {value}; choose {lowest} or more{above}")
+        elif key in AT_MOST_1 and value is not None and value > 1:
+            problems.append(f"{key} is {value}; choose 0 to 1")
+    if not settings.train.max_norm:
+        problems.append(
+            "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
+        )
+    return problems
+
+
+def warmup_problems(settings: Settings) -> list[str]:
+    """Return one sentence per pair of settings that both say how long the warm-up lasts."""
+    train, problems = settings.train, []
+    if train.lr_warmup_fraction and train.lr_warmup_steps:
+        problems.append(
+            f"train.lr_warmup_steps is {train.lr_warmup_steps} and train.lr_warmup_fraction is "
+            f"{train.lr_warmup_fraction}: Can't provide both; set one of them to null"
+        )
+    if settings.schedule.warmup_tokens is not None and train.lr_warmup_fraction:
+        problems.append("schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one")
+    return problems
+
+
+def ignored_problems(settings: Settings) -> list[str]:
+    """Return one sentence per setting that LitGPT takes and then never reads in pretraining."""
+    unread = {"train.epochs": settings.train.epochs, "train.max_steps": settings.train.max_steps}
+    problems = [
+        f"{key} is {value}, which LitGPT ignores in pretraining; use train.max_tokens"
+        for key, value in unread.items()
+        if value is not None
+    ]
+    if settings.eval.evaluate_example != "first":
+        problems.append("eval.evaluate_example is for finetuning; remove it")
+    is_wandb = settings.logger_name == "wandb"
+    for name, value in asdict(settings.log).items():
+        is_read = is_wandb and name in ("project", "run", "group")
+        if value != getattr(LogArgs(), name) and not is_read:
+            problems.append(f"log.{name} is {value}, which logger_name {settings.logger_name} does not read")
+    if settings.checkpoints.to_wandb != CheckpointArgs.to_wandb and not is_wandb:
+        problems.append(f"checkpoints.to_wandb needs logger_name wandb; it is {settings.logger_name}")
+    return problems
+
+
+def batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -> list[str]:
+    """Return one sentence per size that does not divide or fit another."""
+    problems = []
+    unit, length = train.micro_batch_size * world_size, train.max_seq_length or block_size
+    if train.global_batch_size % unit:
+        problems.append(
+            f"train.global_batch_size is {train.global_batch_size}, not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} times {world_size} device(s); choose a multiple of {unit}"
+        )
+    if block_size is None or length is None:
+        return problems
+    if not 1 <= length <= block_size:
+        problems.append(
+            f"train.max_seq_length is {length} but the model's block_size is {block_size}; "
+            f"choose 1 to {block_size}"
+        )
+    elif train.max_tokens is None or train.max_tokens < train.global_batch_size * length:
+        problems.append(
+            f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x "
+            f"{length} = {train.global_batch_size * length} tokens; raise it or lower train.global_batch_size"
+        )
+    return problems
+
+
+def _warn_of_long_warmup(train: TrainArgs, block_size: int) -> None:
+    n_warmup = train.lr_warmup_steps or 0
+    n_steps = (train.max_tokens or 0) // (train.global_batch_size * (train.max_seq_length or block_size))
+    if n_warmup > n_steps:
+        note_once(
+            f"Warning: train.lr_warmup_steps is {n_warmup} but the run has {n_steps} steps: "
+            "the learning rate never gets to its top."
+        )
+
+
+# --- settings and the machine -------------------------------------------------------------------------------
+
+
+def tokenizer_problems(settings: Settings, n_rows: int) -> list[str]:
+    """Return a sentence if the tokenizer in place cannot be used by a model of `n_rows` vocabulary rows."""
+    folder = settings.tokenizer_dir
+    if folder.exists() and not folder.is_dir():
+        return [f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json"]
+    try:
+        size = vocabulary_size(folder)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    if size is None or size <= n_rows:
+        return []
+    return [
+        f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {settings.model_config} "
+        f"is {n_rows}; "
+        "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
+    ]
+
+
+def warn_of_unused_rows(settings: Settings, n_rows: int) -> None:
+    """Warn of a model with more than twice as many vocabulary rows as the tokenizer has pieces."""
+    size = vocabulary_size(settings.tokenizer_dir)
+    if size is not None and 2 * size < n_rows:
+        note_once(
+            f"Warning: {settings.tokenizer_dir}: the tokenizer has {size} pieces but padded_vocab_size in "
+            f"{settings.model_config} is {n_rows}: the other rows take memory and time in each step and "
+            f"are never used; set that and vocab_size to {size}."
+        )
+
+
+def vocabulary_size(tokenizer_dir: Path) -> int | None:
+    """Return how many pieces a tokenizer has, None if there is none yet (preparing the data gets one)."""
+    is_there = (tokenizer_dir / "tokenizer.json").is_file()
+    return read_tokenizer_facts(tokenizer_dir).vocab_size if is_there else None
+
+
+def memory_problems(settings: Settings, facts: ModelFacts, precision: str, world_size: int) -> list[str]:
+    """Return a sentence if the weights and their gradients alone are more than the machine's memory."""
+    needed = 2 * facts.total_params * (2 if precision.endswith("16-true") else 4)
+    has = memory_bytes()
+    if has_cuda() and settings.accelerator in ("auto", "cuda", "gpu"):
+        has = torch.cuda.mem_get_info()[1] * world_size
+    if needed <= has:
+        return []
+    return [
+        f"{settings.model_config}: {facts.total_params:,} parameters and their gradients need "
+        f"{needed / 1e9:.4g} GB of memory but there are {has / 1e9:.4g}; choose a smaller model"
+    ]
+
+
+def out_dir_problems(
+    settings: Settings, resume: OpenCheckpoint | None, initial: OpenCheckpoint | None
+) -> list[str]:
+    """Return a sentence if the output directory holds another run, or cannot be written."""
+    out_dir = settings.out_dir
+    if initial and settings.overwrite and out_dir.resolve() in initial.file.resolve().parents:
+        return [
+            f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
+        ]
+    earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
+    if earlier and resume is None and not settings.overwrite:
+        is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))
+        way_on = "continue it with --resume auto" if is_whole else "none of it can be continued"
+        return [
+            f"{out_dir} already holds a run ({earlier[0].name}); {way_on}, "
+            "choose another --out_dir, or delete it with --overwrite"
+        ]
+    # a file above out_dir counts too: nothing can lie in it
+    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        return [f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir"]
+    return []
+
+
+def disk_problems(settings: Settings, checkpoint_bytes: int, n_steps_left: int) -> list[str]:
+    """Return a sentence if not even one checkpoint fits the disk; warn if not all of the run's do."""
+    out_dir = settings.out_dir
+    free = shutil.disk_usage(existing_parent(out_dir)).free
+    if free < checkpoint_bytes:
+        return [
+            f"{out_dir}: a checkpoint needs {checkpoint_bytes:,} bytes but {free:,} are free; make room there"
+        ]
+    n_saves = 1 + n_steps_left // (settings.train.save_interval or n_steps_left or 1)
+    # the one that is being written, and final/
+    n_at_once = min(n_saves, (settings.checkpoints.keep_last or n_saves) + 2)
+    if free < (whole := checkpoint_bytes * n_at_once):
+        note_once(
+            f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
+            "set checkpoints.keep_last, raise train.save_interval or make room."
+        )
+    return []

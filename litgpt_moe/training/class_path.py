@@ -1,0 +1,130 @@
+"""Objects from `class_path` and `init_args`, as LitGPT's YAML files name them, typed by jsonargparse."""
+
+import contextlib
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from litgpt.data import DataModule
+
+from litgpt_moe.processes import note_once
+from litgpt_moe.yaml_files import type_words
+
+# keys whose value is a class: its base, the package of a bare name, and the usual class
+CLASS_KEYS: dict[str, tuple[type, str, str]] = {
+    "data": (DataModule, "litgpt.data", "prepare_data.TextShards"),
+    "optimizer": (torch.optim.Optimizer, "torch.optim", "torch.optim.AdamW"),
+}
+
+
+class BadClass(ValueError):
+    """A class or its arguments cannot be used; `keys` are the dotted settings that the text is about."""
+
+    def __init__(self, text: str, keys: Iterable[str]) -> None:
+        super().__init__(text)
+        self.keys = list(keys)
+
+
+def build(key: str, spec: dict[str, Any], *args: Any) -> Any:
+    """Return the object that `spec` describes, made with `args` before its init_args.
+
+    Raises:
+        BadClass: the class is none that `key` takes, or an argument is wrong.
+    """
+    kind = find_class(key, spec)
+    init_args = typed_arguments(key, kind, spec)
+    try:
+        return kind(*args, **init_args)
+    except (ValueError, TypeError, ImportError) as error:
+        named = [word for word in re.findall(r"\w+", str(error)) if word in init_args][:1]
+        about = [f"{key}.init_args.{name}" for name in named or init_args] or [f"{key}.class_path"]
+        path = spec["class_path"]
+        raise BadClass(f"{key}: {path} does not take these init_args: {error}", about) from None
+
+
+def find_class(key: str, spec: dict[str, Any]) -> type:
+    """Return the class that the class_path of `spec` names; BadClass if `key` cannot take it."""
+    base, package, usual = CLASS_KEYS[key]
+    path, at = spec.get("class_path"), [f"{key}.class_path"]
+    if not isinstance(path, str) or not path:
+        raise BadClass(f"{key}.class_path is {path!r}; name a class, such as {usual}", at)
+    module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
+    try:
+        # importing some of Python's own modules does things
+        if module_name.partition(".")[0] in sys.stdlib_module_names:
+            raise TypeError(f"Python's own modules hold no {base.__name__}")
+        kind = getattr(importlib.import_module(module_name), name)
+        if not issubclass(kind, base):
+            raise TypeError(f"not a {base.__name__}")
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        text = f"{key}.class_path is {path}, which cannot be used: {error}; name another, such as {usual}"
+        raise BadClass(text, at) from None
+    return kind
+
+
+def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the init_args of `spec` as `kind` annotates them: plain YAML reads 1e-5 as text."""
+    parser, types = arguments_of(key, kind)
+    typed = {}
+    for name, value in (spec.get("init_args") or {}).items():
+        try:
+            if name not in types:
+                raise ArgumentError(None, "unknown")
+            typed[name] = parser.parse_object({name: value}, defaults=False)[name]
+        except ArgumentError:
+            wrong = wrong_argument(key, spec["class_path"], name, value, types)
+            raise BadClass(f"{key}.init_args: {wrong}", [f"{key}.init_args.{name}"]) from None
+    return typed
+
+
+def arguments_of(key: str, kind: type) -> tuple[ArgumentParser, dict[str, Any]]:
+    """Return a parser of a class's arguments, and its actions by their names."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip={"params"} if key == "optimizer" else set())
+    return parser, {action.dest: action for action in parser._actions}
+
+
+def wrong_argument(key: str, class_path: str, name: str, value: Any, types: dict[str, Any]) -> str:
+    """Return the sentence on one of init_args that a class does not take."""
+    if name in types:
+        return f"{name} is {value!r}; it must be {words_of_action(types[name])}"
+    near = difflib.get_close_matches(name, types, n=1)
+    if name in ("lr", "learning_rate") and "lr" in types:
+        near = ["lr"]
+    if near:
+        return f"unknown key {name}; did you mean {near[0]}?"
+    return f"unknown key {name}: {class_path} has none; leave it out"
+
+
+def words_of_action(action: Any) -> str:
+    """Return what a value of a jsonargparse argument looks like, as one says it."""
+    return type_words(getattr(action, "_typehint", None) or action.type)
+
+
+def without_foreign_arguments(given: dict[str, tuple[Any, str]], config: str) -> dict[str, tuple[Any, str]]:
+    """Leave out init_args of the YAML file `config` that a class named by a flag does not have, and say so.
+
+    `given` has the value of each dotted key, and the file, variable or flag that gave it.
+    They were written for the YAML's class. What both classes have (lr, weight_decay) stays, and so do flags.
+    """
+    for key in CLASS_KEYS:
+        class_path, place = given.get(f"{key}.class_path", (None, config))
+        if place == config:
+            continue
+        # a class that cannot be used is reported where it is built
+        with contextlib.suppress(BadClass):
+            known = arguments_of(key, find_class(key, {"class_path": class_path}))[1]
+            written = [name for name, (_, place) in given.items() if place == config]
+            names = [
+                name.removeprefix(f"{key}.init_args.") for name in written if f"{key}.init_args." in name
+            ]
+            if foreign := [name for name in names if name not in known]:
+                what = ", ".join(foreign)
+                note_once(f"{class_path} has no {what}: left out what {config} says under {key}.init_args.")
+                given = {k: v for k, v in given.items() if k not in {f"{key}.init_args.{n}" for n in foreign}}
+    return given

@@ -1,0 +1,185 @@
+"""The ways into LitGPT's training loop: a Fabric subclass, and replaced functions of litgpt.pretrain.
+
+Everything here was checked against litgpt 0.5.13; tests/training/test_litgpt_contract.py fails with a
+sentence where another version differs.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from litgpt import GPT, pretrain
+from torch.optim import Optimizer
+
+from litgpt_moe.checkpoints.state import check_moments, damage_in
+from litgpt_moe.checkpoints.writer import CheckpointWriter
+from litgpt_moe.hardware import has_cuda, keep_freed_memory, will_compile
+from litgpt_moe.loss import linear_cross_entropy
+from litgpt_moe.training.batches import TrainLoader
+from litgpt_moe.training.hooks import LoopHooks
+from litgpt_moe.training.optimizer import clone_state, make_optimizer, unwrapped
+from litgpt_moe.training.resume import OpenCheckpoint
+from litgpt_moe.training.run import Run
+from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.sharding import ShardedStrategy
+from litgpt_moe.training.steps import RunFailed
+
+
+class TrainingFabric(L.Fabric):
+    """Fabric whose calls in LitGPT's loop reach the hooks: what the loop offers between its own lines."""
+
+    def __init__(self, hooks: LoopHooks, **options: Any) -> None:
+        super().__init__(callbacks=[hooks], **options)
+        self.hooks = hooks
+
+    def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
+        """Return the loaders, the one for training with a position that a checkpoint can hold."""
+        hooks = self.hooks
+        train, *others = super().setup_dataloaders(*loaders, **options)
+        hooks.loader = TrainLoader(
+            train, hooks.run.settings.seed, lambda: hooks.is_finished, lambda: hooks.ending
+        )
+        return [hooks.loader, *others]
+
+    def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
+        """Add the loss of a micro-batch to that of its step."""
+        self.hooks.loss_sum = self.hooks.loss_sum + tensor.detach().float()
+        super().backward(tensor, *args, **options)
+
+    def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **options: Any) -> torch.Tensor:
+        """Clip, and decide on the step: the loop calls this once before each optimizer step."""
+        norm = super().clip_gradients(module, optimizer, *args, **options, error_if_nonfinite=False)
+        assert norm is not None
+        self.hooks.before_step(self, optimizer, norm)
+        return norm
+
+    def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
+        """Load a checkpoint; if into the loop's own state, with all that a resumed run needs besides."""
+        if "iter_num" not in (state or {}):
+            return super().load(path, state, strict=strict, weights_only=True)
+        groups = state["optimizer"].param_groups
+        own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        try:
+            with damage_in(Path(path).parent):
+                left_over = super().load(path, state, strict=strict, weights_only=True)
+                check_moments(unwrapped(state["optimizer"]))
+                self.hooks.resume(self, state, left_over)
+        except ValueError as error:
+            raise RunFailed(str(error)) from error
+        # the run's own settings hold: the checkpoint has those of before, such as another weight_decay
+        for group, settings in zip(state["optimizer"].param_groups, own, strict=True):
+            group.update(settings)
+        # as long as something refers to a tensor in the mapped file, its disk space stays in use
+        clone_state(unwrapped(state["optimizer"]))
+        left_over.clear()
+        return {}
+
+    def log_dict(self, metrics: Any, step: int | None = None) -> None:
+        """Log the loop's metrics with our own beside them."""
+        super().log_dict(self.hooks.complete(self, dict(metrics)), step)
+
+    def print(self, *texts: Any, **_: Any) -> None:
+        """Print what the loop has to say beside the bar, less what our own lines replace."""
+        self.hooks.metrics.print(*texts)
+
+
+class BackgroundIO(TorchCheckpointIO):
+    """Lightning's plugin that gets the whole state on rank 0: the writer saves it while training goes on."""
+
+    def __init__(self, writer: CheckpointWriter, opened: OpenCheckpoint | None) -> None:
+        super().__init__()
+        self._writer, self._opened = writer, opened
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Copy the state to host memory; the writer's thread does the rest."""
+        self._writer.hold(checkpoint)
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Return the content of the checkpoint that the run has checked, and has open since."""
+        assert self._opened is not None and self._opened.file == Path(path)
+        return self._opened.state
+
+
+def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabric:
+    """Return the Fabric that LitGPT's loop runs on: one device, DDP on CPUs, FSDP on GPUs."""
+    settings, opened = run.settings, run.resume or run.initial
+    strategy, plugins = "auto", [BackgroundIO(hooks.writer, opened)]
+    if run.world_size > 1:
+        # litgpt.pretrain.setup has FSDP alone, which CPUs lack
+        strategy = "ddp"
+        if settings.accelerator != "cpu" and has_cuda():
+            strategy, plugins = ShardedStrategy(hooks.writer, opened), []
+    return TrainingFabric(
+        hooks,
+        accelerator="cuda" if settings.accelerator == "gpu" else settings.accelerator,
+        devices=run.devices,
+        num_nodes=settings.num_nodes,
+        strategy=strategy,
+        plugins=plugins,
+        precision=run.precision,
+        loggers=loggers,
+    )
+
+
+def set_up_torch(settings: Settings, device: torch.device) -> tuple[bool, str]:
+    """Set torch up for the whole process; return whether the model is compiled, and why."""
+    is_compiled, why = will_compile(settings.compile, settings.accelerator)
+    # replaced_functions is for the model, this for what an optimizer compiles, at import or in its step
+    torch.compiler.set_stance("default" if is_compiled else "force_eager")
+    if device.type == "cuda":
+        # only there: elsewhere it may round differently and brings no speed
+        torch.set_float32_matmul_precision(settings.float32_matmul_precision)
+    elif device.type == "cpu":
+        keep_freed_memory()
+    return is_compiled, why
+
+
+@contextlib.contextmanager
+def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
+    """Replace functions that litgpt.pretrain calls and has no argument for; checked against 0.5.13."""
+    replacements: dict[tuple[Any, str], Callable[..., Any]] = {
+        # writes the weights in place, and re-parses sys.argv, which exits on our flags
+        (pretrain, "save_checkpoint"): hooks.save,
+        # is silent about a loss that is not finite, and fit fails on one over 709
+        (pretrain, "validate"): functools.partial(hooks.validate, pretrain.validate),
+        # has one group for all weights, and its own idea of `fused`
+        (pretrain, "instantiate_torch_optimizer"): functools.partial(_optimizer, hooks),
+        # needs all logits at once
+        (pretrain, "chunked_cross_entropy"): functools.partial(_loss, hooks, pretrain.chunked_cross_entropy),
+    }
+    if not compiled:
+        # main compiles unconditionally; even where nothing is compiled, loading Inductor takes a second
+        replacements[torch, "compile"] = functools.partial(_compile_all_but_model, torch.compile)
+    originals = {(owner, name): getattr(owner, name) for owner, name in replacements}
+    try:
+        for (owner, name), replacement in replacements.items():
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)
+
+
+def _optimizer(hooks: LoopHooks, spec: dict[str, Any], *_: Any, **__: Any) -> Optimizer:
+    return make_optimizer(hooks.run.settings, hooks.model.gpt, spec)
+
+
+def _loss(
+    hooks: LoopHooks, cross_entropy: Callable[..., torch.Tensor], output: Any, targets: Any, **options: Any
+) -> torch.Tensor:
+    head = hooks.model.head
+    # chunk_size=0 marks the model whose FLOPs are counted, which has logits
+    if head is None or options.get("chunk_size") == 0:
+        return cross_entropy(output, targets, **options)
+    # autocast does not reach into a custom autograd function
+    dtype = torch.bfloat16 if hooks.run.precision == "bf16-mixed" else None
+    return linear_cross_entropy(output, head.weight, targets, dtype)
+
+
+def _compile_all_but_model(compile: Callable[..., Any], model: Any = None, **options: Any) -> Any:
+    return model if isinstance(model, GPT) else compile(model, **options)

@@ -1,0 +1,110 @@
+"""The optimizer: which weights decay, and Muon with AdamW beside it."""
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+from litgpt import GPT
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from litgpt_moe.training.settings import Settings
+
+FSDP_NAMES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has in the model itself, without those of FSDP's wrappers."""
+    for wrapper in FSDP_NAMES:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def sort_parameters(model: GPT) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Return the hidden matrices, the output head, and the others: embedding, routers, norms and biases."""
+    named = dict(model.named_parameters())
+    n_dims = {name: weight.ndim for name, weight in named.items()}
+    if any(name != plain_name(name) for name in named):
+        # FSDP flattens what it shards: the shapes are those of the model before that
+        with torch.device("meta"):
+            n_dims = {name: weight.ndim for name, weight in GPT(model.config).named_parameters()}
+    # the head too, where the two are tied
+    embedding = model.get_submodule("transformer.wte").weight
+    matrices, head, others = [], [], []
+    for name, weight in named.items():
+        name = plain_name(name)
+        if weight is embedding or n_dims.get(name, 1) < 2 or name.endswith("mlp.gate.weight"):
+            others.append(weight)
+        else:
+            (head if name.startswith("lm_head") else matrices).append(weight)
+    return matrices, head, others
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon (kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW for all other weights.
+
+    Muon works on each matrix by itself, so on each expert by itself. One learning rate serves both, for
+    Muon's updates are scaled to the RMS of AdamW's (arxiv.org/abs/2502.16982, section 2.2) unless init_args
+    name another adjust_lr_fn.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[dict[str, Any]], **init_args: Any) -> None:
+        init_args.setdefault("adjust_lr_fn", "match_rms_adamw")
+        shared = {key: init_args[key] for key in ("lr", "weight_decay") if key in init_args}
+        # betas: 0.95 for the second moment, as usual for AdamW beside Muon
+        adamw = AdamW(others, **shared, betas=(0.9, 0.95), fused=True)
+        self.parts: list[Optimizer] = [Muon(matrices, **init_args), adamw]
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__(groups, self.parts[0].defaults)
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts work on this optimizer's groups and state, which are what is saved and loaded."""
+        n_muon = len(self.parts[0].param_groups)
+        parts_groups = (self.param_groups[:n_muon], self.param_groups[n_muon:])
+        for part, groups in zip(self.parts, parts_groups, strict=True):
+            part.param_groups, part.state = groups, self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the groups and state, which torch replaces by new objects, and share these again."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step with both parts."""
+        for part in self.parts:
+            part.step()
+
+
+def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Optimizer:
+    """Return the optimizer that `spec` (class_path and init_args) describes, with decay where it belongs."""
+    module_name, _, name = spec["class_path"].rpartition(".")
+    kind, init_args = getattr(importlib.import_module(module_name), name), dict(spec["init_args"])
+    parameters = inspect.signature(kind).parameters
+    matrices, head, others = sort_parameters(model)
+    without_decay: dict[str, Any] = {"params": others}
+    if settings.weight_decay_on == "matrices" and "weight_decay" in parameters:
+        without_decay["weight_decay"] = 0.0
+    if name == "Muon":
+        return MuonWithAdamW(matrices, [{"params": head}, without_decay], **init_args)
+    # one kernel over all weights: on two CPU cores a seventh of the time of one call per weight
+    if "fused" in parameters and not {"fused", "foreach"} & set(init_args):
+        init_args["fused"] = True
+    return kind([{"params": matrices + head}, without_decay], **init_args)
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimizer itself, out of Fabric's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def clone_state(optimizer: Optimizer) -> None:
+    """Clone the optimizer's state: after a memory-mapped load it still refers to the checkpoint file.
+
+    The file's disk space would stay in use even after somebody deletes it.
+    """
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                moments[name] = value.clone()

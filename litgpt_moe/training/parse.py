@@ -1,0 +1,277 @@
+"""Settings from a command line: flag > environment variable > YAML > default, typed, with their places."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from litgpt_moe.cli import RUN_TRAIN, command_line, join_switches
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.hardware import has_cuda
+from litgpt_moe.processes import note_once
+from litgpt_moe.training.class_path import CLASS_KEYS, without_foreign_arguments, words_of_action
+from litgpt_moe.training.settings import Settings
+from litgpt_moe.yaml_files import read_mapping
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAG_TO_KEY = {
+    "micro_batch_size": "train.micro_batch_size",
+    "global_batch_size": "train.global_batch_size",
+    "max_tokens": "train.max_tokens",
+    "max_seq_length": "train.max_seq_length",
+    "train_config": "config",
+    "wandb_dataset_artifact": "wandb_dataset",
+}
+# read in this order, each as the flag of the same name in lower case
+VARIABLES = (
+    "RESUME",
+    "WANDB_DATASET_ARTIFACT",
+    "WANDB_ARTIFACTS_DIR",
+    "DATASET_DIR",
+    "MICRO_BATCH_SIZE",
+    "GLOBAL_BATCH_SIZE",
+    "MAX_TOKENS",
+    "MAX_SEQ_LENGTH",
+)
+# fields that are dataclasses: `key: value` lines under them in YAML
+GROUPS = {f.name: f.type for f in fields(Settings) if isinstance(f.type, type) and is_dataclass(f.type)}
+SWITCHES = {f.name for f in fields(Settings) if f.type is bool} | {
+    f"{group}.{f.name}" for group, kind in GROUPS.items() for f in fields(kind) if f.type is bool
+}
+# names of files that belong together when they lie in one folder: a checkpoint's own, and the demo's
+PAIRS = (("train_config.yaml", "model_config.yaml"), ("demo_train.yaml", "demo_model.yaml"))
+
+Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, variable or flag that gave it)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Typed settings, and for messages the place that each value came from."""
+
+    settings: Settings
+    places: dict[str, str]
+    """Dotted key -> the YAML file, `$VARIABLE` or `--flag` that set it; defaults are absent."""
+
+    def place(self, keys: Iterable[str]) -> str:
+        """Return the places of `keys` in one text, that of the YAML file if nothing set them."""
+        known = dict.fromkeys(self.places[key] for key in keys if key in self.places)
+        return ", ".join(known) or str(self.settings.config)
+
+    def located(self, problem: str) -> str:
+        """Return a problem behind the places of the keys that it calls by name ("KEY is VALUE")."""
+        keys = [key for key in re.findall(r"(?:^|and |but )([\w.]+)(?= is )", problem) if key in self.places]
+        return f"{self.place(keys)}: {problem}" if keys else problem
+
+
+def load_settings(argv: list[str]) -> Parsed:
+    """Return the typed settings of a command line with hyphens made underscores (cli.normalize_flags).
+
+    Raises:
+        ValueError: one line per problem, naming the place, the key, the value and the way out.
+        OSError: a configuration file cannot be read.
+    """
+    given = {**read_variables(), **read_flags(argv)}
+    if "config" in given:  # it may name the model's file
+        given = {**read_settings_file(Path(given["config"][0])), **given}
+    config, model_config = choose_configs(given)
+    if "config" not in given:
+        given = {**read_settings_file(config), **given}
+    given = without_foreign_arguments(given, str(config))
+    given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
+    return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
+
+
+# --- where values come from ---------------------------------------------------------------------------------
+
+
+def read_flags(argv: list[str]) -> Given:
+    """Return what `--key value`, `--key=value`, `--switch` and `--no_switch` give."""
+    tokens = iter(join_switches(argv, {f"--{name}" for name in SWITCHES}))
+    given: Given = {}
+    for token in tokens:
+        if not re.fullmatch(r"--\w+(\.\w+)*(=.*)?", token, re.DOTALL):
+            raise ValueError(f"{token!r} is not a flag; write --key value (see --help)")
+        name, equals, value = token[2:].partition("=")
+        key = FLAG_TO_KEY.get(name, name)
+        if not equals and name.removeprefix("no_") in SWITCHES:
+            key, value = name.removeprefix("no_"), str(not name.startswith("no_"))
+        elif not equals and (value := next(tokens, None)) is None:
+            raise ValueError(f"--{name} needs a value (see --help)")
+        group, _, rest = key.partition(".")
+        if group in CLASS_KEYS and rest:
+            # --optimizer.lr means --optimizer.init_args.lr, as on LitGPT's command line
+            argument = rest.removeprefix("init_args.")
+            key = f"{group}.{rest}" if rest == "class_path" else f"{group}.init_args.{argument}"
+            value = _scalar(name, value)
+        given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
+    return given
+
+
+def _scalar(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--{name}: {text!r} is not readable as a YAML value; quote it") from None
+
+
+def read_variables() -> Given:
+    """Return what the environment variables give that are set and not empty."""
+    present = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    return {FLAG_TO_KEY.get(n.lower(), n.lower()): (value, f"${n}") for n, value in present.items()}
+
+
+def read_yaml(path: Path, is_foreign: bool = False) -> Given:
+    """Return what a train_config.yaml gives; `is_foreign`: of somebody else's, it may hold no aliases."""
+    must_be_groups = (*(f"{key}.init_args" for key in CLASS_KEYS), *GROUPS)
+    given: Given = {}
+
+    def flatten(prefix: str, mapping: dict[Any, Any]) -> None:
+        for name, value in mapping.items():
+            key = f"{prefix}{name}"
+            if key in must_be_groups and not isinstance(value, dict):
+                raise ValueError(
+                    f"{path}: {key} is {value!r}; write `key: value` lines under it, or remove it"
+                )
+            if key in (*CLASS_KEYS, *must_be_groups) and isinstance(value, dict):
+                flatten(f"{key}.", value)
+            else:
+                given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, str(path))
+
+    flatten("", read_mapping(path, is_foreign))
+    return given
+
+
+def read_settings_file(path: Path) -> Given:
+    """Return what a run's own train_config.yaml gives, whose model_config may name the model's file."""
+    given = read_yaml(path)
+    config, model_config = (given.pop(key, (None, ""))[0] for key in ("config", "model_config"))
+    if config is not None:
+        raise ValueError(f"{path}: config is {config!r}; settings name no other settings file: remove it")
+    if isinstance(model_config, dict):
+        raise ValueError(
+            f"{path}: model_config is a mapping; put its lines into a file of their own and name that, "
+            "here or with --model_config"
+        )
+    if model_config is not None and not (isinstance(model_config, str) and model_config):
+        raise ValueError(f"{path}: model_config is {model_config!r}; it must be a path or null")
+    return given if model_config is None else {**given, "model_config": (model_config, str(path))}
+
+
+# --- the two files ------------------------------------------------------------------------------------------
+
+
+def choose_configs(given: Given) -> tuple[Path, Path]:
+    """Return the YAML files of the settings and of the model, and say on stderr which were taken and why.
+
+    Where one alone is named, the other is the one of the standard name beside it (PAIRS), else the default:
+    train_config.yaml, and model_config.yaml or without CUDA the demo's.
+    """
+    named = {key: Path(given[key][0]) for key in ("config", "model_config") if key in given}
+    config, model_config = named.get("config"), named.get("model_config")
+    for path in filter(None, (config, model_config)):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such configuration file; name one that is there, as those in configs/ are"
+            )
+    why = {"config": "", "model_config": ""}
+    if config and not model_config and (model_config := _partner(config)):
+        why["model_config"] = " (beside it; another: --model_config PATH)"
+    elif model_config and not config and (config := _partner(model_config)):
+        why["config"] = " (beside the model's; another: --config PATH)"
+    if model_config is None:
+        model_config = _default_model()
+        config = config or _partner(model_config)
+        why["model_config"] = " (the default; another: --model_config PATH)" if named else ""
+    if config is None:
+        config = ROOT / PAIRS[0][0]
+        why["config"] = " (the default; another: --config PATH)" if named else ""
+    config, model_config = map(_as_typed, (config, model_config))
+    note_once(f"Settings from {config}{why['config']} and {model_config}{why['model_config']}.")
+    return config, model_config
+
+
+def _partner(path: Path) -> Path | None:
+    """Return the file that belongs to `path` by PAIRS, None if there is none beside it."""
+    names = [name for pair in PAIRS if path.name in pair for name in pair if name != path.name]
+    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+
+
+def _default_model() -> Path:
+    if has_cuda():
+        return ROOT / PAIRS[0][1]
+    note_once(
+        "No CUDA and no model config named: training the small demo model on the CPU "
+        "(MoE-200M all the same: --model_config model_config.yaml)."
+    )
+    return ROOT / "configs" / PAIRS[1][1]
+
+
+def _as_typed(path: Path) -> Path:
+    """Return the path as a user would type it: relative where it lies in the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+# --- types --------------------------------------------------------------------------------------------------
+
+
+def typed_settings(given: Given) -> Settings:
+    """Return the settings with each value as its field annotates it; ValueError has a line per problem."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Settings)
+    types = {action.dest: action for action in parser._actions}
+    values, problems = Namespace(), []
+    for key, (value, place) in given.items():
+        try:
+            # the arguments of classes are typed where these are known, in class_path
+            values[key] = value if key.split(".")[0] in CLASS_KEYS else _typed(parser, types, key, value)
+        except ArgumentError:
+            problems.append(f"{place}: {_wrong(key, value, types)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    typed = parser.instantiate_classes(parser.parse_object(values.as_dict()))
+    return Settings(**{f.name: typed[f.name] for f in fields(Settings)})
+
+
+def _typed(parser: ArgumentParser, types: dict[str, Any], key: str, value: Any) -> Any:
+    # jsonargparse lets an unknown key with the value {} pass
+    if key not in types:
+        raise ArgumentError(None, "unknown")
+    # a group as a whole needs its defaults; a key without them is typed in a fortieth of the time
+    typed = parser.parse_object(Namespace({key: value}).as_dict(), defaults=key in GROUPS)[key]
+    wanted = words_of_action(types[key])
+    # jsonargparse lets null pass, and takes "" for the current folder
+    if (value is None and "null" not in wanted) or (value == "" and "a path" in wanted):
+        raise ArgumentError(None, wanted)
+    return typed
+
+
+def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
+    if key not in types and key in MoEConfig.__dataclass_fields__:
+        return f"unknown key {key}; it describes the model: set it in the file of --model_config"
+    if key not in types:
+        near = difflib.get_close_matches(key, types, n=1)
+        # train.min_lr is near, and never meant
+        if key.rpartition(".")[2] in ("lr", "learning_rate"):
+            near = ["optimizer.init_args.lr"]
+        return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
+    if key in GROUPS:
+        return f"{key} is {value!r}; give one of its keys, as in --{key}.KEY VALUE"
+    return f"{key} is {value!r}; it must be {words_of_action(types[key])}"
+
+
+def resume_command(argv: list[str]) -> str:
+    """Return the command that goes on with the run that `argv` began."""
+    kept, flags = [], iter(join_switches(argv, {f"--{name}" for name in SWITCHES}))
+    for flag in flags:
+        name, equals, _ = flag.partition("=")
+        if name in ("--resume", "--initial_checkpoint_dir"):
+            _ = equals or next(flags, None)
+        elif name not in ("--overwrite", "--no_overwrite"):
+            kept.append(flag)
+    return command_line(*RUN_TRAIN, *kept, "--resume", "auto")

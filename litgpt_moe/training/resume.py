@@ -1,0 +1,139 @@
+"""The checkpoint that a run continues, or whose weights it starts from: found, checked, opened once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from litgpt import Config
+
+from litgpt_moe.balance import has_selection_bias
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints_of, find_checkpoint
+from litgpt_moe.checkpoints.reader import (
+    check_weights,
+    flaw_words,
+    read_state,
+    read_training_state,
+    verify_checkpoint,
+    weights_of,
+)
+from litgpt_moe.processes import note_once
+from litgpt_moe.training.parse import read_yaml
+from litgpt_moe.training.settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class OpenCheckpoint:
+    """A checkpoint whose file was read once. Its tensors are memory-mapped: values are read when used."""
+
+    folder: Path
+    state: dict[str, Any]
+    """What the file holds. Whoever loads it empties it: a mapped file keeps its disk space while in use."""
+    is_bare: bool
+    """Whether the file is a state dict of weights with nothing around it."""
+    has_selection_bias: bool
+    """Whether its experts were chosen with a selection bias."""
+
+    @classmethod
+    def of(cls, folder: Path, state: dict[str, Any]) -> "OpenCheckpoint":
+        """Return the open checkpoint in `folder`, whose file holds `state`; ValueError without weights."""
+        weights = weights_of(state, folder / CHECKPOINT_FILE)
+        return cls(folder, state, "model" not in state, has_selection_bias(weights))
+
+    @property
+    def file(self) -> Path:
+        """The lit_model.pth."""
+        return self.folder / CHECKPOINT_FILE
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's state dict, until `state` is emptied."""
+        return self.state.get("model", self.state)
+
+
+def find_resume(settings: Settings) -> OpenCheckpoint | None:
+    """Return the checkpoint to continue from, or None for a fresh start.
+
+    Raises:
+        ValueError, OSError: the one that was asked for is not there, or not whole.
+    """
+    resume = str(settings.resume)
+    if resume.lower() in ("false", "none", ""):
+        return None
+    if settings.overwrite:
+        raise ValueError("resume and overwrite exclude each other; drop one")
+    if settings.initial_checkpoint_dir:
+        raise ValueError("resume and initial_checkpoint_dir exclude each other; drop one")
+    out_dir = settings.out_dir if resume.lower() in ("auto", "true") else Path(resume)
+    newest_first = checkpoints_of(out_dir)
+    if out_dir is not settings.out_dir and not newest_first:
+        folder = find_checkpoint(out_dir)
+        return OpenCheckpoint.of(folder, read_training_state(folder))
+    for folder in newest_first:
+        try:
+            return OpenCheckpoint.of(folder, read_training_state(folder))
+        except (ValueError, OSError) as error:
+            note_once(f"Skipping {folder}: {flaw_words(error, folder)}")
+    if resume.lower() != "auto":
+        # somebody counts on a checkpoint that is not there
+        raise FileNotFoundError(
+            f"resume is {resume} but {out_dir} holds no whole step-* or final; use resume: auto"
+        )
+    note_once(f"No checkpoint to resume from in {out_dir}: starting from the beginning.")
+    return None
+
+
+def find_initial(settings: Settings, config: Config) -> OpenCheckpoint | None:
+    """Return the checkpoint whose weights to start from, which must fit the model, or None."""
+    if settings.initial_checkpoint_dir is None:
+        return None
+    verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
+    opened = OpenCheckpoint.of(folder, read_state(folder / CHECKPOINT_FILE))
+    check_weights(folder, config, opened.weights)
+    return opened
+
+
+def check_resume(
+    opened: OpenCheckpoint, settings: Settings, config: Config, optimizer: str, tokens_per_step: int
+) -> int:
+    """Return the steps done in a checkpoint; `optimizer` is the class_path of the run's.
+
+    Raises:
+        ValueError: a run of these settings cannot continue it.
+    """
+    folder, step = opened.folder, opened.state["step_count"]
+    check_weights(folder, config, opened.weights)
+    if settings.moe.bias_update_rate and not opened.has_selection_bias:
+        raise ValueError(
+            f"{folder} was trained without a selection bias; drop moe.bias_update_rate, or start "
+            "from its weights with --initial_checkpoint_dir"
+        )
+    before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE, is_foreign=True).items()}
+    _check_unchanged(folder, before, settings, optimizer)
+    n_steps = (settings.train.max_tokens or 0) // tokens_per_step
+    if step > n_steps:
+        raise ValueError(f"{folder} is past the {n_steps} steps of train.max_tokens; raise that")
+    if step == n_steps:
+        note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
+    total = before.get("train.max_tokens")
+    # LitGPT's own checkpoints may have anything there
+    n_before = total // tokens_per_step if isinstance(total, int) else n_steps
+    if n_before != n_steps and settings.schedule.name != "constant":
+        note_once(
+            f"Warning: {folder} is of a run of {n_before:,} steps, now train.max_tokens makes it "
+            f"{n_steps:,}; the learning rates so far followed the old total, the rest follows the new."
+        )
+    return step
+
+
+def _check_unchanged(folder: Path, before: dict[str, Any], settings: Settings, optimizer: str) -> None:
+    for key, value in (
+        ("train.global_batch_size", settings.train.global_batch_size),
+        ("train.max_seq_length", settings.train.max_seq_length),
+        ("optimizer.class_path", optimizer),
+        ("weight_decay_on", settings.weight_decay_on),
+    ):
+        # a class has several paths: torch.optim.AdamW is torch.optim.adamw.AdamW too
+        names = [str(text).rpartition(".")[2] for text in (before.get(key, value), value)]
+        if names[0] != names[1]:
+            raise ValueError(f"{folder}: {key} was {before[key]}, now {value}; resume with what it was")

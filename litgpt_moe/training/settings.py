@@ -1,0 +1,199 @@
+"""The settings of a run: the keys of train_config.yaml, the flags of run_train.py, their defaults and help.
+
+Nothing heavy is imported here, so that `run_train.py --help` answers at once. TrainArgs, EvalArgs and LogArgs
+have LitGPT's names, types and defaults (`import litgpt.args` would load torch); a contract test lists where
+they differ, and `training.run.to_litgpt` makes LitGPT's own from them.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from litgpt_moe.checkpoints.layout import CheckpointArgs
+from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Training. LitGPT's own keys."""
+
+    save_interval: int | None = 1000
+    """Steps between checkpoints (null: only the last)."""
+    log_interval: int = 1
+    """Steps between the rows of the log."""
+    global_batch_size: int = 64
+    """Sequences in a step, over all devices."""
+    micro_batch_size: int = 4
+    """Sequences that one device computes at a time; lower it first if memory runs out."""
+    lr_warmup_steps: int | None = 100
+    """Steps of linear warm-up of the learning rate."""
+    lr_warmup_fraction: float | None = None
+    """Share of an epoch to warm up in, in place of lr_warmup_steps."""
+    epochs: int | None = None
+    """Not supported in pretraining: use train.max_tokens."""
+    max_tokens: int | None = None
+    """Tokens to train on, rounded down to whole steps."""
+    max_steps: int | None = None
+    """Not supported in pretraining: use train.max_tokens."""
+    max_time: float | None = None
+    """Seconds from the start of the command, in which the run also saves and ends (null: no limit)."""
+    max_seq_length: int | None = None
+    """Tokens in a sequence (null: the model's block_size)."""
+    tie_embeddings: bool | None = None
+    """Whether the embedding and the head share one weight matrix."""
+    max_norm: float | None = 1.0
+    """Norm that the gradient is clipped to (.inf: off)."""
+    min_lr: float = 6e-5
+    """Learning rate at the end of the decay."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Validation. LitGPT's own keys."""
+
+    interval: int = 600
+    """Steps between validations."""
+    max_new_tokens: int | None = None
+    """Tokens of the story written to logs/stories.csv at each validation (null: no story)."""
+    max_iters: int = 100
+    """Micro-batches in a validation, at most."""
+    initial_validation: bool = False
+    """Validate before the first step too."""
+    final_validation: bool = True
+    """Validate after the last step too."""
+    evaluate_example: str | int = "first"
+    """Not supported in pretraining."""
+
+
+@dataclass(frozen=True)
+class LogArgs:
+    """Names for the W&B logger. LitGPT's own keys; those of LitLogger are not supported."""
+
+    project: str | None = None
+    """W&B project."""
+    run: str | None = None
+    """W&B run name (null: a generated one)."""
+    group: str | None = None
+    """W&B group."""
+    teamspace: str | None = None
+    """Not supported: of LitLogger."""
+    metadata: dict[str, Any] | None = None
+    """Not supported: of LitLogger."""
+    log_model: bool = False
+    """Not supported: see checkpoints.to_wandb."""
+    save_logs: bool = True
+    """Not supported: of LitLogger."""
+    checkpoint_name: str | None = None
+    """Not supported: of LitLogger."""
+
+
+@dataclass(frozen=True)
+class BalanceArgs:
+    """What keeps the tokens spread over the experts. The logged loss stays pure cross-entropy."""
+
+    aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of Switch Transformer (0.01 there; 0: off)."""
+    z_loss_coef: float = 0.0
+    """Weight of the router's z-loss of ST-MoE (0.001 there; 0: off)."""
+    bias_update_rate: float = 0.0
+    """Step of DeepSeek-V3's selection bias, which stock LitGPT cannot read (0.001 there; 0: off)."""
+
+
+@dataclass(frozen=True)
+class ScheduleArgs:
+    """The learning rate over the run, from optimizer.init_args.lr down to train.min_lr."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: half a period; wsd: constant, then down at the end; constant: never down."""
+    warmup_tokens: int | None = None
+    """Tokens of linear warm-up, in place of train.lr_warmup_steps (null: as those say)."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which wsd goes down (0.2: arxiv.org/abs/2405.18392)."""
+
+
+@dataclass(frozen=True)
+class GuardArgs:
+    """What happens at a loss that is not finite, or suddenly far too high."""
+
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite loss and gradient, each skipped, after which the run ends."""
+    spike_sigma: float = 6.0
+    """Standard deviations above the last 128 losses from which a step is in logs/spikes.csv (0: off)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run needs; the keys of train_config.yaml."""
+
+    config: Path | None = None
+    """YAML with these settings (default: train_config.yaml with CUDA, configs/demo_train.yaml without)."""
+    model_config: Path | None = None
+    """YAML with LitGPT Config keys (default: model_config.yaml with CUDA, else configs/demo_model.yaml)."""
+    out_dir: Path = Path("checkpoints")
+    """Directory for step-*/, final/ and logs/."""
+    overwrite: bool = False
+    """Delete an earlier run in out_dir instead of refusing to touch it."""
+    resume: str | bool = False
+    """auto: the newest step-* in out_dir, or a fresh start; true: the newest, or an error; or a path."""
+    initial_checkpoint_dir: Path | None = None
+    """Checkpoint whose weights to start from; not together with resume."""
+    data: dict[str, Any] = field(default_factory=lambda: {"class_path": "prepare_data.TextShards"})
+    """class_path and init_args of a LitGPT data module."""
+    dataset_dir: Path | None = None
+    """Data directory (with train/ and val/) that replaces the one in data.init_args."""
+    tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
+    """Directory with tokenizer.json, copied into every checkpoint (dataset_dir/tokenizer goes before it)."""
+    wandb_dataset: str | None = None
+    """W&B artifact to train on: entity/project/name:alias, or project/name:alias with WANDB_ENTITY."""
+    wandb_artifacts_dir: Path = Path("artifacts")
+    """Directory for downloaded artifacts."""
+    precision: str | None = None
+    """bf16-true, bf16-mixed or 32-true (default: bf16-true where CUDA has it, else 32-true)."""
+    accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
+    """Kind of device."""
+    devices: int | str = "auto"
+    """Devices on this machine; auto is every GPU, or one CPU process."""
+    num_nodes: int = 1
+    """Machines."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto compiles on CUDA where Triton is installed, and runs eager elsewhere."""
+    float32_matmul_precision: Literal["highest", "high"] = "high"
+    """Of float32 products on CUDA: high is TF32, as `litgpt pretrain` has it; highest is float32 itself."""
+    seed: int = 42
+    """Seed of the weights and the order of the data."""
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"class_path": "torch.optim.AdamW"})
+    """class_path and init_args of an optimizer. torch.optim.Muon leaves all but hidden matrices to AdamW."""
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """matrices: no decay on norms, biases, embeddings and routers; all: on every weight."""
+    logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """Logger beside logs/csv/metrics.csv, which is always written."""
+    progress: bool = True
+    """Show a live bar on a terminal; otherwise a line for each log step."""
+    train: TrainArgs = field(default_factory=TrainArgs)
+    """Training."""
+    moe: BalanceArgs = field(default_factory=BalanceArgs)
+    """Balance of the experts."""
+    schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
+    """Learning rate."""
+    checkpoints: CheckpointArgs = field(default_factory=CheckpointArgs)
+    """Checkpoints."""
+    guard: GuardArgs = field(default_factory=GuardArgs)
+    """Numerical guard."""
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    """Validation."""
+    log: LogArgs = field(default_factory=LogArgs)
+    """Names for the W&B logger."""
+
+
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings as YAML and loggers take them: what trained, without which run or files it was."""
+    left_out = ("config", "model_config", "resume", "overwrite")
+    plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def saved_text(settings: Settings) -> str:
+    """Return the train_config.yaml that a checkpoint keeps."""
+    return yaml.safe_dump(plain_settings(settings), sort_keys=False)

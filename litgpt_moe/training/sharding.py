@@ -1,0 +1,121 @@
+"""FSDP: weights sharded over GPUs, in checkpoints that are those of one process."""
+
+import contextlib
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.fsdp import FSDPStrategy
+from litgpt.model import Block
+from litgpt.utils import reset_parameters
+from torch import nn
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+)
+
+from litgpt_moe.checkpoints.writer import CheckpointWriter
+from litgpt_moe.training.optimizer import plain_name
+from litgpt_moe.training.resume import OpenCheckpoint
+
+
+def is_sharded(fabric: Fabric) -> bool:
+    """Return whether each process holds only a part of the weights (FSDP)."""
+    return isinstance(fabric.strategy, FSDPStrategy)
+
+
+class ShardedStrategy(FSDPStrategy):
+    """FSDP as litgpt.pretrain.setup configures it, with the first weights and checkpoints of one process.
+
+    Fabric's own writes the file while training waits, and takes up the optimizer's state in the order of the
+    model's parameters, which is not that of the optimizer's groups.
+    """
+
+    def __init__(self, writer: CheckpointWriter, opened: OpenCheckpoint | None) -> None:
+        super().__init__(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
+        self._writer, self._opened = writer, opened
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Initialise the whole model, as on one device, before it is sharded.
+
+        Fabric initialises layer by layer in another order, and gives tied weights a value each.
+        """
+        embedding, head = module.get_submodule("transformer.wte"), module.get_submodule("lm_head")
+        is_tied = embedding.weight is head.weight
+        module.to_empty(device=self.root_device)
+        reset_parameters(module)
+        if is_tied:
+            embedding.weight = head.weight
+        return super().setup_module(module)
+
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *_: Any, **__: Any) -> None:
+        """Gather the whole state on rank 0, and give it to the writer instead of writing it here."""
+        with whole_tensors(state["model"], rank0_only=True):
+            optimizer_state = gather_optimizer_state(state["optimizer"], state["model"])
+            whole = {
+                key: value.state_dict() if hasattr(value, "state_dict") else value
+                for key, value in state.items()
+                if key != "optimizer"
+            }
+        if self.is_global_zero:
+            self._writer.hold({**whole, "optimizer": optimizer_state})
+
+    def load_checkpoint(
+        self, path: Any, state: Any = None, strict: bool = True, *_: Any, **__: Any
+    ) -> dict[str, Any]:
+        """Shard what is in the open checkpoint into `state`; return what is left over."""
+        assert self._opened is not None
+        saved = self._opened.state
+        if not isinstance(state, dict):  # Fabric.load_raw: a file of bare weights
+            saved, state = {"model": saved}, {"model": state}
+        return scatter_state(saved, state, strict)
+
+
+def whole_tensors(module: Any, rank0_only: bool) -> contextlib.AbstractContextManager[Any]:
+    """Let FSDP's state dicts hold whole tensors, in host memory, gathered from all processes."""
+    return FullyShardedDataParallel.state_dict_type(
+        module,
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+        FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+    )
+
+
+def scatter_state(saved: dict[str, Any], state: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """Load what one process saved into `state`, whose model FSDP has sharded; return what is left over."""
+    with whole_tensors(state["model"], rank0_only=False):
+        state["model"].load_state_dict(saved.pop("model"), strict=strict)
+        if "optimizer" in state:
+            scatter_optimizer_state(state["optimizer"], state["model"], saved.pop("optimizer"))
+    for key in state.keys() & saved.keys():
+        value = saved.pop(key)
+        if hasattr(state[key], "load_state_dict"):
+            state[key].load_state_dict(value)
+        else:
+            state[key] = value
+    return saved
+
+
+def gather_optimizer_state(optimizer: Any, module: Any) -> dict[str, Any]:
+    """Return on rank 0 the state dict that the optimizer would have in one process."""
+    moments = FullyShardedDataParallel.optim_state_dict(module, optimizer).get("state", {})
+    names = _parameter_names(optimizer, module)
+    return {
+        "state": {n: moments[name] for n, name in enumerate(names) if name in moments},
+        "param_groups": optimizer.state_dict()["param_groups"],
+    }
+
+
+def scatter_optimizer_state(optimizer: Any, module: Any, saved: dict[str, Any]) -> None:
+    """Give each process its part of what `gather_optimizer_state` or one process saved."""
+    names = _parameter_names(optimizer, module)
+    groups = [{**group, "params": [names[n] for n in group["params"]]} for group in saved["param_groups"]]
+    named = {"state": {names[n]: moments for n, moments in saved["state"].items()}, "param_groups": groups}
+    optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, named))
+
+
+def _parameter_names(optimizer: Any, module: Any) -> list[str]:
+    """Return the names of the optimizer's parameters, at the numbers that its state dict gives them."""
+    names = {id(weight): plain_name(name) for name, weight in module.named_parameters()}
+    return [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]

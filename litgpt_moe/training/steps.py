@@ -1,0 +1,121 @@
+"""What is decided at each optimizer step: whether it counts, and whether the run goes on. Needs no LitGPT."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, NamedTuple, Self
+
+from litgpt_moe.cli import WorkFailed
+from litgpt_moe.training.guard import Guard, Spike
+
+
+class Ending(Exception):
+    """Raised between two steps, when everything is saved, to leave LitGPT's loop."""
+
+
+class RunFailed(WorkFailed):
+    """The run cannot go on; the text says why and what to do."""
+
+
+class StopSignals:
+    """While active: the first signal asks for an end after this step, a second one leaves at once."""
+
+    # Ctrl-C, Slurm and systemd, Slurm, Ctrl-Break
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for name in self.NAMES:
+            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+                number = getattr(signal, name)
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.reason:
+            # checkpoints are renamed when they are whole: there is nothing to break
+            os._exit(128 + number)
+        self.reason = signal.Signals(number).name
+        text = f"\n{self.reason}: finishing this step and saving; once more leaves at once.\n"
+        # not print, which the signal may have interrupted
+        os.write(2, text.encode())
+
+
+class Deadline(NamedTuple):
+    """The end of a run that has a time limit, on the clock that `began` was read from."""
+
+    limit_s: float | None
+    began: float
+
+    def is_near(self, now: float, step_s: float, save_s: float) -> bool:
+        """Return whether one more step of at most `step_s`, and a save, may not fit any more."""
+        # half a step more: the longest so far need not be the longest there is
+        return self.limit_s is not None and now - self.began + 1.5 * step_s + save_s >= self.limit_s
+
+
+class Verdict(NamedTuple):
+    """What becomes of a step; every rank comes to the same."""
+
+    fail: str = ""
+    """Why the run ends at once, if it does, with what was saved before."""
+    end: str = ""
+    """Why the run ends after this step, if it does: it saves, and can go on later."""
+    skip: bool = False
+    """The loss or gradient is not finite: the weights must stay as they are."""
+    give_up: bool = False
+    """So many steps in a row were skipped that the run fails."""
+    spike: Spike | None = None
+    """The loss is far above the ones before."""
+
+
+class Judge:
+    """Decides what becomes of each step, from its figures and from what asks the run to end."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        max_skipped_steps: int,
+        stops: StopSignals,
+        deadline: Deadline,
+        stops_on_full_disk: bool,
+        world_size: int,
+    ) -> None:
+        self.guard, self.max_skipped_steps = guard, max_skipped_steps
+        self.stops, self.deadline = stops, deadline
+        self.stops_on_full_disk, self.world_size = stops_on_full_disk, world_size
+
+    def vote(self, now: float, step_s: float, save_s: float, failed_save: str | None) -> int:
+        """Return this rank's vote for the end of the run; `verdict` takes the sum over all ranks.
+
+        Args:
+            now: time on the deadline's clock.
+            step_s: seconds of the longest step so far.
+            save_s: seconds that a save takes.
+            failed_save: why the latest save failed, None if it did not.
+        """
+        # weights that are not finite cannot be saved later either
+        if failed_save is not None and (self.stops_on_full_disk or "no numbers" in failed_save):
+            # more than all ranks that ask for an end
+            return self.world_size + 1
+        if not self.stops.reason and self.deadline.is_near(now, step_s, save_s):
+            self.stops.reason = f"train.max_time of {self.deadline.limit_s:g} s"
+        return int(bool(self.stops.reason))
+
+    def verdict(self, loss: float, norm: float, votes: int, failed_save: str | None) -> Verdict:
+        """Return what becomes of the step with this loss and gradient norm, which the guard remembers."""
+        if votes > self.world_size:
+            reason = failed_save or "another process could not save"
+            return Verdict(fail=f"{reason}; continue with --resume auto")
+        end = (self.stops.reason or "the request of another process") if votes else ""
+        if self.guard.count_bad(loss, norm):
+            give_up = self.guard.n_in_a_row >= self.max_skipped_steps
+            return Verdict(end=end, skip=True, give_up=give_up)
+        return Verdict(end=end, spike=self.guard.add_loss(loss))

@@ -1,0 +1,57 @@
+"""The story that a model tells at each validation, and at the end of its training."""
+
+import functools
+from pathlib import Path
+
+from litgpt import GPT, Tokenizer
+
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.generation.settings import Sampling
+from litgpt_moe.generation.text import tell_story
+from litgpt_moe.loss import LossHead
+from litgpt_moe.processes import is_main_process
+from litgpt_moe.training.csv_log import CsvLog
+from litgpt_moe.training.run import Run
+
+PROMPT = "Once upon a time"
+# the same seed each time, so that stories of one run differ by what the model has learned
+SEED = 1
+FINAL_NEW_TOKENS = 300
+SAMPLING = Sampling(temperature=0.7, top_k=0, top_p=0.9)
+
+
+class StoryLog:
+    """Writes what a model in training makes of PROMPT to logs/stories.csv, once a step at most."""
+
+    def __init__(self, log: CsvLog, run: Run) -> None:
+        self.log, self.tokenizer_dir = log, run.settings.tokenizer_dir
+        self.max_new_tokens, self.tokens_per_step = run.settings.eval.max_new_tokens, run.tokens_per_step
+        self.last_step = -1
+        """The step of the latest story, -1 before the first."""
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer; it is there once rank 0 has prepared the data."""
+        return Tokenizer(self.tokenizer_dir)
+
+    def tell(self, model: GPT, head: LossHead | None, step: int) -> None:
+        """Write a story; the model and training's random numbers are left as they were."""
+        # the final validation may follow that of the last step
+        if not self.max_new_tokens or self.last_step == step or not is_main_process():
+            return
+        self.last_step = step
+        if head is not None:
+            head.is_deferred = False
+        try:
+            text = tell_story(model, self.tokenizer, PROMPT, self.max_new_tokens, SAMPLING, SEED)
+        finally:
+            if head is not None:
+                head.is_deferred = True
+        model.train()
+        self.log.write({"step": step, "tokens": step * self.tokens_per_step, "prompt": PROMPT, "text": text})
+
+
+def final_story(checkpoint_dir: Path) -> str:
+    """Return a story that the saved checkpoint tells."""
+    model, tokenizer = load_model(checkpoint_dir), Tokenizer(checkpoint_dir)
+    return tell_story(model, tokenizer, PROMPT, FINAL_NEW_TOKENS, SAMPLING, SEED)

@@ -1,0 +1,211 @@
+"""What a resume needs: it comes back as it was saved, and what cannot be used ends in one sentence."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from litgpt_moe.checkpoints.layout import write_record
+from litgpt_moe.checkpoints.state import (
+    RunState,
+    check_moments,
+    check_state,
+    damage_in,
+    rng_state,
+    set_rng_state,
+)
+
+
+def run_state() -> RunState:
+    guard = {"n_skipped": 1, "n_in_a_row": 0, "losses": [2.0, 1.5]}
+    router = [{"load": torch.arange(4), "sums": torch.zeros(4)}]
+    return RunState(12.5, guard, 4, n_rows=8, n_loads=2, router=router, rng=rng_state())
+
+
+def training_state(step: int = 4) -> dict[str, Any]:
+    """What a checkpoint file of ours holds; of the optimizer and the data nothing is looked into."""
+    parts = {"model": {}, "optimizer": {"state": {}, "param_groups": []}, "train_dataloader": {}}
+    return {**parts, "iter_num": 2 * step, "step_count": step, **run_state().state_dict()}
+
+
+# --- RunState -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_s_state_has_the_keys_that_checkpoints_of_before_have() -> None:
+    state = run_state().state_dict()
+    assert set(state) == {"run", "rng"}
+    counts = {"n_rows", "n_spikes", "n_loads", "n_stories"}
+    assert set(state["run"]) == {"time_s", "guard", "told_step", "router", *counts}
+    assert set(state["rng"]) == {"python", "numpy", "torch", "cuda"}
+
+
+def test_a_run_s_state_goes_through_a_file(tmp_path: Path) -> None:
+    saved = run_state()
+    torch.save(saved.state_dict(), tmp_path / "state.pth")
+    loaded = RunState()
+    loaded.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert (loaded.time_s, loaded.guard, loaded.told_step) == (12.5, saved.guard, 4)
+    assert (loaded.n_rows, loaded.n_spikes, loaded.n_loads, loaded.n_stories) == (8, 0, 2, 0)
+    assert torch.equal(loaded.router[0]["load"], torch.arange(4))
+    assert loaded.rng["python"] == saved.rng["python"]
+
+
+FIGURES = ("time_s", "told_step", "n_rows", "n_spikes", "n_loads", "n_stories", "router", "guard")
+ODD = (torch.zeros(0), torch.zeros(2), [torch.zeros(0)], None, "1", True, -2, {}, float("nan"), -(10**400))
+
+
+@pytest.mark.parametrize("key", FIGURES)
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_figure_of_another_kind_is_named(key: str, odd: object) -> None:
+    state = run_state().state_dict()
+    state["run"][key] = odd
+    with pytest.raises(ValueError, match=rf"^run\.{key} is "):
+        RunState().load_state_dict(state)
+
+
+@pytest.mark.parametrize("part", [{}, {"run": None}, {"rng": {}}, {"rng": {"python": 1}}, {"run": []}])
+def test_a_state_without_its_parts_is_refused(part: dict) -> None:
+    state = {**run_state().state_dict(), **part} if part else {}
+    with pytest.raises(ValueError, match=r"^(run\.time_s|rng) is "):
+        RunState().load_state_dict(state)
+
+
+# --- the whole file -----------------------------------------------------------------------------------------
+
+
+def test_a_training_state_is_as_it_was_saved(tmp_path: Path) -> None:
+    check_state(training_state(), tmp_path / "step-00000004")
+
+
+def test_a_state_of_litgpt_s_own_loop_needs_no_more_than_it_writes(tmp_path: Path) -> None:
+    ours = {"run", "rng"}
+    check_state({k: v for k, v in training_state().items() if k not in ours}, tmp_path / "step-00000004")
+
+
+def test_weights_alone_are_told_with_the_way_to_start_from_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds weights alone; start from it with --initial_checkpoint_dir"):
+        check_state({"model": {}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step_count", -1),
+        ("step_count", True),
+        ("step_count", "4"),
+        ("step_count", 5),  # the folder is that of step 4
+        ("iter_num", None),
+        ("iter_num", torch.zeros(2)),
+        ("model", None),
+        ("optimizer", []),
+        ("train_dataloader", None),
+        ("run", None),
+        ("rng", {}),
+    ],
+)
+def test_a_damaged_training_state_is_told_in_one_sentence(key: str, value: object, tmp_path: Path) -> None:
+    state = training_state()
+    state[key] = value
+    with pytest.raises(
+        ValueError, match=f"its training state is damaged: {key}.*resume from another"
+    ) as caught:
+        check_state(state, tmp_path / "step-00000004")
+    assert "\n" not in str(caught.value) and "--initial_checkpoint_dir" in str(caught.value)
+
+
+def test_the_step_is_the_one_that_the_record_says(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "lit_model.pth").touch()
+    write_record(final, 8, {})
+    check_state(training_state(8), final)
+    with pytest.raises(ValueError, match="step_count is 4, and the checkpoint that of step 8"):
+        check_state(training_state(4), final)
+
+
+def test_a_checkpoint_with_a_record_is_ours_and_must_say_where_the_run_was(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/lit_model.pth").touch()
+    write_record(tmp_path / "final", 4, {})
+    state = {key: value for key, value in training_state().items() if key not in ("run", "rng")}
+    with pytest.raises(ValueError, match=r"run\.time_s is None"):
+        check_state(state, tmp_path / "final")
+
+
+@pytest.mark.parametrize(
+    "odd", [{"state": {}}, {"state": {}, "param_groups": []}, {"state": 1, "param_groups": 2}]
+)
+def test_moments_of_another_model_are_left_to_torch_and_told_in_one_sentence(
+    odd: dict, tmp_path: Path
+) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match="its training state is damaged: ") as caught, damage_in(tmp_path):
+        optimizer.load_state_dict(copy.deepcopy(odd))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+def test_moments_of_another_size_are_refused_before_a_fused_step_writes_beyond_them(name: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(1000)
+    optimizer.step()
+    check_moments(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0][name] = torch.zeros(3)
+    optimizer.load_state_dict(state)  # torch takes it
+    with pytest.raises(
+        ValueError, match=rf"optimizer\.state has a {name} of \(3,\), its weight is of \(1000,\)"
+    ):
+        check_moments(optimizer)
+
+
+def test_an_optimizer_s_own_parts_of_other_sizes_are_left_alone() -> None:
+    optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(8))])
+    optimizer.state[weight] = {"absmax1": torch.zeros(2)}  # as bitsandbytes keeps beside its 8-bit moments
+    check_moments(optimizer)
+
+
+def test_an_error_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), damage_in(tmp_path):
+        raise ZeroDivisionError
+
+
+# --- random generators --------------------------------------------------------------------------------------
+
+
+def test_the_state_of_every_random_generator_is_put_back() -> None:
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(1).item()]
+
+    draw()
+    state = rng_state()
+    first = draw()
+    draw()
+    set_rng_state(state)
+    assert draw() == first
+
+
+@pytest.mark.parametrize("key", ["python", "numpy", "torch", "cuda"])
+@pytest.mark.parametrize("odd", [None, 1, (), torch.zeros(3)], ids=str)
+def test_a_generator_s_state_that_it_does_not_take_is_told_in_one_sentence(key: str, odd: object) -> None:
+    if key == "cuda" and not isinstance(odd, int | None):
+        pytest.skip("as many states as there are devices, or none of them is looked at")
+    before = rng_state()
+    try:
+        with pytest.raises(ValueError, match="its random generators cannot be set") as caught:
+            set_rng_state({**before, key: odd})
+        assert "\n" not in str(caught.value)
+    finally:
+        set_rng_state(before)
+
+
+def test_a_position_beyond_numpy_s_words_is_refused() -> None:
+    state = rng_state()
+    name, keys, _, *others = state["numpy"]
+    with pytest.raises(ValueError, match="position 1000000"):
+        set_rng_state({**state, "numpy": (name, keys, 10**6, *others)})

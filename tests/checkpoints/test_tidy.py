@@ -1,0 +1,87 @@
+"""What a killed process or an earlier run leaves, a checkpoint of bare weights, and what a state holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from litgpt.model import GPT
+
+from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.checkpoints.writer import (
+    delete_run,
+    non_finite,
+    tensor_bytes,
+    tensors_of,
+    tidy,
+    write_checkpoint,
+)
+from litgpt_moe.config import MoEConfig
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- what a killed process leaves ---------------------------------------------------------------------------
+
+
+def test_what_a_kill_amid_a_save_leaves_is_removed_or_put_back(tmp_path: Path) -> None:
+    for name in ("step-00000004", ".step-00000008.tmp", ".final.old", ".step-00000004.old"):
+        (tmp_path / name).mkdir()
+    tidy(tmp_path, start_step=4)
+    # final/ had been moved aside, and the new one had not come
+    assert names(tmp_path) == ["final", "step-00000004"]
+
+
+def test_steps_after_the_one_resumed_from_are_renamed_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("step-00000004", "step-00000008", "step-best", "superseded-step-00000008"):
+        (tmp_path / name).mkdir()
+    tidy(tmp_path, start_step=4)
+    assert names(tmp_path) == [
+        "step-00000004",
+        "step-best",
+        "superseded-step-00000008",
+        "superseded-step-00000008.1",
+    ]
+    assert "renamed to superseded-step-00000008.1" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_deleted_and_what_is_not_its_own_stays(tmp_path: Path) -> None:
+    for name in ("step-00000004", "superseded-step-00000008", "final", "logs", "notes"):
+        (tmp_path / name).mkdir()
+    delete_run(tmp_path)
+    assert names(tmp_path) == ["notes"]
+
+
+# --- a checkpoint of bare weights, and what a state holds ---------------------------------------------------
+
+
+def test_a_checkpoint_of_bare_weights_loads_and_carries_its_files(tmp_path: Path) -> None:
+    model = GPT(MoEConfig(**TINY_CONFIG))
+    write_checkpoint(tmp_path / "new", model.state_dict(), model.config, {"tokenizer.json": b"{}"})
+    assert json.loads((tmp_path / "new/checkpoint.json").read_text(encoding="utf-8"))["step"] == 0
+    again = load_model(tmp_path / "new").state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
+    assert (tmp_path / "new/tokenizer.json").read_bytes() == b"{}"
+    with pytest.raises(FileExistsError, match="is not empty"):
+        write_checkpoint(tmp_path / "new", model.state_dict(), model.config, {})
+
+
+def test_tensors_of_a_nested_state_have_dotted_names() -> None:
+    state = {"model": {"w": torch.zeros(2)}, "optimizer": [{"m": torch.zeros(3)}], "step": 4}
+    assert [(name, t.numel()) for name, t in tensors_of(state)] == [("model.w", 2), ("optimizer.0.m", 3)]
+    assert tensor_bytes(state) == 20
+
+
+def test_the_first_weight_or_moment_that_is_no_number_is_named() -> None:
+    model = {"w": torch.zeros(2), "n": torch.zeros(1, dtype=torch.int64)}
+    good = {"model": model, "other": torch.tensor([torch.nan])}
+    assert non_finite(good) is None
+    bad = {**good, "optimizer": {"state": [torch.tensor([0.0, torch.inf])]}}
+    assert non_finite(bad) == "optimizer.state.0"

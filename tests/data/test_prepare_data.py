@@ -1,0 +1,79 @@
+"""The command prepare_data.py: its summary, its flags and the upload."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import prepare_data
+from litgpt_moe.data.settings import PrepareSettings, WandbSettings
+from litgpt_moe.report.page import summary
+
+
+@pytest.mark.parametrize("module", ["prepare_data", "litgpt_moe.data.prepare"])
+def test_neither_the_script_nor_its_workers_import_torch(module: str) -> None:
+    heavy = "{'torch', 'litgpt', 'lightning', 'wandb', 'httpx', 'yaml'}"
+    heavy = heavy if module == "prepare_data" else heavy.replace(", 'yaml'", "")
+    code = f"import sys, {module}; print({heavy} & set(sys.modules), 'tqdm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set() True\n"
+
+
+def test_ctrl_c_ends_with_status_130_and_says_that_the_shards_stay(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: PrepareSettings) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("litgpt_moe.data.prepare.prepare", interrupted)
+    assert prepare_data.main([]) == 130
+    assert "stopped; finished shards are kept, run again to go on" in capsys.readouterr().err
+
+
+def test_the_script_says_what_it_made_and_what_is_next(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data-dir", str(settings.data_dir), "--tokenizer-dir", str(settings.tokenizer_dir)]
+    assert prepare_data.main(arguments) == 0
+    stdout = capsys.readouterr().out
+    assert "train  200 stories" in stdout and "0 duplicates" in stdout and "tokens/s" in stdout
+    flags = f"--dataset_dir {settings.data_dir} --tokenizer_dir {settings.tokenizer_dir}"
+    assert f"uv run python run_train.py {flags}" in stdout
+    assert prepare_data.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "nothing to do" in captured.err and "tokens/s" not in captured.out
+
+
+def test_the_data_directory_goes_to_weights_and_biases_on_request(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = []
+
+    def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path) -> str:
+        pushed.append((upload.wandb_project, upload.aliases, data_dir, tokenizer_dir))
+        return "pushed"
+
+    monkeypatch.setattr("litgpt_moe.data.artifact.push", push)
+    arguments = ["--data-dir", str(settings.data_dir), "--tokenizer-dir", str(settings.tokenizer_dir)]
+    assert prepare_data.main(arguments) == 0 and pushed == []
+    wandb_flags = ["--log-to-wandb", "--wandb-project", "stories", "--wandb-alias", "new"]
+    assert prepare_data.main([*arguments, *wandb_flags]) == 0
+    assert pushed == [("stories", ["new"], settings.data_dir, settings.tokenizer_dir)]
+    assert "pushed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(2048, True), (2049, False)])
+def test_the_next_command_names_a_model_with_room_for_the_tokenizer(vocab_size: int, fits: bool) -> None:
+    manifest = {"splits": {}, "tokenizer": {"vocab_size": vocab_size}}
+    last = summary(manifest, PrepareSettings(), None).splitlines()[-1]
+    named = " --model_config model_config.yaml --config train_config.yaml"
+    assert last == "next   uv run python run_train.py" + ("" if fits else named)
+
+
+@pytest.mark.parametrize("flag", ["--no_log_to_wandb", "--no-log-to-wandb", "--no-log_to_wandb"])
+def test_the_variable_that_uploads_gives_way_to_a_flag(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_LOG_DATASET", "1")
+    assert prepare_data.build_parser().parse_args([]).log_to_wandb is True
+    assert prepare_data.build_parser().parse_args([flag]).log_to_wandb is False

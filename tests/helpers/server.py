@@ -1,0 +1,67 @@
+"""A server of generate.py in a thread of the test's process, and OpenAI's client for it."""
+
+import contextlib
+import http.client
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from litgpt_moe.generation.settings import DEFAULT_PROMPT
+from litgpt_moe.generation.text import load
+from litgpt_moe.report.read import read_settings
+from litgpt_moe.serving.app import Server, open_port
+from litgpt_moe.serving.engine import Engine
+from litgpt_moe.serving.requests import Served
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    engine: Engine
+    port: int
+    client: openai.OpenAI
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.engine.served.name
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[Running]:
+    """Serve a checkpoint on a free port; the client does not retry."""
+    settings, sampling = read_settings(["--serve", "--device=cpu", f"--ckpt_dir={folder}", *flags])
+    settings = replace(settings, prompt=DEFAULT_PROMPT)
+    with open_port(settings.host, 0) as listener:
+        engine = Engine(Served(*load(settings), settings, sampling))
+        server = Server(engine, settings.host)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            yield Running(engine, port, client)
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def complete(server: Running, prompt: Any = "Tom", routing: bool = False, **options: Any) -> Any:
+    """Return the answer to a request by OpenAI's client."""
+    extra = {"extra_body": {"routing": True}} if routing else {}
+    return server.client.completions.create(model=server.name, prompt=prompt, **options, **extra)
+
+
+def post(server: Running, body: bytes | Iterator[bytes], **headers: str) -> tuple[int, dict]:
+    """Send a request as no well-behaved client would; return the status and the parsed answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    names = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    connection.request("POST", "/v1/completions", body, names)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())

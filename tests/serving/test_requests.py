@@ -1,0 +1,148 @@
+"""Requests to /v1/completions: what is refused, in OpenAI's form, and what is taken."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from helpers.server import Running, complete, post, serving
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from litgpt_moe.generation.settings import MAX_CHOICES
+from litgpt_moe.serving.errors import ApiError, error_response
+from litgpt_moe.serving.requests import MAX_BODY_BYTES, read_request
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """One thread for the servers, too: two threads wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint: Path) -> Iterator[Running]:
+    with serving(tiny_checkpoint, "--max_tokens=20", "--seed=3") as server:
+        yield server
+
+
+BAD = {
+    "temperature": [(-1, "choose 0 (greedy) or 0.001 or more"), ("hot", "should be a valid number")],
+    "top_p": [(0, "above 0"), (2, "above 0"), (10**400, "should be a valid number")],
+    "top_k": [(-1, "0 (off) or more"), (1.5, "should be a valid integer")],
+    "max_tokens": [
+        (0, "should be greater than or equal to 1"),
+        (True, "should be a valid integer"),
+        (65, "64 or fewer"),
+        (10**30, "64 or"),
+    ],
+    "n": [(0, "should be greater than or equal to 1"), (9, "should be less than or equal to 8")],
+    "seed": [
+        (-1, "should be greater than or equal to 0"),
+        (2**63, "should be less than or equal to 9223372036854775807"),
+    ],
+    "stop": [
+        ("", "should have at least 1 character"),
+        ("a" * 101, "should have at most 100 characters"),
+        (["a"] * 5, "should have at most 4 items"),
+        ([1], "texts"),
+        (7, "texts"),
+    ],
+    "stream": [("yes", "should be a valid boolean")],
+    "stream_options": [
+        (5, "should be a valid dictionary"),
+        ({"include_usage": 1}, "should be a valid boolean"),
+    ],
+    "prompt": [
+        (None, "a text or a list"),
+        ([], "should have at least 1 item"),
+        ([1, 2], "a text or a list"),
+        ("Tom went " * 40, "block_size is 64"),
+        (["x"] * 9, "should have at most 8 items"),
+        ("\ud800", "half a surrogate pair"),
+    ],
+    "logprobs": [(1, "should be None")],
+    "best_of": [(2, "should be 1")],
+    "frequency_penalty": [(0.5, "should be 0")],
+    "logit_bias": [({"5": 1}, "should have at most 0 items")],
+    "suffix": [("x", "should be ''")],
+    "tempratur": [(1, "unknown parameter tempratur; leave it out")],
+    "model": [(5, "should be a valid string")],
+}
+
+
+@pytest.mark.parametrize("param", BAD)
+def test_a_bad_parameter_is_told_in_openais_form(param: str, tiny: Running) -> None:
+    for value, message in BAD[param]:
+        body = {"model": "MoE-tiny", "prompt": "Tom", param: value}
+        status, answer = post(tiny, json.dumps(body).encode())
+        error = answer["error"]
+        assert status == 400 and message in error["message"] and len(error["message"]) < 300, error
+        assert param in error["message"]
+        assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+def test_values_without_effect_are_taken(tiny: Running) -> None:
+    none = {"best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "user": "me"}
+    assert complete(tiny, **none, stop=None, suffix=None).choices == complete(tiny).choices
+
+
+def test_a_model_that_is_not_here_is_not_found(tiny: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt' is here") as caught:
+        tiny.client.completions.create(model="gpt", prompt="Tom")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError, match="this server has /"):
+        tiny.client.chat.completions.create(model="MoE-tiny", messages=[])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(), parts, max_size=3),
+    max_leaves=5,
+)
+NESTED = [b'{"temperature": ' + b"[" * depth + b"]" * depth + b"}" for depth in (100, 500, 900, 990, 5000)]
+NAMES = [*BAD, "min_p", "repetition_penalty", "presence_penalty", "user", "echo", "routing"]
+
+
+@given(changes=st.dictionaries(st.sampled_from(NAMES) | st.text(), JSON, max_size=3))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_parameters_are_checked_or_told(changes: dict[str, Any], tiny: Running) -> None:
+    try:
+        request = read_request({"prompt": "Tom", **changes}, tiny.engine.served)
+    except ApiError as error:
+        assert error.status in (400, 404) and error_response(error).body
+    else:
+        assert request.sampling and 1 <= len(request.prompts) * request.n <= MAX_CHOICES
+
+
+def test_extreme_settings_draw_a_token(tiny: Running) -> None:
+    for extreme in (
+        {"temperature": 1e308},
+        {"temperature": 1e-3, "repetition_penalty": 1e30},
+        {"repetition_penalty": 1e-3},
+        {"top_p": 1e-12, "min_p": 1, "top_k": 10**30},
+        {"max_tokens": 64},
+    ):
+        body = {"prompt": "Tom Tom", "max_tokens": 10, **extreme}
+        status, answer = post(tiny, json.dumps(body).encode())
+        assert status == 200 and answer["usage"]["completion_tokens"] >= 1, extreme
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"Tom"', b"\xff", b"[" * 100_000, b"9" * 5000, b'{"prompt": NaN}', *NESTED]
+)
+def test_what_is_no_request_is_told_so(body: bytes, tiny: Running) -> None:
+    status, answer = post(tiny, body)
+    assert status == 400 and len(answer["error"]["message"]) < 300
+
+
+def test_a_request_that_is_too_large_is_refused_with_and_without_its_length(tiny: Running) -> None:
+    body = b" " * (MAX_BODY_BYTES + 1)
+    assert post(tiny, body)[0] == 413
+    assert post(tiny, iter([body]))[0] == 413  # chunked
+    assert complete(tiny).choices  # and the server goes on

@@ -1,0 +1,156 @@
+"""Device, precision and memory: what is chosen by itself, and what is refused with one sentence."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt_moe import hardware
+from litgpt_moe.hardware import pick_device, training_device, will_compile
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, whatever this one has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """A function that makes this a machine with two GPUs, with or without bf16."""
+
+    def pretend(has_bf16: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+
+    return pretend
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_without_a_gpu_auto_is_the_cpu_in_float32() -> None:
+    assert pick_device("auto", "auto") == (torch.device("cpu"), torch.float32)
+    assert pick_device("cpu", "bf16-true") == (torch.device("cpu"), torch.bfloat16)
+    assert training_device("auto", "auto", 1, None) == ("32-true", 1)
+    assert training_device("cpu", 2, 1, "bf16-true") == ("bf16-true", 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "message"),
+    [
+        ("abacus", "auto", "--device abacus cannot be used here (torch knows no such device)"),
+        ("meta", "auto", "--device meta cannot be used here (it computes nothing); choose cpu or auto"),
+        ("cpu", "bf16", "--precision bf16 is unknown; choose auto, 32-true, bf16-true, 16-true"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_named(device: str, precision: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        pick_device(device, precision)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_cuda")
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "precision", "message"),
+    [
+        ("gpu", "auto", None, "accelerator is gpu but this torch sees no CUDA device; use accelerator: cpu"),
+        ("cpu", "many", None, "devices is 'many'; choose auto or a number of 1 or more"),
+        ("cpu", 0, None, "devices is 0; choose auto or a number of 1 or more"),
+        ("cpu", 1, "16-true", "precision is '16-true'; choose one of 32-true, bf16-true, bf16-mixed"),
+    ],
+)
+def test_a_run_is_refused_for_what_this_machine_lacks(
+    accelerator: str, devices: int | str, precision: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        training_device(accelerator, devices, 1, precision)
+    assert str(caught.value) == message
+
+
+def test_a_run_takes_every_gpu_in_the_precision_that_it_has(
+    two_gpus: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    two_gpus(True)
+    assert training_device("auto", "auto", 1, None) == ("bf16-true", 2)
+    with pytest.raises(ValueError, match="devices is 3 but this machine has 2"):
+        training_device("cuda", 3, 1, None)
+    two_gpus(False)
+    assert training_device("auto", -1, 1, None) == ("32-true", 2)
+    with pytest.raises(ValueError, match="precision is bf16-mixed, which this GPU lacks; use 32-true"):
+        training_device("auto", 1, 1, "bf16-mixed")
+
+
+def test_several_gpus_are_refused_on_windows(
+    two_gpus: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_gpus(True)
+    monkeypatch.setattr("sys.platform", "win32")
+    assert training_device("auto", 1, 1, None) == ("bf16-true", 1)
+    with pytest.raises(ValueError, match="several GPUs need NCCL, which Windows lacks"):
+        training_device("auto", "auto", 1, None)
+
+
+def test_a_model_is_compiled_where_triton_and_a_gpu_are(
+    two_gpus: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_gpus(True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    assert will_compile("auto", "auto") == (True, "CUDA and Triton")
+    assert will_compile("off", "auto") == (False, "compile: off")
+    assert will_compile("auto", "cpu")[0] is False
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert will_compile("auto", "auto") == (False, "Triton is not installed (on Windows: triton-windows)")
+    assert will_compile("on", "cpu") == (True, "compile: on")
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        (
+            "0::/a/b\n",
+            {"a/b/memory.max": "max\n", "a/memory.max": "3000\n", "memory.max": "9000"},
+            [3000, 9000],
+        ),
+        ("9:memory:/docker/x\n8:cpu:/\n", {"memory/memory.limit_in_bytes": "5000\n"}, [5000]),  # of version 1
+        ("0::/../other\n", {}, []),
+        ("", {}, []),
+    ],
+)
+def test_the_memory_that_a_container_may_use_is_read(
+    tmp_path: Path, groups: str, files: dict[str, str], limits: list[int]
+) -> None:
+    for name, text in {
+        "proc/self/cgroup": groups,
+        **{f"sys/fs/cgroup/{k}": v for k, v in files.items()},
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert hardware.cgroup_limits(tmp_path) == limits
+
+
+def test_a_container_s_limit_goes_before_the_machine_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cgroup_limits", lambda: [])
+    assert hardware.memory_bytes() > 100_000
+    monkeypatch.setattr(hardware, "cgroup_limits", lambda: [100_000, 200_000])
+    assert hardware.memory_bytes() == 100_000
+
+
+def test_freed_memory_is_kept(faults_of_new_memory: Callable[[], int]) -> None:
+    hardware.keep_freed_memory()
+    assert faults_of_new_memory() < 100
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = hardware.peak_memory_gb()
+    held = torch.ones(int(before * 1e9) // 4 + 2**24)
+    assert hardware.peak_memory_gb() >= held.nbytes / 1e9
+
+
+def test_peak_flops_are_measured_where_no_maker_s_figure_is_known() -> None:
+    assert hardware.peak_flops(torch.device("cpu"), "32-true") > 1e6

@@ -1,0 +1,71 @@
+"""The training batches: their order over resumes, and the place between two steps where a run ends."""
+
+import pytest
+from torch.utils.data import DataLoader
+
+from litgpt_moe.training.batches import TrainLoader
+from litgpt_moe.training.steps import Ending
+
+
+def loader() -> TrainLoader:
+    plain = DataLoader(list(range(10)), batch_size=2, shuffle=True)
+    return TrainLoader(plain, seed=3, is_finished=lambda: False, ending=lambda: "")
+
+
+def batches(train: TrainLoader, n: int) -> list[list[int]]:
+    found: list[list[int]] = []
+    while len(found) < n:
+        for batch in train:
+            found.append(batch.tolist())
+            if len(found) == n:
+                break
+    return found
+
+
+def test_a_plain_loader_of_another_data_module_resumes_in_its_shuffled_order() -> None:
+    whole = batches(loader(), 13)
+    assert sorted(sum(whole[:5], [])) == list(range(10)) and whole[:5] != whole[5:10]  # noqa: RUF017
+    first, second = loader(), loader()
+    assert batches(first, 8) == whole[:8]
+    second.load_state_dict(first.state_dict())
+    assert batches(second, 5) == whole[8:]
+
+
+def test_a_loader_with_a_position_of_its_own_keeps_it_itself() -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.n_used = 0
+
+        def __iter__(self):
+            while True:
+                self.n_used += 1
+                yield self.n_used
+
+        def state_dict(self) -> dict[str, int]:
+            return {"n_used": self.n_used}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.n_used = state["n_used"]
+
+    train = TrainLoader(Counting(), seed=3, is_finished=lambda: False, ending=lambda: "")
+    train.load_state_dict({"n_used": 7})
+    assert next(iter(train)) == 8
+    assert train.state_dict() == {"n_used": 8}
+
+
+def test_no_batch_is_taken_after_the_last_step() -> None:
+    taken: list[object] = []
+    train = TrainLoader(DataLoader(list(range(10))), 3, lambda: len(taken) == 4, lambda: "")
+    for batch in train:
+        taken.append(batch)
+    assert len(taken) == 4 and train.state_dict() == {"epoch": 0, "n_batches": 4}
+    assert list(train) == []
+
+
+def test_a_run_that_is_asked_to_end_does_so_before_the_next_batch() -> None:
+    taken: list[object] = []
+    train = TrainLoader(DataLoader(list(range(10))), 3, lambda: False, lambda: "SIGTERM" if taken else "")
+    with pytest.raises(Ending, match="SIGTERM"):
+        for batch in train:
+            taken.append(batch)
+    assert len(taken) == 1

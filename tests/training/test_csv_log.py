@@ -1,0 +1,125 @@
+"""The CSV files of a run: their columns, what a resume keeps, and what a kill or a lock does to them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import TINY_CONFIG
+
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.training.csv_log import CsvLog, RunLogs, metric_columns
+
+
+def lines(log: CsvLog) -> list[str]:
+    return log.path.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_columns_of_the_metrics_are_those_of_the_model_s_moe_layers() -> None:
+    columns = metric_columns(MoEConfig(**{**TINY_CONFIG, "n_layer": 3, "first_k_dense_replace": 1}))
+    assert columns[:2] == ["step", "total_tokens"] and columns[-2:] == ["val_loss", "val_ppl"]
+    routers = [column.removeprefix("moe/") for column in columns if column.startswith("moe/")]
+    names = ("load_imbalance", "dead_experts", "router_entropy", "aux_loss", "z_loss")
+    assert routers == [f"{name}/layer_{layer}" for layer in ("01", "02") for name in names]
+
+
+def test_a_dense_model_has_no_columns_of_routers() -> None:
+    config = MoEConfig(
+        **{**TINY_CONFIG, "mlp_class_name": "LLaMAMLP", "n_expert": 0, "intermediate_size": 32}
+    )
+    assert not any(column.startswith("moe/") for column in metric_columns(config))
+
+
+def test_a_row_leaves_the_columns_that_it_lacks_empty(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "logs/metrics.csv", ["step", "loss", "val_loss"])
+    log.write({"step": 1, "loss": 3.0})
+    log.write({"step": 1, "val_loss": 2.5})
+    log.write({"loss": 2.0, "step": 2})
+    assert lines(log) == ["step,loss,val_loss", "1,3.0,", "1,,2.5", "2,2.0,"]
+
+
+def test_a_column_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="los"):
+        CsvLog(tmp_path / "metrics.csv", ["step", "loss"]).write({"step": 1, "los": 3.0})
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    log.write({"step": 1, "loss": 2.0})
+    again = CsvLog(log.path, ["step", "loss"])
+    again.keep(0)
+    again.write({"step": 1, "loss": 3.0})
+    assert lines(log) == ["step,loss", "1,3.0"]
+
+
+def test_a_log_of_before_with_other_columns_is_rewritten_once_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    # a first row of a validation gave the header another order; `lr` is no column any more
+    path.write_text("step,val_loss,lr,loss\n0,6.0,,\n1,,0.5,4.0\n2,,0.5,3.0\n", encoding="utf-8")
+    log = CsvLog(path, ["step", "loss", "mfu", "val_loss"])
+    log.keep(2)
+    assert (log.n_rows, log.columns) == (2, ["step", "loss", "mfu", "val_loss", "lr"])
+    log.write({"step": 2, "loss": 2.5, "mfu": 0.1})
+    assert lines(log) == ["step,loss,mfu,val_loss,lr", "0,,,6.0,", "1,4.0,,,0.5", "2,2.5,0.1,,"]
+
+
+def test_a_torn_last_row_is_dropped_or_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"step,loss\r\n1,3.0\r\n2,2\xff\0\0\0")
+    log = CsvLog(path, ["step", "loss"])
+    log.keep(1)
+    assert lines(log) == ["step,loss", "1,3.0"]
+
+
+@contextmanager
+def locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let opening the file fail, as on Windows while a spreadsheet has it open."""
+    open_ = Path.open
+
+    def refuse(self: Path, *args: object, **options: object) -> object:
+        if self == path:
+            raise PermissionError(13, "it is in use", str(path))
+        return open_(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        yield
+
+
+def test_rows_wait_while_another_program_has_the_file_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step"])
+    log.write({"step": 1})
+    with locked(log.path, monkeypatch):
+        log.write({"step": 2})
+        log.write({"step": 3})
+    assert lines(log) == ["step", "1"] and log.n_rows == 3
+    log.write({"step": 4})
+    assert lines(log) == ["step", "1", "2", "3", "4"]
+
+
+def test_only_the_first_process_writes_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = CsvLog(tmp_path / "spikes.csv", ["step"])
+    log.write({"step": 1})
+    before = log.path.read_bytes()
+    monkeypatch.setenv("RANK", "1")
+    other = CsvLog(log.path, ["step"])
+    other.keep(0)
+    other.write({"step": 2})
+    assert log.path.read_bytes() == before
+
+
+def test_the_logs_of_a_run_go_on_behind_the_rows_that_a_checkpoint_counts(tmp_path: Path) -> None:
+    logs = RunLogs(tmp_path, MoEConfig(**TINY_CONFIG))
+    logs.write_loads(1, [0, 1], [[4.0, 3.0, 2.0, 1.0, *[0.5] * 4], [1.0, 2.0, 3.0, 4.0, *[0.5] * 4]])
+    logs.stories.write({"step": 1, "tokens": 256, "prompt": "a", "text": "a, b"})
+    at_checkpoint = logs.lengths()
+    assert at_checkpoint == {"n_rows": 0, "n_spikes": 0, "n_loads": 2, "n_stories": 1}
+    assert lines(logs.loads) == ["step,layer,e0,e1,e2,e3", "1,0,4,3,2,1", "1,1,1,2,3,4"]
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    logs.stories.write({"step": 2, "tokens": 512, "prompt": "a", "text": "torn"})
+    again = RunLogs(tmp_path, MoEConfig(**TINY_CONFIG))
+    again.keep(at_checkpoint)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    assert again.lengths() == at_checkpoint

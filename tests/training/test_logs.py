@@ -1,0 +1,186 @@
+"""What a run reports: times, the row of metrics, the line on the terminal and what the log does with both."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_CONFIG
+
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.guard import Spike
+from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_line, metric_row, validation_row
+from litgpt_moe.training.settings import Settings, TrainArgs
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, which the test moves on."""
+    time_s = [1000.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: time_s[0])
+    return time_s
+
+
+def a_run(**settings: object) -> SimpleNamespace:
+    facts = SimpleNamespace(flops_per_token=100.0)
+    train = TrainArgs(global_batch_size=4)
+    return SimpleNamespace(
+        settings=Settings(train=train, **settings), n_steps=8, tokens_per_step=256, facts=facts
+    )
+
+
+# --- times --------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_of_a_row_counts_the_steps_since_the_last_without_the_validation_between(
+    now: list[float],
+) -> None:
+    clock = Clock(start_step=4)
+    now[0] += 10
+    assert clock.steps_per_s(6, clock.seconds) == pytest.approx(2 / 10)
+    with clock.pause():
+        now[0] += 100
+    now[0] += 5
+    assert clock.steps_per_s(9, clock.seconds) == pytest.approx(3 / 5)
+    now[0] += 1
+    assert clock.steps_per_s(10, clock.seconds) == pytest.approx(1.0)
+
+
+def test_the_seconds_of_a_resumed_run_go_on(now: list[float]) -> None:
+    clock = Clock(start_step=4)
+    now[0] += 1
+    clock.resume(50.0)
+    now[0] += 2
+    assert clock.seconds == pytest.approx(53.0)
+    assert clock.steps_per_s(10, clock.seconds) == pytest.approx(6 / 3)
+
+
+def test_the_longest_step_begins_with_the_first(now: list[float]) -> None:
+    clock = Clock(start_step=0)
+    for seconds in (3.0, 1.0, 2.0):
+        now[0] += seconds
+        clock.end_step()
+    assert clock.longest_step_s == pytest.approx(3.0)
+
+
+def test_the_overall_rate_is_from_the_first_step_to_the_last(now: list[float]) -> None:
+    clock = Clock(start_step=10)
+    assert clock.overall_steps_per_s(10) is None
+    now[0] += 60  # reading data, compiling
+    clock.end_step()
+    assert clock.overall_steps_per_s(11) is None
+    for _ in range(4):
+        now[0] += 2
+        clock.end_step()
+    assert clock.overall_steps_per_s(15) == pytest.approx(0.5)
+
+
+# --- the row and the line -----------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_work_so_far_and_the_share_of_the_peak() -> None:
+    from_litgpt = {"loss": 9.9, "iter": 8, "iter_time": 0.1, "remaining_time": 60.0, "learning_rate": 9.9}
+    figures = StepFigures(3.0, 1.5, 0.01)
+    row = metric_row(a_run(), 4, 2.0, 2.0, figures, peak_flops=1e6, from_litgpt=from_litgpt)
+    assert (row["step"], row["total_tokens"], row["time_s"]) == (4, 1024, 2.0)
+    # the step's own figures over all ranks, not LitGPT's of rank 0
+    assert (row["loss"], row["grad_norm"], row["learning_rate"]) == (3.0, 1.5, 0.01)
+    assert row["tokens_per_s"] == pytest.approx(512.0)
+    assert row["mfu"] == pytest.approx(512 * 100 / 1e6) and row["flops"] == 1024 * 100
+    assert (row["iter"], row["remaining_time"]) == (8, 60.0)
+
+
+def test_a_row_of_a_validation_says_when_it_was_and_its_losses() -> None:
+    row = validation_row(a_run(), 4, 3.0, {"val_loss": torch.tensor(2.0), "val_ppl": 7.5})
+    assert row == {"step": 4, "total_tokens": 1024, "time_s": 3.0, "val_loss": 2.0, "val_ppl": 7.5}
+
+
+LINE = {
+    "step": 4,
+    "epoch": 0,
+    "loss": 3.14159,
+    "learning_rate": 0.001,
+    "grad_norm": 1.5,
+    "tokens_per_s": 1234.5,
+    "mfu": 0.123,
+    "remaining_time": 61.9,
+}
+
+
+def test_the_line_says_where_the_run_is() -> None:
+    assert metric_line(LINE, 8, None) == (
+        "step 4/8 | epoch 1 | loss 3.142 | lr 1.00e-03 | norm 1.50 | 1,234 tokens/s, MFU 12.3% | 0:01:01 left"
+    )
+
+
+def test_the_line_names_the_layer_with_the_fullest_expert() -> None:
+    loads = {"moe/load_imbalance/layer_00": 1.5, "moe/load_imbalance/layer_03": 2.25}
+    dead = {"moe/dead_experts/layer_00": 1.0, "moe/dead_experts/layer_03": 2.0}
+    line = metric_line(LINE | loads | dead, 8, 2.5)
+    assert "loss 3.142, val 2.500 |" in line and "| load x2.25 in layer 3, 2 dead |" in line
+    dead["moe/dead_experts/layer_03"] = 0.0
+    assert "| load x2.25 in layer 3 |" in metric_line(LINE | loads | dead, 8, None)
+
+
+# --- the logger ---------------------------------------------------------------------------------------------
+
+
+def a_log(tmp_path, **settings: object) -> MetricLog:
+    return MetricLog(a_run(**settings), RunLogs(tmp_path, MoEConfig(**TINY_CONFIG)))
+
+
+def test_a_logged_row_is_in_the_file_and_on_the_terminal(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = a_log(tmp_path)
+    log.log_metrics({"step": 4, "val_loss": 2.5}, step=3)
+    assert capsys.readouterr().err == ""
+    log.log_metrics(LINE, step=4)
+    assert "loss 3.142, val 2.500" in capsys.readouterr().err
+    assert log.latest == {"loss": 3.14159, "val_loss": 2.5}
+    assert len(log.logs.metrics.path.read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_the_lines_of_litgpt_that_ours_replace_are_left_out(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = a_log(tmp_path)
+    for line in ("Epoch 1 | iter 1 step 1", "| - Tok/sec       : 0.2 tok/s", "-" * 40, "Validating ..."):
+        log.print(line)
+    assert capsys.readouterr().err == "Validating ...\n"
+
+
+def test_a_spike_is_written_down_with_the_first_sequence_of_its_step(
+    tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = a_log(tmp_path, out_dir=tmp_path)
+    log.report_spike(41, StepFigures(50.0, 3.0, 0.01), Spike(4.0, 1.0))
+    (header, row) = log.logs.spikes.path.read_text(encoding="utf-8").splitlines()
+    assert header == "step,loss,mean,sigma,grad_norm,first_sequence" and row == "41,50.0,4.0,1.0,3.0,160"
+    assert "step 41: the loss 50.000 is far above 4.000 +- 1.000 before" in capsys.readouterr().err
+
+
+def test_another_process_prints_and_writes_nothing(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    log = a_log(tmp_path)
+    log.log_metrics(LINE)
+    log.print("hello")
+    assert capsys.readouterr().err == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_bar_on_a_terminal_replaces_the_lines(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    log = a_log(tmp_path)
+    for step in (5, 6):
+        log.advance(step)
+    log.log_metrics(LINE)
+    assert log.bar is not None and (log.bar.n, log.bar.total) == (6 * 256, 8 * 256)
+    log.finalize("success")
+    error = capsys.readouterr().err
+    assert "loss=3.142" in error or "tok" in error
+    assert "step 4/8" not in error

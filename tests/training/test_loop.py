@@ -1,0 +1,111 @@
+"""The ways into LitGPT's loop: what is replaced and put back, which Fabric, and what a step costs."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import litgpt.model
+import pytest
+import torch
+from helpers.runs import run
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from litgpt import pretrain
+
+from litgpt_moe.cli import normalize_flags
+from litgpt_moe.training import loop
+from litgpt_moe.training.hooks import LoopHooks
+from litgpt_moe.training.loop import make_fabric, replaced_functions
+from litgpt_moe.training.run import set_up, to_litgpt
+from litgpt_moe.training.settings import plain_settings
+from litgpt_moe.training.sharding import ShardedStrategy
+from litgpt_moe.training.steps import StopSignals
+
+pytestmark = pytest.mark.usefixtures("eager", "workspace")
+
+REPLACED = ("save_checkpoint", "validate", "instantiate_torch_optimizer", "chunked_cross_entropy")
+
+
+def hooks_of(*flags: object) -> LoopHooks:
+    run = set_up(normalize_flags(["--config", "train_config.yaml", *map(str, flags)]))
+    return LoopHooks(run, StopSignals(), to_litgpt(run.settings)[0])
+
+
+def test_the_replaced_functions_are_back_afterwards_even_after_an_error() -> None:
+    before = [getattr(pretrain, name) for name in REPLACED] + [torch.compile]
+    with pytest.raises(RuntimeError, match="in the loop"), replaced_functions(hooks_of(), compiled=False):
+        during = [getattr(pretrain, name) for name in REPLACED] + [torch.compile]
+        assert all(one is not other for one, other in zip(before, during, strict=True))
+        raise RuntimeError("in the loop")
+    assert [getattr(pretrain, name) for name in REPLACED] + [torch.compile] == before
+
+
+def test_only_the_model_is_left_uncompiled() -> None:
+    hooks, compiled = hooks_of(), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "compile", lambda model=None, **_: compiled.append(model) or model)
+        with replaced_functions(hooks, compiled=False):
+            model, function = litgpt.GPT(hooks.run.config), torch.relu
+            assert torch.compile(model) is model and torch.compile(function) is function
+    assert compiled == [function]
+
+
+@pytest.mark.parametrize(
+    ("flags", "cuda", "kind"),
+    [
+        ((), False, SingleDeviceStrategy),
+        (("--devices", 2), False, DDPStrategy),
+        (("--devices", 2), True, DDPStrategy),  # `accelerator: cpu` in train_config.yaml
+        (("--devices", 2, "--accelerator", "auto"), True, ShardedStrategy),
+    ],
+)
+def test_one_device_trains_alone_cpus_by_ddp_and_gpus_by_fsdp(
+    flags: tuple[object, ...], cuda: bool, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = hooks_of(*flags)
+    monkeypatch.setattr(loop, "has_cuda", lambda: cuda)
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
+    make_fabric(hooks.run, hooks, [])
+    expected = {SingleDeviceStrategy: "auto", DDPStrategy: "ddp"}.get(kind)
+    assert made["strategy"] == expected or type(made["strategy"]) is kind
+    assert made["devices"] == hooks.run.devices
+
+
+def test_a_time_limit_costs_no_model_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, init = [], litgpt.model.GPT.__init__
+
+    def counted(self: Any, *args: Any, **options: Any) -> None:
+        built.append(1)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(litgpt.model.GPT, "__init__", counted)
+    assert run("--out_dir", "no_limit", "--train.save_interval", 100) == 0
+    n_without = len(built)
+    assert run("--out_dir", "limit", "--train.save_interval", 100, "--train.max_time", 10**6) == 0
+    assert len(built) - n_without == n_without
+
+
+def test_a_run_that_ends_early_changes_litgpt_s_settings_and_not_its_own() -> None:
+    hooks = hooks_of()
+    before = plain_settings(hooks.run.settings)
+    hooks.judge.stops.reason = "SIGTERM"
+    optimizer = SimpleNamespace(defaults={"lr": 0.01}, param_groups=[{"lr": 0.0}])
+    fabric = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    hooks.before_step(fabric, optimizer, torch.tensor(1.0))
+    assert hooks.ending == "SIGTERM" and hooks.train_args.save_interval == 1
+    assert hooks.run.settings.train.save_interval == 4
+    assert plain_settings(hooks.run.settings) == before
+
+
+def test_moments_of_another_size_are_refused_before_a_step_writes_beyond_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--max_tokens", 4 * 256) == 0
+    path = Path("out/final/lit_model.pth")
+    state = torch.load(path, weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    torch.save(state, path)
+    Path("out/final/checkpoint.json").unlink()
+    capsys.readouterr()
+    assert run("--resume", "out/final", "--out_dir", "more") == 1
+    assert "its training state is damaged: optimizer.state has a exp_avg of (1,)" in capsys.readouterr().err

@@ -1,0 +1,209 @@
+"""The checkpoint that a run continues or starts from: which one, that it fits, and that it is opened once."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.runs import run
+from litgpt import GPT
+from litgpt.utils import save_config
+
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.training.run import Run, set_up
+from litgpt_moe.training.settings import Settings, saved_text
+
+pytestmark = pytest.mark.usefixtures("workspace")
+FLAGS = ("--config", "train_config.yaml")
+
+
+def set_up_here(*flags: object) -> Run:
+    return set_up([*FLAGS, *map(str, flags)])
+
+
+def refused(*flags: object) -> str:
+    with pytest.raises((ValueError, OSError)) as raised:
+        set_up_here(*flags)
+    return str(raised.value)
+
+
+def save(folder: str, step: int, **settings: object) -> Path:
+    """Write a checkpoint of LitGPT's own loop, which has no record of its files."""
+    config = MoEConfig.from_file("model_config.yaml")
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "train_dataloader": {"epoch": 0, "n_used": 0, "n_sequences": 93},
+        "iter_num": 2 * step,
+        "step_count": step,
+    }
+    path = Path(folder)
+    path.mkdir(parents=True)
+    torch.save(state, path / "lit_model.pth")
+    save_config(config, path)
+    plain = yaml.safe_load(saved_text(Settings()))
+    plain["train"] |= {"global_batch_size": 4, "max_tokens": 2048}
+    (path / "train_config.yaml").write_text(yaml.dump(plain | settings), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """The files that torch.load has read."""
+    paths: list[Path] = []
+    load = torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda path, **options: paths.append(Path(path)) or load(path, **options)
+    )
+    return paths
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[GPT]:
+    """The models that were built, on whatever device."""
+    models: list[GPT] = []
+    init = GPT.__init__
+
+    def counted(model: GPT, config: MoEConfig) -> None:
+        models.append(model)
+        init(model, config)
+
+    monkeypatch.setattr(GPT, "__init__", counted)
+    return models
+
+
+def test_a_checkpoint_is_opened_once_and_few_models_are_built(opened: list[Path], built: list[GPT]) -> None:
+    save("out/step-00000004", 4)
+    opened.clear()
+    built.clear()
+    run = set_up_here("--resume", "auto")
+    assert run.start_step == 4 and run.resume is not None
+    assert opened == [Path("out/step-00000004/lit_model.pth")]
+    assert len(built) <= 3  # to check the model's configuration, for its facts, and for the weights' shapes
+    built.clear()
+    run.checkpoint_bytes  # noqa: B018
+    assert not built
+    opened.clear()
+    first = set_up_here("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
+    assert first.initial is not None and first.start_step == 0
+    assert opened == [Path("out/step-00000004/lit_model.pth")]
+
+
+def test_what_is_known_of_an_open_checkpoint_stays_known_once_it_is_emptied() -> None:
+    save("out/step-00000004", 4)
+    resume = set_up_here("--resume", "auto").resume
+    assert resume is not None and resume.file == Path("out/step-00000004/lit_model.pth")
+    assert resume.weights is resume.state["model"] and resume.state["step_count"] == 4
+    resume.state.clear()
+    assert not resume.is_bare and not resume.has_selection_bias
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_others_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (2, 4, 6):
+        save(f"out/step-{step:08d}", step)
+    Path("out/step-00000006/model_config.yaml").unlink()  # LitGPT writes it last
+    data = Path("out/step-00000004/lit_model.pth").read_bytes()
+    Path("out/step-00000004/lit_model.pth").write_bytes(data[:1000])
+    assert set_up_here("--resume", "auto").start_step == 2
+    told = capsys.readouterr().err.replace("\\", "/")
+    assert "Skipping out/step-00000006: it was not written to its end" in told
+    assert "Skipping out/step-00000004" in told and "is damaged" in told
+    assert "out/step-00000004/lit_model.pth is damaged" in refused(
+        "--resume", "out/step-00000004", "--out_dir", "more"
+    ).replace("\\", "/")
+    assert set_up_here("--resume", "out/step-00000002", "--out_dir", "more").start_step == 2
+    assert not Path("more").exists()
+
+
+def test_resume_true_without_a_checkpoint_is_an_error_and_auto_starts_afresh(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "resume is true but out holds no whole step-*" in refused("--resume", "true")
+    assert set_up_here("--resume", "auto").resume is None
+    assert "No checkpoint to resume from in out" in capsys.readouterr().err
+    assert set_up_here("--resume", "false").resume is None
+
+
+def test_weights_alone_are_started_from_and_not_resumed(tiny_checkpoint: Path) -> None:
+    shutil.copytree(tiny_checkpoint, "weights")
+    assert "weights holds weights alone; start from it with --initial_checkpoint_dir" in refused(
+        "--resume", "weights"
+    )
+    assert set_up_here("--initial_checkpoint_dir", "weights").initial is not None
+    state = torch.load("weights/lit_model.pth", weights_only=True)
+    torch.save(state["model"], "weights/lit_model.pth")
+    bare = set_up_here("--initial_checkpoint_dir", "weights").initial
+    assert bare is not None and bare.is_bare and set(bare.weights) == set(state["model"])
+    torch.save({"model": 5}, "weights/lit_model.pth")
+    assert "holds no model weights" in refused("--initial_checkpoint_dir", "weights")
+
+
+def test_what_excludes_resuming_is_refused() -> None:
+    save("out/step-00000004", 4)
+    assert "resume and overwrite exclude each other" in refused("--resume", "auto", "--overwrite")
+    both = ("--resume", "auto", "--initial_checkpoint_dir", "out/step-00000004")
+    assert "resume and initial_checkpoint_dir exclude each other" in refused(*both)
+    inside = ("--overwrite", "--initial_checkpoint_dir", "out/step-00000004")
+    assert "initial_checkpoint_dir lies in out, which --overwrite deletes" in refused(*inside)
+    assert "out already holds a run (step-00000004); continue it with --resume auto" in refused()
+    Path("out/step-00000004/model_config.yaml").unlink()
+    assert "none of it can be continued" in refused()
+    assert set_up_here("--overwrite").resume is None
+
+
+def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str]) -> None:
+    save("out/step-00000004", 4)
+    resumed = ("--resume", "auto")
+    assert "train.global_batch_size was 4, now 8" in refused(*resumed, "--global_batch_size", 8)
+    assert "is past the 1 steps of train.max_tokens" in refused(*resumed, "--max_tokens", 256)
+    changed = "optimizer.class_path was torch.optim.AdamW, now torch.optim.sgd.SGD"
+    assert changed in refused(*resumed, "--optimizer", "SGD")
+    assert "weight_decay_on was matrices, now all" in refused(*resumed, "--weight_decay_on", "all")
+    biased = refused(*resumed, "--moe.bias_update_rate", 0.001)
+    assert "was trained without a selection bias; drop moe.bias_update_rate" in biased
+    capsys.readouterr()
+    assert set_up_here(*resumed, "--max_tokens", 1024).n_steps == 4
+    told = capsys.readouterr().err
+    assert "is at the last step of train.max_tokens" in told
+    assert "is of a run of 8 steps, now train.max_tokens makes it 4" in told
+    model = yaml.safe_load(Path("model_config.yaml").read_text(encoding="utf-8"))
+    Path("model_config.yaml").write_text(yaml.dump(model | {"n_expert": 8}), encoding="utf-8")
+    assert "do not fit the model config MoE-tiny" in refused(*resumed)
+    first = ("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
+    assert "do not fit the model config MoE-tiny" in refused(*first)
+
+
+def test_what_else_stands_in_a_checkpoint_s_settings_is_of_no_matter() -> None:
+    save(
+        "out/step-00000004", 4, model_config={"n_layer": 2}, config="other.yaml", train={"max_tokens": "all"}
+    )
+    assert set_up_here("--resume", "auto").start_step == 4
+
+
+def test_an_alias_in_a_checkpoint_s_settings_is_refused() -> None:
+    path = save("out/step-00000004", 4) / "train_config.yaml"
+    path.write_text("seed: &a 1\nnum_nodes: *a\n", encoding="utf-8")
+    assert "it holds an alias" in refused("--resume", "auto")
+
+
+def test_a_step_that_its_folder_s_name_belies_is_not_resumed() -> None:
+    save("out/step-00000004", 6)
+    assert "holds no whole step-*" in refused("--resume", "true")
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_whole_resumed_run_reads_its_checkpoint_once_and_builds_no_model_at_a_step(
+    opened: list[Path], built: list[GPT]
+) -> None:
+    assert run("--max_tokens", 1024) == 0
+    shutil.rmtree("out/final")
+    opened.clear()
+    built.clear()
+    assert run("--max_tokens", 2048, "--resume", "auto", "--train.max_time", 600) == 0
+    assert [path.parent.name for path in opened].count("step-00000004") == 1
+    # three to set up (see above), that which trains, two for its optimizer and its FLOPs, two for the story
+    assert len(built) <= 8

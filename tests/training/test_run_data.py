@@ -1,0 +1,124 @@
+"""What a run makes of its data and tokenizer: missing, altered, too little, or another model's."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import alter
+from helpers.runs import edit_yaml, run
+
+from litgpt_moe.data import manifest, prepare
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_yaml("model_config.yaml", "padded_vocab_size", 100)
+    edit_yaml("model_config.yaml", "vocab_size", 100)
+    assert run() == 2
+    assert "pieces but padded_vocab_size in model_config.yaml is 100" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_rows_that_no_piece_of_the_tokenizer_uses_are_told_where_they_are_most(
+    workspace: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = read_tokenizer_facts(tiny_tokenizer_dir).vocab_size
+    warning = f"Warning: {tiny_tokenizer_dir}: the tokenizer has {size} pieces but padded_vocab_size"
+    for rows_of_model, is_told in ((2 * size, False), (3 * size, True)):
+        edit_yaml("model_config.yaml", "padded_vocab_size", rows_of_model)
+        edit_yaml("model_config.yaml", "vocab_size", rows_of_model)
+        assert run("--max_tokens", 1024, "--overwrite") == 0
+        assert (warning in (err := capsys.readouterr().err)) is is_told
+    assert f"in model_config.yaml is {3 * size}" in err and f"set that and vocab_size to {size}" in err
+    # now the model is what it is
+    for flags in (("--resume", "auto"), ("--initial_checkpoint_dir", "out/final", "--out_dir", "other")):
+        assert run("--max_tokens", 2048, *flags) == 0
+        assert warning not in capsys.readouterr().err
+
+
+def test_too_little_text_for_one_batch_is_told_before_anything_is_written(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--micro_batch_size", 4096, "--global_batch_size", 4096, "--max_tokens", 4096 * 64) == 2
+    assert "micro_batch_size" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_without_a_tokenizer_and_the_hub_the_two_ways_on_are_named(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run("--tokenizer_dir", "absent") == 1
+    error = capsys.readouterr().err
+    assert "--tokenizer_dir" in error and "--train_tokenizer" in error
+    assert not Path("out").exists() and not Path("absent").exists()
+
+
+def test_a_mistyped_data_folder_is_not_filled_with_demo_stories(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--dataset_dir", "data/custom_txt") == 2
+    assert "custom_txt" in capsys.readouterr().err
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_with_tokens_above_the_vocabulary_is_told_though_all_hashes_agree(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    shutil.copytree(tiny_data, "copy")
+    manifest = json.loads(Path("copy/manifest.json").read_text(encoding="utf-8"))
+    for entry in manifest["splits"]["train"]["shards"]:
+        shard = Path("copy", entry["path"])
+        shard.write_bytes(b"\xff\x7f" * entry["n_tokens"])
+        entry["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    Path("copy/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert run("--dataset_dir", "copy", "--data.init_args.num_workers", num_workers) == 1
+    err = capsys.readouterr().err
+    assert "damaged: token 32767 of a vocabulary of" in err and "error: copy/train/train" in err
+
+
+def test_a_shard_altered_at_equal_size_and_time_is_made_again(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "copy")
+    shard = next(Path("copy/train/train").glob("*.bin"))
+    whole = shard.read_bytes()
+    alter(shard)
+    assert run("--dataset_dir", "copy", "--max_tokens", 256) == 0
+    assert "altered since it was made" in capsys.readouterr().err
+    assert shard.read_bytes() == whole
+
+
+def test_a_shard_altered_where_the_text_is_gone_is_refused(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "copy", ignore=shutil.ignore_patterns("*.txt"))
+    alter(next(Path("copy/train/train").glob("*.bin")))
+    assert run("--dataset_dir", "copy", "--max_tokens", 256) == 2
+    err = capsys.readouterr().err
+    assert "altered since it was made" in err and "no text to make it again from" in err
+
+
+def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    check = manifest.altered_shards
+    monkeypatch.setattr(prepare, "altered_shards", lambda *args: hashed.append(1) or check(*args))
+    assert run("--max_tokens", 256) == 0
+    assert len(hashed) == 1
+
+
+def test_missing_data_of_the_user_s_own_is_told_with_its_place(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine/train").mkdir(parents=True)
+    Path("mine/train/a.txt").touch()
+    assert run("--dataset_dir", "mine") == 2
+    assert "mine" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""Runs that are stopped, killed or doubled end as if nothing had happened, or say why not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers.runs import BALANCED, assert_same_run, rows, run, weights
+
+from litgpt_moe.checkpoints.reader import checkpoint_flaw
+from litgpt_moe.training.checks import run_lock
+
+pytestmark = pytest.mark.usefixtures("eager", "workspace")
+
+# --- exact resume and signals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_never_stopped(
+    name: str, at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not hasattr(signal, name):
+        pytest.skip(f"{name} is not known here")
+    # 93 sequences: 40 steps of 4 reach into the second epoch; 4 micro-batches a step; two worker processes
+    common = ["--max_tokens", 40 * 256, "--micro_batch_size", 1, "--data.init_args.num_workers", 2]
+    common += [*BALANCED, "--train.log_interval", 2]  # the end comes between two rows
+    common += ["--eval.max_new_tokens", 5]
+    assert run("--out_dir", "whole", *common) == 0
+    capsys.readouterr()
+    at_step(26, lambda: signal.raise_signal(getattr(signal, name)))
+    assert run("--out_dir", "parts", *common) == 0
+    output = capsys.readouterr()
+    assert f"Stopped after step 27 of 40 ({name})" in output.out
+    assert "run_train.py --config train_config.yaml --out_dir parts" in output.out
+    assert output.out.rstrip().endswith("--resume auto")
+    assert not Path("parts/final").exists() and Path("parts/step-00000027").is_dir()
+    assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+    assert int(rows("parts")[-1]["epoch"] or 1) == 1
+
+
+def test_final_is_resumed_as_exactly_as_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--schedule.name", "constant", "--train.save_interval", 100)
+    assert run("--out_dir", "whole", "--max_tokens", 12 * 256, *flags) == 0
+    assert run("--out_dir", "parts", "--max_tokens", 8 * 256, *flags) == 0
+    assert run("--out_dir", "more", "--max_tokens", 12 * 256, *flags, "--resume", "parts/final") == 0
+    one, other = weights("whole/final"), weights("more/final")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_rows_that_a_killed_process_wrote_after_its_last_checkpoint_come_once(at_step: Callable) -> None:
+    assert run("--out_dir", "whole") == 0
+    shutil.copytree("whole", "parts")
+    shutil.rmtree("parts/final")
+    shutil.rmtree("parts/step-00000008")
+    with Path("parts/logs/csv/metrics.csv").open("a", encoding="utf-8") as file:
+        file.write("9,23")  # torn by the kill
+    assert run("--out_dir", "parts", "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+
+
+def test_max_time_saves_and_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--max_tokens", 10**6 * 256, "--train.max_time", 6, "--train.log_interval", 100) == 0
+    output = capsys.readouterr().out
+    assert "(train.max_time of 6 s)" in output and "--resume auto" in output
+    step = max(Path("out").glob("step-*"))
+    assert checkpoint_flaw(step) is None
+
+
+# --- one folder, one run ------------------------------------------------------------------------------------
+
+
+def test_a_second_run_into_a_live_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with run_lock(Path("out")):
+        for flags in ([], ["--resume", "auto"], ["--overwrite"]):
+            assert run(*flags) == 2
+            assert f"out: a run is live there (process {os.getpid()} on " in capsys.readouterr().err
+    assert run("--max_tokens", 256) == 0
+
+
+def test_the_refusal_of_a_second_run_says_nothing_of_what_lies_in_the_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run() == 0
+    capsys.readouterr()
+    with run_lock(Path("out")):
+        assert run("--resume", "auto", "--max_tokens", 1024) == 2  # fewer tokens than it has been trained on
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Settings from")]
+    assert told.startswith("error: out: a run is live there")
+
+
+def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from litgpt_moe.training.checks import run_lock\n"
+        "run_lock(Path('out')).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    if sys.platform == "win32":
+        code = code.replace("os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)")
+    assert subprocess.run([sys.executable, "-c", code, str(ROOT)]).returncode != 0
+    assert Path("out/.run.lock").exists() or sys.platform == "win32"
+    assert run("--max_tokens", 256) == 0
