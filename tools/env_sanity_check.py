@@ -164,10 +164,11 @@ def check_plan() -> Iterator[Check]:
     """Yield what training would use here, by the choices of run_train.py, unless a flag says otherwise."""
     import torch
 
-    layers, training = map(importlib.import_module, ("moe_layers", "run_train"))
-    config = layers.MoEConfig.from_file(ROOT / "model_config.yaml")
-    precision, n_devices = training.choose_device(training.Settings())
-    compiles, why = training.will_compile(training.Settings())
+    names = ("config", "hardware", "kernels.choice")
+    configs, hardware, choice = (importlib.import_module(f"litgpt_moe.{name}") for name in names)
+    config = configs.MoEConfig.from_file(ROOT / "model_config.yaml")
+    precision, n_devices = hardware.training_device("auto", "auto", 1, None)
+    compiles, why = hardware.will_compile("auto", "auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     triton = importlib.util.find_spec("triton")
@@ -175,7 +176,7 @@ def check_plan() -> Iterator[Check]:
     yield Check("ok", "device", f"{device} ({n_devices})")
     yield Check("ok", "precision", precision)
     yield Check("ok", "attention", f"scaled_dot_product_attention, {attention_path(device, dtype)}")
-    yield Check("ok", "experts", layers.experts_path(config, device, dtype))
+    yield Check("ok", "experts", choice.experts_path(config, device, dtype))
     yield Check("ok", "compile", f"{'compiled' if compiles else 'eager'} ({why})")
 
 

@@ -17,14 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from litgpt_moe.cli import FlagParser, fail, run_script
-from litgpt_moe.data.prepare import prepare
-from litgpt_moe.data.settings import PrepareSettings
-from tools.benchmarks.machine import ROOT
+from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
+from tools.benchmarks.machine import ROOT, check_counts
 
 HELP_GOAL_S = 1.0
 VOCABULARY = 512
@@ -61,6 +60,16 @@ EXPERTS: dict[str, object] = {
     "n_expert_per_token": 2,
 }
 DENSE: dict[str, object] = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 64}
+
+
+@dataclass(frozen=True)
+class StartupBenchmark:
+    """What is timed, and how often."""
+
+    rounds: int = 5
+    """Runs of each; the median counts."""
+    help_only: bool = False
+    """Time --help alone, start no training."""
 
 
 def scripts() -> list[Path]:
@@ -108,6 +117,8 @@ def write_stories(data: Path) -> None:
 
 def write_inputs(folder: Path) -> dict[str, list[str]]:
     """Prepare a small data directory and both runs' settings; return the command of each run."""
+    from litgpt_moe.data.prepare import prepare
+    from litgpt_moe.data.settings import PrepareSettings
 
     data, tokenizer = folder / "data", folder / "tokenizer"
     write_stories(data)
@@ -160,22 +171,20 @@ def benchmark_first_step(rounds: int) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     """Print the figures as JSON; 1 when a run failed."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each; the median counts (default 5)")
-    parser.add_argument("--help_only", action="store_true", help="time --help alone, start no training")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds: {args.rounds} is not a number of 1 or more")
+    add_flags(parser, StartupBenchmark)
+    settings: StartupBenchmark = from_flags(StartupBenchmark, parser.parse_args(argv))
+    check_counts(parser, settings)
     try:
-        help_s = benchmark_help(args.rounds)
+        help_s = benchmark_help(settings.rounds)
         report: dict[str, object] = {
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "rounds": args.rounds,
+            "rounds": settings.rounds,
             "help_s": help_s,
             "help_goal_met": max(help_s.values()) < HELP_GOAL_S,
         }
-        if not args.help_only:
-            report["first_step"] = benchmark_first_step(args.rounds)
+        if not settings.help_only:
+            report["first_step"] = benchmark_first_step(settings.rounds)
     except (RuntimeError, ValueError, OSError) as error:
         return fail(error, 1)
     print(json.dumps(report, indent=2))

@@ -88,6 +88,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
     import torch
 
     from litgpt_moe.config import MoEConfig
+    from litgpt_moe.hardware import peak_memory_gb
     from tools.benchmarks import train_contestants, train_times
 
     config = MoEConfig.from_file(settings.model_config, **override)
@@ -100,7 +101,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             times[name] += train_times.step_times(functools.partial(train, make_run(its_config)))
-            memory[name] = round(train_contestants.peak_memory_gb(), 3)
+            memory[name] = round(peak_memory_gb(), 3)
     shares = {
         name: train_times.share_of_parts(functools.partial(train, make_run(its_config)), settings.steps)
         for name, (train, its_config) in kinds.items()

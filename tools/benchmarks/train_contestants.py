@@ -8,25 +8,27 @@ from unittest import mock
 import lightning as L
 import torch
 from litgpt import Tokenizer, pretrain
-from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import DataModule
 from torch.utils.data import DataLoader
 
-import run_train
-from litgpt_moe.config import MoEConfig
+from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.hardware import mallopt
+from litgpt_moe.hardware import mallopt, peak_flops, training_device, will_compile
 from litgpt_moe.kernels.choice import choose_way
 from litgpt_moe.kernels.matmul import prefers_onednn
 from litgpt_moe.kernels.triton import has_triton
+from litgpt_moe.training.run import Run, to_litgpt
+from litgpt_moe.training.settings import BalanceArgs, EvalArgs, Settings, TrainArgs
+from litgpt_moe.training.steps import StopSignals
+from run_train import train
 from tools.benchmarks.train_times import LEFT_OUT, quiet
 
 if TYPE_CHECKING:
     from tools.benchmarks.train import TrainBenchmark
 
-Train = Callable[[run_train.Run], None]
+Train = Callable[[Run], None]
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -65,11 +67,11 @@ class RandomTokens(DataModule):
         return self._loader(2)
 
 
-def make_run(benchmark: "TrainBenchmark", config: MoEConfig, folder: Path) -> run_train.Run:
-    """Return a checked run of `run_train` for `config`: no checkpoints but the last, no validation."""
+def make_run(benchmark: "TrainBenchmark", config: MoEConfig, folder: Path) -> Run:
+    """Return a run for `config`: no checkpoints but the last, no validation."""
     length = benchmark.max_seq_length or config.block_size
     n_steps, batch = LEFT_OUT + benchmark.steps, benchmark.micro_batch_size * benchmark.accumulation
-    train = TrainArgs(
+    train_args = TrainArgs(
         global_batch_size=batch,
         micro_batch_size=benchmark.micro_batch_size,
         max_tokens=n_steps * batch * length,
@@ -79,49 +81,50 @@ def make_run(benchmark: "TrainBenchmark", config: MoEConfig, folder: Path) -> ru
         log_interval=1,
         lr_warmup_steps=1,
     )
-    settings = run_train.Settings(
+    settings = Settings(
         out_dir=folder / "out",
         tokenizer_dir=folder / "tokenizer",
         precision=benchmark.precision,
         compile=benchmark.compile,
         progress=False,
-        train=train,
+        train=train_args,
         eval=EvalArgs(interval=10**9, max_iters=1, final_validation=False),
-        moe=run_train.BalanceArgs(aux_loss_coef=0.01, z_loss_coef=0.001),
+        moe=BalanceArgs(aux_loss_coef=0.01, z_loss_coef=0.001),
         devices=1,
     )
-    precision, _ = run_train.choose_device(settings)
+    precision, _ = training_device("auto", 1, 1, settings.precision)
     data = RandomTokens(
         config.vocab_size, length, benchmark.micro_batch_size, n_steps * benchmark.accumulation
     )
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}
-    return run_train.Run(settings, config, data, optimizer, precision, 1)
+    return Run(settings, config, model_facts(config, length), data, optimizer, precision, 1)
 
 
-def train_ours(run: run_train.Run) -> None:
+def train_ours(run: Run) -> None:
     """Train as run_train.py does."""
-    run_train.train(run, run_train.StopSignals())
+    train(run, StopSignals())
 
 
-def train_with_litgpts_layers(run: run_train.Run) -> None:
+def train_with_litgpts_layers(run: Run) -> None:
     """Train as run_train.py does, every linear map but the head multiplied as torch does it."""
-    with mock.patch("moe_layers.use_fast_linear", lambda _: None):
+    with mock.patch("litgpt_moe.training.model.use_fast_linear", lambda _: None):
         train_ours(run)
 
 
-def train_by_triton(run: run_train.Run) -> None:
+def train_by_triton(run: Run) -> None:
     """Train as run_train.py does on a GPU for which torch has no fast grouped GEMM."""
     with mock.patch("moe_layers.choose_way", lambda *_: "triton"):
         train_ours(run)
 
 
-def train_stock(run: run_train.Run) -> None:
+def train_stock(run: Run) -> None:
     """Train as `litgpt pretrain` does; `save_checkpoint` has no part in what is timed."""
     # what malloc comes to by itself when blocks of its largest threshold have been freed
     mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
     settings, names = run.settings, ("measure_flops", "save_checkpoint")
     precision: Any = run.precision
-    compiled, _ = run_train.will_compile(settings)
+    train_args, eval_args = to_litgpt(settings)
+    compiled, _ = will_compile(settings.compile, settings.accelerator)
     torch.compiler.set_stance("default" if compiled else "force_eager")
     config = Config(
         **{key: value for key, value in vars(run.config).items() if key in Config.__annotations__}
@@ -143,8 +146,8 @@ def train_stock(run: run_train.Run) -> None:
             out_dir=settings.out_dir,
             tokenizer_dir=settings.tokenizer_dir,
             tokenizer=Tokenizer(settings.tokenizer_dir),
-            train=settings.train,
-            eval=settings.eval,
+            train=train_args,
+            eval=eval_args,
             optimizer=run.optimizer,
         )
     finally:
@@ -152,7 +155,7 @@ def train_stock(run: run_train.Run) -> None:
             setattr(pretrain, name, original)
 
 
-def contestants(run: run_train.Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]]:
+def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]]:
     """Return name -> what trains, and its model; `run` is ours, and `dense` the model of the same FLOPs."""
     config = run.config
     kinds: dict[str, tuple[Train, MoEConfig]] = {
@@ -173,17 +176,12 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def is_compiled(run: run_train.Run) -> bool:
+def is_compiled(run: Run) -> bool:
     """Return whether ours is compiled."""
-    return run_train.will_compile(run.settings)[0]
+    return will_compile(run.settings.compile, run.settings.accelerator)[0]
 
 
-def peak_memory_gb() -> float:
-    """Return the most memory that this process, or its GPU, has used so far."""
-    return run_train.peak_memory_gb()
-
-
-def mfu(run: run_train.Run, seconds: float) -> float:
+def mfu(run: Run, seconds: float) -> float:
     """Return the share of the device's peak FLOP/s that a step of so many seconds is."""
-    flops = run_train.model_flops_per_token(run.config, run.block_size) * run.tokens_per_step
-    return flops / seconds / run_train.peak_flops(_device(), run.precision)
+    flops = run.facts.flops_per_token * run.tokens_per_step
+    return flops / seconds / peak_flops(_device(), run.precision)

@@ -13,8 +13,7 @@ from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import pretrain
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import moe_layers
-import run_train
+from litgpt_moe.training import loop
 
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
 LEFT_OUT = 2  # first steps of a run: allocations, compilation
@@ -69,12 +68,12 @@ def part_times() -> Iterator[list[tuple[str, float, float]]]:
 
         return call
 
-    ours = run_train.training_fabric()
+    ours = loop.TrainingFabric
     places = [
         ("data", pretrain.CycleIterator, "__next__"),
         ("forward", _FabricModule, "forward"),
         ("loss", pretrain, "chunked_cross_entropy"),
-        ("loss", moe_layers, "linear_cross_entropy"),
+        ("loss", loop, "linear_cross_entropy"),
         ("optimizer", _FabricOptimizer, "step"),
         *(("backward", kind, "backward") for kind in (ours, L.Fabric)),
         *(("optimizer", kind, "clip_gradients") for kind in (ours, L.Fabric)),
