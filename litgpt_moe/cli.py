@@ -9,6 +9,7 @@ Exit status: 0, 1 for work that failed (no network, full disk), 2 for bad input,
 import argparse
 import difflib
 import errno
+import io
 import itertools
 import os
 import re
@@ -86,7 +87,7 @@ class FlagParser(argparse.ArgumentParser):
         args = normalize_flags(sys.argv[1:] if args is None else args)
         actions = self._option_string_actions
         args = join_switches(args, {flag for flag, action in actions.items() if isinstance(action, _Switch)})
-        for arg in itertools.takewhile("--".__ne__, args):
+        for arg in itertools.takewhile(lambda arg: arg != "--", args):
             if (flag := FLAG.match(arg)) and flag[0] not in actions:
                 near = difflib.get_close_matches(flag[0], actions, n=1)
                 way_out = f"did you mean {near[0]}?" if near else "see --help for the flags"
@@ -205,7 +206,7 @@ def run_script(main: Callable[[], int]) -> int:
         # Ctrl-C ends the imports that `main` begins with, and leaves no traceback of them
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):  # a story may hold what a Windows code page lacks
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     return main()
 
