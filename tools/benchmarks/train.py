@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from litgpt_moe.config import MoEConfig
 
 DENSE = ("dense", "dense oneDNN", "stock dense")
+RIVALS = ("stock", *DENSE)
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
     from litgpt_moe.hardware import peak_memory_gb
     from tools.benchmarks import train_contestants, train_times
 
-    config = MoEConfig.from_file(settings.model_config, **override)
     make_run = functools.partial(train_contestants.make_run, settings, folder=folder)
-    kinds = train_contestants.contestants(make_run(config), dense_config(settings, override))
+    run = make_run(MoEConfig.from_file(settings.model_config, **override))
+    kinds = train_contestants.contestants(run, dense_config(settings, override))
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    memory: dict[str, float] = {}
+    memory = {}
     for _ in range(settings.rounds):
         for name, (train, its_config) in kinds.items():
             if torch.cuda.is_available():
@@ -106,18 +107,17 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
         name: train_times.share_of_parts(functools.partial(train, make_run(its_config)), settings.steps)
         for name, (train, its_config) in kinds.items()
     }
-    run = make_run(config)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    rivals = [name for name in ("stock", *DENSE) if name in medians]
+    ratios = {ratio_key(name): medians[name] / medians["ours"] for name in medians if name in RIVALS}
     return {
         "machine": machine(),
         "precision": run.precision,
         "compiled": train_contestants.is_compiled(run),
-        "model": config.name,
+        "model": run.config.name,
         "override": override,
         "tokens_per_step": run.tokens_per_step,
         "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
-        **{ratio_key(name): float(f"{medians[name] / medians['ours']:.4g}") for name in rivals},
+        **{key: float(f"{ratio:.4g}") for key, ratio in ratios.items()},
         "mfu": round(train_contestants.mfu(run, medians["ours"]), 4),
         "share_of_step": shares,
         # one process: on a CPU this is the highest of all so far
