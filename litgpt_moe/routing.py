@@ -91,7 +91,7 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
     weights: dict[int, list[np.ndarray]] = {}
 
     def record(index: int, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        _, weights_NK, indices_NK = layer._route(inputs[0].flatten(0, 1))
+        _, weights_NK, indices_NK = layer.route(inputs[0].flatten(0, 1))
         weights_NK, order_NK = weights_NK.float().sort(dim=1, descending=True, stable=True)
         experts.setdefault(index, []).append(indices_NK.gather(1, order_NK).cpu().numpy())
         weights.setdefault(index, []).append(weights_NK.cpu().numpy())
