@@ -53,7 +53,7 @@ class RouterWatch:
 
     def _record(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if self._records is not None:
-            logits_NE, weights_NK, indices_NK = layer._route(inputs[0].flatten(0, 1))
+            logits_NE, weights_NK, indices_NK = layer.route(inputs[0].flatten(0, 1))
             # the grouped router scores each expert by a sigmoid of its own (DeepSeek-V3, eq. 15)
             grouped = layer.config.n_expert_groups
             probs_NE = logits_NE.sigmoid() if grouped else logits_NE.softmax(dim=-1)
