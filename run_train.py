@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe.cli import (
@@ -26,6 +27,8 @@ from litgpt_moe.cli import (
 )
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training.settings import Settings, plain_settings
+
+CONFIG_FLAGS = ("--config", "--train_config", "--model_config")
 
 if TYPE_CHECKING:
     from litgpt_moe.training.hooks import LoopHooks
@@ -66,6 +69,7 @@ def set_up(argv: list[str], started: float) -> "Run":
     # before Lightning, whose import trips over these variables
     if problems := launcher_problems():
         raise ValueError("\n".join(problems))
+    refuse_missing_files(argv)
     from litgpt_moe.training import run as runs
     from litgpt_moe.training.batches import prepare_data_of
 
@@ -75,6 +79,17 @@ def set_up(argv: list[str], started: float) -> "Run":
     if is_main_process():
         prepare_data_of(run)
     return run
+
+
+def refuse_missing_files(argv: list[str]) -> None:
+    """Raise FileNotFoundError for a mistyped configuration file at once, before seconds of imports."""
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = flag.partition("=")
+        path = Path(value if equals else following)
+        if name in CONFIG_FLAGS and not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such configuration file; name one that is there, as those in configs/ are"
+            )
 
 
 def train_and_report(run: "Run", argv: list[str]) -> int:
