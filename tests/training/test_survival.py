@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("eager", "workspace")
 # --- exact resume and signals -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_never_stopped(
     name: str, at_step: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
