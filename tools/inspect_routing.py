@@ -53,8 +53,7 @@ def check(settings: InspectSettings, text: Path) -> None:
 def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     """Write both files and return what to print. Raises ValueError or OSError with one sentence."""
     from litgpt_moe.checkpoints.layout import find_checkpoint
-    from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
-    from litgpt_moe.generation.text import read_tokenizer
+    from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
     from litgpt_moe.hardware import pick_device
     from litgpt_moe.routing import inspect, table
     from litgpt_moe.routing_figure import draw
@@ -63,7 +62,7 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(checkpoint)
     verify_checkpoint(folder)
-    processor, corpus = read_tokenizer(folder).processor, text_corpus([text], folder)
+    processor, corpus = load_tokenizer(folder).processor, text_corpus([text], folder)
     model = load_model(folder, device, dtype)
     ids = corpus.read(0, min(settings.max_tokens, corpus.n_tokens))
     try:

@@ -5,7 +5,6 @@ import re
 import sys
 import threading
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any, Self, TextIO
 
 import tokenizers
@@ -14,7 +13,7 @@ from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
-from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
 from litgpt_moe.cli import note
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
@@ -29,23 +28,12 @@ def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(settings.ckpt_dir)
     verify_checkpoint(folder)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     note(f"checkpoint {folder} on {device} in {str(dtype).removeprefix('torch.')}")
     model = load_model(folder, device, dtype)
     if device.type == "cpu":
         lay_out_for_decoding(model)
     return model, tokenizer
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Return the checkpoint's tokenizer; one sentence when it is missing or damaged."""
-    way_out = "copy in the files of the tokenizer it was trained with"
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
-    try:
-        return Tokenizer(folder)
-    except Exception as error:  # tokenizers raises plain Exception, LitGPT KeyError and others
-        raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
 
 
 def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> list[int]:
