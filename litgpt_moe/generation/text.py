@@ -114,23 +114,24 @@ class AsyncTokenStreamer:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, out: TextIO | None = None) -> None:
-        self._decoder = TextDecoder(tokenizer)
-        self._out = sys.stdout if out is None else out
+        self._decoder, self._out = TextDecoder(tokenizer), out or sys.stdout
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="token-streamer", daemon=True)
         self._thread.start()
 
     def put(self, token_id: int) -> None:
-        """Queue one token; raises the error of an earlier one."""
-        self._raise_error()
+        """Queue one token."""
+        if self._error is not None:
+            raise self._error
         self._queue.put(token_id)
 
     def end(self) -> None:
         """Write everything that is left and wait until it is out; further calls do nothing."""
         self._queue.put(None)
         self._thread.join()
-        self._raise_error()
+        if self._error is not None:
+            raise self._error
 
     def __enter__(self) -> Self:
         return self
@@ -143,17 +144,7 @@ class AsyncTokenStreamer:
     def _run(self) -> None:
         try:
             while (token_id := self._queue.get()) is not None:
-                self._write(self._decoder.put(token_id))
-            self._write(self._decoder.end())
+                print(self._decoder.put(token_id), end="", file=self._out, flush=True)
+            print(self._decoder.end(), end="", file=self._out, flush=True)
         except Exception as error:  # noqa: BLE001  raised again in the caller's thread, whatever it is
             self._error = error
-
-    def _write(self, text: str) -> None:
-        if text:
-            self._out.write(text)
-            self._out.flush()
-
-    def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
