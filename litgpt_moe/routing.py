@@ -17,7 +17,7 @@ from litgpt.model import GPT
 from tqdm import tqdm
 
 from litgpt_moe.balance import layers_of
-from litgpt_moe.scoring import take_off_head, vocabulary
+from litgpt_moe.scoring import take_off_head
 
 N_TYPICAL = 8  # tokens named for an expert
 Pieces = Callable[[int], str]  # a token's text by its id
@@ -67,7 +67,7 @@ def inspect(
         raise ValueError(
             f"layer is {layer}; the model has experts in the layers {', '.join(map(str, known))}"
         )
-    if ids.max() >= vocabulary(model):
+    if ids.max() >= model.lm_head.out_features:
         raise ValueError(f"the tokenizer is not the model's (token {ids.max():,}); copy in the right one")
 
     def piece(number: int) -> str:

@@ -1,9 +1,12 @@
 """Between text and tokens: prompts in, finished text out while the model goes on."""
 
+import errno
 import queue
 import re
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import Any, Self, TextIO
 
@@ -14,7 +17,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
-from litgpt_moe.cli import note
+from litgpt_moe.cli import WorkFailed, note, silence_stdout
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.hardware import pick_device
@@ -148,3 +151,47 @@ class AsyncTokenStreamer:
             print(self._decoder.end(), end="", file=self._out, flush=True)
         except Exception as error:  # noqa: BLE001  raised again in the caller's thread, whatever it is
             self._error = error
+
+
+def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
+    """Write the samples that the flags ask for, one after the other, each from the next seed."""
+    model, tokenizer = load(settings)
+    prompt_ids = encode_prompt(model, tokenizer, prompt, settings.max_tokens)
+    generator = torch.Generator(model.lm_head.weight.device)
+    seed = generator.seed() % 2**32 if settings.seed is None else settings.seed
+    for number in range(settings.num_samples):
+        if number:
+            print("<|endoftext|>", flush=True)
+        # a seed each, so that --seed repeats any one of them alone, and a server makes them side by side
+        generator.manual_seed(seed + number)
+        if sampling.temperature > 0:
+            note(f"seed {seed + number}")
+        new_ids = generate(model, prompt_ids, settings.max_tokens, sampling, tokenizer.eos_id, generator)
+        count = write_sample(AsyncTokenStreamer(tokenizer.processor), prompt_ids, new_ids)
+        if count < settings.max_tokens and len(prompt_ids) + count == model.max_seq_length:
+            note(f"stopped: the context of {model.max_seq_length:,} tokens is full")
+
+
+def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: Iterator[int]) -> int:
+    """Write prompt and continuation as they come, and the speed to stderr; return how many tokens are new."""
+    started, first_s, count = time.perf_counter(), 0.0, 0
+    try:
+        with streamer:
+            for token_id in prompt_ids:
+                streamer.put(token_id)
+            for token_id in new_ids:
+                count += 1
+                first_s = first_s or time.perf_counter() - started
+                streamer.put(token_id)
+        print(flush=True)
+    except OSError as error:
+        silence_stdout()
+        # `| head` closes the pipe when it has seen enough; Windows says EINVAL for that
+        if error.errno in (errno.EPIPE, errno.EINVAL):
+            raise BrokenPipeError from None
+        raise WorkFailed(f"the text could not be written ({error}); free space or write elsewhere") from None
+    finally:  # after Ctrl-C, too
+        seconds = time.perf_counter() - started
+        rate = f"{count / seconds:.1f} tokens/s, the first after {first_s:.2f} s"
+        note(f"{count} new tokens in {seconds:.1f} s, {rate}")
+    return count
