@@ -7,6 +7,7 @@ entropies: 1 if each follows from the other. What chance gives, found by shuffli
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -96,19 +97,15 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
         experts.setdefault(index, []).append(indices_NK.gather(1, order_NK).cpu().numpy())
         weights.setdefault(index, []).append(weights_NK.cpu().numpy())
 
-    hooks = [
-        layer.register_forward_pre_hook(partial(record, index)) for index, layer in layers_of(model).items()
-    ]
     device, window = next(model.parameters()).device, model.max_seq_length
-    try:
-        with torch.inference_mode(), tqdm(total=len(ids), unit="tok", unit_scale=True, disable=None) as bar:
-            for start in range(0, len(ids), window):
-                part = torch.from_numpy(ids[start : start + window]).to(device)
-                model(part[None])
-                bar.update(len(part))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.inference_mode(), ExitStack() as hooks:
+        for index, layer in layers_of(model).items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(record, index)))
+        progress = hooks.enter_context(tqdm(total=len(ids), unit="tok", unit_scale=True, disable=None))
+        for start in range(0, len(ids), window):
+            part = torch.from_numpy(ids[start : start + window]).to(device)
+            model(part[None])
+            progress.update(len(part))
     joined = [{i: np.concatenate(parts) for i, parts in kept.items()} for kept in (experts, weights)]
     return joined[0], joined[1]
 

@@ -30,6 +30,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Send
 
+from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import note
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt, load
@@ -60,7 +61,8 @@ class CompletionResponse(StreamingResponse):
         super().__init__((), headers={"cache-control": "no-store"}, media_type="text/event-stream")
         self._engine, self._request = engine, request
         head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
-        self._head = {**head, "created": int(time.time()), "model": engine.served.name, "seed": request.seed}
+        head |= {"created": int(time.time()), "model": engine.served.name}
+        self._head = {**head, "seed": request.body.seed}
 
     async def stream_response(self, send: Send) -> None:
         """Do the work in a slot of the engine, and send what comes of it."""
@@ -72,7 +74,7 @@ class CompletionResponse(StreamingResponse):
         with suppress(TimeoutError):  # uvicorn closes the connection when nothing more is sent
             try:
                 async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
-                    if self._request.stream:
+                    if self._request.body.stream:
                         self.body_iterator = self._events(pieces)
                         await super().stream_response(patient_send)
                         return
@@ -90,7 +92,7 @@ class CompletionResponse(StreamingResponse):
                 n_new += piece.n_new
                 if piece.text or piece.read or piece.finish_reason:
                     yield event({**self._head, "choices": [self._choice(number, piece)]})
-            if self._request.include_usage:
+            if self._request.body.stream_options.include_usage:
                 yield event({**self._head, "choices": [], "usage": self._usage(n_new)})
         except ApiError as error:  # the status 200 is sent already
             yield event(error.body)
@@ -113,7 +115,7 @@ class CompletionResponse(StreamingResponse):
     def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
         choice = {"index": number, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
         extra = {"ending": piece.ending} if piece.ending else {}
-        return {**choice, **extra, **({"routing": piece.read} if self._request.routing else {})}
+        return {**choice, **extra, **({"routing": piece.read} if self._request.body.routing else {})}
 
     def _usage(self, n_new: int) -> dict[str, int]:
         n_prompt = sum(map(len, self._request.prompts))
@@ -127,8 +129,8 @@ def event(content: dict[str, Any]) -> str:
 
 def describe_model(engine: Engine) -> dict[str, Any]:
     """Return /v1/models' entry: OpenAI's keys, and what the page needs to know."""
-    served, layers = engine.served, list(engine.watch.layers)
-    config, settings = served.model.config, served.settings
+    served, layers = engine.served, list(layers_of(engine.served.model))
+    config, settings, context = served.model.config, served.settings, served.model.max_seq_length
     routing = {
         "layers": layers,
         "n_expert": config.n_expert,
@@ -137,18 +139,17 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     }
     defaults = {
         "prompt": settings.prompt,
-        "max_tokens": min(settings.max_tokens, served.context),
+        "max_tokens": min(settings.max_tokens, context),
         "num_samples": settings.num_samples,
         "seed": settings.seed,
-        **asdict(served.sampling),
     }
     return {
         "id": served.name,
         "object": "model",
         "created": engine.created,
         "owned_by": "litgpt-moe",
-        "max_model_len": served.context,
-        "defaults": defaults,
+        "max_model_len": context,
+        "defaults": defaults | asdict(served.sampling),
         "folder": str(settings.ckpt_dir),
         "routing": routing if layers else None,
     }
