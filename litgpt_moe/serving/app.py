@@ -60,9 +60,8 @@ class CompletionResponse(StreamingResponse):
     def __init__(self, engine: Engine, request: CompletionRequest) -> None:
         super().__init__((), headers={"cache-control": "no-store"}, media_type="text/event-stream")
         self._engine, self._request = engine, request
-        head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
-        head |= {"created": int(time.time()), "model": engine.served.name}
-        self._head = {**head, "seed": request.body.seed}
+        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
+        self._head |= {"created": int(time.time()), "model": engine.served.name, "seed": request.body.seed}
 
     async def stream_response(self, send: Send) -> None:
         """Do the work in a slot of the engine, and send what comes of it."""
@@ -114,8 +113,8 @@ class CompletionResponse(StreamingResponse):
 
     def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
         choice = {"index": number, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
-        extra = {"ending": piece.ending} if piece.ending else {}
-        return {**choice, **extra, **({"routing": piece.read} if self._request.body.routing else {})}
+        choice |= {"ending": piece.ending} if piece.ending else {}
+        return choice | ({"routing": piece.read} if self._request.body.routing else {})
 
     def _usage(self, n_new: int) -> dict[str, int]:
         n_prompt = sum(map(len, self._request.prompts))
@@ -173,10 +172,7 @@ def own_hosts(host: str) -> list[str]:
 
 def make_app(engine: Engine, host: str) -> Starlette:
     """Return the web application: the page, /v1/models and /v1/completions."""
-    page = PAGE.read_text(encoding="utf-8")
-
-    async def index(_: Request) -> Response:
-        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
+    page = HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_POLICY})
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [describe_model(engine)]})
@@ -190,7 +186,7 @@ def make_app(engine: Engine, host: str) -> Starlette:
         return CompletionResponse(engine, read_request(await read_body(request), engine.served))
 
     routes = [
-        Route("/", index),
+        Route("/", page, methods=["GET"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
         Route("/v1/completions", completions, methods=["POST"]),
