@@ -72,9 +72,8 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     content: dict[str, Any] = {"checkpoint": str(folder), "text": str(text), "n_tokens": len(ids)}
     content |= {name: getattr(model.config, name) for name in ("n_expert", "n_expert_per_token")}
     content |= {"overlap": overlap, "layers": [asdict(layer) for layer in layers]}
-    figure = draw(
-        f"{model.config.name}: how {len(ids):,} tokens of {text.name} are routed", layers, overlap, shown
-    )
+    title = f"{model.config.name}: how {len(ids):,} tokens of {text.name} are routed"
+    figure = draw(title, layers, overlap, shown)
     write_json(settings.out / JSON_NAME, content)
     with open_whole(settings.out / PNG_NAME) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a script that the font lacks becomes boxes
