@@ -200,6 +200,12 @@ class LoopHooks:
         self.stories.last_step = saved.told_step
         self.logs.keep(vars(saved))
 
+    def close(self, fabric: Fabric) -> None:
+        """Wait for the save in progress, and finish the loggers."""
+        self.writer.wait()
+        for logger in fabric.loggers:
+            logger.finalize("finished")
+
 
 def _sum_over_ranks(strategy: Strategy) -> Reduce:
     return functools.partial(strategy.all_reduce, reduce_op="sum")
