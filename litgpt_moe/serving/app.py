@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -126,9 +125,9 @@ def event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def describe_model(engine: Engine) -> dict[str, Any]:
+def describe_model(served: Served) -> dict[str, Any]:
     """Return /v1/models' entry: OpenAI's keys, and what the page needs to know."""
-    served, layers = engine.served, list(layers_of(engine.served.model))
+    layers = list(layers_of(served.model))
     config, settings, context = served.model.config, served.settings, served.model.max_seq_length
     routing = {
         "layers": layers,
@@ -145,7 +144,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     return {
         "id": served.name,
         "object": "model",
-        "created": engine.created,
+        "created": int(time.time()),
         "owned_by": "litgpt-moe",
         "max_model_len": context,
         "defaults": defaults | asdict(served.sampling),
@@ -173,21 +172,20 @@ def own_hosts(host: str) -> list[str]:
 def make_app(engine: Engine, host: str) -> Starlette:
     """Return the web application: the page, /v1/models and /v1/completions."""
     page = HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_POLICY})
-
-    async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [describe_model(engine)]})
+    entry = describe_model(engine.served)
+    models = JSONResponse({"object": "list", "data": [entry]})
 
     async def model(request: Request) -> Response:
         if (name := request.path_params["name"]) != engine.served.name:
             raise ApiError(404, f"no model {name!r:.80} is here", "model", "model_not_found")
-        return JSONResponse(describe_model(engine))
+        return JSONResponse(entry)
 
     async def completions(request: Request) -> Response:
         return CompletionResponse(engine, read_request(await read_body(request), engine.served))
 
     routes = [
         Route("/", page, methods=["GET"]),
-        Route("/v1/models", models),
+        Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model),
         Route("/v1/completions", completions, methods=["POST"]),
     ]
@@ -209,28 +207,22 @@ async def refuse(_: Request, error: Exception) -> Response:
 # --- the server ---------------------------------------------------------------------------------------------
 
 
-class Server(uvicorn.Server):
-    """A server that ends what its engine is doing when it is told to stop."""
-
-    def __init__(self, engine: Engine, host: str) -> None:
-        config = uvicorn.Config(
-            make_app(engine, host),
-            ws="none",
-            lifespan="off",
-            log_level="error",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            limit_concurrency=100,
-            timeout_graceful_shutdown=3,
-        )
-        super().__init__(config)
-        self._engine = engine
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; a story in progress would keep the server waiting."""
-        self._engine.closing = True
-        super().handle_exit(sig, frame)
+def make_server(engine: Engine, host: str) -> uvicorn.Server:
+    """Return the server, which ends what its engine is doing when it is told to stop."""
+    config = uvicorn.Config(
+        make_app(engine, host),
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=100,
+        timeout_graceful_shutdown=3,
+    )
+    server = uvicorn.Server(config)
+    engine.is_stopping = lambda: server.should_exit  # a story in progress would keep the server waiting
+    return server
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -249,7 +241,7 @@ def serve(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
         model, tokenizer = load(settings)
         encode_prompt(model, tokenizer, prompt, settings.max_tokens)  # the page begins with it: does it fit?
         served = Served(model, tokenizer, replace(settings, prompt=prompt, prompt_file=None), sampling)
-        server = Server(Engine(served), settings.host)
+        server = make_server(Engine(served), settings.host)
         address, port, *_ = listener.getsockname()
         where = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
         note(f"playground {where}\nOpenAI API {where}/v1, model {served.name}")

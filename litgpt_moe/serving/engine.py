@@ -1,8 +1,7 @@
 """The engine: one model that several requests take turns on, token by token."""
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
@@ -132,8 +131,8 @@ class Engine:
     WAITING = 16  # requests in the queue; more are refused
 
     def __init__(self, served: Served) -> None:
-        self.served, self.created = served, int(time.time())
-        self.closing = False  # set when the server stops: requests that run end with an error
+        self.served = served
+        self.is_stopping: Callable[[], bool] = lambda: False  # the server's; requests that run then fail
         self.n_waiting, self.n_running = 0, 0
         self._slots = asyncio.Semaphore(self.RUNNING)
         # first come, first served: each request has one step in the queue, so they alternate
@@ -163,7 +162,7 @@ class Engine:
         try:
             while live:
                 for number, choice in list(live.items()):
-                    if self.closing:
+                    if self.is_stopping():
                         raise ApiError(503, "the server is stopping", code="stopping")
                     piece = await loop.run_in_executor(self._thread, next, choice)
                     if piece.finish_reason:
