@@ -104,9 +104,7 @@ class TextDecoder:
 
     def end(self) -> str:
         """Return what was kept back; bytes that never became a character are U+FFFD."""
-        new = self._tokenizer.decode(self._window)[self._shown :]
-        self._window, self._shown = [], 0
-        return new
+        return self._tokenizer.decode(self._window)[self._shown :]
 
 
 class AsyncTokenStreamer:

@@ -37,8 +37,7 @@ class StopText:
 
     def end(self) -> str:
         """Return what was held."""
-        held, self._held = self._held, ""
-        return held
+        return self._held
 
 
 def next_with_routing(

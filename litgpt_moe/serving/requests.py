@@ -118,11 +118,9 @@ def read_request(body: Any, served: Served) -> CompletionRequest:
     if asked.model != served.name:
         message = f"no model {asked.model!r:.80} is here; this server has {served.name!r}"
         raise ApiError(404, message, "model", "model_not_found")
-    if len(asked.prompt) * asked.n > MAX_CHOICES:
-        problem = (
-            f"{len(asked.prompt)} prompts times n {asked.n} is over {MAX_CHOICES}; ask for fewer at once"
-        )
-        raise ApiError(400, problem, "n")
+    if (n_prompts := len(asked.prompt)) * asked.n > MAX_CHOICES:
+        message = f"{n_prompts} prompts times n {asked.n} is over {MAX_CHOICES}; ask for fewer at once"
+        raise ApiError(400, message, "n")
     # As from OpenAI. Up to there it is an upper bound: clients send 256 or so unasked, and a story may end
     # before. One that fills the context ends with finish_reason `length`, and `ending` says so.
     if asked.max_tokens > context:
