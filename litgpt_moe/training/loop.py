@@ -41,9 +41,8 @@ class TrainingFabric(L.Fabric):
         """Return the loaders, the one for training with a position that a checkpoint can hold."""
         hooks = self.hooks
         train, *others = super().setup_dataloaders(*loaders, **options)
-        hooks.loader = TrainLoader(
-            train, hooks.run.settings.seed, lambda: hooks.is_finished, lambda: hooks.ending
-        )
+        seed = hooks.run.settings.seed
+        hooks.loader = TrainLoader(train, seed, hooks.is_finished, lambda: hooks.ending)
         return [hooks.loader, *others]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -55,7 +54,7 @@ class TrainingFabric(L.Fabric):
         """Clip, and decide on the step: the loop calls this once before each optimizer step."""
         norm = super().clip_gradients(module, optimizer, *args, **options, error_if_nonfinite=False)
         assert norm is not None
-        self.hooks.before_step(self, optimizer, norm)
+        self.hooks.before_step(optimizer, norm)
         return norm
 
     def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
@@ -68,7 +67,7 @@ class TrainingFabric(L.Fabric):
             with damage_in(Path(path).parent):
                 left_over = super().load(path, state, strict=strict, weights_only=True)
                 check_moments(unwrapped(state["optimizer"]))
-                self.hooks.resume(self, state, left_over)
+                self.hooks.resume(state, left_over)
         except ValueError as error:
             raise RunFailed(str(error)) from error
         # the run's own settings hold: the checkpoint has those of before, such as another weight_decay
@@ -81,7 +80,7 @@ class TrainingFabric(L.Fabric):
 
     def log_dict(self, metrics: Any, step: int | None = None) -> None:
         """Log the loop's metrics with our own beside them."""
-        super().log_dict(self.hooks.complete(self, dict(metrics)), step)
+        super().log_dict(self.hooks.complete(dict(metrics)), step)
 
     def print(self, *texts: Any, **_: Any) -> None:
         """Print what the loop has to say beside the bar, less what our own lines replace."""

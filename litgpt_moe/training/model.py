@@ -8,13 +8,11 @@ import torch
 from lightning.fabric import Fabric
 from litgpt import GPT
 
-from litgpt_moe.balance import Balance, has_selection_bias, layers_of, set_balance, use_selection_bias
+from litgpt_moe.balance import Balance, layers_of, set_balance, use_selection_bias
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.sharding import is_sharded
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]  # returns the sum over all ranks
 
 
 class PreparedModel(NamedTuple):
@@ -25,8 +23,6 @@ class PreparedModel(NamedTuple):
     """Its lm_head, where the loss computes the logits itself."""
     has_selection_bias: bool
     """Whether experts are chosen with a bias, which makes stock LitGPT refuse the weights."""
-    is_sharded: bool
-    """Whether each process holds only a part of the weights (FSDP)."""
 
 
 def prepare_model(fabric: Fabric, module: Any, run: Run) -> PreparedModel:
@@ -38,7 +34,7 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> PreparedModel:
     # FSDP's weights are whole only inside the model's forward
     head = None if is_sharded(fabric) else defer_head(gpt)
     source = run.initial or run.resume
-    was_biased = source is not None and has_selection_bias(source.weights)
+    was_biased = source is not None and source.has_selection_bias
     if was_biased:
         # trained with a selection bias, the experts are chosen with it even if nothing updates it
         use_selection_bias(gpt)
@@ -51,11 +47,12 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> PreparedModel:
             fabric.load(run.initial.file, {"model": module}, strict=False)
         # as long as something refers to a tensor in the mapped file, its disk space stays in use
         run.initial.state.clear()
-    has_bias = was_biased or run.settings.moe.bias_update_rate > 0
-    return PreparedModel(gpt, head, has_bias, is_sharded(fabric))
+    return PreparedModel(gpt, head, was_biased or run.settings.moe.bias_update_rate > 0)
 
 
-def router_counts(gpt: GPT, sum_over_ranks: Reduce) -> list[dict[str, torch.Tensor]]:
+def router_counts(
+    gpt: GPT, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
     """Return what each layer counted since the last row of the log, over all ranks."""
     return [
         {"load": sum_over_ranks(balance.load.clone()), "sums": sum_over_ranks(balance.sums.clone())}
