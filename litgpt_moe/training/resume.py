@@ -31,12 +31,12 @@ class OpenCheckpoint:
         self.state = state
         # a state dict of weights with nothing around it
         self.is_bare = "model" not in state
-        self.has_selection_bias = has_selection_bias(self.weights)
+        self.has_selection_bias = has_selection_bias(weights_of(state, self.file))
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict, until `state` is emptied."""
-        return weights_of(self.state, self.file)
+        return self.state.get("model", self.state)
 
 
 def find_resume(settings: Settings) -> OpenCheckpoint | None:
