@@ -8,6 +8,7 @@ Precedence: flag > environment variable > YAML > default. Any key is a flag: `--
 
 # --help must answer at once: what it needs is imported here, and the rest, which takes seconds, in functions
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -70,7 +71,7 @@ def set_up(argv: list[str], started: float) -> "Run":
     from litgpt_moe.training.batches import prepare_data_of
 
     hear_ctrl_c()
-    run = runs.set_up(argv, started)
+    run = dataclasses.replace(runs.set_up(argv), started=started)
     # the other processes wait for it when the process group forms
     if is_main_process():
         prepare_data_of(run)

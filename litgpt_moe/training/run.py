@@ -1,7 +1,6 @@
 """From a command line to a Run: everything is decided and checked before the first file is written."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,18 +84,15 @@ def to_litgpt(settings: Settings) -> tuple[litgpt_args.TrainArgs, litgpt_args.Ev
     return litgpt_args.TrainArgs(**asdict(settings.train)), litgpt_args.EvalArgs(**asdict(evaluation))
 
 
-def set_up(argv: list[str], started: float | None = None) -> Run:
+def set_up(argv: list[str]) -> Run:
     """Return the checked run of a command line, whose data may still have to be prepared.
 
-    Ask `launcher_problems()` before importing this module: Lightning trips over the variables it is about.
-
-    Raises:
-        ValueError: every problem at once, one line each, with its place and the way out.
-        OSError: a file cannot be read, or W&B cannot be reached.
+    ValueError has every problem at once, one line each, with its place and the way out. Ask
+    `launcher_problems()` before importing this module: Lightning trips over the variables it is about.
     """
-    started = time.monotonic() if started is None else started
     parsed = load_settings(argv)
-    return resolve(replace(parsed, settings=with_dataset(parsed.settings)), started)
+    parsed.settings = with_dataset(parsed.settings)
+    return resolve(parsed)
 
 
 def with_dataset(settings: Settings) -> Settings:
@@ -109,64 +105,37 @@ def with_dataset(settings: Settings) -> Settings:
     return settings
 
 
-class Problems:
-    """Sentences about a run's settings, gathered so that a user reads them all at once."""
-
-    def __init__(self, parsed: Parsed) -> None:
-        self.parsed = parsed
-        self.lines: list[str] = []
-
-    def add(self, lines: list[str]) -> None:
-        """Add sentences, each behind the place of the setting that it is about."""
-        self.lines += [self.parsed.located(line) for line in lines]
-
-    def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`, or None once its error is added."""
-        try:
-            return function(*args)
-        except class_path.BadClass as error:
-            self.lines.append(f"{self.parsed.place(error.keys)}: {error}")
-        except (ValueError, OSError) as error:
-            self.add(str(error).splitlines())
-        return None
-
-    def raise_all(self) -> None:
-        """Raise ValueError with all sentences, if there are any."""
-        if self.lines:
-            raise ValueError("\n".join(self.lines))
-
-
-def resolve(parsed: Parsed, started: float) -> Run:
+def resolve(parsed: Parsed) -> Run:
     """Return the run that typed settings describe. Raises as `set_up`."""
-    settings, problems = parsed.settings, Problems(parsed)
-    config = problems.attempt(MoEConfig.from_file, settings.model_config)
+    settings = parsed.settings
+    config = parsed.attempt(MoEConfig.from_file, settings.model_config)
     wanted = (settings.accelerator, settings.devices, settings.num_nodes, settings.precision)
-    precision, devices = problems.attempt(training_device, *wanted) or ("", 1)
+    precision, devices = parsed.attempt(training_device, *wanted) or ("", 1)
     world_size = devices * settings.num_nodes
-    problems.add(launcher_problems(world_size))
-    problems.add(checks.train_problems(settings, config and config.block_size, world_size))
-    data = problems.attempt(build_data, settings)
-    optimizer = problems.attempt(optimizer_spec, settings)
+    parsed.add(launcher_problems(world_size))
+    parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
+    data = parsed.attempt(build_data, settings)
+    optimizer = parsed.attempt(optimizer_spec, settings)
     if is_main_process() and (live := checks.run_lock(settings.out_dir).problem()):
         # what lies there is changing: nothing can be said of it
         raise ValueError(live)
-    resume = problems.attempt(find_resume, settings)
-    problems.raise_all()
-    initial = problems.attempt(find_initial, settings, config)
+    resume = parsed.attempt(find_resume, settings)
+    parsed.raise_all()
+    initial = parsed.attempt(find_initial, settings, config)
     facts = model_facts(config, settings.train.max_seq_length)
-    run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial, started=started)
+    run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
     run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(settings, data))
-    problems.add(data_problems(settings, data))
-    problems.add(checks.tokenizer_problems(settings, config.padded_vocab_size))
-    problems.add(checks.memory_problems(settings, facts, precision, world_size))
+    parsed.add(data_problems(settings, data))
+    parsed.add(checks.tokenizer_problems(settings, config.padded_vocab_size))
+    parsed.add(checks.memory_problems(settings, facts, precision, world_size))
     if resume:
         checked = (resume, settings, config, optimizer["class_path"], run.tokens_per_step)
-        run = replace(run, start_step=problems.attempt(check_resume, *checked) or 0)
-    problems.add(
+        run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
+    parsed.add(
         checks.out_dir_problems(settings, resume, initial)
         or checks.disk_problems(settings, run.checkpoint_bytes, run.n_steps - run.start_step)
     )
-    problems.raise_all()
+    parsed.raise_all()
     return run
 
 
