@@ -16,7 +16,7 @@ from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
-from litgpt_moe.training.parse import Parsed, load_settings
+from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.resume import OpenCheckpoint, check_resume, find_initial, find_resume
 from litgpt_moe.training.settings import Settings
 
@@ -91,23 +91,7 @@ def set_up(argv: list[str]) -> Run:
     `launcher_problems()` before importing this module: Lightning trips over the variables it is about.
     """
     parsed = load_settings(argv)
-    parsed.settings = with_dataset(parsed.settings)
-    return resolve(parsed)
-
-
-def with_dataset(settings: Settings) -> Settings:
-    """Return the settings with the folder of the W&B data set, once it is here, and its own tokenizer."""
-    if settings.wandb_dataset:
-        folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
-        settings = replace(settings, dataset_dir=folder)
-    if settings.dataset_dir and (settings.dataset_dir / "tokenizer/tokenizer.json").is_file():
-        settings = replace(settings, tokenizer_dir=settings.dataset_dir / "tokenizer")
-    return settings
-
-
-def resolve(parsed: Parsed) -> Run:
-    """Return the run that typed settings describe. Raises as `set_up`."""
-    settings = parsed.settings
+    settings = with_dataset(parsed.settings)
     config = parsed.attempt(MoEConfig.from_file, settings.model_config)
     wanted = (settings.accelerator, settings.devices, settings.num_nodes, settings.precision)
     precision, devices = parsed.attempt(training_device, *wanted) or ("", 1)
@@ -137,6 +121,16 @@ def resolve(parsed: Parsed) -> Run:
     )
     parsed.raise_all()
     return run
+
+
+def with_dataset(settings: Settings) -> Settings:
+    """Return the settings with the folder of the W&B data set, once it is here, and its own tokenizer."""
+    if settings.wandb_dataset:
+        folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
+        settings = replace(settings, dataset_dir=folder)
+    if settings.dataset_dir and (settings.dataset_dir / "tokenizer/tokenizer.json").is_file():
+        settings = replace(settings, tokenizer_dir=settings.dataset_dir / "tokenizer")
+    return settings
 
 
 def _as_run(run: Run) -> Settings:
