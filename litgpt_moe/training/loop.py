@@ -14,7 +14,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from litgpt import GPT, pretrain
-from torch.optim import Optimizer
 
 from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter
@@ -147,7 +146,9 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
         # is silent about a loss that is not finite, and fit fails on one over 709
         (pretrain, "validate"): functools.partial(hooks.validate, pretrain.validate),
         # has one group for all weights, and its own idea of `fused`
-        (pretrain, "instantiate_torch_optimizer"): functools.partial(_optimizer, hooks),
+        (pretrain, "instantiate_torch_optimizer"): lambda spec, *_, **__: make_optimizer(
+            hooks.run.settings, hooks.model.gpt, spec
+        ),
         # needs all logits at once
         (pretrain, "chunked_cross_entropy"): functools.partial(_loss, hooks, pretrain.chunked_cross_entropy),
     }
@@ -162,10 +163,6 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
     finally:
         for (owner, name), original in originals.items():
             setattr(owner, name, original)
-
-
-def _optimizer(hooks: LoopHooks, spec: dict[str, Any], *_: Any, **__: Any) -> Optimizer:
-    return make_optimizer(hooks.run.settings, hooks.model.gpt, spec)
 
 
 def _loss(
