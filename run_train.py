@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     argv = normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
-        return print_help()
+        parser = FlagParser(prog="run_train.py", description=__doc__)
+        add_flags(parser, Settings)
+        parser.print_help()
+        return 0
     if sys.platform == "linux":
         # Before the first import of torch, which reads it once. MoE row counts differ from step to step, and
         # unless its segments can grow, the allocator keeps a block for each until memory is in pieces.
@@ -52,14 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(*explain(error))
     return train_and_report(run, argv)
-
-
-def print_help() -> int:
-    """Print every key of the settings as a flag, with its default."""
-    parser = FlagParser(prog="run_train.py", description=__doc__)
-    add_flags(parser, Settings)
-    parser.print_help()
-    return 0
 
 
 def set_up(argv: list[str], started: float) -> "Run":
@@ -105,11 +100,7 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
 
 
 def train(run: "Run", stops: "StopSignals") -> "Result":
-    """Train the model by LitGPT's own loop, and return what came of it.
-
-    Raises:
-        RunFailed: the loss is no longer a number, or a checkpoint could not be saved.
-    """
+    """Train the model by LitGPT's own loop, and return what came of it; RunFailed if it cannot go on."""
     from litgpt import pretrain
 
     from litgpt_moe.training.hooks import LoopHooks
@@ -138,7 +129,7 @@ def train(run: "Run", stops: "StopSignals") -> "Result":
                 devices=run.devices,
                 num_nodes=settings.num_nodes,
                 seed=settings.seed,
-                # training.model.prepare_model loads it: LitGPT would read bare weights alone
+                # training.hooks.prepare_model loads it: LitGPT would read bare weights alone
                 initial_checkpoint_dir=None,
                 resume=run.resume.file if run.resume else False,
                 config=run.config,

@@ -3,29 +3,39 @@
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.strategy import Strategy
+from litgpt import GPT
 from litgpt.args import TrainArgs
 from torch.optim import Optimizer
 
-from litgpt_moe.balance import discard_step_load, layers_of, router_statistics, update_selection_bias
+from litgpt_moe.balance import (
+    Balance,
+    discard_step_load,
+    layers_of,
+    router_statistics,
+    set_balance,
+    update_selection_bias,
+    use_selection_bias,
+)
 from litgpt_moe.checkpoints.layout import checkpoints_of
 from litgpt_moe.checkpoints.state import RunState, rng_state, set_rng_state
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.hardware import peak_flops
+from litgpt_moe.kernels.matmul import use_fast_linear
+from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_row, validation_row
-from litgpt_moe.training.model import PreparedModel, prepare_model, router_counts, set_router_counts
 from litgpt_moe.training.run import Run
-from litgpt_moe.training.schedule import learning_rate, warmup_steps
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
-from litgpt_moe.training.steps import Judge, RunFailed, StopSignals, Verdict
+from litgpt_moe.training.steps import Judge, RunFailed, StopSignals, Verdict, learning_rate, warmup_steps
 from litgpt_moe.training.stories import StoryLog
 
 # of a slow disk, until a first save has been timed
@@ -40,7 +50,8 @@ class LoopHooks:
 
     # from Fabric's setup on
     fabric: Fabric
-    model: PreparedModel
+    gpt: GPT
+    head: LossHead | None
     loader: TrainLoader
 
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
@@ -65,8 +76,11 @@ class LoopHooks:
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
-        self.fabric, self.model = fabric, prepare_model(fabric, module, self.run)
-        self.writer.selection_bias = self.model.has_selection_bias
+        self.fabric, self.gpt = fabric, module.module
+        has_selection_bias = prepare_model(fabric, module, self.run)
+        # FSDP's weights are whole only inside the model's forward
+        self.head = None if is_sharded(fabric) else defer_head(self.gpt)
+        self.writer.selection_bias = has_selection_bias
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over all ranks, which may take the tensor's own memory."""
@@ -124,7 +138,7 @@ class LoopHooks:
         return warmup_steps(args.schedule, args.train, run.n_steps, run.tokens_per_step, in_epoch)
 
     def _skip(self, optimizer: Optimizer, verdict: Verdict) -> None:
-        discard_step_load(self.model.gpt)
+        discard_step_load(self.gpt)
         # an optimizer leaves weights without a gradient as they are
         optimizer.zero_grad(set_to_none=True)
         problem = f"the loss is {self.figures.loss:g}, its gradient's norm {self.figures.grad_norm:g}"
@@ -138,7 +152,7 @@ class LoopHooks:
 
     def on_after_optimizer_step(self, strategy: Strategy, optimizer: Optimizer) -> None:
         """Move the selection bias, and count the step."""
-        update_selection_bias(self.model.gpt, self.sum_over_ranks)
+        update_selection_bias(self.gpt, self.sum_over_ranks)
         self.step += 1
         self.clock.end_step()
         self.metrics.advance(self.step)
@@ -155,9 +169,9 @@ class LoopHooks:
         row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
         epoch = self.loader.state_dict().get("epoch", 0)
         row |= {"epoch": epoch, "skipped_steps": self.guard.n_skipped}
-        counts, read = router_statistics(self.model.gpt, self.sum_over_ranks)
+        counts, read = router_statistics(self.gpt, self.sum_over_ranks)
         counts = counts.cpu()
-        self.logs.write_loads(self.step, layers_of(self.model.gpt), counts.tolist())
+        self.logs.write_loads(self.step, layers_of(self.gpt), counts.tolist())
         return row | read(counts)
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
@@ -166,7 +180,7 @@ class LoopHooks:
             val_loss = validate(*args, **options)
             # the first validation of each process is fit's trial of two batches
             if self.has_validated and not is_sharded(self.fabric):
-                self.stories.tell(self.model.gpt, self.model.head, self.step)
+                self.stories.tell(self.gpt, self.head, self.step)
             self.has_validated = True
         if not val_loss.isfinite():
             self.metrics.print(f"Warning: the validation loss is {val_loss.item():g} at step {self.step}.")
@@ -180,7 +194,10 @@ class LoopHooks:
             time_s=self.clock.seconds,
             guard=self.guard.state_dict(),
             told_step=self.stories.last_step,
-            router=router_counts(self.model.gpt, self.sum_over_ranks),
+            router=[
+                {name: self.sum_over_ranks(getattr(balance, name).clone()) for name in ("load", "sums")}
+                for balance in _balances(self.gpt)
+            ],
             rng=rng_state(),
             **self.logs.lengths(),
         )
@@ -196,9 +213,42 @@ class LoopHooks:
         saved = RunState()
         saved.load_state_dict(left_over)
         set_rng_state(saved.rng)
+        # on one rank, since a row of the log sums over all
         if self.fabric.is_global_zero:
-            set_router_counts(self.model.gpt, saved.router)
+            for balance, counts in zip(_balances(self.gpt), saved.router, strict=True):
+                balance.load.copy_(counts["load"])
+                balance.sums.copy_(counts["sums"])
         self.clock.resume(saved.time_s)
         self.guard.load_state_dict(saved.guard)
         self.stories.last_step = saved.told_step
         self.logs.keep(vars(saved))
+
+
+def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
+    """Balance the model in Fabric's `module`, and load the weights to start from.
+
+    Return whether experts are chosen with a selection bias, which makes stock LitGPT refuse the weights.
+    """
+    gpt: GPT = module.module
+    use_fast_linear(gpt)
+    # LitGPT divides its own loss by the number of micro-batches, not what a layer adds
+    set_balance(gpt, **asdict(run.settings.moe), scale=1 / run.accumulation)
+    source = run.initial or run.resume
+    was_biased = source is not None and source.has_selection_bias
+    if was_biased:
+        # trained with a selection bias, the experts are chosen with it even if nothing updates it
+        use_selection_bias(gpt)
+    if run.initial is not None:
+        # LitGPT's own initial_checkpoint_dir reads bare weights, not checkpoints. strict=False: the weights
+        # were checked, and the optimizer's state stays behind
+        if run.initial.is_bare:
+            fabric.load_raw(run.initial.file, module, strict=False, weights_only=True)
+        else:
+            fabric.load(run.initial.file, {"model": module}, strict=False)
+        # as long as something refers to a tensor in the mapped file, its disk space stays in use
+        run.initial.state.clear()
+    return was_biased or run.settings.moe.bias_update_rate > 0
+
+
+def _balances(gpt: GPT) -> list[Balance]:
+    return [layer.balance for layer in layers_of(gpt).values() if layer.balance is not None]

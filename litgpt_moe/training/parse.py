@@ -28,17 +28,9 @@ FLAG_TO_KEY = {
     "train_config": "config",
     "wandb_dataset_artifact": "wandb_dataset",
 }
-# read in this order, each as the flag of the same name in lower case
-VARIABLES = (
-    "RESUME",
-    "WANDB_DATASET_ARTIFACT",
-    "WANDB_ARTIFACTS_DIR",
-    "DATASET_DIR",
-    "MICRO_BATCH_SIZE",
-    "GLOBAL_BATCH_SIZE",
-    "MAX_TOKENS",
-    "MAX_SEQ_LENGTH",
-)
+# each of these flags may be an environment variable instead, in upper case
+FLAGS_OF_VARIABLES = ("resume", "wandb_artifacts_dir", "dataset_dir", *FLAG_TO_KEY)
+VARIABLES = [name.upper() for name in FLAGS_OF_VARIABLES if name != "train_config"]
 # fields that are dataclasses: `key: value` lines under them in YAML
 GROUPS = {f.name: f.type for f in fields(Settings) if isinstance(f.type, type) and is_dataclass(f.type)}
 SWITCHES = {f.name for f in fields(Settings) if f.type is bool} | {
@@ -52,13 +44,12 @@ Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, va
 
 @dataclass
 class Parsed:
-    """Typed settings, the place that each value came from, and what is found to be wrong with them."""
+    """Typed settings, where each value came from, and all that is wrong with them, to be read at once."""
 
     settings: Settings
     places: dict[str, str]
     """Dotted key -> the YAML file, `$VARIABLE` or `--flag` that set it; defaults are absent."""
     problems: list[str] = field(default_factory=list)
-    """Gathered so that a user reads all of them at once."""
 
     def add(self, problems: list[str]) -> None:
         """Add problems, each behind the places of the keys that it calls by name ("KEY is VALUE")."""
@@ -119,11 +110,11 @@ def read_flags(argv: list[str]) -> Given:
             key, value = name.removeprefix("no_"), str(not name.startswith("no_"))
         elif not equals and (value := next(tokens, None)) is None:
             raise ValueError(f"--{name} needs a value (see --help)")
-        group, _, rest = key.partition(".")
-        if group in CLASS_KEYS and rest:
+        group, _, argument = key.partition(".")
+        if group in CLASS_KEYS and argument:
             # --optimizer.lr means --optimizer.init_args.lr, as on LitGPT's command line
-            argument = rest.removeprefix("init_args.")
-            key = f"{group}.{rest}" if rest == "class_path" else f"{group}.init_args.{argument}"
+            if argument != "class_path":
+                key = f"{group}.init_args.{argument.removeprefix('init_args.')}"
             value = _scalar(name, value)
         given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
     return given

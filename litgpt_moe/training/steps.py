@@ -1,4 +1,7 @@
-"""What is decided at each optimizer step: whether it counts, and whether the run goes on. Needs no LitGPT."""
+"""What is decided at each optimizer step: its learning rate, whether it counts, whether the run goes on.
+
+Needs no LitGPT.
+"""
 
 import math
 import os
@@ -9,7 +12,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Self
 
 from litgpt_moe.cli import WorkFailed
-from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.settings import ScheduleArgs, Settings, TrainArgs
 
 
 class Ending(Exception):
@@ -148,3 +151,40 @@ class Judge:
             give_up = self.guard.n_in_a_row >= self.settings.guard.max_skipped_steps
             return Verdict(end=end, skip=True, give_up=give_up)
         return Verdict(end=end, spike=self.guard.add_loss(loss))
+
+
+# --- the learning rate --------------------------------------------------------------------------------------
+
+
+def learning_rate(
+    args: ScheduleArgs, step: int, n_steps: int, warmup_steps: int, peak: float, lowest: float
+) -> float:
+    """Return the learning rate of optimizer step 1 <= `step` <= `n_steps`; a decay ends at `lowest`.
+
+    It counts optimizer steps and not, as litgpt 0.5.13 does, micro-batches, so that neither the number of
+    devices nor micro_batch_size changes it.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    if args.name == "constant":
+        return peak
+    if args.name == "cosine":
+        done = (step - warmup_steps) / max(1, n_steps - warmup_steps)
+        return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+    n_decay = min(round(args.decay_fraction * n_steps), n_steps - warmup_steps)
+    done = max(0.0, (step - (n_steps - n_decay)) / n_decay) if n_decay else 0.0
+    # warmup-stable-decay with 1 - sqrt: Haegele et al., arxiv.org/abs/2405.18392, eq. 2
+    return lowest + (peak - lowest) * (1 - math.sqrt(done))
+
+
+def warmup_steps(
+    args: ScheduleArgs, train: TrainArgs, n_steps: int, tokens_per_step: int, steps_per_epoch: float
+) -> int:
+    """Return the optimizer steps of linear warm-up, at most all `n_steps`."""
+    if args.warmup_tokens is not None:
+        steps = math.ceil(args.warmup_tokens / tokens_per_step)
+    elif train.lr_warmup_fraction:
+        steps = math.ceil(train.lr_warmup_fraction * steps_per_epoch)
+    else:
+        steps = train.lr_warmup_steps or 0
+    return min(steps, n_steps)
