@@ -49,7 +49,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave what happens meanwhile, a validation, out of the rate of the next row."""
+        """Leave a validation out of the rate of the next row."""
         started = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - started

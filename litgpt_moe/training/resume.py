@@ -40,11 +40,7 @@ class OpenCheckpoint:
 
 
 def find_resume(settings: Settings) -> OpenCheckpoint | None:
-    """Return the checkpoint to continue from, or None for a fresh start.
-
-    Raises:
-        ValueError, OSError: the one that was asked for is not there, or not whole.
-    """
+    """Return the checkpoint to continue from, or None for a fresh start."""
     resume = str(settings.resume)
     if resume.lower() in ("false", "none", ""):
         return None
@@ -84,11 +80,7 @@ def find_initial(settings: Settings, config: Config) -> OpenCheckpoint | None:
 def check_resume(
     opened: OpenCheckpoint, settings: Settings, config: Config, optimizer: str, tokens_per_step: int
 ) -> int:
-    """Return the steps done in a checkpoint; `optimizer` is the class_path of the run's.
-
-    Raises:
-        ValueError: a run of these settings cannot continue it.
-    """
+    """Return the steps done in a checkpoint, or raise ValueError if these settings cannot continue it."""
     folder, step = opened.folder, opened.state["step_count"]
     check_weights(folder, config, opened.weights)
     if settings.moe.bias_update_rate and not opened.has_selection_bias:

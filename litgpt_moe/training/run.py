@@ -35,9 +35,7 @@ class Run:
     devices: int
     """Devices on this machine."""
     resume: OpenCheckpoint | None = None
-    """The checkpoint to continue from, open."""
     initial: OpenCheckpoint | None = None
-    """The checkpoint whose weights to start from, open."""
     start_step: int = 0
     """Steps done before this process."""
     demo_data: bool = False
@@ -109,7 +107,6 @@ def set_up(argv: list[str]) -> Run:
     facts = model_facts(config, settings.train.max_seq_length)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
     run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(settings, data))
-    parsed.add(data_problems(settings, data))
     parsed.add(checks.tokenizer_problems(settings, config.padded_vocab_size))
     parsed.add(checks.memory_problems(settings, facts, precision, world_size))
     if resume:
@@ -134,12 +131,10 @@ def with_dataset(settings: Settings) -> Settings:
 
 
 def _as_run(run: Run) -> Settings:
-    """Return the settings as they run and are saved: whole steps, a logged one at least, the device known."""
-    train = replace(
-        run.settings.train,
-        max_tokens=run.n_steps * run.tokens_per_step,
-        log_interval=min(run.settings.train.log_interval, run.n_steps),
-    )
+    # whole steps, a logged one at least
+    max_tokens = run.n_steps * run.tokens_per_step
+    log_interval = min(run.settings.train.log_interval, run.n_steps)
+    train = replace(run.settings.train, max_tokens=max_tokens, log_interval=log_interval)
     return replace(run.settings, train=train, precision=run.precision, devices=run.devices)
 
 
@@ -147,26 +142,19 @@ def _as_run(run: Run) -> Settings:
 
 
 def build_data(settings: Settings) -> Any:
-    """Return the data module, ours with the run's tokenizer and seed; BadClass if it cannot be made."""
-    spec = dict(settings.data)
+    """Return the data module, ours with the run's tokenizer and seed; ValueError if it cannot be made."""
+    init_args = dict(settings.data.get("init_args") or {})
     if settings.dataset_dir:
-        paths = {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
-        spec["init_args"] = {**(spec.get("init_args") or {}), **paths}
-    data = class_path.build("data", spec)
+        init_args |= {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
+    data = class_path.build("data", {**settings.data, "init_args": init_args})
     if isinstance(data, TextShards):
-        data.tokenizer_dir = settings.tokenizer_dir
-        if "seed" not in (spec.get("init_args") or {}):
+        own = settings.tokenizer_dir
+        if (named := Path(init_args.get("tokenizer_dir", own))) != own:
+            raise ValueError(f"data.init_args.tokenizer_dir is {named} but tokenizer_dir is {own}; drop one")
+        data.tokenizer_dir = own
+        if "seed" not in init_args:
             data.seed = settings.seed
     return data
-
-
-def data_problems(settings: Settings, data: Any) -> list[str]:
-    """Return a sentence if our data module was given another tokenizer than the run."""
-    own = settings.tokenizer_dir
-    named = (settings.data.get("init_args") or {}).get("tokenizer_dir", own)
-    if not isinstance(data, TextShards) or Path(named) == own:
-        return []
-    return [f"data.init_args.tokenizer_dir is {named} but tokenizer_dir is {own}; drop one"]
 
 
 def _wants_demo_data(settings: Settings, data: Any) -> bool:
