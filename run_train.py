@@ -8,6 +8,7 @@ Precedence: flag > environment variable > YAML > default. Any key is a flag: `--
 
 # --help must answer at once: what it needs is imported here, and the rest, which takes seconds, in functions
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -43,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     argv = normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
-        return print_help()
+        parser = FlagParser(prog="run_train.py", description=__doc__)
+        add_flags(parser, Settings)
+        parser.print_help()
+        return 0
     if sys.platform == "linux":
         # Before the first import of torch, which reads it once. MoE row counts differ from step to step, and
         # unless its segments can grow, the allocator keeps a block for each until memory is in pieces.
@@ -57,14 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     return train_and_report(run, argv)
 
 
-def print_help() -> int:
-    """Print every key of the settings as a flag, with its default."""
-    parser = FlagParser(prog="run_train.py", description=__doc__)
-    add_flags(parser, Settings)
-    parser.print_help()
-    return 0
-
-
 def set_up(argv: list[str], started: float) -> "Run":
     """Return the checked run, its data on disk. ValueError and OSError say what is wrong, and the way out."""
     # before Lightning, whose import trips over these variables
@@ -75,7 +71,7 @@ def set_up(argv: list[str], started: float) -> "Run":
     from litgpt_moe.training.batches import prepare_data_of
 
     hear_ctrl_c()
-    run = runs.set_up(argv, started)
+    run = dataclasses.replace(runs.set_up(argv), started=started)
     # the other processes wait for it when the process group forms
     if is_main_process():
         prepare_data_of(run)
@@ -140,7 +136,7 @@ def train(run: "Run", stops: "StopSignals") -> "Result":
                 devices=run.devices,
                 num_nodes=run.settings.num_nodes,
                 seed=run.settings.seed,
-                # training.model.prepare_model loads it: LitGPT would read bare weights alone
+                # training.hooks.prepare_model loads it: LitGPT would read bare weights alone
                 initial_checkpoint_dir=None,
                 resume=run.resume.file if run.resume else False,
                 config=run.config,

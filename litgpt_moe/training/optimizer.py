@@ -94,11 +94,6 @@ def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Opti
     return kind([{"params": matrices + head}, without_decay], **init_args)
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
-    """Return the optimizer itself, out of Fabric's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def clone_state(optimizer: Optimizer) -> None:
     """Clone the optimizer's state: after a memory-mapped load it still refers to the checkpoint file.
 

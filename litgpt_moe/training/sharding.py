@@ -52,18 +52,12 @@ class ShardedStrategy(FSDPStrategy):
     def save_checkpoint(self, path: Any, state: dict[str, Any], *_: Any, **__: Any) -> None:
         """Gather the whole state on rank 0, and give it to the writer instead of writing it here."""
         with whole_tensors(state["model"], rank0_only=True):
-            optimizer_state = gather_optimizer_state(state["optimizer"], state["model"])
-            whole = {
-                key: value.state_dict() if hasattr(value, "state_dict") else value
-                for key, value in state.items()
-                if key != "optimizer"
-            }
+            optimizer_state = gather_optimizer_state(state.pop("optimizer"), state["model"])
+            whole = self._convert_stateful_objects_in_state(state, filter={})
         if self.is_global_zero:
             self._writer.hold({**whole, "optimizer": optimizer_state})
 
-    def load_checkpoint(
-        self, path: Any, state: Any = None, strict: bool = True, *_: Any, **__: Any
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
         """Shard what is in the open checkpoint into `state`; return what is left over."""
         assert self._opened is not None
         saved = self._opened.state

@@ -42,11 +42,9 @@ class StoryLog:
         self.last_step = step
         if head is not None:
             head.is_deferred = False
-        try:
-            text = tell_story(model, self.tokenizer, PROMPT, self.max_new_tokens, SAMPLING, SEED)
-        finally:
-            if head is not None:
-                head.is_deferred = True
+        text = tell_story(model, self.tokenizer, PROMPT, self.max_new_tokens, SAMPLING, SEED)
+        if head is not None:
+            head.is_deferred = True
         model.train()
         self.log.write({"step": step, "tokens": step * self.tokens_per_step, "prompt": PROMPT, "text": text})
 
