@@ -23,7 +23,7 @@ from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import clean, shard_folders, write_splits
 from litgpt_moe.data.text import list_text
 from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer_facts
-from litgpt_moe.files import FolderLock, read_json, sha256_file, write_json
+from litgpt_moe.files import locked_folder, read_json, sha256_file, write_json
 
 # the settings on which the shards of a text depend, and what of its tokenizer the manifest records
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")
@@ -48,15 +48,13 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     check_settings(settings)
     if settings.dataset == "custom":
         list_text(settings.data_dir)  # before the lock makes a folder of a mistyped name
-    lock = lock_data(settings.data_dir)
-    lock.acquire(wait)
-    try:
-        return _prepare(settings)
-    finally:
-        for folder in shard_folders(settings.data_dir):
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # fails unless it is empty
-        lock.release()
+    with lock_data(settings.data_dir, wait):
+        try:
+            return _prepare(settings)
+        finally:
+            for folder in shard_folders(settings.data_dir):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # fails unless it is empty
 
 
 def _prepare(settings: PrepareSettings) -> Manifest:
@@ -94,9 +92,10 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     return manifest
 
 
-def lock_data(data_dir: Path) -> FolderLock:
+def lock_data(data_dir: Path, wait: bool = False) -> contextlib.AbstractContextManager[None]:
     """Return the lock that keeps a second preparation out of a data directory."""
-    return FolderLock(data_dir, "prepare", "prepare_data.py is at work", "wait for it to end, then run again")
+    way_out = "wait for it to end, then run again"
+    return locked_folder(data_dir, "prepare", "prepare_data.py is at work", way_out, wait)
 
 
 def code_versions() -> dict[str, str]:

@@ -92,7 +92,7 @@ def set_up(argv: list[str], started: float | None = None) -> Run:
 
     Raises:
         ValueError: every problem at once, one line each, with its place and the way out.
-        OSError: a file cannot be read, or W&B cannot be reached.
+        OSError: a file cannot be read, W&B cannot be reached, or another run is live in the folder.
     """
     started = time.monotonic() if started is None else started
     parsed = load_settings(argv)
@@ -147,9 +147,9 @@ def resolve(parsed: Parsed, started: float) -> Run:
     problems.add(checks.train_problems(settings, config and config.block_size, world_size))
     data = problems.attempt(build_data, settings)
     optimizer = problems.attempt(optimizer_spec, settings)
-    if is_main_process() and (live := checks.run_lock(settings.out_dir).problem()):
-        # what lies there is changing: nothing can be said of it
-        raise ValueError(live)
+    if is_main_process() and settings.out_dir.is_dir():
+        with checks.run_lock(settings.out_dir):
+            pass  # of a folder that a live run is changing nothing can be said
     resume = problems.attempt(find_resume, settings)
     problems.raise_all()
     initial = problems.attempt(find_initial, settings, config)
