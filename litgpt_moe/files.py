@@ -90,6 +90,23 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return content
 
 
+def fits(value: Any, form: Any) -> bool:
+    """Return whether parsed data has a form, whose parts may be
+
+    - a dict: the keys that a dict must have, each with its own form; more are allowed
+    - a list of one form: a list of such items
+    - a type: a value of it
+    - a number: one of its type (for a float also an int), as large or larger, but below 2**63.
+    """
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), part) for key, part in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    if isinstance(form, type):
+        return type(value) is form
+    return type(value) in (int, type(form)) and form <= value < 2**63
+
+
 # --- folders ------------------------------------------------------------------------------------------------
 
 

@@ -11,13 +11,26 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.data.settings import SPLITS
-from litgpt_moe.files import check_inside, is_outside, read_json, sha256_file
+from litgpt_moe.files import check_inside, fits, is_outside, read_json, sha256_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 RUN_AGAIN = "run prepare_data.py on that folder"
 
 Manifest = dict[str, Any]  # parsed JSON
+# what `files.fits` asks of it
+SHARD_FORM = {"path": str, "sha256": str, "n_tokens": 0, "n_stories": 0, "n_bytes": 0}
+SPLIT_FORM = {
+    **dict.fromkeys(("n_stories", "n_tokens", "n_bytes", "n_duplicates", "n_replaced_bytes"), 0),
+    "text": [{"path": str, "sha256": str, "size": 0, "mtime_ns": int}],
+    "shards": [SHARD_FORM],
+}
+FORM = {
+    "dtype": str,
+    "tokenizer": {"sha256": str, "vocab_size": 0, "bos_id": 0, "eos_id": 0},
+    "options": {},
+    "splits": dict.fromkeys(SPLITS, SPLIT_FORM),
+}
 
 
 def listed(manifest: Manifest, kind: str) -> list[dict[str, Any]]:
@@ -49,7 +62,11 @@ def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
     try:
         manifest = read_json(path)
         version = manifest["format_version"]
-        _check_types(manifest)
+        if not fits(manifest, FORM) or manifest["dtype"] not in ("uint16", "uint32"):
+            raise ValueError("not of the form of a manifest")
+        for split in map(manifest["splits"].get, SPLITS):
+            if sum(entry["n_tokens"] for entry in split["shards"]) != split["n_tokens"]:
+                raise ValueError("the shards do not add up to n_tokens")
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise ValueError(f"{path}: damaged; {RUN_AGAIN}") from None
     if version != FORMAT_VERSION:
@@ -62,30 +79,6 @@ def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
     if check_shards:
         _check_sizes(data_dir, manifest)
     return manifest
-
-
-def _check_types(manifest: Manifest) -> None:
-    """Raise TypeError or KeyError if a manifest lacks something or holds another kind of value."""
-
-    def check(mapping: dict[str, Any], kind: type, *keys: str) -> None:
-        if wrong := [key for key in keys if type(mapping[key]) is not kind]:
-            raise TypeError(f"{wrong[0]} is not {kind.__name__}")
-
-    if manifest["dtype"] not in ("uint16", "uint32"):
-        raise TypeError("dtype is neither uint16 nor uint32")
-    check(manifest, dict, "tokenizer", "options", "splits")
-    check(manifest["tokenizer"], str, "sha256")
-    check(manifest["tokenizer"], int, "vocab_size", "bos_id", "eos_id")
-    for entry in listed(manifest, "text"):
-        check(entry, str, "path", "sha256")
-        check(entry, int, "size", "mtime_ns")
-    for split in map(manifest["splits"].__getitem__, SPLITS):
-        check(split, int, "n_stories", "n_tokens", "n_bytes", "n_duplicates", "n_replaced_bytes")
-        for entry in split["shards"]:
-            check(entry, str, "path", "sha256")
-            check(entry, int, "n_tokens", "n_stories", "n_bytes")
-        if sum(entry["n_tokens"] for entry in split["shards"]) != split["n_tokens"]:
-            raise ValueError("the shards do not add up to n_tokens")
 
 
 def _check_sizes(data_dir: Path, manifest: Manifest) -> None:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from litgpt_moe.cli import note
 from litgpt_moe.data.encoding import StoryEncoder
-from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, Manifest, listed
+from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
 from litgpt_moe.data.text import SeenStories, TextReader
 from litgpt_moe.data.tokenizer import TokenizerFacts
-from litgpt_moe.files import check_inside, open_whole, read_json, sha256_file, write_json
+from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_file, write_json
 
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
@@ -60,8 +60,8 @@ def finished_shards(data_dir: Path, width: int) -> dict[str, Entry]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             content = read_json(path)
             for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
-                if any(type(entry[key]) is not int for key in ("n_stories", "n_bytes", "n_tokens")):
-                    raise TypeError("a count is no number")
+                if not fits(entry, SHARD_FORM):
+                    continue
                 shard, size = data_dir / check_inside(entry["path"]), entry["n_tokens"] * width
                 if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
                     found[shard.stem[6:]] = entry  # its name is number-key.bin
