@@ -131,7 +131,7 @@ def write_record(
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the checked content of a folder's checkpoint.json, {} without one (as LitGPT's own checkpoints)."""
+    """Return the checked content of a checkpoint.json, {} without one (as LitGPT's own checkpoints)."""
     record = folder / RECORD_FILE
     if not record.exists():
         return {}
