@@ -27,7 +27,6 @@ from litgpt_moe.data.settings import (
     DEFAULT_TOKENIZER_DIR,
     DEMO_MODEL,
     PrepareSettings,
-    UploadSettings,
     WandbSettings,
 )
 
@@ -37,7 +36,7 @@ STOPPED = "stopped; finished shards are kept, run again to go on"
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = FlagParser(description=__doc__)
-    for kind in (PrepareSettings, UploadSettings, WandbSettings):
+    for kind in (PrepareSettings, WandbSettings):
         add_flags(parser, kind)
     return parser
 
@@ -101,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> str | None:
         run(settings, prepare)
-        if not args.log_to_wandb:
+        if not settings.log_to_wandb:
             return None
         from litgpt_moe.data.artifact import push
 

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -118,24 +118,19 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, (str(values).lower() != "false") is not is_no)
 
 
-def add_flags(parser: argparse._ActionsContainer, kind: type, prefix: str = "", **defaults: Any) -> None:
+def add_flags(parser: argparse._ActionsContainer, kind: type, prefix: str = "") -> None:
     """Declare a flag for each field of the dataclass `kind`; the text under a field is the flag's help.
 
-    A field that is a dataclass gives flags with a dot (`--train.max_tokens`). `defaults` replace the fields'.
+    A field that is a dataclass gives flags with a dot (`--train.max_tokens`).
     """
     helps = {param.arg_name: param.description or "" for param in parse_from_object(kind).params}
+    defaults = vars(kind())
     for item in fields(kind):
         if isinstance(item.type, type) and is_dataclass(item.type):
             add_flags(parser, item.type, f"{prefix}{item.name}.")
-            continue
-        default = defaults.get(item.name, _default(item))
-        _add_flag(parser, f"{prefix}{item.name}", item.type, default, helps.get(item.name, ""))
-
-
-def _default(item: Field[Any]) -> Any:
-    if item.default_factory is not MISSING:
-        return item.default_factory()
-    return None if item.default is MISSING else item.default
+        else:
+            text = helps.get(item.name, "")
+            _add_flag(parser, f"{prefix}{item.name}", item.type, defaults[item.name], text)
 
 
 def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default: Any, text: str) -> None:
@@ -147,7 +142,7 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default:
         parser.add_argument(*names, action=_Switch, default=default, dest=name, help=text)
         return
     if get_origin(kind) in (Union, UnionType):
-        (kind,) = [part for part in get_args(kind) if part is not NoneType][:1]
+        kind = next(part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is Literal:
         parser.add_argument(f"--{name}", choices=get_args(kind), default=default, help=text)
     elif get_origin(kind) is list:
@@ -158,13 +153,13 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default:
 
 
 def from_flags(kind: type, args: argparse.Namespace, prefix: str = "") -> Any:
-    """Return the dataclass `kind` with the values that `add_flags` put into `args`."""
+    """Return the dataclass `kind` with the values that the flags of `add_flags` have in `args`."""
     values = {}
     for item in fields(kind):
         if isinstance(item.type, type) and is_dataclass(item.type):
             values[item.name] = from_flags(item.type, args, f"{prefix}{item.name}.")
-        else:
-            values[item.name] = getattr(args, f"{prefix}{item.name}")
+        elif (value := getattr(args, f"{prefix}{item.name}")) is not None:  # else the field's own default
+            values[item.name] = value
     return kind(**values)
 
 

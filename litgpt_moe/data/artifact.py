@@ -54,13 +54,13 @@ def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = Non
             project=project,
             entity=upload.wandb_entity,
             name=upload.wandb_run_name,
-            tags=upload.tags,
+            tags=upload.wandb_tag,
             job_type="push",
             # console="off": otherwise W&B would take this command's own output for a training log
             settings=wandb.Settings(console="off", init_timeout=CONNECT_SECONDS),
         )
         try:
-            return log_artifact(run, data_dir, tokenizer_dir, name, upload.aliases)
+            return log_artifact(run, data_dir, tokenizer_dir, name, upload.wandb_alias)
         finally:
             run.finish()
     except (Error, BrokenPipeError) as error:
