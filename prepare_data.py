@@ -9,7 +9,6 @@ in a flat array of ids; manifest.json says what made it, and shards that no long
 
 import argparse
 import time
-from collections.abc import Callable
 from typing import Any
 
 from litgpt_moe.cli import (
@@ -30,8 +29,6 @@ from litgpt_moe.data.settings import (
     WandbSettings,
 )
 
-STOPPED = "stopped; finished shards are kept, run again to go on"
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -46,14 +43,10 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.yaml_files import read_mapping
 
-    line = (
-        "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
-        "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
-    )
+    line = "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
+    line += "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
     splits, vocab_size = manifest["splits"], manifest["tokenizer"]["vocab_size"]
-    lines = [
-        line.format(split=name, n_shards=len(split["shards"]), **split) for name, split in splits.items()
-    ]
+    lines = [line.format(split=name, n_shards=len(part["shards"]), **part) for name, part in splits.items()]
     where = f"{settings.data_dir / MANIFEST}, tokenizer {settings.tokenizer_dir}"
     lines.append(f"where  {where} ({vocab_size:,} pieces)")
     if seconds is not None:
@@ -70,43 +63,32 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     return "\n".join([*lines, f"next   {command_line(*RUN_TRAIN, *flags)}"])
 
 
-def run(settings: PrepareSettings, prepare: Callable[[PrepareSettings], dict[str, Any]]) -> None:
-    """Prepare the data and print the summary.
-
-    Raises:
-        ValueError, FileNotFoundError, NotADirectoryError, FolderInUse: settings or text to be mended.
-        ConnectionError, WorkFailed: the hub or the disk failed.
-    """
-    from litgpt_moe.data.manifest import MANIFEST
-    from litgpt_moe.files import FolderInUse
-
-    start, start_ns = time.perf_counter(), time.time_ns()
-    try:
-        manifest = prepare(settings)
-        is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
-        print(summary(manifest, settings, time.perf_counter() - start if is_new else None), flush=True)
-    except (FileNotFoundError, NotADirectoryError, FolderInUse, ConnectionError):
-        raise
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        raise WorkFailed(f"{reason}; what was finished is kept, run again when that is mended") from error
-
-
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work (full disk, no hub), 2 for bad settings or text."""
     args = build_parser().parse_args(argv)
     settings = from_flags(PrepareSettings, args)
+    from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.prepare import prepare
+    from litgpt_moe.files import FolderInUse
 
     def work() -> str | None:
-        run(settings, prepare)
+        start, start_ns = time.perf_counter(), time.time_ns()
+        try:
+            manifest = prepare(settings)
+            is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
+            print(summary(manifest, settings, time.perf_counter() - start if is_new else None), flush=True)
+        except (FileNotFoundError, NotADirectoryError, FolderInUse, ConnectionError):
+            raise
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+            raise WorkFailed(f"{reason}; what was finished is kept, run again when that is mended") from error
         if not settings.log_to_wandb:
             return None
         from litgpt_moe.data.artifact import push
 
         return push(settings.data_dir, from_flags(WandbSettings, args), settings.tokenizer_dir)
 
-    return run_command(work, STOPPED)
+    return run_command(work, "stopped; finished shards are kept, run again to go on")
 
 
 def __getattr__(name: str) -> Any:
