@@ -9,7 +9,6 @@ SPLITS = ("train", "val")
 MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
 DEFAULT_DATA_DIR = Path("data/custom_text")
 DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
-DEFAULT_PROJECT = "litgpt-moe"
 REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO_MODEL = CONFIGS / "demo_model.yaml"

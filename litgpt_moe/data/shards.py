@@ -29,9 +29,8 @@ from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_f
 
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
-OWN_FILE = re.compile(
-    r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)"
-)  # only files of these names are ever deleted
+# only files of these names are ever deleted
+OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")
 
 Entry = dict[str, Any]  # of a shard, as the manifest lists it
 encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one
@@ -84,11 +83,9 @@ def start_worker() -> None:
 
 def start_pool(workers: int) -> Executor:
     """Return a pool of worker processes; for a single worker a thread, which starts at once."""
-    if workers == 1:
-        return ThreadPoolExecutor(1)
     # spawn: all that Windows has, and safe where the parent has threads
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    spawn = multiprocessing.get_context("spawn")
+    return ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn, start_worker)
 
 
 class SplitWriter:
@@ -129,9 +126,6 @@ class SplitWriter:
         shards = self._shards.items()
         return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
 
-    def _is_whole(self, entry: Entry) -> bool:
-        return sha256_file(self.data_dir / entry["path"]) == entry.get("sha256")
-
     def _flush(self, split: str, pool: Executor) -> None:
         """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
         stories, hashes = self._waiting[split]
@@ -139,7 +133,8 @@ class SplitWriter:
         facts, shards = self.facts, self._shards[split]
         made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
         key = hashlib.blake2b(b"".join(hashes) + made_by.encode(), digest_size=8).hexdigest()
-        if (made := self._finished.get(key)) and self._is_whole(made):
+        made = self._finished.get(key)
+        if made and sha256_file(self.data_dir / made["path"]) == made["sha256"]:
             shards.append(made)
             self.n_reused_bytes += made["n_bytes"]
             return
@@ -172,15 +167,16 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     splits: Manifest = {}
     for split in SPLITS:
         if not shards[split]:
-            clean(data_dir, listed_in_place(data_dir))
+            clean(data_dir)
             raise ValueError(_no_story(data_dir, split, settings.separator, writer.n_duplicates[split]))
-        entry: Entry = {
-            key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")
+        counts = ("n_stories", "n_tokens", "n_bytes")
+        splits[split] = {
+            **{key: sum(shard[key] for shard in shards[split]) for key in counts},
+            "n_duplicates": writer.n_duplicates[split],
+            "n_replaced_bytes": sum(reader.n_replaced_bytes for reader in readers[split]),
+            "text": [reader.record(data_dir) for reader in readers[split]],
+            "shards": shards[split],
         }
-        entry["n_duplicates"] = writer.n_duplicates[split]
-        entry["n_replaced_bytes"] = sum(reader.n_replaced_bytes for reader in readers[split])
-        entry["text"] = [reader.record(data_dir) for reader in readers[split]]
-        splits[split] = entry | {"shards": shards[split]}
     return splits
 
 
@@ -196,16 +192,11 @@ def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> 
     )
 
 
-def listed_in_place(data_dir: Path) -> list[Entry]:
-    """Return the entries of the shards that the present manifest lists, [] if it is damaged or not there."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return [entry for entry in listed(read_json(data_dir / MANIFEST), "shards") if entry["path"]]
-    return []
-
-
-def clean(data_dir: Path, shards: list[Entry]) -> None:
-    """Delete our own files except `shards`: outdated shards, journals, parts of killed runs."""
-    keep = {data_dir / shard["path"] for shard in shards}
+def clean(data_dir: Path) -> None:
+    """Delete our own files that the manifest does not list: old shards, journals, parts of killed runs."""
+    keep: set[Path] = set()
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
+        keep = {data_dir / entry["path"] for entry in listed(read_json(data_dir / MANIFEST), "shards")}
     for folder in shard_folders(data_dir):
         for path in folder.glob("*"):
             if OWN_FILE.fullmatch(path.name) and path not in keep:

@@ -60,44 +60,31 @@ class TokenizerFacts:
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
 
-def tokenizer_sha256(tokenizer_dir: Path) -> str:
-    """Return the SHA-256 of tokenizer.json."""
-    path = tokenizer_dir / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; name a folder that has it with --tokenizer_dir")
-    return sha256_file(path)
-
-
 def read_tokenizer_facts(tokenizer_dir: Path) -> TokenizerFacts:
-    """Return the facts of a tokenizer's folder, BOS and EOS chosen as litgpt.Tokenizer does.
-
-    Raises:
-        FileNotFoundError: there is no tokenizer.json.
-        ValueError: LitGPT could not use the tokenizer; the text says why.
-    """
-    paths = [tokenizer_dir / name for name in TOKENIZER_FILES[1:]]
-    others = (sha256_file(path) if path.is_file() else None for path in paths)
-    return _read_facts(tokenizer_dir, tokenizer_sha256(tokenizer_dir), *others)
+    """Return the facts of a tokenizer's folder; ValueError says why if LitGPT could not use it."""
+    paths = [tokenizer_dir / name for name in TOKENIZER_FILES]
+    if not paths[0].is_file():
+        raise FileNotFoundError(f"{paths[0]}: not found; name a folder that has it with --tokenizer_dir")
+    return _read_facts(tokenizer_dir, *(sha256_file(path) if path.is_file() else "" for path in paths))
 
 
 # cached by the files' digests: a run asks four times, and reading 32,000 pieces takes 0.1 s
 @functools.cache
-def _read_facts(tokenizer_dir: Path, sha256: str, *_: str | None) -> TokenizerFacts:
-    path, config_path = tokenizer_dir / "tokenizer.json", tokenizer_dir / "tokenizer_config.json"
-    spec, config = read_json(path), read_json(config_path)
-    generation = read_json(tokenizer_dir / "generation_config.json")
+def _read_facts(tokenizer_dir: Path, sha256: str, *_: str) -> TokenizerFacts:
+    path, config_path, generation_path = (tokenizer_dir / name for name in TOKENIZER_FILES)
+    spec, config, generation = read_json(path), read_json(config_path), read_json(generation_path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
         raise ValueError(f"{path}: not a tokenizer ({error}); replace the file") from None
     if config_path.is_file() and not isinstance(config.get("tokenizer_class"), str):
         raise ValueError(f"{config_path}: no tokenizer_class, which LitGPT needs; add it")
-    ids = {}
-    for key in ("bos", "eos"):
+    ids, size = {}, tokenizer.get_vocab_size()
+    for key in ("bos", "eos"):  # as litgpt.Tokenizer chooses them
         token = config.get(f"{key}_token")
         token = token.get("content") if isinstance(token, dict) else token
         ids[key] = generation.get(f"{key}_token_id") if token is None else tokenizer.token_to_id(str(token))
-        if type(ids[key]) is not int or not 0 <= ids[key] < tokenizer.get_vocab_size():
+        if type(ids[key]) is not int or not 0 <= ids[key] < size:
             way_out = f"{key}_token must name a piece of {path.name}"
             raise ValueError(f"{config_path}: no {key.upper()} id; {way_out}")
     for key in ("added_tokens", "pre_tokenizer", "normalizer"):
@@ -108,7 +95,6 @@ def _read_facts(tokenizer_dir: Path, sha256: str, *_: str | None) -> TokenizerFa
     piece = None
     if can_split_at_spaces(spec) and whole in (bare, [ids["bos"], *bare], [ids["bos"], *bare, ids["eos"]]):
         piece = PIECE_OF_SPLIT if spec["pre_tokenizer"] else PIECE
-    size = tokenizer.get_vocab_size()
     return TokenizerFacts(tokenizer_dir, sha256, size, ids["bos"], ids["eos"], special_pieces, piece)
 
 
@@ -171,9 +157,9 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
         note(f"training a tokenizer of {wanted:,} pieces into {folder}")
         train_tokenizer(folder, wanted, paths, settings.separator)
     elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
+        way_out = "--overwrite replaces it, --tokenizer_dir names another folder"
         raise ValueError(
-            f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names "
-            "another folder, and without --train_tokenizer it is used"
+            f"{folder}: there is another tokenizer; {way_out}, and without --train_tokenizer it is used"
         )
     elif not is_there:
         note(f"{folder}: no tokenizer there")
@@ -187,11 +173,7 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
 
 
 def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
-    """Return the folder of the tokenizer that made the shards: the one named, or one in or beside `data_dir`.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no usable manifest, or no such tokenizer.
-    """
+    """Return the folder of the tokenizer that made the shards: `tokenizer_dir`, or one near `data_dir`."""
     wanted = read_manifest(data_dir, check_shards=False)["tokenizer"]["sha256"]
     if tokenizer_dir:
         path = tokenizer_dir / "tokenizer.json"
@@ -199,13 +181,13 @@ def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
             return tokenizer_dir
         what = "not the one" if path.is_file() else "not found, so not the one"
         raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
-    beside = sorted(path.parent for path in data_dir.parent.glob("*/tokenizer.json"))
-    near = [data_dir / TOKENIZER_FOLDER, data_dir.parent / TOKENIZER_FOLDER, *beside]
-    for path in (folder / "tokenizer.json" for folder in near):
+    beside = sorted(data_dir.parent.glob("*/tokenizer.json"))
+    near = [folder / TOKENIZER_FOLDER / "tokenizer.json" for folder in (data_dir, data_dir.parent)]
+    for path in [*near, *beside]:
         with contextlib.suppress(PermissionError):  # a folder of somebody else's
             if path.is_file() and sha256_file(path) == wanted:
                 return path.parent
+    where = f"not in {near[0].parent}, nor in a folder beside {data_dir}"
     raise ValueError(
-        f"{data_dir}: the tokenizer that made it is not in {near[0]}, nor in a folder beside {data_dir}; "
-        "name its folder with --tokenizer_dir"
+        f"{data_dir}: the tokenizer that made it is {where}; name its folder with --tokenizer_dir"
     )
