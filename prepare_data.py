@@ -12,22 +12,15 @@ import time
 from typing import Any
 
 from litgpt_moe.cli import (
-    RUN_TRAIN,
     FlagParser,
     WorkFailed,
     add_flags,
-    command_line,
     from_flags,
     run_command,
     run_script,
+    train_command,
 )
-from litgpt_moe.data.settings import (
-    DEFAULT_DATA_DIR,
-    DEFAULT_TOKENIZER_DIR,
-    DEMO_MODEL,
-    PrepareSettings,
-    WandbSettings,
-)
+from litgpt_moe.data.settings import DEMO_MODEL, PrepareSettings, WandbSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,14 +46,14 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
         n_tokens = sum(split["n_tokens"] for split in splits.values())
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
     flags: list[object] = []
-    if settings.data_dir != DEFAULT_DATA_DIR:
+    if settings.data_dir != PrepareSettings.data_dir:
         flags += ["--dataset_dir", settings.data_dir]
-    if settings.tokenizer_dir != DEFAULT_TOKENIZER_DIR:
+    if settings.tokenizer_dir != PrepareSettings.tokenizer_dir:
         flags += ["--tokenizer_dir", settings.tokenizer_dir]
     if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
         # without CUDA run_train.py takes the demo's model, which has no row for so many pieces
         flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
-    return "\n".join([*lines, f"next   {command_line(*RUN_TRAIN, *flags)}"])
+    return "\n".join([*lines, f"next   {train_command(*flags)}"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,9 +40,6 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words)
 
 
-# --- one file -----------------------------------------------------------------------------------------------
-
-
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
     with path.open("rb") as file:
@@ -107,9 +104,6 @@ def fits(value: Any, form: Any) -> bool:
     return type(value) in (int, type(form)) and form <= value < 2**63
 
 
-# --- folders ------------------------------------------------------------------------------------------------
-
-
 def check_inside(name: str) -> str:
     """Return `name` if it stays inside the folder that it is relative to, on Linux and on Windows."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
@@ -164,12 +158,7 @@ def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
 
 
 def check_new_folder(out: Path, n_bytes: int) -> None:
-    """Raise before any work if `out` cannot become a folder of `n_bytes` bytes.
-
-    Raises:
-        FileExistsError: there is something in it already.
-        DiskFull: the disk has no room.
-    """
+    """Raise before any work if `out` cannot become a folder of `n_bytes` bytes."""
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a folder that does not exist yet")
     if out.exists() and not out.is_dir():
@@ -181,10 +170,7 @@ def check_new_folder(out: Path, n_bytes: int) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` when the block ends well, and vanishes otherwise.
-
-    Raises as `check_new_folder`, and DiskFull if the disk fills up.
-    """
+    """Yield an empty folder that becomes `out` when the block ends well, and vanishes otherwise."""
     out = out.absolute()  # "out/.." has no name of its own to stage beside
     check_new_folder(out, n_bytes)
     staging = out.with_name(f".{out.name}.tmp")

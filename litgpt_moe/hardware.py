@@ -149,9 +149,8 @@ def keep_freed_memory() -> None:
 
     By default glibc returns blocks of more than 32 MB, and the top of its heap, to the system. Fetching them
     again takes 80,000 page faults in a step of MoE-30M (2,048 tokens, chunks of logits of 64 MB, Xeon): a
-    tenth of its time. 100 steps of 4,096 tokens with ten checkpoints take 2.96 GB at their peak with this and
-    2.72 without. evaluate.py scores the same model 1.7 times as fast as when chunks of 128 MB are returned
-    (EPYC), in 1.9 GB instead of 1.4.
+    tenth of its time; the peak of 100 steps grows from 2.72 to 2.96 GB. evaluate.py scores the same model
+    1.7 times as fast (chunks of 128 MB, EPYC), in 1.9 GB instead of 1.4.
     """
     mallopt(mmap_max=0, trim_threshold=-1)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from litgpt_moe.files import sha256_file, sync_files, write_json
+from litgpt_moe.files import fits, sha256_file, sync_files, write_json
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -18,6 +18,7 @@ RECORD_FILE = "checkpoint.json"  # what a whole checkpoint holds: its step, each
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 FINAL = "final"
 RECORD_FORMAT = 1
+ENTRY_FORM = {"bytes": int, "sha256": str}  # of a file, as `files.fits` asks
 MAX_RECORD_BYTES = 1 << 20
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")  # as `step_name` writes it
 
@@ -46,10 +47,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step of a checkpoint directory; None if its name is not one that a run gives.
-
-    `final/` has the step that its checkpoint.json records, None without a readable one.
-    """
+    """Return the step in the name of a checkpoint directory, in the record of `final/`; None without one."""
     if path.name == FINAL:
         try:
             return read_record(path).get("step")
@@ -118,10 +116,7 @@ def read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 def write_record(
     folder: Path, step: int, files: dict[str, dict[str, Any]], selection_bias: bool = False
 ) -> None:
-    """List every file in `folder` in its checkpoint.json, and flush them all to the disk.
-
-    `files` has the entries that are known already, as `writer.write_state` returns them.
-    """
+    """List every file in `folder` in its checkpoint.json; `files` has the entries that are known already."""
     files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
     for path in sorted(folder.iterdir()):
         if path.name not in files:  # lit_model.pth was hashed while it was written
@@ -142,8 +137,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         version, files, step = content["format"], content["files"], content.get("step")
         if version != RECORD_FORMAT:
             raise ValueError(f"its format is {version!r:.80}, not {RECORD_FORMAT}")
-        kinds = [(type(entry["bytes"]), type(entry["sha256"])) for entry in files.values()]
-        if CHECKPOINT_FILE not in files or set(kinds) != {(int, str)}:
+        if CHECKPOINT_FILE not in files or not all(fits(entry, ENTRY_FORM) for entry in files.values()):
             raise ValueError("it does not list the files")
         if step is not None and (type(step) is not int or step < 0):
             raise ValueError(f"its step is {step!r:.80}")
@@ -153,10 +147,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the files that checkpoint.json lists with their entries, {} without one.
-
-    ValueError if one of them is missing, has another size than recorded, or would lie elsewhere.
-    """
+    """Return the files that checkpoint.json lists with their entries, {} without one; sizes are checked."""
     files = read_record(folder).get("files", {})
     for name, entry in files.items():
         path = folder / name

@@ -36,10 +36,7 @@ MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raise ValueError unless each file that checkpoint.json lists has the recorded size and SHA-256.
-
-    LitGPT's own checkpoints have no checkpoint.json: nothing to check.
-    """
+    """Raise ValueError unless all that checkpoint.json lists is as recorded (LitGPT's own have no such file)."""
     for path in folder.iterdir():
         if path.is_symlink() and is_outside(path, folder):
             raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
@@ -71,10 +68,7 @@ def flaw_words(error: Exception, folder: Path) -> str:
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint that training can go on from, every file of it checked.
-
-    ValueError or OSError, one sentence, if it is not whole or holds weights alone.
-    """
+    """Return the content of a checkpoint that training can go on from, every file of it checked."""
     # LitGPT, whose checkpoints have no digests, writes the configuration last
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: it was not written to its end; use another checkpoint")
@@ -84,14 +78,8 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-# --- tensors ------------------------------------------------------------------------------------------------
-
-
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the content of the file `path`, tensors memory-mapped; never runs code (`weights_only`).
-
-    ValueError if the file is damaged, no checkpoint, or made to do more than hold tensors.
-    """
+    """Return the content of the file `path`, tensors memory-mapped; never runs code (`weights_only`)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
@@ -180,31 +168,27 @@ def check_weights(folder: Path, config: Config, weights: dict[str, torch.Tensor]
     return model
 
 
-def _check_finite(weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
     for name, weight in weights.items():
         # a finite sum says that all values are, and takes a third of the time of asking each
         total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
         if not total.isfinite() and not weight.isfinite().all():
-            where = f"{folder / CHECKPOINT_FILE}: {name} holds values that are not finite"
-            raise ValueError(f"{where} (the training diverged); use an earlier checkpoint")
-
-
-# --- model and tokenizer ------------------------------------------------------------------------------------
+            diverged = "values that are not finite (the training diverged); use an earlier checkpoint"
+            raise ValueError(f"{path}: {name} holds {diverged}")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
     """Return the checkpoint's model in eval mode on `device`, in `dtype` (default: as it was saved).
 
     Only the weights are read into memory, not the optimizer state that lies in the same file. On the device
-    `meta` nothing is: names and shapes are checked alone. ValueError if a file is damaged, the weights do not
-    belong to the configuration, or one is not a number.
+    `meta` nothing is: names and shapes are checked alone.
     """
     verify_checkpoint(folder)
     config = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
     weights = read_weights(folder / CHECKPOINT_FILE)
     model = check_weights(folder, config, weights)
     if torch.device(device).type != "meta":
-        _check_finite(weights, folder)
+        _check_finite(weights, folder / CHECKPOINT_FILE)
     # the selection bias stays float32 in every dtype: the choice must be the one that was trained;
     # copy: the weights leave the memory-mapped file, which a running training may replace
     weights = {

@@ -39,13 +39,10 @@ class RunState:
     told_step: int = -1
     """Step of the latest story in logs/stories.csv, -1 before the first."""
     n_rows: int = 0
-    """Rows of logs/csv/metrics.csv."""
     n_spikes: int = 0
-    """Rows of logs/spikes.csv."""
     n_loads: int = 0
-    """Rows of logs/expert_load.csv."""
     n_stories: int = 0
-    """Rows of logs/stories.csv."""
+    """Rows of logs/csv/metrics.csv, and of spikes.csv, expert_load.csv and stories.csv in logs/."""
     router: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """Of each MoE layer, since the last row of the log and over all ranks: `load` (E,) int64, `sums` (4,)."""
     rng: dict[str, Any] = field(default_factory=dict)

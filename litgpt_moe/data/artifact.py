@@ -11,7 +11,7 @@ import wandb
 from filelock import FileLock
 from wandb.errors import Error
 
-from litgpt_moe.cli import RUN_TRAIN, command_line, first_line, variable
+from litgpt_moe.cli import command_line, first_line, train_command, variable
 from litgpt_moe.data.manifest import (
     MANIFEST,
     RUN_AGAIN,
@@ -73,7 +73,7 @@ def log_artifact(
         return f"{name}: recorded; send it with: uv run wandb sync {command_line(Path(run.dir).parent)}"
     name = logged.wait().source_qualified_name
     remember_artifact(data_dir, name)
-    return f"{name}: uploaded; train on it with: {command_line(*RUN_TRAIN, '--wandb_dataset', name)}"
+    return f"{name}: uploaded; train on it with: {train_command('--wandb_dataset', name)}"
 
 
 def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Policy) -> wandb.Artifact:
@@ -191,18 +191,13 @@ def download(source: wandb.Artifact, part: Path, target: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)  # left by a killed process; W&B's cache has what that fetched
     try:
         source.download(root=str(part))
-        check_download(part)
+        if links := [path for path in part.rglob("*") if path.is_symlink()]:
+            raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
+        if problems := verify(part):
+            raise ValueError(f"{problems[0].removeprefix(str(part))[1:]}; the download is not used")
+        find_tokenizer(part, part / TOKENIZER_FOLDER)
+        record_times(part)
         remember_artifact(part, source.source_qualified_name)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def check_download(folder: Path) -> None:
-    """Check every hash of a fresh download, then record its files' own times in its manifest."""
-    if links := [path for path in folder.rglob("*") if path.is_symlink()]:
-        raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
-    if problems := verify(folder):
-        raise ValueError(f"{problems[0].removeprefix(str(folder))[1:]}; the download is not used")
-    find_tokenizer(folder, folder / TOKENIZER_FOLDER)
-    record_times(folder)

@@ -10,10 +10,7 @@ from litgpt_moe.data.text import refuse_other_text
 
 
 def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
-    """Fetch a file of a hub repository into `folder`; an interrupted download goes on where it stopped.
-
-    If the hub or the file cannot be reached, ConnectionError ends with `way_out`.
-    """
+    """Fetch a file of a hub repository into `folder`; an interrupted download goes on where it stopped."""
     import httpx  # here: no worker process downloads, and each would need 0.1 s and 15 MB more
     from huggingface_hub import constants, hf_hub_download  # as httpx
 

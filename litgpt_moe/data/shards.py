@@ -97,8 +97,8 @@ class SplitWriter:
         self.n_new = self.n_reused_bytes = 0
         self._seen = SeenStories()
         self._finished = finished_shards(data_dir, facts.dtype.itemsize)
-        # stories and their hashes that are in no shard yet
-        self._waiting: dict[str, tuple[list[bytes], list[bytes]]] = {name: ([], []) for name in SPLITS}
+        # stories that are in no shard yet, each with its hash
+        self._waiting: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in SPLITS}
         self._shards: dict[str, list[Entry | Future[Entry]]] = {split: [] for split in SPLITS}
         self._submitted: list[Future[Entry]] = []
 
@@ -112,15 +112,14 @@ class SplitWriter:
             # the first of every val_every stories, so that even the smallest corpus has a val story
             to_val = self.val_every is not None and self.n_new % self.val_every == 0
             self.n_new += 1
-            for waiting, part in zip(self._waiting["val" if to_val else split], item, strict=True):
-                waiting.append(part)
-        for name, (waiting, _) in self._waiting.items():
-            if sum(map(len, waiting)) >= SHARD_BYTES:
+            self._waiting["val" if to_val else split].append(item)
+        for name, waiting in self._waiting.items():
+            if sum(len(story) for story, _ in waiting) >= SHARD_BYTES:
                 self._flush(name, pool)
 
     def finish(self, pool: Executor) -> dict[str, list[Entry]]:
         """Make the last shards, wait until all are written, and return the entries of each split."""
-        for split, (waiting, _) in self._waiting.items():
+        for split, waiting in self._waiting.items():
             if waiting:
                 self._flush(split, pool)
         shards = self._shards.items()
@@ -128,8 +127,8 @@ class SplitWriter:
 
     def _flush(self, split: str, pool: Executor) -> None:
         """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
-        stories, hashes = self._waiting[split]
-        self._waiting[split] = ([], [])
+        stories, hashes = map(list, zip(*self._waiting[split], strict=True))
+        self._waiting[split] = []
         facts, shards = self.facts, self._shards[split]
         made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
         key = hashlib.blake2b(b"".join(hashes) + made_by.encode(), digest_size=8).hexdigest()
