@@ -36,7 +36,7 @@ MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raise ValueError unless all that checkpoint.json lists is as recorded (LitGPT's own have no such file)."""
+    """Raise ValueError unless all that checkpoint.json lists, where there is one, is as recorded."""
     for path in folder.iterdir():
         if path.is_symlink() and is_outside(path, folder):
             raise ValueError(f"{path} is a link out of its folder; copy the file itself there")

@@ -1,6 +1,6 @@
 """Stories -> token shards, made by worker processes; whole ones of an interrupted run are used again.
 
-A worker imports this module, encoding.py and tokenizer.py: no torch, so that it is small and starts fast.
+A worker imports this module and tokenizer.py: no torch, so that it is small and starts fast.
 """
 
 import contextlib
@@ -20,11 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.cli import note
-from litgpt_moe.data.encoding import StoryEncoder
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
 from litgpt_moe.data.text import SeenStories, TextReader
-from litgpt_moe.data.tokenizer import TokenizerFacts
+from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_file, write_json
 
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
