@@ -30,11 +30,10 @@ from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoi
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
-from litgpt_moe.data.encoding import StoryEncoder
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.text import TextReader
-from litgpt_moe.data.tokenizer import find_tokenizer, read_tokenizer_facts
+from litgpt_moe.data.tokenizer import StoryEncoder, find_tokenizer, read_tokenizer_facts
 from litgpt_moe.files import sha256_file
 from litgpt_moe.loss import chunk_rows
 

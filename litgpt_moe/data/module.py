@@ -65,10 +65,8 @@ class TextShards(TextFiles):
         super().__post_init__()
 
     def prepare_data(self) -> None:
-        """Make stale shards again; their contents are hashed once in a run, by one process of each machine.
-
-        LitGPT calls this in every process, and run_train.py before that.
-        """
+        """Make stale shards again; LitGPT calls this in every process, and run_train.py before that."""
+        # their contents are hashed once in a run, by one process of each machine
         is_to_hash = not self.is_checked and is_first_on_machine()
         refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
         self.is_checked = True
@@ -86,9 +84,7 @@ class TextShards(TextFiles):
         is_shared = seed is not None and _is_distributed()
         ranks = (distributed.get_rank(), distributed.get_world_size()) if is_shared else (0, 1)
         stream, block_size = TokenStream(self.data_dir, split), self.max_seq_length - 1
-        batches = TokenBatches(
-            stream, self.batch_size, block_size, seed, *ranks, num_workers=self.num_workers
-        )
+        batches = TokenBatches(stream, self.batch_size, block_size, seed, *ranks, self.num_workers)
         n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
         if batches.n_sequences < n_wanted:
             raise ValueError(

@@ -16,29 +16,20 @@ from litgpt_moe.cli import note
 from litgpt_moe.data.settings import SPLITS
 
 BLOCK_BYTES = 4 << 20  # text read at once
-MAX_STORY_CHARS = (
-    1 << 20
-)  # a longer story is cut, at a paragraph if it has any; whole, it may not fit in memory
+# a longer story is cut, at a paragraph if it has any; whole, it may not fit in memory
+MAX_STORY_CHARS = 1 << 20
 MAX_REPORTS = 10  # lines with bad UTF-8 reported of one file
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
 def list_text(data_dir: Path) -> dict[str, list[Path]]:
-    """Return the text files of both splits.
-
-    Raises:
-        FileNotFoundError: there is no text to train on.
-        ValueError: a file is empty or no file, or the demo corpus is mixed with other text.
-    """
+    """Return the text files of both splits; FileNotFoundError or ValueError if they are of no use."""
     text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
     train = data_dir / "train"
     if not text["train"]:
         missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
-        way_out = (
-            f"put UTF-8 text into {train}/*.txt, or fetch some with prepare_data.py --dataset demo "
-            "or --dataset tinystories"
-        )
-        raise FileNotFoundError(f"{missing}; {way_out}")
+        fetch = "fetch some with prepare_data.py --dataset demo or --dataset tinystories"
+        raise FileNotFoundError(f"{missing}; put UTF-8 text into {train}/*.txt, or {fetch}")
     for path in text["train"] + text["val"]:
         if not path.is_file():
             raise ValueError(f"{path}: not a file; move it away, or put the text itself there")
@@ -94,17 +85,16 @@ class TextReader:
         if self.n_bad_lines > MAX_REPORTS:
             self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
         if self.n_cuts:
-            long = f"stories of over {MAX_STORY_CHARS:,} characters"
-            self.report(f"{self.path}: {long} were cut {self.n_cuts} times")
+            times = f"were cut {self.n_cuts} times"
+            self.report(f"{self.path}: stories of over {MAX_STORY_CHARS:,} characters {times}")
 
     def record(self, data_dir: Path) -> dict[str, Any]:
         """Return the manifest's entry of the file; ValueError if it was written to while it was read."""
-        size, mtime_ns = self.stat.st_size, self.stat.st_mtime_ns
-        now = self.path.stat()
-        if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+        stat, now = self.stat, self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
-        name = self.path.relative_to(data_dir).as_posix()
-        return {"path": name, "size": size, "mtime_ns": mtime_ns, "sha256": self.sha256.hexdigest()}
+        name, sha256 = self.path.relative_to(data_dir).as_posix(), self.sha256.hexdigest()
+        return {"path": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
 
     def _blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
         # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps what is not UTF-8
@@ -125,9 +115,7 @@ class TextReader:
 
     def _mend(self, text: str, first_line: int) -> str:
         with contextlib.suppress(UnicodeEncodeError):
-            text.encode(
-                "utf-8"
-            )  # fails if there are escaped bytes, and is much faster than a search for them
+            text.encode("utf-8")  # fails if there are escaped bytes; much faster than a search for them
             return text
         for number, line in enumerate(text.split("\n"), first_line):
             if not (n_bytes := sum(map(len, BAD_BYTES.findall(line)))):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from litgpt_moe.cli import RUN_TRAIN, command_line
+from litgpt_moe.cli import train_command
 from litgpt_moe.files import free_name
 
 NEXT = "Next (training reads data/custom_text, or what --dataset_dir names):"
@@ -18,4 +18,4 @@ def training_command(checkpoint: Path, like: Path | None = None) -> str:
     start = ("--initial_checkpoint_dir", checkpoint, "--tokenizer_dir", checkpoint)
     model = ("--model_config", checkpoint / "model_config.yaml")
     out_dir = free_name(checkpoint.with_name(f"{checkpoint.absolute().name}_trained"), "_", start=2)
-    return command_line(*RUN_TRAIN, *given, *start, *model, "--out_dir", out_dir)
+    return train_command(*given, *start, *model, "--out_dir", out_dir)

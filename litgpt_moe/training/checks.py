@@ -1,5 +1,6 @@
 """What is known to be wrong with a run before its first file is written: one sentence a problem."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -14,7 +15,7 @@ from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.config import ModelFacts
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import FolderLock, existing_parent
+from litgpt_moe.files import existing_parent, locked_folder
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.resume import OpenCheckpoint
@@ -52,9 +53,9 @@ LOWEST = {
 AT_MOST_1 = ("train.lr_warmup_fraction", "schedule.decay_fraction")
 
 
-def run_lock(out_dir: Path) -> FolderLock:
+def run_lock(out_dir: Path) -> contextlib.AbstractContextManager[None]:
     """Return what keeps a second run out of `out_dir`."""
-    return FolderLock(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
+    return locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
 
 
 # --- settings among themselves ------------------------------------------------------------------------------

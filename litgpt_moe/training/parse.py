@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from litgpt_moe.cli import RUN_TRAIN, command_line, join_switches
+from litgpt_moe.cli import join_switches, train_command
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
@@ -276,4 +276,4 @@ def resume_command(argv: list[str]) -> str:
             _ = equals or next(flags, None)
         elif name not in ("--overwrite", "--no_overwrite"):
             kept.append(flag)
-    return command_line(*RUN_TRAIN, *kept, "--resume", "auto")
+    return train_command(*kept, "--resume", "auto")

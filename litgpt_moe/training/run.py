@@ -85,8 +85,11 @@ def to_litgpt(settings: Settings) -> tuple[litgpt_args.TrainArgs, litgpt_args.Ev
 def set_up(argv: list[str]) -> Run:
     """Return the checked run of a command line, whose data may still have to be prepared.
 
-    ValueError has every problem at once, one line each, with its place and the way out. Ask
-    `launcher_problems()` before importing this module: Lightning trips over the variables it is about.
+    Ask `launcher_problems()` before importing this module: Lightning trips over the variables it is about.
+
+    Raises:
+        ValueError: every problem at once, one line each, with its place and the way out.
+        OSError: a file cannot be read, W&B cannot be reached, or another run is live in the folder.
     """
     parsed = load_settings(argv)
     settings = with_dataset(parsed.settings)
@@ -98,9 +101,11 @@ def set_up(argv: list[str]) -> Run:
     parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
     data = parsed.attempt(build_data, settings)
     optimizer = parsed.attempt(optimizer_spec, settings)
-    if is_main_process() and (live := checks.run_lock(settings.out_dir).problem()):
-        # what lies there is changing: nothing can be said of it
-        raise ValueError(live)
+    if is_main_process() and settings.out_dir.is_dir():
+        with checks.run_lock(settings.out_dir):
+            pass  # of a folder that a live run is changing nothing can be said
+    # before a checkpoint is opened
+    parsed.raise_all()
     resume = parsed.attempt(find_resume, settings)
     parsed.raise_all()
     initial = parsed.attempt(find_initial, settings, config)

@@ -51,7 +51,7 @@ def test_the_data_directory_goes_to_weights_and_biases_on_request(
     pushed = []
 
     def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path) -> str:
-        pushed.append((upload.wandb_project, upload.aliases, data_dir, tokenizer_dir))
+        pushed.append((upload.wandb_project, upload.wandb_alias, data_dir, tokenizer_dir))
         return "pushed"
 
     monkeypatch.setattr("litgpt_moe.data.artifact.push", push)

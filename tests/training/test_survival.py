@@ -99,7 +99,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from litgpt_moe.training.checks import run_lock\n"
-        "run_lock(Path('out')).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+        "lock = run_lock(Path('out')); lock.__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     if sys.platform == "win32":
         code = code.replace("os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)")
