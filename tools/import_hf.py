@@ -18,7 +18,7 @@ def import_checkpoint(args: argparse.Namespace) -> str:
     """Do what the flags say and return what to print. Raises as `import_model`."""
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.import_folder import import_model
-    from litgpt_moe.interop.next_command import NEXT, training_command
+    from litgpt_moe.interop.upcycle import NEXT, training_command
 
     check_new_folder(args.out, 0)
     line, has_experts = import_model(args.source, args.out)

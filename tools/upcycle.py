@@ -52,8 +52,13 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.checkpoints.writer import write_checkpoint
     from litgpt_moe.config import MoEConfig, model_facts
     from litgpt_moe.files import check_new_folder
-    from litgpt_moe.interop.next_command import NEXT, training_command
-    from litgpt_moe.interop.upcycle import largest_difference, moe_config, upcycle
+    from litgpt_moe.interop.upcycle import (
+        NEXT,
+        largest_difference,
+        moe_config,
+        training_command,
+        upcycle,
+    )
 
     check_args(args)
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)

@@ -14,7 +14,7 @@ from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.checkpoints.writer import tensor_bytes
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import new_folder, sync_files
+from litgpt_moe.files import new_folder, sync_files, write_json
 from litgpt_moe.interop import tokenizer_files, transformers
 from litgpt_moe.interop.families import family_of
 from litgpt_moe.interop.model_card import PROMPT, model_card
@@ -38,14 +38,7 @@ def check_packages(with_gguf: bool, is_checked: bool) -> None:
 
 
 def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is_checked: bool) -> list[str]:
-    """Write the checkpoint in `folder` to `out` and return lines that say what was written.
-
-    Nothing is left behind on an error.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or no class computes the same.
-        WorkFailed, DiskFull: Transformers gives other numbers, or there is no room.
-    """
+    """Write the checkpoint in `folder` to `out`, or nothing; return lines that say what was written."""
     config = MoEConfig.from_file(folder / CONFIG_FILE)
     family = family_of(config)
     gguf = import_module("litgpt_moe.interop.gguf") if with_gguf else None  # needs an optional package
@@ -56,15 +49,19 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
     kind = next(iter(weights.values())).dtype
     name = str(kind).removeprefix("torch.")
     files, ids = tokenizer_files.to_hf_tokenizer(folder, config.block_size)
-    values = transformers.to_hf_config(config, transformers.is_tied(weights), kind, ids)
+    files["config.json"] = transformers.to_hf_config(config, transformers.is_tied(weights), name, ids)
     renamed = transformers.to_hf_weights(config, weights)
     gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{name}.gguf") if gguf else None
-    files["config.json"] = tokenizer_files.to_json(values)
-    files["README.md"] = model_card(folder, config, family.architecture, gguf_name, name)
+    card = model_card(folder, config, family.architecture, gguf_name, name)
     size = tensor_bytes(renamed)
     lines = [f"Wrote   {out}: {family.architecture} in {name}, {size:,} bytes of weights"]
-    with new_folder(out, size * (2 if with_gguf else 1)) as staging:
-        _write(staging, files, renamed)
+    with new_folder(out, size * (2 if gguf else 1)) as staging:
+        for file, content in files.items():
+            write_json(staging / file, content)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        save_file({k: w.contiguous() for k, w in renamed.items()}, staging / WEIGHTS_FILE, {"format": "pt"})
+        # safetensors 0.8 writes a file that others may not read
+        (staging / WEIGHTS_FILE).chmod((staging / "README.md").stat().st_mode)
         if gguf and gguf_name:
             gguf.write_gguf(staging / gguf_name, config, renamed, staging)
             lines.append(f"GGUF    {out / gguf_name}")
@@ -72,14 +69,6 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
             lines.append(check_folder(staging, folder, kind))
         sync_files(staging)
     return lines
-
-
-def _write(staging: Path, files: dict[str, str], weights: transformers.Weights) -> None:
-    for name, text in files.items():
-        (staging / name).write_text(text, encoding="utf-8")
-    save_file({k: w.contiguous() for k, w in weights.items()}, staging / WEIGHTS_FILE, {"format": "pt"})
-    # safetensors 0.8 writes a file that others may not read
-    (staging / WEIGHTS_FILE).chmod((staging / "config.json").stat().st_mode)
 
 
 def check_folder(out: Path, folder: Path, dtype: torch.dtype) -> str:

@@ -13,25 +13,19 @@ Everything without an exact counterpart is refused.
 """
 
 import re
-from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from dataclasses import fields
+from typing import Any, NamedTuple, NoReturn
 
 from litgpt_moe.config import MoEConfig
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """A model class of Transformers."""
 
     architecture: str
     model_type: str
     is_moe: bool
     norm_qk: bool
-
-    @property
-    def has_qwen_names(self) -> bool:
-        """Return whether weights and settings have the names that Qwen3 gave them."""
-        return self.model_type.startswith("qwen3")
 
 
 FAMILIES = (

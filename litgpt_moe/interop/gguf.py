@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from gguf import GGUFWriter
 from tqdm import tqdm
@@ -24,6 +23,11 @@ ARCHITECTURES = dict(zip(FAMILIES, ("llama", "qwen3moe", "llama", "qwen3"), stri
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)\.weight")
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
+KINDS = {  # dtype -> GGUF's names of a tensor and of a file
+    "float32": ("F32", "ALL_F32"),
+    "float16": ("F16", "MOSTLY_F16"),
+    "bfloat16": ("BF16", "MOSTLY_BF16"),
+}
 
 
 def check_gguf(config: MoEConfig, folder: Path) -> None:
@@ -32,10 +36,8 @@ def check_gguf(config: MoEConfig, folder: Path) -> None:
     if config.rope_adjustments:
         raise ValueError(f"rope_adjustments is set, which this GGUF writer does not know; {instead}")
     if config.first_k_dense_replace:
-        count = config.first_k_dense_replace
-        raise ValueError(
-            f"first_k_dense_replace is {count}; llama.cpp's qwen3moe has no dense layers; {instead}"
-        )
+        key = f"first_k_dense_replace is {config.first_k_dense_replace}"
+        raise ValueError(f"{key}; llama.cpp's qwen3moe has no dense layers; {instead}")
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer_kind(spec) is None:
         raise ValueError(
@@ -71,12 +73,15 @@ def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: P
         _add_tokenizer(writer, config, tokenizer_dir)
         for name, weight in tqdm(_stacked(weights), unit="tensor", desc="GGUF", disable=None):
             if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
-                weight = _neighbours(weight, config.head_size)
+                # rows that turn together become neighbours in each head
+                halves = weight.view(-1, 2, config.head_size // 2, weight.size(1))
+                weight = halves.transpose(1, 2).reshape(weight.shape)
             # llama.cpp wants norms and router in float32 always
             is_exact = weight.dim() == 1 or name.endswith(".gate.weight")
-            array, kind = _as_array(weight, "float32" if is_exact else dtype)
+            kind = gguf.GGMLQuantizationType[KINDS["float32" if is_exact else dtype][0]]
             gguf_name = names.get_name(name, try_suffixes=(".weight",))
             assert gguf_name, name
+            array = gguf.quantize(weight.float().contiguous().numpy(), kind)
             writer.add_tensor(gguf_name, array, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -96,23 +101,11 @@ def _stacked(weights: Weights) -> list[tuple[str, torch.Tensor]]:
     return plain + [(name, torch.stack([some[e] for e in sorted(some)])) for name, some in experts.items()]
 
 
-def _neighbours(weight: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Return the rows of q or k so that the columns that turn together are neighbours in each head."""
-    return weight.view(-1, 2, head_size // 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
-
-
-def _as_array(weight: torch.Tensor, dtype: str) -> tuple[np.ndarray, Any]:
-    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    kind = gguf.GGMLQuantizationType[kinds[dtype]]
-    return gguf.quantize(weight.float().contiguous().numpy(), kind), kind
-
-
 def _add_settings(writer: GGUFWriter, config: MoEConfig, dtype: str) -> None:
-    file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
     width = config.moe_intermediate_size if config.n_expert else config.intermediate_size
     assert width and config.head_size and config.padded_vocab_size and config.n_query_groups
     writer.add_name(config.name or "model")
-    writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
+    writer.add_file_type(gguf.LlamaFileType[KINDS[dtype][1]])
     writer.add_vocab_size(config.padded_vocab_size)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -155,11 +148,8 @@ def _add_tokenizer(writer: GGUFWriter, config: MoEConfig, folder: Path) -> None:
         writer.add_add_space_prefix("Prepend" in json.dumps(spec["normalizer"]))
     else:
         writer.add_token_merges([f"{left} {right}" for left, right in merges])
-    for name, add_id in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("unk", writer.add_unk_token_id),
-    ):
+    add = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id}
+    for name, add_id in add.items():
         if settings.get(f"{name}_token") in vocabulary:
             add_id(vocabulary[settings[f"{name}_token"]])
     writer.add_add_bos_token(settings["add_bos_token"])

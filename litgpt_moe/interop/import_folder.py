@@ -29,11 +29,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetch(repository: str, folder: Path) -> None:
-    """Bring the files of a hub repository that are needed into `folder`; what is there already stays.
-
-    Raises:
-        ConnectionError: the hub, or a file in it, cannot be reached.
-    """
+    """Bring the files of a hub repository that are needed into `folder`; what is there already stays."""
     _download(repository, folder, ["config.json", SINGLE, INDEX, *TOKENIZER_FILES])
     weights = SINGLE if (folder / SINGLE).is_file() else INDEX
     _check_arrived(repository, folder, ["config.json", weights])
@@ -69,7 +65,7 @@ def _not_downloaded(name: str, repository: str, reason: str) -> str:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """Return the names of the files that hold the weights. ValueError or OSError if there are none."""
+    """Return the names of the files that hold the weights."""
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if not (folder / INDEX).is_file():
@@ -106,12 +102,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
-    """Write the checkpoint; return a line that says what it is, and whether it has experts.
-
-    Raises:
-        ValueError: something is missing or damaged, or LitGPT would compute something else.
-        DiskFull: there is no room.
-    """
+    """Write the checkpoint; return a line that says what it is, and whether it has experts."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; name a folder that Transformers saved")
     files, n_pieces = to_lit_tokenizer(folder)
@@ -125,8 +116,10 @@ def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
     facts = model_facts(config)
     kind = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
     active = f", {facts.active_params:,} active per token" if config.n_expert else ""
-    line = f"Wrote {out}: {config.name}, {facts.total_params:,} parameters{active}, in {kind}"
-    return line, config.n_expert > 0
+    return (
+        f"Wrote {out}: {config.name}, {facts.total_params:,} parameters{active}, in {kind}",
+        config.n_expert > 0,
+    )
 
 
 def import_model(source: str, out: Path) -> tuple[str, bool]:

@@ -1,13 +1,13 @@
 """The model card of an exported checkpoint: what its own files say about the model, and how to use it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE
 from litgpt_moe.checkpoints.reader import read_state
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.manifest import MANIFEST
+from litgpt_moe.files import read_json
 from litgpt_moe.yaml_files import read_mapping
 
 PROMPT = "Once upon a time"
@@ -16,7 +16,7 @@ Rows = list[tuple[str, str]]
 
 def model_card(folder: Path, config: MoEConfig, architecture: str, gguf_name: str | None, dtype: str) -> str:
     """Return the README.md for the checkpoint in `folder`."""
-    path = folder / "train_config.yaml"
+    path = folder / SETTINGS_FILE
     settings = read_mapping(path, is_foreign=True) if path.is_file() else {}
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- litgpt"]
     header += ["- mixture-of-experts"] if config.n_expert else []
@@ -25,9 +25,9 @@ def model_card(folder: Path, config: MoEConfig, architecture: str, gguf_name: st
         f"# {config.name}",
         f"A small {'Mixture-of-Experts ' if config.n_expert else ''}language model, pretrained with LitGPT. "
         "It continues a text in the manner of those it was trained on; it follows no instructions.",
-        _table(shape_rows(config, architecture, dtype)),
+        _table(_shape_rows(config, architecture, dtype)),
         "## Training",
-        _table(training_rows(folder, config, settings)) if settings else "Not recorded in the checkpoint.",
+        _table(_training_rows(folder, config, settings)) if settings else "Not recorded in the checkpoint.",
         "## Use",
         _usage(gguf_name),
     ]
@@ -55,8 +55,7 @@ print(tokenizer.decode(out[0], skip_special_tokens=True))
     return code
 
 
-def shape_rows(config: MoEConfig, architecture: str, dtype: str) -> Rows:
-    """Return rows on the model's shape."""
+def _shape_rows(config: MoEConfig, architecture: str, dtype: str) -> Rows:
     facts = model_facts(config)
     active = f", of which {facts.active_params:,} are active for a token" if config.n_expert else ""
     rows = [
@@ -75,7 +74,7 @@ def shape_rows(config: MoEConfig, architecture: str, dtype: str) -> Rows:
     ]
 
 
-def training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) -> Rows:
+def _training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) -> Rows:
     """Return rows on the run that made the checkpoint, as far as its files say."""
     state = read_state(folder / CHECKPOINT_FILE)
     optimizer, train = settings.get("optimizer") or {}, settings.get("train") or {}
@@ -83,7 +82,7 @@ def training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) -> 
     if (tokens := tokens_seen(state, settings, config.block_size)) is not None:
         steps = state["step_count"]
         rows.append(("Tokens", f"{tokens:,} in {steps:,} steps of {tokens // max(steps, 1):,}"))
-    if data := describe_data(settings):
+    if data := _describe_data(settings):
         rows.append(("Data", data))
     if isinstance(optimizer, dict) and optimizer.get("class_path"):
         rate = (optimizer.get("init_args") or {}).get("lr")
@@ -91,10 +90,9 @@ def training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) -> 
         rows.append(("Optimizer", name + (f", learning rate {rate:g}" if isinstance(rate, float) else "")))
     if train.get("lr_warmup_steps"):
         rows.append(("Warm-up", f"{train['lr_warmup_steps']:,} steps"))
-    weights = settings.get("moe") or {}
-    numbers = {key: value for key, value in weights.items() if type(value) in (int, float) and value}
-    if numbers:
-        rows.append(("Balance", ", ".join(f"{key} {value:g}" for key, value in numbers.items())))
+    balance = (settings.get("moe") or {}).items()
+    if numbers := [f"{key} {value:g}" for key, value in balance if type(value) in (int, float) and value]:
+        rows.append(("Balance", ", ".join(numbers)))
     return rows + [(key.capitalize(), str(settings[key])) for key in ("precision", "seed") if key in settings]
 
 
@@ -107,16 +105,16 @@ def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int
     return steps * batch * (train.get("max_seq_length") or block_size)
 
 
-def describe_data(settings: dict[str, Any]) -> str | None:
+def _describe_data(settings: dict[str, Any]) -> str | None:
     """Return what is known of the training text: its folder by name, without the path to it."""
     given = ((settings.get("data") or {}).get("init_args") or {}).get("train_data_path")
     if not isinstance(given, str):
         return None
-    manifest = Path(given).parent / MANIFEST
+    folder = Path(given).parent
     try:
-        split = json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"]
+        split = read_json(folder / MANIFEST)["splits"]["train"]
         files = [Path(entry["path"]).name for entry in split["text"]]
         counts = f"{split['n_stories']:,} texts, {split['n_tokens']:,} tokens"
     except (OSError, ValueError, KeyError, TypeError):  # the data have moved: the name is what is left
-        return f"`{Path(given).parent.name}`"
-    return f"`{Path(given).parent.name}` ({', '.join(files[:3])}{' ...' if len(files) > 3 else ''}): {counts}"
+        return f"`{folder.name}`"
+    return f"`{folder.name}` ({', '.join(files[:3])}{' ...' if len(files) > 3 else ''}): {counts}"

@@ -12,8 +12,8 @@ from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files
 from litgpt_moe.files import read_json
 
 
-def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the tokenizer's files by name, and its `bos_token_id` and `eos_token_id`.
+def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the content of the tokenizer's files, and its `bos_token_id` and `eos_token_id`.
 
     LitGPT puts BOS before a text if tokenizer_config.json says so; here tokenizer.json itself does, and the
     class is the one that takes it as it is. (`LlamaTokenizer` would build a pipeline of its own from it.)
@@ -24,26 +24,22 @@ def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, str], dict
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     whole["post_processor"] = None
     if tokenizer.use_bos:
-        before = {"single": f"{bos}:0 $A:0", "pair": f"{bos}:0 $A:0 {bos}:1 $B:1"}
-        tokenizer.processor.post_processor = TemplateProcessing(
-            **before, special_tokens=[(bos, ids["bos_token_id"])]
-        )
+        single, pair = f"{bos}:0 $A:0", f"{bos}:0 $A:0 {bos}:1 $B:1"
+        tokenizer.processor.post_processor = TemplateProcessing(single, pair, [(bos, tokenizer.bos_id)])
         whole["post_processor"] = json.loads(tokenizer.processor.to_str())["post_processor"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(tokenizer.use_bos)}
     settings |= {"add_eos_token": False, "clean_up_tokenization_spaces": False}
     settings |= {"model_max_length": block_size, "bos_token": bos, "eos_token": eos}
     if unk := whole["model"].get("unk_token"):
         settings["unk_token"] = unk
-    files = {"tokenizer.json": whole, "tokenizer_config.json": settings, "generation_config.json": ids}
-    return {name: to_json(content) for name, content in files.items()}, ids
+    return dict(zip(TOKENIZER_FILES, (whole, settings, ids), strict=True)), ids
 
 
 def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     """Return the tokenizer's files as LitGPT reads them, and the number of its pieces.
 
     LitGPT puts BOS before a text if `add_bos_token` says so, and removes one otherwise; where the key is
-    missing it guesses by the names of class and folder. So the key is always written, as tokenizer.json
-    does it.
+    missing it guesses by the names of class and folder. So the key is always written.
     """
     tokenizer = _read(folder / "tokenizer.json")
     files = read_files(folder, TOKENIZER_FILES)
@@ -58,13 +54,14 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
             several = ids.get(key, model.get(key))
             number = several[0] if isinstance(several, list) and several else several
             settings.pop(token, None)
-            settings |= {token: piece} if (piece := _piece(tokenizer, number)) else {}
+            if isinstance(number, int) and number >= 0 and (piece := tokenizer.id_to_token(number)):
+                settings[token] = piece
         ids[key] = number
     if "add_bos_token" not in settings:
         settings["add_bos_token"] = tokenizer.encode("a").ids[:1] == [ids["bos_token_id"]]
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    files["tokenizer_config.json"] = to_json(settings).encode()
-    files["generation_config.json"] = to_json(ids).encode()
+    for name, content in (("tokenizer_config.json", settings), ("generation_config.json", ids)):
+        files[name] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
     return files, tokenizer.get_vocab_size()
 
 
@@ -82,12 +79,3 @@ def _read(path: Path) -> FastTokenizer:
 def _id_of(token: Any, tokenizer: FastTokenizer) -> int | None:
     piece = token.get("content") if isinstance(token, dict) else token
     return tokenizer.token_to_id(piece) if isinstance(piece, str) else None
-
-
-def _piece(tokenizer: FastTokenizer, number: Any) -> str | None:
-    return tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None
-
-
-def to_json(content: dict[str, Any]) -> str:
-    """Return `content` as JSON that people can read."""
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -14,17 +14,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from litgpt_moe.checkpoints.layout import CONFIG_FILE, SETTINGS_FILE
 from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.cli import train_command
 from litgpt_moe.config import MoEConfig, model_facts
+from litgpt_moe.files import free_name
 
 N_CHECKED = 64  # tokens whose logits are compared
+NEXT = "Next (training reads data/custom_text, or what --dataset_dir names):"
 
 
 def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -> MoEConfig:
     """Return the configuration of `dense` with `n_expert` experts of `width` (None: the dense width).
 
-    Raises:
-        ValueError: one sentence on what does not go together.
+    ValueError, in one sentence, if that does not go together.
     """
     if dense.mlp_class_name == "LLaMAMoE":
         raise ValueError(f"the model has {dense.n_expert} experts already; upcycling starts from a dense one")
@@ -33,8 +36,12 @@ def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -
             f"mlp_class_name is {dense.mlp_class_name}; only LLaMAMLP has the shape of an expert"
         )
     assert dense.intermediate_size  # LitGPT's Config computes it
-    width = width or dense.intermediate_size
-    slices = n_slices(dense, width)
+    width = dense.intermediate_size if width is None else width
+    if width < 1 or dense.intermediate_size % width:
+        raise ValueError(
+            f"moe_intermediate_size is {width}; choose a divisor of the dense width {dense.intermediate_size}"
+        )
+    slices = dense.intermediate_size // width
     for name, count in (("n_expert", n_expert), ("n_expert_per_token", top_k)):
         if count % slices:
             raise ValueError(
@@ -46,16 +53,6 @@ def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -
     return replace(config, name=f"MoE-{model_facts(config).total_params / 1e6:.3g}M")
 
 
-def n_slices(dense: MoEConfig, width: int) -> int:
-    """Return into how many experts of `width` a dense MLP is cut. ValueError if it leaves a rest."""
-    assert dense.intermediate_size
-    if width < 1 or dense.intermediate_size % width:
-        raise ValueError(
-            f"moe_intermediate_size is {width}; choose a divisor of the dense width {dense.intermediate_size}"
-        )
-    return dense.intermediate_size // width
-
-
 def upcycle(
     weights: dict[str, torch.Tensor], config: MoEConfig, noise: float, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
@@ -64,44 +61,35 @@ def upcycle(
     `noise` is its standard deviation, as a fraction of that of the matrix; 0.0 leaves the copies equal.
     """
     new = {name: weight for name, weight in weights.items() if ".mlp." not in name}
+    width = config.moe_intermediate_size
+    assert width and config.intermediate_size
+    slices = config.intermediate_size // width
     for layer in tqdm(range(config.n_layer), unit="layer", desc="experts", disable=None):
-        mlp = f"transformer.h.{layer}.mlp"
-        dense = {name: weight for name, weight in weights.items() if name.startswith(f"{mlp}.")}
-        new[f"{mlp}.gate.weight"] = router(config, generator).to(next(iter(dense.values())).dtype)
+        mlp = f"transformer.h.{layer}.mlp."
+        dense = {name.removeprefix(mlp): weight for name, weight in weights.items() if name.startswith(mlp)}
+        # the experts that together are one dense MLP have the same row of the router; the variance is what
+        # LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
+        rows = torch.randn(config.n_expert // slices, config.n_embd, generator=generator)
+        gate = rows.mul_(math.sqrt(2.0 / 5 / config.n_embd)).repeat_interleave(slices, dim=0)
+        new[f"{mlp}gate.weight"] = gate.to(dense["proj.weight"].dtype)
         for e in range(config.n_expert):
             for name, weight in dense.items():
-                part = slice_of(weight, name.removeprefix(f"{mlp}."), e, config)
+                part = _slice_of(weight, name, e % slices * width, width)
                 if noise and weight.dim() == 2:
-                    part += _normal(part.shape, generator).mul_(noise * weight.float().std()).to(part.dtype)
-                new[name.replace(".mlp.", f".mlp.experts.{e}.")] = part
+                    spread = noise * weight.float().std()
+                    part += torch.randn(part.shape, generator=generator).mul_(spread).to(part.dtype)
+                new[f"{mlp}experts.{e}.{name}"] = part
     return new
 
 
-def router(config: MoEConfig, generator: torch.Generator) -> torch.Tensor:
-    """Return a random router, (E, C); the experts that together are one dense MLP have the same row."""
-    assert config.moe_intermediate_size
-    slices = n_slices(config, config.moe_intermediate_size)
-    rows = _normal((config.n_expert // slices, config.n_embd), generator)
-    # the variance that LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
-    return rows.mul_(math.sqrt(2.0 / 5 / config.n_embd)).repeat_interleave(slices, dim=0)
-
-
-def slice_of(weight: torch.Tensor, name: str, e: int, config: MoEConfig) -> torch.Tensor:
-    """Return a copy of expert `e`'s part of a dense MLP's tensor, `name` being fc_1.weight, proj.bias, ..."""
-    width = config.moe_intermediate_size
-    assert width
-    slices = n_slices(config, width)
-    start = e % slices * width
+def _slice_of(weight: torch.Tensor, name: str, start: int, width: int) -> torch.Tensor:
+    """Return a copy of the part of a dense MLP's tensor that an expert gets."""
     if name.startswith("fc_"):
         return weight[start : start + width].clone()
     if name == "proj.bias":
         return weight.clone()  # its K copies are weighted by numbers that sum to one
     # each slice is weighted by 1 / G of what the whole MLP would be
-    return weight[:, start : start + width].mul(slices)
-
-
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.empty(shape).normal_(generator=generator)
+    return weight[:, start : start + width].mul(weight.size(1) // width)
 
 
 def largest_difference(dense_dir: Path, moe_dir: Path) -> float:
@@ -111,3 +99,15 @@ def largest_difference(dense_dir: Path, moe_dir: Path) -> float:
     ids = torch.randint(dense.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return (dense(ids) - moe(ids)).abs().max().item()
+
+
+def training_command(checkpoint: Path, like: Path | None = None) -> str:
+    """Return the command that trains from `checkpoint`, with the data and settings of the run `like`.
+
+    `like` is a checkpoint of that run. Without it, or where run_train.py did not make it, the defaults hold.
+    """
+    given = ("--config", like / SETTINGS_FILE) if like and (like / SETTINGS_FILE).is_file() else ()
+    start = ("--initial_checkpoint_dir", checkpoint, "--tokenizer_dir", checkpoint)
+    model = ("--model_config", checkpoint / CONFIG_FILE)
+    out_dir = free_name(checkpoint.with_name(f"{checkpoint.absolute().name}_trained"), "_", start=2)
+    return train_command(*given, *start, *model, "--out_dir", out_dir)

@@ -152,7 +152,7 @@ def test_measure_gpu_gives_commands_that_the_scripts_take(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
     commands = measure_gpu.commands(tmp_path)
     parsers = {
-        "tools/benchmarks/layer.py": layer.parse,
+        "tools/benchmarks/layer.py": lambda flags: machine.parse("", layer.LayerBenchmark, flags),
         "tools/benchmarks/train.py": train.parse,
     }
     for script, *flags in commands:

@@ -7,6 +7,7 @@ Memory: prepare_data.py on a generated file, resident memory summed over its pro
 that they share is counted for each). Loading: batches of the training loader, no worker processes.
 """
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -20,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
+from litgpt_moe.cli import run_command, run_script
 from litgpt_moe.data.batches import TokenBatches, TokenStream
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.tokenizer import PieceCache, StoryEncoder, read_tokenizer_facts
 from litgpt_moe.files import write_json, write_whole
-from tools.benchmarks.machine import ROOT, check_counts, machine
+from tools.benchmarks.machine import ROOT, machine, parse
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # per core
 
@@ -65,19 +66,19 @@ def benchmark_tokenizing(text: Path, tokenizer_dir: Path, rounds: int) -> dict[s
     from litgpt import Tokenizer
     from litgpt.data.text_files import tokenize
 
-    stock, ours = Tokenizer(tokenizer_dir), StoryEncoder(read_tokenizer_facts(tokenizer_dir))
+    ours, stock = StoryEncoder(read_tokenizer_facts(tokenizer_dir)), Tokenizer(tokenizer_dir)
+
+    def run_stock() -> Any:
+        return next(tokenize(str(text), stock))
 
     def run_ours() -> np.ndarray:
         return ours.encode(text.read_text(encoding="utf-8").strip())
 
-    def empty_cache() -> None:
-        if ours.pieces is not None:
-            ours.pieces = PieceCache(ours.facts)
-
     times: dict[str, list[float]] = {"stock": [], "ours": [], "ours_warm": []}
     for _ in range(rounds):  # in turns, so that a busy machine is busy for all of them
-        times["stock"].append(seconds(lambda: next(tokenize(str(text), stock))))
-        empty_cache()
+        times["stock"].append(seconds(run_stock))
+        if ours.pieces is not None:
+            ours.pieces = PieceCache(ours.facts)
         times["ours"].append(seconds(run_ours))
         times["ours_warm"].append(seconds(run_ours))
     megabytes = text.stat().st_size / 1e6
@@ -89,7 +90,7 @@ def benchmark_tokenizing(text: Path, tokenizer_dir: Path, rounds: int) -> dict[s
         "ratio": median["stock"] / median["ours"],
         "ratio_warm": median["stock"] / median["ours_warm"],
         # stock puts BOS before the file and no EOS after it
-        "ids_identical": run_ours()[:-1].tolist() == next(tokenize(str(text), stock)).tolist(),
+        "ids_identical": run_ours()[:-1].tolist() == run_stock().tolist(),
     }
 
 
@@ -98,15 +99,11 @@ def tree_memory(pid: int) -> int:
     import psutil
 
     total = 0
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for member in [process, *process.children(recursive=True)]:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 total += member.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-    except psutil.NoSuchProcess:
-        pass
     return total
 
 
@@ -168,13 +165,11 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def run(settings: DataBenchmark, folder: Path) -> dict[str, Any]:
+def measure(settings: DataBenchmark, folder: Path) -> dict[str, Any]:
     """Return all figures; the demo corpus and its tokenizer stand in for what was not named."""
-    demo = PrepareSettings(folder / "demo", "demo", folder / "tokenizer", train_tokenizer=2048, workers=1)
-    prepare(demo)
+    prepare(PrepareSettings(folder / "demo", "demo", folder / "tokenizer", train_tokenizer=2048, workers=1))
     text = settings.text or folder / "demo" / "train" / "demo.txt"
     tokenizer_dir = settings.tokenizer_dir or folder / "tokenizer"
-    read_tokenizer_facts(tokenizer_dir)
     sample = folder / "sample.txt"
     with text.open(encoding="utf-8") as file:
         write_whole(sample, file.read(int(settings.megabytes * 1e6)))
@@ -186,23 +181,21 @@ def run(settings: DataBenchmark, folder: Path) -> dict[str, Any]:
     }
 
 
+def run(settings: DataBenchmark) -> str:
+    """Measure, write the JSON if it has a name, and return the table."""
+    if not 0 < settings.megabytes < 1e6:
+        raise ValueError(f"--megabytes: {settings.megabytes} is not a number above 0")
+    with tempfile.TemporaryDirectory(prefix="benchmark_data") as folder:
+        result = measure(settings, Path(folder))
+    if settings.json:
+        write_json(settings.json, result)
+    return table(result)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 2 for bad settings."""
-    parser = FlagParser(description=__doc__)
-    add_flags(parser, DataBenchmark)
-    settings: DataBenchmark = from_flags(DataBenchmark, parser.parse_args(argv))
-    check_counts(parser, settings)
-    if not 0 < settings.megabytes < 1e6:
-        parser.error(f"--megabytes: {settings.megabytes} is not a number above 0")
-    try:
-        with tempfile.TemporaryDirectory(prefix="benchmark_data") as folder:
-            result = run(settings, Path(folder))
-        if settings.json:
-            write_json(settings.json, result)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    print(table(result))
-    return 0
+    settings = parse(__doc__, DataBenchmark, argv)
+    return run_command(lambda: run(settings))
 
 
 if __name__ == "__main__":

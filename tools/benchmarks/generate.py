@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
-from tools.benchmarks.machine import check_counts, machine
+from litgpt_moe.cli import WorkFailed, run_command, run_script
+from litgpt_moe.generation.settings import Sampling
+from tools.benchmarks.machine import machine, parse
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
@@ -79,32 +80,25 @@ def stock_tokens(model: "GPT", prompt_ids: list[int], n_tokens: int) -> list[int
     return [int(token) for token in steps]
 
 
-def our_tokens(model: "GPT", prompt_ids: list[int], n_tokens: int) -> list[int]:
-    """Return the greedy continuation by generate.py."""
-    from litgpt_moe.generation.decode import generate
-    from litgpt_moe.generation.settings import Sampling
-
-    return list(generate(model, prompt_ids, n_tokens, Sampling(temperature=0.0)))
-
-
-def timed(work: Callable[[], list[int]]) -> tuple[list[int], float]:
-    """Return what `work` returns, and how many tokens of it a second gave."""
-    started = time.perf_counter()
-    tokens = work()
-    return tokens, len(tokens) / (time.perf_counter() - started)
-
-
 def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, rounds: int) -> dict[str, Any]:
     """Return the tokens/s of both in alternating rounds, their medians, ratio, and whether tokens agree."""
-    rates: dict[str, list[float]] = {"stock": [], "ours": []}
+    from litgpt_moe.generation.decode import generate
+
+    greedy = Sampling(temperature=0.0)
+    kinds: dict[str, Callable[[], list[int]]] = {
+        "stock": lambda: stock_tokens(stock, prompt_ids, n_tokens),
+        "ours": lambda: list(generate(ours, prompt_ids, n_tokens, greedy)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    tokens: dict[str, list[int]] = {}
     equal = True
     for number in range(rounds + 1):
-        stock_ids, stock_rate = timed(lambda: stock_tokens(stock, prompt_ids, n_tokens))
-        our_ids, our_rate = timed(lambda: our_tokens(ours, prompt_ids, n_tokens))
-        equal = equal and stock_ids == our_ids
-        if number:  # the first round warms up
-            rates["stock"].append(stock_rate)
-            rates["ours"].append(our_rate)
+        for name, continuation in kinds.items():
+            started = time.perf_counter()
+            tokens[name] = continuation()
+            if number:  # the first round warms up
+                rates[name].append(len(tokens[name]) / (time.perf_counter() - started))
+        equal = equal and tokens["stock"] == tokens["ours"]
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "tokens_per_s": rates,
@@ -114,43 +108,37 @@ def benchmark(stock: "GPT", ours: "GPT", prompt_ids: list[int], n_tokens: int, r
     }
 
 
-def run(settings: GenerateBenchmark) -> dict[str, Any]:
-    """Return the benchmark's figures with the settings and the machine."""
+def run(settings: GenerateBenchmark) -> None:
+    """Print the table and write the JSON if it has a name; WorkFailed when the tokens differ."""
     import torch
 
-    from litgpt_moe.checkpoints.layout import find_checkpoint
+    from litgpt_moe.checkpoints.layout import CONFIG_FILE, find_checkpoint
+    from litgpt_moe.files import write_json
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    ckpt_dir = None if settings.ckpt_dir is None else find_checkpoint(settings.ckpt_dir)
-    config = settings.config if ckpt_dir is None else ckpt_dir / "model_config.yaml"
+    ckpt_dir = settings.ckpt_dir and find_checkpoint(settings.ckpt_dir)
+    config = ckpt_dir / CONFIG_FILE if ckpt_dir else settings.config
     stock, ours = build_models(config, ckpt_dir, settings.seed)
     draw = torch.Generator().manual_seed(settings.seed)
     n_prompt, n_tokens = settings.prompt_tokens, settings.max_tokens
     prompt_ids = torch.randint(stock.config.vocab_size, (n_prompt,), generator=draw).tolist()
     given = {"config": str(config), "prompt_tokens": n_prompt, "max_tokens": n_tokens}
-    return given | machine() | benchmark(stock, ours, prompt_ids, n_tokens, settings.rounds)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; return 0, 1 when the tokens differ, 2 for bad settings."""
-    parser = FlagParser(description=__doc__)
-    add_flags(parser, GenerateBenchmark)
-    settings: GenerateBenchmark = from_flags(GenerateBenchmark, parser.parse_args(argv))
-    check_counts(parser, settings)
-    from litgpt_moe.files import write_json
-
-    try:
-        figures = run(settings)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    print(f"{figures['config']}, {figures['cpu']}, {figures['threads']} threads, torch {figures['torch']}")
+    where, figures = machine(), benchmark(stock, ours, prompt_ids, n_tokens, settings.rounds)
+    print(f"{config}, {where['cpu']}, {where['threads']} threads, torch {where['torch']}")
     for name, rate in figures["median_tokens_per_s"].items():
         print(f"{name:6} {rate:8.1f} tokens/s")
     print(f"ratio  {figures['ratio']:8.2f}    tokens equal: {'yes' if figures['tokens_equal'] else 'NO'}")
     if settings.json:
-        write_json(settings.json, figures)
-    return 0 if figures["tokens_equal"] else 1
+        write_json(settings.json, given | where | figures)
+    if not figures["tokens_equal"]:
+        raise WorkFailed("ours gives other tokens than stock LitGPT")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0, 1 when the tokens differ, 2 for bad settings."""
+    settings = parse(__doc__, GenerateBenchmark, argv)
+    return run_command(lambda: run(settings))
 
 
 if __name__ == "__main__":

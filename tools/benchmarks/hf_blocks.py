@@ -9,35 +9,23 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 
-class Sizes(NamedTuple):
-    """Sizes of a layer."""
-
-    n_embd: int
-    width: int
-    """Of an expert."""
-    n_expert: int
-    top_k: int
-
-
 def make_input(n_embd: int, dtype: str, device: str, n_tokens: int) -> torch.Tensor:
     """Return the seeded input, (4, tokens / 4, C)."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, n_tokens // 4, n_embd, generator=generator)
+    x = torch.randn(4, n_tokens // 4, n_embd, generator=torch.Generator().manual_seed(1))
     return x.to(device, getattr(torch, dtype))
 
 
 def make_step(layer: Any, x: torch.Tensor) -> Callable[[], tuple[float, float]]:
     """Return a function that runs forward and backward once and returns the seconds of both."""
-    is_cuda = x.device.type == "cuda"
     ones = torch.ones_like(x)
 
     def now() -> float:
-        if is_cuda:
+        if x.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -71,7 +59,7 @@ def use_tf32(device: str) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def hf_block(name: str, weights: dict[str, torch.Tensor], sizes: Sizes) -> Any:
+def hf_block(name: str, weights: dict[str, torch.Tensor], sizes: list[int]) -> Any:
     """Return Hugging Face's block of that family and backend, with stock LitGPT's weights."""
     _, family, backend, *mode = name.split()
     n_embd, width, n_expert, top_k = sizes
@@ -105,8 +93,8 @@ def serve_steps(path: str, sizes_text: str, dtype: str, device: str, n_tokens: s
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     stock = torch.load(path, weights_only=True, map_location=device)
     use_tf32(device)
-    sizes = Sizes(*map(int, sizes_text.split(",")))
-    x, steps = make_input(sizes.n_embd, dtype, device, int(n_tokens)), {}
+    sizes = [int(size) for size in sizes_text.split(",")]
+    x, steps = make_input(sizes[0], dtype, device, int(n_tokens)), {}
     print(json.dumps({"transformers": transformers.__version__}), file=answers, flush=True)
     for line in sys.stdin:
         name = line.strip()
@@ -118,6 +106,6 @@ def serve_steps(path: str, sizes_text: str, dtype: str, device: str, n_tokens: s
                 steps[name] = make_step(block, x)
             answer: Any = steps[name]()
         except Exception as error:  # noqa: BLE001 (a backend that this machine lacks)
-            answer = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            answer = f"{type(error).__name__}: {str(error).partition('\n')[0]}"[:200]
         print(json.dumps(answer), file=answers, flush=True)
     return 0

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
-from tools.benchmarks.machine import ROOT, check_counts, machine, results_path
+from litgpt_moe.cli import run_command, run_script
+from tools.benchmarks.machine import ROOT, machine, parse, results_path
 
 SHAPES = {  # n_embd, moe_intermediate_size, n_expert, n_expert_per_token
     "30M": (256, 512, 8, 2),
@@ -52,20 +52,6 @@ class LayerBenchmark:
     """JSON to write (default: in results/, named by the GPU)."""
 
 
-def parse(argv: list[str] | None) -> LayerBenchmark:
-    """Return the checked flags."""
-    parser = FlagParser(description=__doc__)
-    add_flags(parser, LayerBenchmark)
-    settings: LayerBenchmark = from_flags(LayerBenchmark, parser.parse_args(argv))
-    check_counts(parser, settings)
-    for flag, given, choices in (("shapes", settings.shapes, SHAPES), ("dtypes", settings.dtypes, DTYPES)):
-        if odd := [name for name in given.split(",") if name not in choices]:
-            parser.error(f"--{flag} {odd[0]!r} is unknown; choose of {', '.join(choices)}")
-    if settings.tokens % 4:
-        parser.error("--tokens must be a multiple of 4")
-    return settings
-
-
 def show(title: str, rows: dict[str, Any]) -> None:
     """Print one table."""
     print(f"\n{title}\n{'':34}{'forward':>10}{'+ backward':>12}{'of dense':>10}{'of stock':>10}")
@@ -80,10 +66,16 @@ def show(title: str, rows: dict[str, Any]) -> None:
 def run(settings: LayerBenchmark) -> Path:
     """Measure, print each table and write the figures so far after each; return where they are."""
     from litgpt_moe.files import write_json
+    from litgpt_moe.hardware import pick_device
     from tools.benchmarks import layer_variants
     from tools.benchmarks.hf_blocks import use_tf32
 
-    device = layer_variants.pick_device(settings.device)
+    for flag, given, choices in (("shapes", settings.shapes, SHAPES), ("dtypes", settings.dtypes, DTYPES)):
+        if odd := [name for name in given.split(",") if name not in choices]:
+            raise ValueError(f"--{flag} {odd[0]!r} is unknown; choose of {', '.join(choices)}")
+    if settings.tokens % 4:
+        raise ValueError("--tokens must be a multiple of 4")
+    device = pick_device(settings.device, "auto")[0].type
     try:
         python = layer_variants.make_hf_environment(Path(settings.hf_env)) if settings.hf_env else None
     except (OSError, subprocess.CalledProcessError) as error:
@@ -106,14 +98,10 @@ def run(settings: LayerBenchmark) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Return 0; 2 after a message when something is missing."""
-    settings = parse(argv)
+    settings = parse(__doc__, LayerBenchmark, argv)
     if argv is None and sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
-    try:
-        print(f"\nWritten to {run(settings)}")
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    return 0
+    return run_command(lambda: f"\nWritten to {run(settings)}")
 
 
 if __name__ == "__main__":

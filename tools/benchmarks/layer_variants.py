@@ -21,12 +21,8 @@ from moe_layers import MoE
 from tools.benchmarks.hf_blocks import check_output, make_input, make_step
 from tools.benchmarks.machine import ROOT
 
-HF_VARIANTS = [
-    f"hf {family} {backend}{mode}"
-    for family in ("mixtral", "qwen3")
-    for backend, modes in (("eager", [""]), ("batched_mm", [""]), ("grouped_mm", ["", " compiled"]))
-    for mode in modes
-]
+BACKENDS = ("eager", "batched_mm", "grouped_mm", "grouped_mm compiled")
+HF_VARIANTS = [f"hf {family} {backend}" for family in ("mixtral", "qwen3") for backend in BACKENDS]
 WORKER = "import sys, hf_blocks; sys.exit(hf_blocks.serve_steps(*sys.argv[1:]))"
 FOLDER = Path(__file__).parent  # of hf_blocks.py
 Step = Callable[[], tuple[float, float]]
@@ -43,44 +39,30 @@ class Case(NamedTuple):
     n_tokens: int
 
 
-def pick_device(name: str) -> str:
-    """Return cpu or cuda; auto is CUDA where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
 def our_layers(case: Case) -> dict[str, Any]:
     """Return name -> layer for stock, the dense floor and ours, with the same weights."""
     n_embd, width, n_expert, top_k = case.sizes
-    config = MoEConfig(
-        name="layer",
-        n_layer=1,
-        n_embd=n_embd,
-        n_head=4,
-        bias=False,
-        norm_class_name="RMSNorm",
-        mlp_class_name="LLaMAMoE",
-        moe_intermediate_size=width,
-        intermediate_size=width,
-        n_expert=n_expert,
-        n_expert_per_token=top_k,
-    )
+    widths = {"n_embd": n_embd, "moe_intermediate_size": width, "intermediate_size": width}
+    experts = {"mlp_class_name": "LLaMAMoE", "n_expert": n_expert, "n_expert_per_token": top_k}
+    kind = {"n_layer": 1, "n_head": 4, "bias": False, "norm_class_name": "RMSNorm"}
+    config = MoEConfig(name="layer", **kind, **widths, **experts)
     torch.manual_seed(0)
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     layers = {"stock": LLaMAMoE(config), "dense": LLaMAMLP(config, intermediate_size=width * top_k)}
-    fast = {choose_way(config, device, dtype), "segments"}
-    if has_triton(device.type, dtype):
-        fast.add("triton")
-    for way in sorted(fast | {"loop"}):
-        layers[f"ours {way}"] = MoE(config)
-        layers[f"ours {way}"].way = way
-        layers[f"ours {way}"].load_state_dict(layers["stock"].state_dict())
     layers = {name: layer.to(device, dtype) for name, layer in layers.items()}
-    for way in sorted(fast):
-        # a layer of its own: its eager twin must not share its gradients
+
+    def ours(way: str) -> MoE:
         layer = MoE(config).to(device, dtype)
         layer.load_state_dict(layers["stock"].state_dict())
         layer.way = way
-        layers[f"ours {way} compiled"] = torch.compile(layer, fullgraph=True, dynamic=False)
+        return layer
+
+    fast = {choose_way(config, device, dtype), "segments"}
+    if has_triton(device.type, dtype):
+        fast.add("triton")
+    layers |= {f"ours {way}": ours(way) for way in sorted(fast | {"loop"})}
+    for way in sorted(fast):  # layers of their own: their eager twins must not share their gradients
+        layers[f"ours {way} compiled"] = torch.compile(ours(way), fullgraph=True, dynamic=False)
     return layers
 
 
@@ -96,8 +78,8 @@ def make_hf_environment(folder: Path) -> Path:
         subprocess.run(["uv", "venv", "-q", "--python", "3.12", str(folder)], check=True)
         packages = [f"torch=={version}", "transformers>=5", "numpy"]
         if sys.platform == "win32" and build.startswith("cu"):  # where the index has torch for the CPU alone
-            packages = [f"torch=={torch.__version__}", "--find-links", str(ROOT / "tools/torch-cu128.html")]
-            packages += ["transformers>=5", "numpy"]
+            packages[0] = f"torch=={torch.__version__}"
+            packages += ["--find-links", str(ROOT / "tools/torch-cu128.html")]
         subprocess.run(["uv", "pip", "install", "-q", "--python", str(python), *packages], check=True)
     return python
 
@@ -115,14 +97,9 @@ class HuggingFace:
         self._start()
 
     def _start(self) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        env, pipe = {**os.environ, "HF_HUB_OFFLINE": "1"}, subprocess.PIPE
         self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=FOLDER,
+            self._command, stdin=pipe, stdout=pipe, text=True, env=env, cwd=FOLDER
         )
         self.versions = self._answer()
 
@@ -167,11 +144,9 @@ def measure(
     hf = HuggingFace(python, case, layers["stock"], expected) if python else None
     if hf:
         steps |= {name: functools.partial(hf.step, name) for name in HF_VARIANTS}
-    steps = {
-        name: step
-        for name, step in steps.items()
-        if name in ("stock", "dense") or any(word in name for word in words)
-    }
+    for name in list(steps):
+        if name not in ("stock", "dense") and not any(word in name for word in words):
+            del steps[name]
     failures = warm_up(steps, layers, x, expected)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(rounds):

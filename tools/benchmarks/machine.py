@@ -1,6 +1,5 @@
-"""What the figures of a benchmark depend on, and where they are kept."""
+"""What all benchmarks share: their command line, the machine in their JSON, where that is kept."""
 
-import argparse
 import os
 import platform
 import re
@@ -9,10 +8,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe.cli import FlagParser, add_flags, from_flags
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def check_counts(parser: argparse.ArgumentParser, settings: Any) -> None:
+def parse(description: str | None, kind: type, argv: list[str] | None) -> Any:
+    """Return the dataclass `kind` from its flags."""
+    parser = FlagParser(description=description)
+    add_flags(parser, kind)
+    settings = from_flags(kind, parser.parse_args(argv))
+    check_counts(parser, settings)
+    return settings
+
+
+def check_counts(parser: FlagParser, settings: Any) -> None:
     """End with status 2 if a whole number among the settings, the seed apart, is not 1 or more."""
     for item in fields(settings):
         value = getattr(settings, item.name)
@@ -22,7 +32,7 @@ def check_counts(parser: argparse.ArgumentParser, settings: Any) -> None:
 
 def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions."""
-    import torch  # for the figures alone: --help must answer at once
+    import torch
 
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -36,7 +46,7 @@ def machine() -> dict[str, str | int]:
 
 def results_path(script: str, device: str) -> Path:
     """Return where a benchmark's JSON lies: in results/ beside its script, named by the GPU if it has one."""
-    import torch  # see above
+    import torch
 
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
     name = "_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())])

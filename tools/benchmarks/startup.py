@@ -22,8 +22,8 @@ from pathlib import Path
 
 import yaml
 
-from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
-from tools.benchmarks.machine import ROOT, check_counts
+from litgpt_moe.cli import WorkFailed, run_command, run_script
+from tools.benchmarks.machine import ROOT, parse
 
 HELP_GOAL_S = 1.0
 VOCABULARY = 512
@@ -79,19 +79,13 @@ def scripts() -> list[Path]:
 
 
 def timed(command: list[str], expected_status: int, folder: Path) -> float:
-    """Return the seconds that the command took.
-
-    Raises:
-        RuntimeError: it ended with another status; the message carries the end of what it said.
-    """
+    """Return the seconds that the command took; WorkFailed if it ended with another status."""
     started = time.perf_counter()
-    result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False
-    )
+    result = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
     seconds = time.perf_counter() - started
     if result.returncode != expected_status:
         said = (result.stderr or result.stdout).strip()[-1500:]
-        raise RuntimeError(f"{command[-1]} ended with status {result.returncode}: {said}")
+        raise WorkFailed(f"{command[-1]} ended with status {result.returncode}: {said}")
     return seconds
 
 
@@ -104,30 +98,15 @@ def benchmark_help(rounds: int) -> dict[str, float]:
     return {name: round(statistics.median(values), 3) for name, values in seconds.items()}
 
 
-def write_stories(data: Path) -> None:
-    """Write 400 stories to train on and 100 to validate on."""
-    for split, count in (("train", 400), ("val", 100)):
-        (data / split).mkdir(parents=True)
-        stories = [
-            f"Once there was story {i} of {split}, and number {i * i} was in it." for i in range(count)
-        ]
-        text = "\n<|endoftext|>\n".join(stories)
-        (data / split / "stories.txt").write_text(text, encoding="utf-8")
-
-
 def write_inputs(folder: Path) -> dict[str, list[str]]:
     """Prepare a small data directory and both runs' settings; return the command of each run."""
     from litgpt_moe.data.prepare import prepare
     from litgpt_moe.data.settings import PrepareSettings
 
     data, tokenizer = folder / "data", folder / "tokenizer"
-    write_stories(data)
-    prepare(PrepareSettings(data_dir=data, tokenizer_dir=tokenizer, train_tokenizer=VOCABULARY))
-    shards = {
-        "train_data_path": str(data / "train"),
-        "val_data_path": str(data / "val"),
-        "tokenizer_dir": str(tokenizer),
-    }
+    prepare(PrepareSettings(data, "demo", tokenizer, train_tokenizer=VOCABULARY, demo_stories=500))
+    shards = {f"{split}_data_path": str(data / split) for split in ("train", "val")}
+    shards["tokenizer_dir"] = str(tokenizer)
     settings: dict[str, object] = {
         "out_dir": str(folder / "out"),
         "precision": "32-true",
@@ -168,27 +147,25 @@ def benchmark_first_step(rounds: int) -> dict[str, object]:
     return {"ours_s": round(ours, 2), "stock_s": round(stock, 2), "stock_over_ours": round(stock / ours, 3)}
 
 
+def run(settings: StartupBenchmark) -> str:
+    """Return the figures as JSON."""
+    help_s = benchmark_help(settings.rounds)
+    report: dict[str, object] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "rounds": settings.rounds,
+        "help_s": help_s,
+        "help_goal_met": max(help_s.values()) < HELP_GOAL_S,
+    }
+    if not settings.help_only:
+        report["first_step"] = benchmark_first_step(settings.rounds)
+    return json.dumps(report, indent=2)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the figures as JSON; 1 when a run failed."""
-    parser = FlagParser(description=__doc__)
-    add_flags(parser, StartupBenchmark)
-    settings: StartupBenchmark = from_flags(StartupBenchmark, parser.parse_args(argv))
-    check_counts(parser, settings)
-    try:
-        help_s = benchmark_help(settings.rounds)
-        report: dict[str, object] = {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "rounds": settings.rounds,
-            "help_s": help_s,
-            "help_goal_met": max(help_s.values()) < HELP_GOAL_S,
-        }
-        if not settings.help_only:
-            report["first_step"] = benchmark_first_step(settings.rounds)
-    except (RuntimeError, ValueError, OSError) as error:
-        return fail(error, 1)
-    print(json.dumps(report, indent=2))
-    return 0
+    settings = parse(__doc__, StartupBenchmark, argv)
+    return run_command(lambda: run(settings))
 
 
 if __name__ == "__main__":

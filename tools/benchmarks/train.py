@@ -17,20 +17,17 @@ import functools
 import logging
 import statistics
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
-from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_script
+from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
 from tools.benchmarks.machine import ROOT, check_counts, machine
 
-if TYPE_CHECKING:
-    from litgpt_moe.config import MoEConfig
-
 DENSE = ("dense", "dense oneDNN", "stock dense")
-RIVALS = ("stock", *DENSE)
 
 
 @dataclass(frozen=True)
@@ -57,31 +54,26 @@ class TrainBenchmark:
     """JSON file for the figures (default: none is written)."""
 
 
-class Overrides(argparse.Action):
-    """Keys of the model configuration, as n_expert=8, with values as in YAML."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
-        """Add what one flag says to `override`."""
-        for text in values:
-            try:
-                key, value = text.split("=", 1)
-                namespace.override = {**namespace.override, key: yaml.safe_load(value)}
-            except (ValueError, yaml.YAMLError):
-                parser.error(f"{flag}: {text} is no KEY=VALUE; write it as n_expert=8")
+def key_and_value(text: str) -> tuple[str, Any]:
+    """Return a key of the model configuration and its value, written as n_expert=8, the value as in YAML."""
+    try:
+        key, value = text.split("=", 1)
+        return key, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError):
+        raise argparse.ArgumentTypeError(f"{text} is no KEY=VALUE; write it as n_expert=8") from None
 
 
 def parse(argv: list[str] | None) -> tuple[TrainBenchmark, dict[str, Any]]:
     """Return the settings, and the keys of the model configuration that are replaced."""
     parser = FlagParser(description=__doc__)
     add_flags(parser, TrainBenchmark)
+    options: dict[str, Any] = {"nargs": "+", "action": "extend", "type": key_and_value, "default": []}
     changes = "keys of the model configuration to replace"
-    parser.add_argument(
-        "--override", nargs="+", default={}, action=Overrides, metavar="KEY=VALUE", help=changes
-    )
+    parser.add_argument("--override", metavar="KEY=VALUE", help=changes, **options)
     args = parser.parse_args(argv)
     settings: TrainBenchmark = from_flags(TrainBenchmark, args)
     check_counts(parser, settings)
-    return settings, args.override
+    return settings, dict(args.override)
 
 
 def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -89,51 +81,49 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
     import torch
 
     from litgpt_moe.config import MoEConfig
-    from litgpt_moe.hardware import peak_memory_gb
-    from tools.benchmarks import train_contestants, train_times
+    from litgpt_moe.hardware import peak_flops, peak_memory_gb, pick_device, will_compile
+    from tools.benchmarks.train_contestants import contestants, make_run
+    from tools.benchmarks.train_times import share_of_parts, step_times
 
-    make_run = functools.partial(train_contestants.make_run, settings, folder=folder)
-    run = make_run(MoEConfig.from_file(settings.model_config, **override))
-    kinds = train_contestants.contestants(run, dense_config(settings, override))
+    config = MoEConfig.from_file(settings.model_config, **override)
+    # with the FLOPs of the experts that a token visits
+    width = config.n_expert_per_token * (config.moe_intermediate_size or 0)
+    no_experts = {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "n_expert_per_token": 0}
+    dense = replace(config, intermediate_size=width, **no_experts)
+    run = make_run(settings, config, folder)
+    kinds = contestants(run, dense)
+
+    def fresh_run(name: str) -> Callable[[], None]:
+        train, its_config = kinds[name]
+        return functools.partial(train, make_run(settings, its_config, folder))
+
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    memory = {}
+    memory: dict[str, float] = {}
     for _ in range(settings.rounds):
-        for name, (train, its_config) in kinds.items():
+        for name in kinds:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            times[name] += train_times.step_times(functools.partial(train, make_run(its_config)))
+            times[name] += step_times(fresh_run(name))
             memory[name] = round(peak_memory_gb(), 3)
-    shares = {
-        name: train_times.share_of_parts(functools.partial(train, make_run(its_config)), settings.steps)
-        for name, (train, its_config) in kinds.items()
-    }
+    shares = {name: share_of_parts(fresh_run(name), settings.steps) for name in kinds}
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {ratio_key(name): medians[name] / medians["ours"] for name in medians if name in RIVALS}
+    rates = {name: run.tokens_per_step / seconds for name, seconds in medians.items()}
+    rivals = [name for name in ("stock", *DENSE) if name in medians]
+    peak = peak_flops(pick_device("auto", "auto")[0], run.precision)
     return {
         "machine": machine(),
         "precision": run.precision,
-        "compiled": train_contestants.is_compiled(run),
-        "model": run.config.name,
+        "compiled": will_compile(settings.compile, "auto")[0],
+        "model": config.name,
         "override": override,
         "tokens_per_step": run.tokens_per_step,
-        "tokens_per_s": {name: round(run.tokens_per_step / value, 1) for name, value in medians.items()},
-        **{key: float(f"{ratio:.4g}") for key, ratio in ratios.items()},
-        "mfu": round(train_contestants.mfu(run, medians["ours"]), 4),
+        "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
+        **{ratio_key(name): float(f"{medians[name] / medians['ours']:.4g}") for name in rivals},
+        "mfu": round(run.facts.flops_per_token * rates["ours"] / peak, 4),
         "share_of_step": shares,
         # one process: on a CPU this is the highest of all so far
         "peak_memory_gb": memory if torch.cuda.is_available() else {},
     }
-
-
-def dense_config(settings: TrainBenchmark, override: dict[str, Any]) -> "MoEConfig":
-    """Return the dense model with the FLOPs of the experts that a token visits."""
-    from litgpt_moe.config import MoEConfig
-
-    config = MoEConfig.from_file(settings.model_config, **override)
-    width = config.n_expert_per_token * (config.moe_intermediate_size or 0)
-    no_experts = {"intermediate_size": width, "n_expert": 0, "n_expert_per_token": 0}
-    dense = {**override, "mlp_class_name": "LLaMAMLP", **no_experts}
-    return MoEConfig.from_file(settings.model_config, **dense)
 
 
 def ratio_key(name: str) -> str:
@@ -153,24 +143,25 @@ def show(figures: dict[str, Any]) -> None:
     print(f"ours: {figures['of_stock']:.2f} times stock, {', '.join(ratios)}, MFU {figures['mfu']:.1%}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return 0; 2 after a message on a bad setting."""
-    settings, override = parse(argv)
+def run(settings: TrainBenchmark, override: dict[str, Any]) -> None:
+    """Measure, print the table and write the JSON if it has a name."""
     from litgpt_moe.files import write_json
     from tools.benchmarks.train_contestants import write_tokenizer
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to 42", each time
     with tempfile.TemporaryDirectory() as name:
-        try:
-            write_tokenizer(Path(name))
-            figures = compare(settings, override, Path(name))
-        except (ValueError, OSError) as error:
-            return fail(error, 2)
+        write_tokenizer(Path(name))
+        figures = compare(settings, override, Path(name))
     show(figures)
     if settings.out:
         write_json(settings.out, figures)
         print(f"Written to {settings.out}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 0; 2 after a message on a bad setting."""
+    settings, override = parse(argv)
+    return run_command(lambda: run(settings, override))
 
 
 if __name__ == "__main__":

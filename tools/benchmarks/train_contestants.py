@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.hardware import mallopt, peak_flops, training_device, will_compile
+from litgpt_moe.hardware import DTYPES, mallopt, pick_device, training_device, will_compile
 from litgpt_moe.kernels.choice import choose_way
 from litgpt_moe.kernels.matmul import prefers_onednn
 from litgpt_moe.kernels.triton import has_triton
@@ -33,11 +33,8 @@ Train = Callable[[Run], None]
 
 def write_tokenizer(folder: Path) -> None:
     """Write a tokenizer, which a run copies into its checkpoint, to folder/tokenizer."""
-    settings = PrepareSettings(
-        data_dir=folder / "data", dataset="demo", tokenizer_dir=folder / "tokenizer", train_tokenizer=512
-    )
     with quiet():
-        prepare(settings)
+        prepare(PrepareSettings(folder / "data", "demo", folder / "tokenizer", train_tokenizer=512))
 
 
 class RandomTokens(DataModule):
@@ -93,9 +90,8 @@ def make_run(benchmark: "TrainBenchmark", config: MoEConfig, folder: Path) -> Ru
         devices=1,
     )
     precision, _ = training_device("auto", 1, 1, settings.precision)
-    data = RandomTokens(
-        config.vocab_size, length, benchmark.micro_batch_size, n_steps * benchmark.accumulation
-    )
+    n_batches = n_steps * benchmark.accumulation
+    data = RandomTokens(config.vocab_size, length, benchmark.micro_batch_size, n_batches)
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}
     return Run(settings, config, model_facts(config, length), data, optimizer, precision, 1)
 
@@ -107,7 +103,7 @@ def train_ours(run: Run) -> None:
 
 def train_with_litgpts_layers(run: Run) -> None:
     """Train as run_train.py does, every linear map but the head multiplied as torch does it."""
-    with mock.patch("litgpt_moe.training.hooks.use_fast_linear", lambda _: None):
+    with mock.patch("litgpt_moe.training.model.use_fast_linear", lambda _: None):
         train_ours(run)
 
 
@@ -121,20 +117,17 @@ def train_stock(run: Run) -> None:
     """Train as `litgpt pretrain` does; `save_checkpoint` has no part in what is timed."""
     # what malloc comes to by itself when blocks of its largest threshold have been freed
     mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
-    settings, names = run.settings, ("measure_flops", "save_checkpoint")
+    settings = run.settings
     precision: Any = run.precision
     train_args, eval_args = to_litgpt(settings)
     compiled, _ = will_compile(settings.compile, settings.accelerator)
     torch.compiler.set_stance("default" if compiled else "force_eager")
-    config = Config(
-        **{key: value for key, value in vars(run.config).items() if key in Config.__annotations__}
-    )
-    originals = [getattr(pretrain, name) for name in names]
-    try:
-        pretrain.measure_flops, pretrain.save_checkpoint = lambda *_: 1.0, lambda *_: None
-        fabric = L.Fabric(devices=1, precision=precision, accelerator="auto")
-        if fabric.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # as litgpt/__main__.py does
+    keys = Config.__annotations__
+    config = Config(**{key: value for key, value in vars(run.config).items() if key in keys})
+    fabric = L.Fabric(devices=1, precision=precision, accelerator="auto")
+    if fabric.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as litgpt/__main__.py does
+    with mock.patch.multiple(pretrain, measure_flops=lambda *_: 1.0, save_checkpoint=lambda *_: None):
         pretrain.main(
             fabric=fabric,
             devices=1,
@@ -150,9 +143,6 @@ def train_stock(run: Run) -> None:
             eval=eval_args,
             optimizer=run.optimizer,
         )
-    finally:
-        for name, original in zip(names, originals, strict=True):
-            setattr(pretrain, name, original)
 
 
 def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]]:
@@ -164,24 +154,9 @@ def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]
         "dense": (train_with_litgpts_layers, dense),
         "stock dense": (train_stock, dense),
     }
-    device, dtype = _device(), torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
+    device, dtype = pick_device("auto", "auto")[0], DTYPES[run.precision.replace("mixed", "true")]
     if prefers_onednn(torch.empty(0, device=device, dtype=dtype)):
         kinds["dense oneDNN"] = (train_ours, dense)
     if has_triton(device.type, dtype) and choose_way(config, device, dtype) != "triton":
         kinds["ours, Triton"] = (train_by_triton, config)
     return kinds
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def is_compiled(run: Run) -> bool:
-    """Return whether ours is compiled."""
-    return will_compile(run.settings.compile, run.settings.accelerator)[0]
-
-
-def mfu(run: Run, seconds: float) -> float:
-    """Return the share of the device's peak FLOP/s that a step of so many seconds is."""
-    flops = run.facts.flops_per_token * run.tokens_per_step
-    return flops / seconds / peak_flops(_device(), run.precision)
