@@ -15,17 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt_moe.cli import (
-    INTERRUPTED,
-    FlagParser,
-    add_flags,
-    explain,
-    fail,
-    hear_ctrl_c,
-    normalize_flags,
-    run_script,
-    silence_stdout,
-)
+from litgpt_moe import cli
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training.settings import Settings, plain_settings
 
@@ -42,10 +32,10 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 2 after a message on bad settings, 1 after failed work, 130 after Ctrl-C."""
     started = time.monotonic()
-    argv = normalize_flags(sys.argv[1:] if argv is None else argv)
+    argv = cli.normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
-        parser = FlagParser(prog="run_train.py", description=__doc__)
-        add_flags(parser, Settings)
+        parser = cli.FlagParser(prog="run_train.py", description=__doc__)
+        cli.add_flags(parser, Settings)
         parser.print_help()
         return 0
     if sys.platform == "linux":
@@ -55,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = set_up(argv, started)
     except KeyboardInterrupt:
-        return fail("stopped before training began; the same command goes on", INTERRUPTED)
+        return cli.fail("stopped before training began; the same command goes on", cli.INTERRUPTED)
     except (ValueError, OSError) as error:
-        return fail(*explain(error))
+        return cli.fail(*cli.explain(error))
     return train_and_report(run, argv)
 
 
@@ -70,7 +60,7 @@ def set_up(argv: list[str], started: float) -> "Run":
     from litgpt_moe.training import run as runs
     from litgpt_moe.training.batches import prepare_data_of
 
-    hear_ctrl_c()
+    cli.hear_ctrl_c()
     run = dataclasses.replace(runs.set_up(argv), started=started)
     # the other processes wait for it when the process group forms
     if is_main_process():
@@ -104,14 +94,14 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
             if is_main_process():
                 print(report(run, result, resume_command(argv)), flush=True)
     except KeyboardInterrupt:
-        return fail(f"stopped; the model is in {out_dir / 'final'}", INTERRUPTED)
+        return cli.fail(f"stopped; the model is in {out_dir / 'final'}", cli.INTERRUPTED)
     except BrokenPipeError:
         # whoever read the report has gone; the model is saved
-        silence_stdout()
+        cli.silence_stdout()
     except (OSError, RuntimeError) as error:
         if (sentence := failure(error, out_dir)) is None:
             raise
-        return fail(sentence, 1)
+        return cli.fail(sentence, 1)
     return 0
 
 
@@ -201,4 +191,4 @@ def open_out_dir(run: "Run", hooks: "LoopHooks") -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(main))
+    raise SystemExit(cli.run_script(main))

@@ -49,8 +49,6 @@ LOWEST = {
     "num_nodes": 1,
     "seed": 0,
 }
-# shares of a whole
-AT_MOST_1 = ("train.lr_warmup_fraction", "schedule.decay_fraction")
 
 
 def run_lock(out_dir: Path) -> contextlib.AbstractContextManager[None]:
@@ -66,31 +64,23 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
 
     `block_size` is the model's, None where its configuration has problems of its own.
     """
-    problems = [*range_problems(settings), *warmup_problems(settings), *ignored_problems(settings)]
+    problems = [*_value_problems(settings), *_ignored_problems(settings)]
     if has_cuda() and settings.accelerator != "cpu" and world_size > 1 and "Muon" in str(settings.optimizer):
         problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use devices: 1 or AdamW")
-    problems = problems or list(batch_problems(settings.train, block_size, world_size))
-    if not problems:
-        _warn_of_long_warmup(settings.train, block_size or 1)
-    return problems
+    return problems or list(_batch_problems(settings.train, block_size, world_size))
 
 
-def range_problems(settings: Settings) -> Iterator[str]:
-    """Yield one sentence per number that is too low or too high to make sense."""
+def _value_problems(settings: Settings) -> Iterator[str]:
     for key, lowest in LOWEST.items():
         value: Any = functools.reduce(getattr, key.split("."), settings)
         highest = 2**32 - 1 if key == "seed" else 10**15
         if value is not None and not lowest <= value <= highest and value != float("inf"):
             above = f", up to {highest}" if value > highest else ""
             yield f"{key} is {value}; choose {lowest} or more{above}"
-        elif key in AT_MOST_1 and value is not None and value > 1:
+        elif key.endswith("_fraction") and value is not None and value > 1:
             yield f"{key} is {value}; choose 0 to 1"
     if not settings.train.max_norm:
         yield "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
-
-
-def warmup_problems(settings: Settings) -> Iterator[str]:
-    """Yield one sentence per pair of settings that both say how long the warm-up lasts."""
     steps, fraction = settings.train.lr_warmup_steps, settings.train.lr_warmup_fraction
     if fraction and steps:
         yield (
@@ -101,8 +91,8 @@ def warmup_problems(settings: Settings) -> Iterator[str]:
         yield "schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one"
 
 
-def ignored_problems(settings: Settings) -> Iterator[str]:
-    """Yield one sentence per setting that LitGPT takes and then never reads in pretraining."""
+def _ignored_problems(settings: Settings) -> Iterator[str]:
+    # LitGPT takes them and never reads them in pretraining
     for key, value in (("epochs", settings.train.epochs), ("max_steps", settings.train.max_steps)):
         if value is not None:
             yield f"train.{key} is {value}, which LitGPT ignores in pretraining; use train.max_tokens"
@@ -117,8 +107,7 @@ def ignored_problems(settings: Settings) -> Iterator[str]:
         yield f"checkpoints.to_wandb needs logger_name wandb; it is {settings.logger_name}"
 
 
-def batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -> Iterator[str]:
-    """Yield one sentence per size that does not divide or fit another."""
+def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -> Iterator[str]:
     unit, length = train.micro_batch_size * world_size, train.max_seq_length or block_size
     if train.global_batch_size % unit:
         yield (
@@ -127,22 +116,18 @@ def batch_problems(train: TrainArgs, block_size: int | None, world_size: int) ->
         )
     if block_size is None or length is None:
         return
+    step_tokens, n_warmup = train.global_batch_size * length, train.lr_warmup_steps or 0
     if not 1 <= length <= block_size:
         yield (
             f"train.max_seq_length is {length} but the model's block_size is {block_size}; "
             f"choose 1 to {block_size}"
         )
-    elif train.max_tokens is None or train.max_tokens < train.global_batch_size * length:
+    elif train.max_tokens is None or train.max_tokens < step_tokens:
         yield (
             f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x "
-            f"{length} = {train.global_batch_size * length} tokens; raise it or lower train.global_batch_size"
+            f"{length} = {step_tokens} tokens; raise it or lower train.global_batch_size"
         )
-
-
-def _warn_of_long_warmup(train: TrainArgs, block_size: int) -> None:
-    n_warmup = train.lr_warmup_steps or 0
-    n_steps = (train.max_tokens or 0) // (train.global_batch_size * (train.max_seq_length or block_size))
-    if n_warmup > n_steps:
+    elif n_warmup > (n_steps := train.max_tokens // step_tokens) and not train.global_batch_size % unit:
         note_once(
             f"Warning: train.lr_warmup_steps is {n_warmup} but the run has {n_steps} steps: "
             "the learning rate never gets to its top."

@@ -46,7 +46,7 @@ def find_class(key: str, spec: dict[str, Any]) -> type:
     """Return the class that the class_path of `spec` names; BadClass if `key` cannot take it."""
     base, package, usual = CLASS_KEYS[key]
     path, at = spec.get("class_path"), [f"{key}.class_path"]
-    if not isinstance(path, str) or not path:
+    if not path or not isinstance(path, str):
         raise BadClass(f"{key}.class_path is {path!r}; name a class, such as {usual}", at)
     module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
     try:

@@ -14,15 +14,7 @@ from litgpt import GPT
 from litgpt.args import TrainArgs
 from torch.optim import Optimizer
 
-from litgpt_moe.balance import (
-    Balance,
-    discard_step_load,
-    layers_of,
-    router_statistics,
-    set_balance,
-    update_selection_bias,
-    use_selection_bias,
-)
+from litgpt_moe import balance
 from litgpt_moe.checkpoints.layout import checkpoints_of
 from litgpt_moe.checkpoints.state import RunState, rng_state, set_rng_state
 from litgpt_moe.checkpoints.writer import CheckpointWriter
@@ -138,7 +130,7 @@ class LoopHooks:
         return warmup_steps(args.schedule, args.train, run.n_steps, run.tokens_per_step, in_epoch)
 
     def _skip(self, optimizer: Optimizer, verdict: Verdict) -> None:
-        discard_step_load(self.gpt)
+        balance.discard_step_load(self.gpt)
         # an optimizer leaves weights without a gradient as they are
         optimizer.zero_grad(set_to_none=True)
         problem = f"the loss is {self.figures.loss:g}, its gradient's norm {self.figures.grad_norm:g}"
@@ -152,7 +144,7 @@ class LoopHooks:
 
     def on_after_optimizer_step(self, strategy: Strategy, optimizer: Optimizer) -> None:
         """Move the selection bias, and count the step."""
-        update_selection_bias(self.gpt, self.sum_over_ranks)
+        balance.update_selection_bias(self.gpt, self.sum_over_ranks)
         self.step += 1
         self.clock.end_step()
         self.metrics.advance(self.step)
@@ -169,9 +161,9 @@ class LoopHooks:
         row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
         epoch = self.loader.state_dict().get("epoch", 0)
         row |= {"epoch": epoch, "skipped_steps": self.guard.n_skipped}
-        counts, read = router_statistics(self.gpt, self.sum_over_ranks)
+        counts, read = balance.router_statistics(self.gpt, self.sum_over_ranks)
         counts = counts.cpu()
-        self.logs.write_loads(self.step, layers_of(self.gpt), counts.tolist())
+        self.logs.write_loads(self.step, balance.layers_of(self.gpt), counts.tolist())
         return row | read(counts)
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
@@ -195,8 +187,8 @@ class LoopHooks:
             guard=self.guard.state_dict(),
             told_step=self.stories.last_step,
             router=[
-                {name: self.sum_over_ranks(getattr(balance, name).clone()) for name in ("load", "sums")}
-                for balance in _balances(self.gpt)
+                {name: self.sum_over_ranks(getattr(counters, name).clone()) for name in ("load", "sums")}
+                for counters in _counters(self.gpt)
             ],
             rng=rng_state(),
             **self.logs.lengths(),
@@ -215,9 +207,9 @@ class LoopHooks:
         set_rng_state(saved.rng)
         # on one rank, since a row of the log sums over all
         if self.fabric.is_global_zero:
-            for balance, counts in zip(_balances(self.gpt), saved.router, strict=True):
-                balance.load.copy_(counts["load"])
-                balance.sums.copy_(counts["sums"])
+            for counters, saved_counts in zip(_counters(self.gpt), saved.router, strict=True):
+                counters.load.copy_(saved_counts["load"])
+                counters.sums.copy_(saved_counts["sums"])
         self.clock.resume(saved.time_s)
         self.guard.load_state_dict(saved.guard)
         self.stories.last_step = saved.told_step
@@ -238,12 +230,12 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
     gpt: GPT = module.module
     use_fast_linear(gpt)
     # LitGPT divides its own loss by the number of micro-batches, not what a layer adds
-    set_balance(gpt, **asdict(run.settings.moe), scale=1 / run.accumulation)
+    balance.set_balance(gpt, **asdict(run.settings.moe), scale=1 / run.accumulation)
     source = run.initial or run.resume
     was_biased = source is not None and source.has_selection_bias
     if was_biased:
         # trained with a selection bias, the experts are chosen with it even if nothing updates it
-        use_selection_bias(gpt)
+        balance.use_selection_bias(gpt)
     if run.initial is not None:
         # LitGPT's own initial_checkpoint_dir reads bare weights, not checkpoints. strict=False: the weights
         # were checked, and the optimizer's state stays behind
@@ -256,5 +248,5 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
     return was_biased or run.settings.moe.bias_update_rate > 0
 
 
-def _balances(gpt: GPT) -> list[Balance]:
-    return [layer.balance for layer in layers_of(gpt).values() if layer.balance is not None]
+def _counters(gpt: GPT) -> list[balance.Balance]:
+    return [layer.balance for layer in balance.layers_of(gpt).values() if layer.balance is not None]

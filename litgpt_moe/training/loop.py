@@ -73,7 +73,6 @@ class TrainingFabric(L.Fabric):
         # the run's own settings hold: the checkpoint has those of before, such as another weight_decay
         for group, settings in zip(optimizer.param_groups, own, strict=True):
             group.update(settings)
-        # as long as something refers to a tensor in the mapped file, its disk space stays in use
         clone_state(optimizer)
         left_over.clear()
         return {}
@@ -155,14 +154,11 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
     if not compiled:
         # main compiles unconditionally; even where nothing is compiled, loading Inductor takes a second
         replacements[torch, "compile"] = functools.partial(_compile_all_but_model, torch.compile)
-    originals = {(owner, name): getattr(owner, name) for owner, name in replacements}
-    try:
+    with contextlib.ExitStack() as at_exit:
         for (owner, name), replacement in replacements.items():
+            at_exit.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield
-    finally:
-        for (owner, name), original in originals.items():
-            setattr(owner, name, original)
 
 
 def _loss(

@@ -115,16 +115,12 @@ def read_flags(argv: list[str]) -> Given:
             # --optimizer.lr means --optimizer.init_args.lr, as on LitGPT's command line
             if argument != "class_path":
                 key = f"{group}.init_args.{argument.removeprefix('init_args.')}"
-            value = _scalar(name, value)
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ValueError(f"--{name}: {value!r} is not readable as a YAML value; quote it") from None
         given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
     return given
-
-
-def _scalar(name: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--{name}: {text!r} is not readable as a YAML value; quote it") from None
 
 
 def read_variables() -> Given:
@@ -198,7 +194,11 @@ def choose_configs(given: Given) -> tuple[Path, Path]:
     if config is None:
         config = ROOT / PAIRS[0][0]
         why_config = " (the default; another: --config PATH)" if named else ""
-    config, model_config = map(_as_typed, (config, model_config))
+    here = Path.cwd()
+    # what lies in this folder is named as a user would type it
+    config, model_config = (
+        path.relative_to(here) if path.is_relative_to(here) else path for path in (config, model_config)
+    )
     note_once(f"Settings from {config}{why_config} and {model_config}{why_model}.")
     return config, model_config
 
@@ -216,11 +216,6 @@ def _default_model() -> Path:
         "(MoE-200M all the same: --model_config model_config.yaml)."
     )
     return ROOT / "configs" / PAIRS[1][1]
-
-
-def _as_typed(path: Path) -> Path:
-    """Return the path as a user would type it: relative where it lies in the current folder."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 # --- types --------------------------------------------------------------------------------------------------

@@ -7,15 +7,8 @@ import torch
 from litgpt import Config
 
 from litgpt_moe.balance import has_selection_bias
+from litgpt_moe.checkpoints import reader
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints_of, find_checkpoint
-from litgpt_moe.checkpoints.reader import (
-    check_weights,
-    flaw_words,
-    read_state,
-    read_training_state,
-    verify_checkpoint,
-    weights_of,
-)
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
 from litgpt_moe.training.settings import Settings
@@ -31,7 +24,7 @@ class OpenCheckpoint:
         self.state = state
         # a state dict of weights with nothing around it
         self.is_bare = "model" not in state
-        self.has_selection_bias = has_selection_bias(weights_of(state, self.file))
+        self.has_selection_bias = has_selection_bias(reader.weights_of(state, self.file))
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -52,12 +45,12 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     newest_first = checkpoints_of(out_dir)
     if out_dir is not settings.out_dir and not newest_first:
         folder = find_checkpoint(out_dir)
-        return OpenCheckpoint(folder, read_training_state(folder))
+        return OpenCheckpoint(folder, reader.read_training_state(folder))
     for folder in newest_first:
         try:
-            return OpenCheckpoint(folder, read_training_state(folder))
+            return OpenCheckpoint(folder, reader.read_training_state(folder))
         except (ValueError, OSError) as error:
-            note_once(f"Skipping {folder}: {flaw_words(error, folder)}")
+            note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
         # somebody counts on a checkpoint that is not there
         raise FileNotFoundError(
@@ -71,9 +64,9 @@ def find_initial(settings: Settings, config: Config) -> OpenCheckpoint | None:
     """Return the checkpoint whose weights to start from, which must fit the model, or None."""
     if settings.initial_checkpoint_dir is None:
         return None
-    verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
-    opened = OpenCheckpoint(folder, read_state(folder / CHECKPOINT_FILE))
-    check_weights(folder, config, opened.weights)
+    reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
+    opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
+    reader.check_weights(folder, config, opened.weights)
     return opened
 
 
@@ -82,7 +75,7 @@ def check_resume(
 ) -> int:
     """Return the steps done in a checkpoint, or raise ValueError if these settings cannot continue it."""
     folder, step = opened.folder, opened.state["step_count"]
-    check_weights(folder, config, opened.weights)
+    reader.check_weights(folder, config, opened.weights)
     if settings.moe.bias_update_rate and not opened.has_selection_bias:
         raise ValueError(
             f"{folder} was trained without a selection bias; drop moe.bias_update_rate, or start "

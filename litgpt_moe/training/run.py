@@ -143,9 +143,6 @@ def _as_run(run: Run) -> Settings:
     return replace(run.settings, train=train, precision=run.precision, devices=run.devices)
 
 
-# --- data and optimizer -------------------------------------------------------------------------------------
-
-
 def build_data(settings: Settings) -> Any:
     """Return the data module, ours with the run's tokenizer and seed; ValueError if it cannot be made."""
     init_args = dict(settings.data.get("init_args") or {})

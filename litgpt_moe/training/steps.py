@@ -62,7 +62,7 @@ class Spike(NamedTuple):
 
 
 class Guard:
-    """Finds steps whose loss or gradient is not finite, or whose loss is suddenly far above those before."""
+    """Finds steps whose loss or gradient is not finite, or whose loss is far above those before."""
 
     # a loss is compared with the 128 before it, as OLMo-core's SkipStepOptimizer does, once there are 32
     WINDOW, FEWEST = 128, 32
@@ -123,11 +123,8 @@ class Judge:
     def vote(self, now: float, step_s: float, save_s: float, failed_save: str | None) -> int:
         """Return this rank's vote for the end of the run; `verdict` takes the sum over all ranks.
 
-        Args:
-            now: time on the clock that `began` was read from.
-            step_s: seconds of the longest step so far.
-            save_s: seconds that a save takes.
-            failed_save: why the latest save failed, None if it did not.
+        `now` is on the clock of `began`; the longest step took `step_s` seconds, a save takes `save_s`;
+        `failed_save` says why the latest save failed.
         """
         # weights that are not finite cannot be saved later either
         must_save = self.settings.checkpoints.on_full_disk == "stop"
@@ -151,9 +148,6 @@ class Judge:
             give_up = self.guard.n_in_a_row >= self.settings.guard.max_skipped_steps
             return Verdict(end=end, skip=True, give_up=give_up)
         return Verdict(end=end, spike=self.guard.add_loss(loss))
-
-
-# --- the learning rate --------------------------------------------------------------------------------------
 
 
 def learning_rate(

@@ -26,8 +26,8 @@ class StoryLog:
     def __init__(self, log: CsvLog, run: Run) -> None:
         self.log, self.tokenizer_dir = log, run.settings.tokenizer_dir
         self.max_new_tokens, self.tokens_per_step = run.settings.eval.max_new_tokens, run.tokens_per_step
+        # -1 before the first story
         self.last_step = -1
-        """The step of the latest story, -1 before the first."""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

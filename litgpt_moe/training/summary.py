@@ -52,9 +52,6 @@ class Result:
         )
 
 
-# --- at the start -------------------------------------------------------------------------------------------
-
-
 def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     """Return the lines that say what runs, and on what."""
     total, active = run.facts.total_params, run.facts.active_params
@@ -76,9 +73,6 @@ def write_run_facts(run: Run) -> None:
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     facts = {"command": command, "settings": plain_settings(run.settings), "versions": versions}
     write_json(run.settings.out_dir / "logs/run.json", facts)
-
-
-# --- at the end ---------------------------------------------------------------------------------------------
 
 
 def report(run: Run, result: Result, resume_command: str) -> str:
