@@ -43,9 +43,6 @@ class WorkFailed(RuntimeError):
     """The work itself failed, not its input; the text is one sentence for the user."""
 
 
-# --- flags --------------------------------------------------------------------------------------------------
-
-
 def normalize_flags(argv: list[str]) -> list[str]:
     """Return `argv` with hyphens in flag names made underscores; values stay as they are."""
     return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
@@ -102,9 +99,6 @@ class FlagParser(argparse.ArgumentParser):
 class _Switch(argparse.Action):
     """`--name`, `--no_name`, `--name=true` or `--name=false`."""
 
-    def __init__(self, option_strings: list[str], **options: Any) -> None:
-        super().__init__(option_strings, nargs="?", metavar="BOOL", **options)
-
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values is not None and str(values).lower() not in ("true", "false"):
             parser.error(f"{option_string} is {values!r}; a switch takes true, false or nothing")
@@ -129,8 +123,8 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default:
     if default not in (None, []) and not isinstance(default, bool) and "default" not in text:
         text = f"{text.rstrip('.')} (default %(default)s)"
     if kind is bool:
-        names = (f"--{name}", f"--no_{name}")
-        parser.add_argument(*names, action=_Switch, default=default, dest=name, help=text)
+        options = {"action": _Switch, "nargs": "?", "metavar": "BOOL", "default": default, "help": text}
+        parser.add_argument(f"--{name}", f"--no_{name}", dest=name, **options)
         return
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not NoneType)
@@ -164,9 +158,6 @@ def words_of(name: str) -> list[str] | None:
     return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()] or None
 
 
-# --- what a person reads ------------------------------------------------------------------------------------
-
-
 def command_line(*words: object) -> str:
     """Return the words as one types them in this system's shell: a path with a space in it is quoted."""
     texts = [str(word) for word in words]
@@ -186,9 +177,6 @@ def note(text: str) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, which for other people's errors is the whole reason."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-# --- how a command ends -------------------------------------------------------------------------------------
 
 
 def run_script(main: Callable[[], int]) -> int:

@@ -30,8 +30,7 @@ class MoEConfig(Config):
     def from_file(cls, path: str | Path, is_foreign: bool = False, **overrides: Any) -> "MoEConfig":
         """Return the configuration in the YAML file `path`, keys in `overrides` replaced.
 
-        ValueError has one line per problem, each naming the file, the key and the way out. `is_foreign`: the
-        file came with a checkpoint, and is refused if it holds YAML aliases.
+        `is_foreign`: the file came with a checkpoint, and is refused if it holds YAML aliases.
         """
         values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
         try:

@@ -83,9 +83,8 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
     if path.is_file():
-        raise NotADirectoryError(
-            f"{path} is a file; name a checkpoint directory, which holds {CHECKPOINT_FILE}"
-        )
+        way_out = f"name a checkpoint directory, which holds {CHECKPOINT_FILE}"
+        raise NotADirectoryError(f"{path} is a file; {way_out}")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
     if _has_model(path):  # the user named it: verify_checkpoint says what is wrong with it
@@ -99,9 +98,8 @@ def find_checkpoint(path: Path) -> Path:
             problems.append(problem)
     if problems:
         raise problems[0]
-    raise FileNotFoundError(
-        f"{path} holds no {CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
-    )
+    wanted = f"{CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
+    raise FileNotFoundError(f"{path} holds no {wanted}")
 
 
 def _has_model(folder: Path) -> bool:
@@ -152,9 +150,8 @@ def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:
     for name, entry in files.items():
         path = folder / name
         if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
-            raise ValueError(
-                f"{folder / RECORD_FILE} lists {name!r}, not a file of its folder; use another checkpoint"
-            )
+            wrong = f"{name!r}, not a file of its folder"
+            raise ValueError(f"{folder / RECORD_FILE} lists {wrong}; use another checkpoint")
         if not path.is_file():
             refuse_damage(path, f"{RECORD_FILE} lists it and it is not there")
         if (size := path.stat().st_size) != entry["bytes"]:

@@ -47,16 +47,12 @@ class CheckpointWriter:
         self, out_dir: Path, args: CheckpointArgs, settings_text: str, tell: Callable[[str], None]
     ) -> None:
         self.out_dir, self.args, self.tell = out_dir, args, tell
-        self.settings_text = settings_text
-        """Content of each checkpoint's train_config.yaml."""
+        self.settings_text = settings_text  # content of each checkpoint's train_config.yaml
+        # called with each new checkpoint and its step, in the background thread
         self.on_saved: Callable[[Path, int], None] = lambda folder, step: None
-        """Called with each new checkpoint and its step, in the background thread."""
-        self.failure: str | None = None
-        """Why the latest save failed; None if it did not."""
-        self.lasting_s = 0.0
-        """Seconds that the latest save took, writing included; 0.0 before the first."""
-        self.selection_bias = False
-        """Whether the weights have a selection bias, so that stock LitGPT refuses them."""
+        self.failure: str | None = None  # why the latest save failed
+        self.lasting_s = 0.0  # seconds that the latest save took, writing included
+        self.selection_bias = False  # whether the weights have one, so that stock LitGPT refuses them
         self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None

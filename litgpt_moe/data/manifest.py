@@ -117,10 +117,9 @@ def altered_shards(data_dir: Path, manifest: Manifest) -> list[str]:
 def verify(data_dir: Path) -> list[str]:
     """Return a sentence for each text or shard that is missing, new or not as recorded; [] if all agree."""
     files = listed_files(read_manifest(data_dir, check_shards=False))
-    problems = []
-    for path in sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")]):
-        if path.relative_to(data_dir).as_posix() not in files:
-            problems.append(f"{path}: there but not listed in {MANIFEST}")
+    texts = sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")])
+    new = [path for path in texts if path.relative_to(data_dir).as_posix() not in files]
+    problems = [f"{path}: there but not listed in {MANIFEST}" for path in new]
     for name, expected in tqdm(sorted(files.items()), "checking", unit="file", delay=1, disable=None):
         path = data_dir / name
         if not path.is_file():

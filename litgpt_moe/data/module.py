@@ -22,6 +22,8 @@ class ShardLoader(DataLoader[torch.Tensor]):
         # Fabric gives any other data set a distributed sampler; an iterable one, empty here, it leaves alone
         super().__init__(ChainDataset([]), batch_size=None)
         self.batches = batches
+        # LitGPT asks a loader for them when it saves and when it resumes
+        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
 
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
         # not DataLoader's own iterator, which draws from the global random state and takes 50 us a batch
@@ -29,14 +31,6 @@ class ShardLoader(DataLoader[torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.batches)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the data."""
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position that `state_dict` returned."""
-        self.batches.load_state_dict(state)
 
 
 @dataclass

@@ -180,14 +180,10 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
 
 def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> str:
     if split == "train" and n_duplicates:
-        return (
-            f"{data_dir}: no story for the train split that val does not have too "
-            f"({n_duplicates:,} dropped); give it other text"
-        )
-    return (
-        f"{data_dir}: no story for the {split} split; give more text, or end each story by a line "
-        f"{separator!r} (--separator names another, '' splits at blank lines)"
-    )
+        lack = f"no story for the train split that val does not have too ({n_duplicates:,} dropped)"
+        return f"{data_dir}: {lack}; give it other text"
+    end = f"end each story by a line {separator!r} (--separator names another, '' splits at blank lines)"
+    return f"{data_dir}: no story for the {split} split; give more text, or {end}"
 
 
 def clean(data_dir: Path) -> None:

@@ -16,8 +16,9 @@ from litgpt_moe.cli import note
 from litgpt_moe.data.settings import SPLITS
 
 BLOCK_BYTES = 4 << 20  # text read at once
-# a longer story is cut, at a paragraph if it has any; whole, it may not fit in memory
+# a longer story is cut; whole, it may not fit in memory
 MAX_STORY_CHARS = 1 << 20
+CUTS = ("\n\n", "\n", " ")  # at a paragraph, a line or a word if it has any
 MAX_REPORTS = 10  # lines with bad UTF-8 reported of one file
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
@@ -51,12 +52,6 @@ def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None
         )
 
 
-def cut_story(text: str) -> int:
-    """Return where to cut an overlong story: at a paragraph, a line, a word, or anywhere."""
-    ends = (text.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in ("\n\n", "\n", " "))
-    return next((end for end in ends if end > 0), MAX_STORY_CHARS)
-
-
 class TextReader:
     """Reads a text file in blocks and gives lists of whole stories; counts what it had to mend."""
 
@@ -76,7 +71,8 @@ class TextReader:
         for block in self._blocks(progress):
             *stories, carry = self.separator.split(carry + block)
             while len(carry) > MAX_STORY_CHARS:
-                end = cut_story(carry)
+                ends = (carry.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in CUTS)
+                end = next((end for end in ends if end > 0), MAX_STORY_CHARS)
                 stories.append(carry[:end])
                 carry = carry[end:]
                 self.n_cuts += 1
@@ -131,10 +127,7 @@ class TextReader:
 
 
 class SeenStories:
-    """The 64-bit hashes of all stories so far, 8 bytes a story.
-
-    Among 2 million stories two different ones have the same hash with a probability of 10^-7.
-    """
+    """The 64-bit hashes of all stories so far: two of 2 million are equal by chance once in 10^7."""
 
     def __init__(self) -> None:
         # sorted arrays, each at least twice as long as the next: few to search, and cheap to merge

@@ -122,10 +122,7 @@ def can_split_at_spaces(spec: dict[str, Any]) -> bool:
 
 
 class PieceCache(dict[str, bytes]):
-    """Maps a part of a text to the bytes of its ids; a part that is not there yet is encoded.
-
-    A part is what `TokenizerFacts.piece` finds: mostly a word, and most words come again and again.
-    """
+    """Maps a part of a text, as `TokenizerFacts.piece` finds it, to the bytes of its ids; most come often."""
 
     def __init__(self, facts: TokenizerFacts) -> None:
         # the bare BPE model takes half of the time of the whole tokenizer with its normalizer
@@ -223,16 +220,14 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
         note(f"training a tokenizer of {wanted:,} pieces into {folder}")
         train_tokenizer(folder, wanted, paths, settings.separator)
     elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
-        way_out = "--overwrite replaces it, --tokenizer_dir names another folder"
-        raise ValueError(
-            f"{folder}: there is another tokenizer; {way_out}, and without --train_tokenizer it is used"
+        way_out = (
+            "--overwrite replaces it, --tokenizer_dir names another folder, and without --train_tokenizer"
         )
+        raise ValueError(f"{folder}: there is another tokenizer; {way_out} it is used")
     elif not is_there:
         note(f"{folder}: no tokenizer there")
-        way_out = (
-            "name a folder that has tokenizer.json with --tokenizer_dir, "
-            "or train one on the text with prepare_data.py --train_tokenizer 4096"
-        )
+        train = "train one on the text with prepare_data.py --train_tokenizer 4096"
+        way_out = f"name a folder that has tokenizer.json with --tokenizer_dir, or {train}"
         for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: a folder that has it counts as complete
             download(TOKENIZER_REPO, "model", name, folder, way_out)
     return read_tokenizer_facts(folder)
@@ -253,7 +248,7 @@ def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
         with contextlib.suppress(PermissionError):  # a folder of somebody else's
             if path.is_file() and sha256_file(path) == wanted:
                 return path.parent
-    where = f"not in {near[0].parent}, nor in a folder beside {data_dir}"
-    raise ValueError(
-        f"{data_dir}: the tokenizer that made it is {where}; name its folder with --tokenizer_dir"
+    where = (
+        f"not in {near[0].parent}, nor in a folder beside {data_dir}; name its folder with --tokenizer_dir"
     )
+    raise ValueError(f"{data_dir}: the tokenizer that made it is {where}")
