@@ -12,9 +12,9 @@ from typing import Any
 
 import openai
 
+from generate import read_settings
 from litgpt_moe.generation.settings import DEFAULT_PROMPT
 from litgpt_moe.generation.text import load
-from litgpt_moe.report.read import read_settings
 from litgpt_moe.serving.app import Server, open_port
 from litgpt_moe.serving.engine import Engine
 from litgpt_moe.serving.requests import Served
