@@ -7,12 +7,11 @@ status is 1.
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser, fail, run_script
+from litgpt_moe.cli import FlagParser, WorkFailed, run_command, run_script
 
 if TYPE_CHECKING:
     from litgpt_moe.config import MoEConfig
@@ -60,13 +59,7 @@ def size_in_name(name: str) -> int | None:
     return round(float(match[1]) * UNITS[match[2].upper()]) if match else None
 
 
-def default_configs() -> list[Path]:
-    """Return the model configurations of the project, those that there are."""
-    in_configs = [*sorted(ROOT.glob("configs/moe_*.yaml")), ROOT / "configs/demo_model.yaml"]
-    return [path for path in (ROOT / "model_config.yaml", *in_configs) if path.exists()]
-
-
-def format_table(counts: Iterable[tuple[Path, ParamCount]]) -> str:
+def format_table(counts: list[tuple[Path, ParamCount]]) -> str:
     """Return the counts as aligned text, one line per configuration."""
     head = f"{'name':<16} {'total':>14} {'active':>14} {'embedding':>9} {'MFLOPs/token':>12}"
     lines = [f"{head} {'name off by':>11} {'weights':>9} {'AdamW':>9}  file"]
@@ -83,29 +76,35 @@ def format_table(counts: Iterable[tuple[Path, ParamCount]]) -> str:
     return "\n".join(lines)
 
 
+def run(paths: list[Path], as_json: bool) -> None:
+    """Print the counts; WorkFailed when a name lies by more than 5%."""
+    from litgpt_moe.config import MoEConfig
+
+    if not paths:
+        in_configs = [*sorted(ROOT.glob("configs/moe_*.yaml")), ROOT / "configs/demo_model.yaml"]
+        paths = [path for path in (ROOT / "model_config.yaml", *in_configs) if path.exists()]
+    counts = [(path, count_params(MoEConfig.from_file(path))) for path in paths]
+    if as_json:
+        print(json.dumps([{"path": str(path), **asdict(count)} for path, count in counts], indent=2))
+    else:
+        print(format_table(counts))
+    wrong = [
+        f"{path}: {count.name} has {count.total_params:,} parameters, {count.deviation:+.1%} off its name; "
+        "rename it or resize it to within 5%"
+        for path, count in counts
+        if abs(count.deviation) > TOLERANCE
+    ]
+    if wrong:
+        raise WorkFailed("\n".join(wrong))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Print the counts; 1 when a name lies by more than 5%, 2 when a configuration cannot be read."""
+    """Return 0; 1 when a name lies by more than 5%, 2 when a configuration cannot be read."""
     parser = FlagParser(description=__doc__)
     parser.add_argument("configs", nargs="*", type=Path, help="model configurations (default: ours)")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
     args = parser.parse_args(argv)
-    from litgpt_moe.config import MoEConfig
-
-    try:
-        if not (paths := args.configs or default_configs()):
-            raise FileNotFoundError(f"{ROOT} holds no model_config.yaml; name a configuration")
-        counts = [(path, count_params(MoEConfig.from_file(path))) for path in paths]
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    if args.json:
-        print(json.dumps([{"path": str(path), **asdict(count)} for path, count in counts], indent=2))
-    else:
-        print(format_table(counts))
-    wrong = [(path, count) for path, count in counts if abs(count.deviation) > TOLERANCE]
-    for path, count in wrong:
-        fact = f"{count.total_params:,} parameters, {count.deviation:+.1%} off its name"
-        fail(f"{path}: {count.name} has {fact}; rename it or resize it to within 5%", 1)
-    return 1 if wrong else 0
+    return run_command(lambda: run(args.configs, args.json))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,19 @@ class Check(NamedTuple):
     detail: str
 
 
+def verdict(is_good: bool, subject: str, detail: str) -> Check:
+    """Return a line that is ok or BROKEN."""
+    return Check("ok" if is_good else "BROKEN", subject, detail)
+
+
+def installed(package: str) -> str | None:
+    """Return a package's version, None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def check_python(project: dict[str, Any]) -> Iterator[Check]:
     """Yield whether this Python is one that pyproject.toml allows."""
     from packaging.specifiers import SpecifierSet
@@ -51,7 +64,7 @@ def check_python(project: dict[str, Any]) -> Iterator[Check]:
     wanted, version = project["requires-python"], platform.python_version()
     fits = version in SpecifierSet(wanted)
     detail = f"{version} on {platform.system()} {platform.machine()}"
-    yield Check("ok" if fits else "BROKEN", "python", detail if fits else f"{detail}, but {wanted} is needed")
+    yield verdict(fits, "python", detail if fits else f"{detail}, but {wanted} is needed")
 
 
 def check_packages(project: dict[str, Any]) -> Iterator[Check]:
@@ -60,33 +73,29 @@ def check_packages(project: dict[str, Any]) -> Iterator[Check]:
 
     for line in project["dependencies"]:
         requirement = Requirement(line)
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            yield Check("BROKEN", requirement.name, "is not installed; run: uv sync")
+        name, wanted, version = requirement.name, requirement.specifier, installed(requirement.name)
+        if version is None:
+            yield Check("BROKEN", name, "is not installed; run: uv sync")
             continue
         try:
-            importlib.import_module(_module_of(requirement.name))
+            importlib.import_module(MODULES.get(name, name.replace("-", "_")))
         except Exception as error:  # noqa: BLE001 (a broken binary package may raise anything)
-            yield Check("BROKEN", requirement.name, f"{version} does not import: {_first_line(error)}")
+            yield Check("BROKEN", name, f"{version} does not import: {_first_line(error)}")
             continue
-        fits = requirement.specifier.contains(version, prereleases=True)
-        detail = (
-            version if fits else f"{version}, but pyproject.toml wants {requirement.specifier}; run: uv sync"
-        )
-        yield Check("ok" if fits else "BROKEN", requirement.name, detail)
+        fits = wanted.contains(version, prereleases=True)
+        problem = f"{version}, but pyproject.toml wants {wanted}; run: uv sync"
+        yield verdict(fits, name, version if fits else problem)
 
 
 def check_extras(project: dict[str, Any]) -> Iterator[Check]:
     """Yield which optional packages are there; bitsandbytes is imported only here, and only if allowed."""
     for extra, lines in project.get("optional-dependencies", {}).items():
         for name in (re.split(r"[<>=!~;\[ ]", line)[0] for line in lines):
-            try:
-                version = metadata.version(name)
-            except metadata.PackageNotFoundError:
+            version = installed(name)
+            if version is None:
                 yield Check("note", name, f"not installed (optional: uv sync --extra {extra})")
-                continue
-            yield check_bitsandbytes(version) if name == "bitsandbytes" else Check("ok", name, version)
+            else:
+                yield check_bitsandbytes(version) if name == "bitsandbytes" else Check("ok", name, version)
 
 
 def check_bitsandbytes(version: str) -> Check:
@@ -105,11 +114,8 @@ def check_bitsandbytes(version: str) -> Check:
     except Exception as error:  # noqa: BLE001 (a wrong CUDA library: OSError, RuntimeError, AttributeError)
         return Check("BROKEN", "bitsandbytes", f"{version} fails: {_first_line(error)}")
     moved = bool((weight < 1).all())
-    return Check(
-        "ok" if moved else "BROKEN",
-        "bitsandbytes",
-        f"{version}, 8-bit AdamW step {'works' if moved else 'did nothing'}",
-    )
+    detail = f"{version}, 8-bit AdamW step {'works' if moved else 'did nothing'}"
+    return verdict(moved, "bitsandbytes", detail)
 
 
 def check_device() -> Iterator[Check]:
@@ -118,11 +124,8 @@ def check_device() -> Iterator[Check]:
 
     yield matmul_check("cpu", torch.bfloat16)
     if not torch.cuda.is_available():
-        build = (
-            f"this torch was built for CUDA {torch.version.cuda}"
-            if torch.version.cuda
-            else "torch has no CUDA"
-        )
+        built = torch.version.cuda
+        build = f"this torch was built for CUDA {built}" if built else "torch has no CUDA"
         yield Check("note", "cuda", f"no device; {build}. Training runs on the CPU, with the demo settings")
         return
     for index in range(torch.cuda.device_count()):
@@ -144,10 +147,10 @@ def matmul_check(device: str, dtype: "torch.dtype") -> Check:
     exact = a @ b
     got = (a.to(device, dtype) @ b.to(device, dtype)).float().cpu()
     error = ((got - exact).norm() / exact.norm()).item()
-    fine = error < MATMUL_TOLERANCE  # False for NaN
     name = str(dtype).removeprefix("torch.")
     detail = f"{name} matmul is off by {error:.1e} from float32 (limit {MATMUL_TOLERANCE})"
-    return Check("ok" if fine else "BROKEN", f"{device} kernel", detail)
+    # NaN is not below the limit either
+    return verdict(error < MATMUL_TOLERANCE, f"{device} kernel", detail)
 
 
 def check_disk() -> Iterator[Check]:
@@ -193,10 +196,6 @@ def attention_path(device: str, dtype: "torch.dtype") -> str:
     return "memory-efficient" if torch.backends.cuda.can_use_efficient_attention(params) else "math (slow)"
 
 
-def _module_of(package: str) -> str:
-    return MODULES.get(package, package.replace("-", "_"))
-
-
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
@@ -230,11 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     for line in lines:
         print(f"{line.state:<7} {line.subject:<{width}}  {line.detail}")
     broken = [line.subject for line in lines if line.state == "BROKEN"]
-    print(
-        f"verdict: broken: {', '.join(broken)}"
-        if broken
-        else "verdict: ready, uv run python run_train.py can start"
-    )
+    state = f"broken: {', '.join(broken)}" if broken else "ready, uv run python run_train.py can start"
+    print(f"verdict: {state}")
     return 1 if broken else 0
 
 

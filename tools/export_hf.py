@@ -15,7 +15,7 @@ from litgpt_moe.cli import FlagParser, run_command, run_script
 
 
 def export(args: argparse.Namespace) -> str:
-    """Do what the flags say and return what to print. Raises as `write_folder`."""
+    """Do what the flags say and return what to print."""
     from litgpt_moe.checkpoints.layout import find_checkpoint
     from litgpt_moe.checkpoints.reader import load_tokenizer, verify_checkpoint
     from litgpt_moe.files import check_new_folder
@@ -26,11 +26,9 @@ def export(args: argparse.Namespace) -> str:
     folder = find_checkpoint(args.checkpoint)
     verify_checkpoint(folder)
     load_tokenizer(folder)
-    lines = [
-        *write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check),
-        f"Next:\n  read {args.out / 'README.md'} and add a licence",
-        f"  uv run hf upload YOUR_NAME/{args.out.absolute().name} {args.out}",
-    ]
+    lines = write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check)
+    lines.append(f"Next:\n  read {args.out / 'README.md'} and add a licence")
+    lines.append(f"  uv run hf upload YOUR_NAME/{args.out.absolute().name} {args.out}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
 
 
 def import_checkpoint(args: argparse.Namespace) -> str:
-    """Do what the flags say and return what to print. Raises as `import_model`."""
+    """Do what the flags say and return what to print."""
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.import_folder import import_model
     from litgpt_moe.interop.upcycle import NEXT, training_command
@@ -24,13 +24,10 @@ def import_checkpoint(args: argparse.Namespace) -> str:
     line, has_experts = import_model(args.source, args.out)
     model = command_line("--ckpt_dir", args.out)
     upcycle = command_line(args.out, f"{args.out}_moe", "--n_expert", 8, "--n_expert_per_token", 2)
-    lines = [
-        line,
-        f'{NEXT}\n  uv run python generate.py {model} --prompt "Once upon a time"',
-        *([] if has_experts else [f"  uv run python tools/upcycle.py {upcycle}"]),
-        f"  {training_command(args.out)}",
-    ]
-    return "\n".join(lines)
+    lines = [line, NEXT, f'  uv run python generate.py {model} --prompt "Once upon a time"']
+    if not has_experts:
+        lines.append(f"  uv run python tools/upcycle.py {upcycle}")
+    return "\n".join([*lines, f"  {training_command(args.out)}"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,12 +11,8 @@ from pathlib import Path
 from litgpt_moe.cli import FlagParser, fail, run_script
 
 
-def inspect(folder: Path, with_tensors: bool) -> list[str]:
-    """Print everything about the checkpoint in `folder` and return its problems.
-
-    Raises:
-        ValueError: the weights or a configuration are damaged, or do not belong together.
-    """
+def inspect(folder: Path, with_tensors: bool) -> bool:
+    """Print what the checkpoint in `folder` holds and lacks; return whether it lacks something."""
     from litgpt_moe.checkpoints.reader import verify_checkpoint
     from litgpt_moe.report.checkpoint import describe, describe_files, find_problems
 
@@ -24,16 +20,17 @@ def inspect(folder: Path, with_tensors: bool) -> list[str]:
     print("\n".join([str(folder), *describe_files(folder)]))
     for title, lines in describe(folder, with_tensors).items():
         print("\n".join([f"{title}:", *lines]))
-    return find_problems(folder)
+    problems = [f"incomplete: {problem}" for problem in find_problems(folder)]
+    print("\n".join(problems) or "complete: generate and evaluate need nothing else")
+    return bool(problems)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what the checkpoint holds; 0 when it is complete, 1 when not, 2 when there is none."""
+    """Return 0 when the checkpoint is complete, 1 when not, 2 when there is none."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument(
-        "dir", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)"
-    )
-    parser.add_argument("--tensors", action="store_true", help="list every tensor with mean, std, bad values")
+    add = parser.add_argument
+    add("dir", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
+    add("--tensors", action="store_true", help="list every tensor with mean, std, bad values")
     args = parser.parse_args(argv)
     from litgpt_moe.checkpoints.layout import find_checkpoint
 
@@ -42,17 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error, 2)
     try:
-        problems = inspect(folder, args.tensors)
+        return int(inspect(folder, args.tensors))
     except (ValueError, OSError) as error:
         return fail(error, 1)
     except (KeyError, TypeError, AttributeError) as error:
         # JSON or YAML of another shape than it should have
         return fail(f"{folder}: a tokenizer or settings file is damaged ({error!r})", 1)
-    for problem in problems:
-        print(f"incomplete: {problem}")
-    if not problems:
-        print("complete: generate and evaluate need nothing else")
-    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -36,12 +36,8 @@ def rewrite(lock_text: str) -> str:
 
 def find_problems(lock_text: str) -> list[str]:
     """Return one sentence for each line that works on some machines only; [] for a good lock file."""
-    problems = []
-    for number, line in enumerate(lock_text.splitlines(), start=1):
-        problem = _line_problem(line)
-        if problem:
-            problems.append(f"uv.lock:{number}: {problem}")
-    return problems
+    lines = enumerate(lock_text.splitlines(), start=1)
+    return [f"uv.lock:{number}: {problem}" for number, line in lines if (problem := _line_problem(line))]
 
 
 def _line_problem(line: str) -> str:
@@ -69,16 +65,14 @@ def matches_pyproject() -> bool:
     env = {name: value for name, value in os.environ.items() if name not in other_indexes}
     env["UV_DEFAULT_INDEX"] = MIRROR_SIMPLE
     # a lock file that holds is accepted from its own metadata; only a stale one makes uv look for packages
-    return _uv(["lock", "--check", "--offline", "--quiet"], env, capture_output=True).returncode == 0
+    return _uv(["lock", "--check", "--offline", "--quiet"], env, quiet=True).returncode == 0
 
 
-def _uv(
-    args: list[str], env: dict[str, str], capture_output: bool = False
-) -> subprocess.CompletedProcess[bytes]:
+def _uv(args: list[str], env: dict[str, str], quiet: bool = False) -> subprocess.CompletedProcess[bytes]:
     uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` tells its own path in UV
     if uv is None:
         raise FileNotFoundError("uv is not on PATH; install it with: pip install uv")
-    return subprocess.run([uv, *args], cwd=ROOT, env=env, capture_output=capture_output, check=False)
+    return subprocess.run([uv, *args], cwd=ROOT, env=env, capture_output=quiet, check=False)
 
 
 def lock(upgrade: bool) -> list[str]:
@@ -89,28 +83,20 @@ def lock(upgrade: bool) -> list[str]:
         return ["uv lock failed; its message is above"]
     after = rewrite(path.read_text(encoding="utf-8"))
     problems = find_problems(after)
-    if not problems:
-        _write_whole(path, after)
-    elif before is not None:
-        _write_whole(path, before)
+    if (text := before if problems else after) is not None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
     return problems
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Lock (or only check) and return 0 when uv.lock is fit to commit, 1 when not."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--check", action="store_true", help="check uv.lock, change nothing, use no network")
-    parser.add_argument(
-        "--upgrade", action="store_true", help="take the newest allowed version of every package"
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--check", action="store_true", help="check uv.lock, change nothing, use no network")
+    add("--upgrade", action="store_true", help="take the newest allowed version of every package")
     args = parser.parse_args(argv)
     try:
         if args.check:

@@ -30,35 +30,31 @@ def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
 
 
 def batches_at(checkpoint_dir: Path, step: int, data_dir: Path | None) -> "TokenBatches":
-    """Return the run's training batches, one optimizer step each, positioned before `step`.
-
-    Raises:
-        ValueError: the run did not train on our data module, its data has changed since, or it is shorter.
-        OSError: a file is missing.
-    """
-    from litgpt_moe.checkpoints.layout import CONFIG_FILE
+    """Return the run's training batches, one optimizer step each, positioned before `step`."""
+    from litgpt_moe.checkpoints.layout import CONFIG_FILE, SETTINGS_FILE
     from litgpt_moe.config import MoEConfig
     from litgpt_moe.data.batches import TokenBatches, TokenStream
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.yaml_files import read_mapping
 
-    settings = read_mapping(checkpoint_dir / "train_config.yaml")
+    settings = read_mapping(checkpoint_dir / SETTINGS_FILE)
     data, train = settings.get("data") or {}, settings.get("train") or {}
     if data.get("class_path") != OWN_DATA:
         raise ValueError(f"{checkpoint_dir}: its data is {data.get('class_path')}, not {OWN_DATA}")
-    manifest = (data_dir or data_dir_of(checkpoint_dir, settings)) / MANIFEST
-    if not manifest.is_file():
-        raise FileNotFoundError(f"{manifest}: not found; name the run's data directory with --data_dir")
+    data_dir = data_dir or data_dir_of(checkpoint_dir, settings)
+    if not (data_dir / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{data_dir / MANIFEST}: not found; name the run's data directory with --data_dir"
+        )
     block_size = train.get("max_seq_length") or MoEConfig.from_file(checkpoint_dir / CONFIG_FILE).block_size
     seed = (data.get("init_args") or {}).get("seed", settings.get("seed"))
     # the order of the data depends on neither the micro-batch nor the devices: one batch here is one step
-    batches = TokenBatches(
-        TokenStream(manifest.parent, "train"), train["global_batch_size"], block_size, seed
-    )
-    n_steps = train["max_tokens"] // (batches.batch_size * block_size)
+    n_sequences = train["global_batch_size"]
+    batches = TokenBatches(TokenStream(data_dir, "train"), n_sequences, block_size, seed)
+    n_steps = train["max_tokens"] // (n_sequences * block_size)
     if not 1 <= step <= n_steps:
         raise ValueError(f"--step is {step}; choose 1 to {n_steps}, the steps of {checkpoint_dir.parent}")
-    epoch, n_used = divmod((step - 1) * batches.batch_size, batches.n_sequences)
+    epoch, n_used = divmod((step - 1) * n_sequences, batches.n_sequences)
     batches.load_state_dict({"epoch": epoch, "n_used": n_used, "n_sequences": batches.n_sequences})
     return batches
 

@@ -38,8 +38,7 @@ def check_args(args: argparse.Namespace) -> None:
         ("noise", 0 <= args.noise < math.inf, "0 (off) or more; 0.01 is little"),
         ("seed", 0 <= args.seed < 2**63, "0 or more"),
     ]
-    problems = [f"{name} is {getattr(args, name)}; choose {rule}" for name, ok, rule in rules if not ok]
-    if problems:
+    if problems := [f"{name} is {getattr(args, name)}; choose {rule}" for name, ok, rule in rules if not ok]:
         raise ValueError("\n".join(problems))
 
 
@@ -52,13 +51,7 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.checkpoints.writer import write_checkpoint
     from litgpt_moe.config import MoEConfig, model_facts
     from litgpt_moe.files import check_new_folder
-    from litgpt_moe.interop.upcycle import (
-        NEXT,
-        largest_difference,
-        moe_config,
-        training_command,
-        upcycle,
-    )
+    from litgpt_moe.interop import upcycle
 
     check_args(args)
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)
@@ -66,23 +59,23 @@ def run(args: argparse.Namespace) -> str:
     folder = find_checkpoint(args.dense)
     dense = MoEConfig.from_file(folder / CONFIG_FILE)
     try:
-        config = moe_config(dense, args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size)
+        config = upcycle.moe_config(
+            dense, args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size
+        )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     weights = load_model(folder).state_dict()
-    new = upcycle(weights, config, settings.noise, torch.Generator().manual_seed(settings.seed))
+    new = upcycle.upcycle(weights, config, settings.noise, torch.Generator().manual_seed(settings.seed))
     write_checkpoint(args.out, new, config, read_files(folder, TOKENIZER_FILES))
-    facts = model_facts(config)
+    before, facts = model_facts(dense), model_facts(config)
     counts = f"{facts.total_params:,} parameters, {facts.active_params:,} active per token"
-    lines = [
-        f"Dense   {folder}: {dense.name}, {model_facts(dense).total_params:,} parameters",
-        f"Wrote   {args.out}: {config.name}, {counts}",
-    ]
+    lines = [f"Dense   {folder}: {dense.name}, {before.total_params:,} parameters"]
+    lines.append(f"Wrote   {args.out}: {config.name}, {counts}")
     if not settings.noise:
-        difference = largest_difference(folder, args.out)
+        difference = upcycle.largest_difference(folder, args.out)
         lines.append(f"Checked it gives the dense model's logits, within {difference:.1e}")
-    train = training_command(args.out, folder)
-    return "\n".join([*lines, "Next:" if "--config" in train else NEXT, f"  {train}"])
+    train = upcycle.training_command(args.out, folder)
+    return "\n".join([*lines, "Next:" if "--config" in train else upcycle.NEXT, f"  {train}"])
 
 
 def main(argv: list[str] | None = None) -> int:

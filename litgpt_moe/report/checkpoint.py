@@ -5,14 +5,13 @@ from typing import Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, RECORD_FILE
-from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_state, read_weights
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, RECORD_FILE, SETTINGS_FILE
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_state, weights_of
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.files import read_json
 from litgpt_moe.interop.model_card import tokens_seen
 from litgpt_moe.yaml_files import read_mapping
 
-SETTINGS_FILE = "train_config.yaml"
 NEEDED = {
     CHECKPOINT_FILE: "the weights",
     CONFIG_FILE: "the model's shape",
@@ -29,23 +28,19 @@ SETTINGS = ("seed", "precision", "devices", "num_nodes", "tokenizer_dir", "datas
 
 
 def describe(folder: Path, with_tensors: bool) -> dict[str, list[str]]:
-    """Return title -> lines for the model, its training, the settings, the tokenizer and the tensors.
-
-    Raises:
-        ValueError: the weights or a configuration are damaged.
-    """
+    """Return title -> lines for the model, its training, the settings, the tokenizer and the tensors."""
     config = MoEConfig.from_file(folder / CONFIG_FILE)
-    weights = read_weights(folder / CHECKPOINT_FILE)
-    state = read_state(folder / CHECKPOINT_FILE)  # the same file, for what lies beside the weights
+    state = read_state(folder / CHECKPOINT_FILE)
+    weights = weights_of(state, folder / CHECKPOINT_FILE)
     path = folder / SETTINGS_FILE
     settings = read_mapping(path, is_foreign=True) if path.is_file() else {}
     sections = {
-        "model": describe_model(config, weights),
-        "training": describe_progress(state if "model" in state else {}, settings, config.block_size),
-        "settings": describe_settings(settings),
-        "tokenizer": describe_tokenizer(folder),
+        "model": _describe_model(config, weights),
+        "training": _describe_progress(state if "model" in state else {}, settings, config.block_size),
+        "settings": _describe_settings(settings),
+        "tokenizer": _describe_tokenizer(folder),
     }
-    return sections | ({"tensors": describe_tensors(weights)} if with_tensors else {})
+    return sections | ({"tensors": _describe_tensors(weights)} if with_tensors else {})
 
 
 def describe_files(folder: Path) -> list[str]:
@@ -57,64 +52,48 @@ def describe_files(folder: Path) -> list[str]:
         path = folder / name
         state = f"{path.stat().st_size:>15,} bytes" if path.is_file() else f"{'MISSING':>21}"
         lines.append(f"  {name:<24}{state}  {known.get(name, '')}".rstrip())
-    return [*lines, describe_record(folder)]
-
-
-def describe_record(folder: Path) -> str:
-    """Return a line on checkpoint.json, whose digests `verify_checkpoint` has compared."""
     record = read_json(folder / RECORD_FILE)
     if not record:
-        return "no digests to verify (LitGPT's own checkpoints have none)"
-    n_files = len(record["files"])
-    return f"verified: {n_files} files are as checkpoint.json recorded them at step {record.get('step')}"
+        return [*lines, "no digests to verify (LitGPT's own checkpoints have none)"]
+    recorded = f"as checkpoint.json recorded them at step {record.get('step')}"
+    return [*lines, f"verified: {len(record['files'])} files are {recorded}"]
 
 
-def describe_model(config: MoEConfig, weights: dict[str, torch.Tensor]) -> list[str]:
-    """Return lines on the model's shape, its parameters and their dtype."""
+def _describe_model(config: MoEConfig, weights: dict[str, torch.Tensor]) -> list[str]:
     facts = model_facts(config)
-    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
-    moe = (
-        f"  {config.n_expert} experts of width {config.moe_intermediate_size} in a MoE layer,"
-        f" {config.n_expert_per_token} per token"
-    )
+    dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
+    experts = f"{config.n_expert} experts of width {config.moe_intermediate_size} in a MoE layer"
     return [
         f"  {config.name}: {config.n_layer} layers of width {config.n_embd}, {config.n_head} heads",
-        moe if config.n_expert else "  no experts",
+        f"  {experts}, {config.n_expert_per_token} per token" if config.n_expert else "  no experts",
         f"  context {config.block_size}, vocabulary {config.vocab_size} (padded {config.padded_vocab_size})",
-        f"  {facts.total_params:,} parameters, {facts.active_params:,} active per token,"
-        f" in {', '.join(dtypes)}",
+        f"  {facts.total_params:,} parameters, {facts.active_params:,} active per token, in {dtypes}",
     ]
 
 
-def describe_progress(state: dict[str, Any], settings: dict[str, Any], block_size: int) -> list[str]:
-    """Return lines on how far training was: counters, tokens seen, what else the file carries."""
+def _describe_progress(state: dict[str, Any], settings: dict[str, Any], block_size: int) -> list[str]:
     lines = [f"  {name} {state[name]:,}" for name in COUNTERS if isinstance(state.get(name), int)]
-    tokens = tokens_seen(state, settings, block_size)
-    if tokens is not None:
+    if (tokens := tokens_seen(state, settings, block_size)) is not None:
         lines.append(f"  tokens seen {tokens:,}")
     extras = [key for key in state if key not in ("model", *COUNTERS)]
-    carried = (
-        f"can be resumed, it carries {', '.join(extras)}" if extras else "weights only, cannot be resumed"
-    )
-    return [*lines, f"  {carried}"]
+    carried = f"can be resumed, it carries {', '.join(extras)}"
+    return [*lines, f"  {carried if extras else 'weights only, cannot be resumed'}"]
 
 
-def describe_settings(settings: dict[str, Any]) -> list[str]:
-    """Return lines on the settings of the run that train_config.yaml keeps."""
+def _describe_settings(settings: dict[str, Any]) -> list[str]:
     lines = [f"  {key}: {settings[key]}" for key in SETTINGS if settings.get(key) is not None]
     lines += [f"  {key}: {settings[key]}" for key in ("train", "optimizer", "data") if settings.get(key)]
     return lines or ["  none recorded"]
 
 
-def describe_tokenizer(folder: Path) -> list[str]:
-    """Return a line on the tokenizer, as LitGPT reads it."""
+def _describe_tokenizer(folder: Path) -> list[str]:
     if not (folder / "tokenizer.json").is_file():
         return ["  none"]
     tokenizer = load_tokenizer(folder)
     return [f"  {tokenizer.vocab_size} pieces, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"]
 
 
-def describe_tensors(weights: dict[str, torch.Tensor]) -> list[str]:
+def _describe_tensors(weights: dict[str, torch.Tensor]) -> list[str]:
     """Return a table: name, shape, dtype, mean, standard deviation and how many values are not finite."""
     width = max(map(len, weights), default=4)
     lines = [f"  {'name':<{width}} {'shape':>16} {'dtype':>9} {'mean':>11} {'std':>10}  not finite"]
@@ -131,16 +110,13 @@ def describe_tensors(weights: dict[str, torch.Tensor]) -> list[str]:
 
 
 def find_problems(folder: Path) -> list[str]:
-    """Return what generate and evaluate would miss, one sentence each; [] for a complete directory.
-
-    Raises:
-        ValueError: weights and configuration do not belong together.
-    """
+    """Return what generate and evaluate would miss, one sentence each; [] for a complete directory."""
     problems = [f"{name} is missing ({why})" for name, why in NEEDED.items() if not (folder / name).is_file()]
-    model = load_model(folder, device="meta")  # names and shapes against the configuration, no memory
+    # names and shapes against the configuration, no memory
+    room = load_model(folder, device="meta").config.padded_vocab_size or 0
     if problems:
         return problems
-    tokenizer, room = load_tokenizer(folder), model.config.padded_vocab_size or 0
+    tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > room:
         problems.append(f"tokenizer has {tokenizer.vocab_size} pieces, the model {room}")
     if tokenizer.eos_id is None:

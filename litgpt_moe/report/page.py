@@ -1,6 +1,7 @@
 """One HTML page of one run's logs, or of several runs side by side; it needs no network and no other file."""
 
 import json
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,25 +19,18 @@ HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # count up, or
 
 def page_data(runs: list[RunLog]) -> dict[str, Any]:
     """Return what the page's script draws."""
+    return {"made": time.strftime("%Y-%m-%d %H:%M"), "runs": [_run_data(run) for run in runs]}
+
+
+def _run_data(run: RunLog) -> dict[str, Any]:
     return {
-        "made": time.strftime("%Y-%m-%d %H:%M"),
-        "runs": [
-            {
-                "name": run.name,
-                "folder": str(run.folder),
-                "done": (run.folder / "final").is_dir(),
-                "summary": summary(run),
-                "train": as_json(thin(run.train, MAX_POINTS)),
-                "val": as_json(thin(run.val, MAX_POINTS)),
-                "heat": run.heat,
-                "stories": [{key: text[:MAX_TEXT] for key, text in story.items()} for story in run.stories],
-                "spikes": run.spikes,
-                "settings": run.settings,
-                "command": run.command,
-                "versions": run.versions,
-            }
-            for run in runs
-        ],
+        **vars(run),
+        "folder": str(run.folder),
+        "done": (run.folder / "final").is_dir(),
+        "summary": summary(run),
+        "train": as_json(thin(run.train, MAX_POINTS)),
+        "val": as_json(thin(run.val, MAX_POINTS)),
+        "stories": [{key: text[:MAX_TEXT] for key, text in story.items()} for story in run.stories],
     }
 
 
@@ -90,9 +84,7 @@ def summary(run: RunLog) -> dict[str, float | None]:
         values = values[np.isfinite(values)]
         return float(f"{pick(values):.6g}") if len(values) else None
 
-    def last(values: np.ndarray) -> float:
-        return values[-1]
-
+    last = operator.itemgetter(-1)
     figures = {name: of(name, last) for name in ("flops", "loss", "left")}
     for name in ("step", "tokens", "time"):  # the last validation may come after the last row of training
         both = (of(name, last, part) for part in (run.train, run.val))

@@ -11,9 +11,9 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -44,9 +44,11 @@ VALIDATION = {"val_loss": "loss", "val_ppl": "ppl"}
 LAYERS = {"load_imbalance": ("imbalance", max), "dead_experts": ("dead", sum)}  # over the layers of a row
 
 Columns = dict[str, np.ndarray]
+Places = dict[str, tuple[list[int], Callable[[Iterator[float]], float]]]
+"""A column of the page -> columns of the log, and how their numbers become one."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunLog:
     """What the logs of one run say; arrays have one entry for a row."""
 
@@ -55,20 +57,16 @@ class RunLog:
     train: Columns
     """By the short names of AXES, CURVES and LAYERS; NaN where a row or an old run says nothing."""
     val: Columns
-    heat: dict[str, Any] | None = None
-    stories: list[dict[str, Any]] = field(default_factory=list)
-    spikes: list[dict[str, Any]] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
+    heat: dict[str, Any] | None
+    stories: list[dict[str, Any]]
+    spikes: list[dict[str, Any]]
+    settings: dict[str, Any]
+    command: str
+    versions: dict[str, str]
 
 
 def find_run(path: Path) -> Path:
-    """Return the out_dir that `path` is, or that the checkpoint `path` belongs to.
-
-    Raises:
-        FileNotFoundError: one sentence on what is not there.
-    """
+    """Return the out_dir that `path` is, or that the checkpoint `path` belongs to."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; name the out_dir of a run")
     for folder in (path, path.absolute().parent):
@@ -87,14 +85,12 @@ def read_run(folder: Path, name: str) -> RunLog:
         raise ValueError(
             f"{folder / METRICS} has no row yet; wait for the run's first one (train.log_interval)"
         )
-    run = RunLog(name, folder, train, val)
-    run.heat = read_heat(folder / "logs/expert_load.csv", len(train["loss"]))
+    heat = read_heat(folder / "logs/expert_load.csv", len(train["loss"]))
     # where the last step has a validation by the interval, the final one writes its story again
-    stories = {row.get("step"): row for row in read_dicts(folder / "logs/stories.csv")}
-    run.stories = spread(list(stories.values()), MAX_STORIES)
-    run.spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
-    read_settings(run)
-    return run
+    last_stories = {row.get("step"): row for row in read_dicts(folder / "logs/stories.csv")}
+    stories = spread(list(last_stories.values()), MAX_STORIES)
+    spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
+    return RunLog(name, folder, train, val, heat, stories, spikes, *read_facts(folder))
 
 
 # --- logs ---------------------------------------------------------------------------------------------------
@@ -126,48 +122,41 @@ def read_dicts(path: Path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-class Column(NamedTuple):
-    """A column of the page, made of one or several columns of the log."""
+def read_metrics(path: Path) -> tuple[Columns, Columns]:
+    """Return the columns of the training rows and of the validation rows of a metrics.csv."""
+    rows = read_rows(path)
+    at = {name: i for i, name in enumerate(next(rows, []))}
+    train_places, val_places = _places(at, CURVES), _places(at, VALIDATION)
+    for name, (short, reduce) in LAYERS.items():
+        if places := [i for column, i in at.items() if column.startswith(f"moe/{name}/layer_")]:
+            train_places[short] = (places, reduce)
+    train: list[list[float]] = []
+    val: list[list[float]] = []
+    for row in rows:
+        if "loss" in at and row[at["loss"]]:
+            train.append(_numbers(row, train_places))
+        if "val_loss" in at and row[at["val_loss"]]:
+            val.append(_numbers(row, val_places))
+    return _as_columns(train_places, train), _as_columns(val_places, val)
 
-    name: str
-    places: list[int]
-    reduce: Callable[[Iterator[float]], float] = next
 
-    def value(self, row: list[str]) -> float:
-        """Return the number in a row, NaN for none."""
-        return self.reduce(number(row[i]) for i in self.places)
+def _places(at: dict[str, int], names: dict[str, str]) -> Places:
+    return {short: ([at[name]], next) for name, short in (AXES | names).items() if name in at}
 
 
-def number(text: str) -> float:
-    """Return the number in a cell, NaN for none."""
+def _numbers(row: list[str], places: Places) -> list[float]:
+    return [reduce(_number(row[i]) for i in some) for some, reduce in places.values()]
+
+
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
         return float("nan")
 
 
-def read_metrics(path: Path) -> tuple[Columns, Columns]:
-    """Return the columns of the training rows and of the validation rows of a metrics.csv."""
-    rows = read_rows(path)
-    at = {name: i for i, name in enumerate(next(rows, []))}
-    train_columns = [Column(short, [at[name]]) for name, short in (AXES | CURVES).items() if name in at]
-    val_columns = [Column(short, [at[name]]) for name, short in (AXES | VALIDATION).items() if name in at]
-    for name, (short, reduce) in LAYERS.items():
-        if places := [i for column, i in at.items() if column.startswith(f"moe/{name}/layer_")]:
-            train_columns.append(Column(short, places, reduce))
-    train: list[list[float]] = []
-    val: list[list[float]] = []
-    for row in rows:
-        if "loss" in at and row[at["loss"]]:
-            train.append([column.value(row) for column in train_columns])
-        if "val_loss" in at and row[at["val_loss"]]:
-            val.append([column.value(row) for column in val_columns])
-    return _as_columns(train_columns, train), _as_columns(val_columns, val)
-
-
-def _as_columns(columns: list[Column], rows: list[list[float]]) -> Columns:
-    table = np.array(rows).reshape(len(rows), len(columns))
-    return {column.name: values for column, values in zip(columns, table.T, strict=True)}
+def _as_columns(places: Places, rows: list[list[float]]) -> Columns:
+    return dict(zip(places, np.array(rows).reshape(len(rows), len(places)).T, strict=True))
 
 
 # --- load of the experts ------------------------------------------------------------------------------------
@@ -220,10 +209,10 @@ def read_loads(path: Path, stride: int) -> tuple[dict[int, dict[int, list[int]]]
 # --- settings -----------------------------------------------------------------------------------------------
 
 
-def read_settings(run: RunLog) -> None:
-    """Fill in the settings, the command and the versions, from logs/run.json and the newest checkpoint."""
-    facts = read_json(run.folder / FACTS)
-    checkpoints = [run.folder / "final", *sorted(run.folder.glob("step-*"), reverse=True)]
+def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:
+    """Return a run's settings, command and versions, from logs/run.json and the newest checkpoint."""
+    facts = read_json(folder / FACTS)
+    checkpoints = [folder / "final", *sorted(folder.glob("step-*"), reverse=True)]
 
     def newest(name: str) -> dict[str, Any]:
         path = next((folder / name for folder in checkpoints if (folder / name).is_file()), None)
@@ -236,12 +225,12 @@ def read_settings(run: RunLog) -> None:
         value = facts.get(name)
         return value if isinstance(value, kind) else kind()
 
-    run.settings = flatten(fact("settings", dict) or newest("train_config.yaml"))
-    run.settings |= flatten(newest("model_config.yaml"), "model.")
-    run.command = shlex.join(map(str, fact("command", list)))
-    run.versions = {key: str(value) for key, value in fact("versions", dict).items()}
+    settings = flatten(fact("settings", dict) or newest("train_config.yaml"))
+    settings |= flatten(newest("model_config.yaml"), "model.")
+    versions = {key: str(value) for key, value in fact("versions", dict).items()}
     if device := facts.get("device"):
-        run.versions["device"] = str(device)
+        versions["device"] = str(device)
+    return settings, shlex.join(map(str, fact("command", list))), versions
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
