@@ -9,13 +9,12 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from litgpt_moe.cli import (
     FlagParser,
     WorkFailed,
     add_flags,
-    explain,
     fail,
     from_flags,
     note,
@@ -24,13 +23,7 @@ from litgpt_moe.cli import (
     silence_stdout,
 )
 
-if TYPE_CHECKING:
-    from litgpt.model import GPT
-
-    from litgpt_moe.scoring import Corpus
-
 CHECKPOINTS = Path("checkpoints")
-INTERRUPTED = "interrupted, nothing is recorded; --max_batches N scores less"
 
 
 @dataclass(frozen=True)
@@ -78,34 +71,14 @@ class EvaluateSettings:
             raise ValueError("\n".join(bad))
 
 
-# --- what is scored -----------------------------------------------------------------------------------------
-
-
-def pick_checkpoint(settings: EvaluateSettings) -> Path | None:
-    """Return the checkpoint directory, None for random weights; a named one that is not there is an error."""
-    if settings.random_weights:
-        return None
-    from litgpt_moe.checkpoints.layout import find_checkpoint
-    from litgpt_moe.checkpoints.reader import verify_checkpoint
-
-    try:
-        folder = find_checkpoint(settings.ckpt_dir or CHECKPOINTS)
-    except FileNotFoundError:
-        if settings.ckpt_dir:
-            raise
-        return None
-    verify_checkpoint(folder)
-    return folder
-
-
-def set_up(settings: EvaluateSettings) -> tuple["GPT", "Corpus", dict[str, Any]]:
-    """Return the model, the text and what is recorded about both, all checked against each other."""
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+    """Return the figures, and what is recorded about model, text and settings, checked against each other."""
     from litgpt_moe import scoring
     from litgpt_moe.checkpoints.reader import load_model
-    from litgpt_moe.hardware import pick_device
+    from litgpt_moe.hardware import keep_freed_memory, pick_device
 
     device, dtype = pick_device(settings.device, settings.precision)
-    folder = pick_checkpoint(settings)
+    folder = None if settings.random_weights else scoring.pick_checkpoint(settings.ckpt_dir, CHECKPOINTS)
     if folder is None:
         note("Warning: Evaluating random weights!")
     data_dir = None if settings.text else settings.data_dir
@@ -128,10 +101,10 @@ def set_up(settings: EvaluateSettings) -> tuple["GPT", "Corpus", dict[str, Any]]
         "data": corpus.identity,
         "settings": {"max_seq_length": window, **counts, **place},
     }
-    return model, corpus, identity
-
-
-# --- the result ---------------------------------------------------------------------------------------------
+    if device.type == "cpu":
+        keep_freed_memory()  # for the next chunk of logits
+    figures = scoring.score(model, corpus, window, **counts)
+    return {**figures, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -181,20 +154,9 @@ def record(result: dict[str, Any], results_file: str | None) -> None:
     note(f"appended to {path}")
 
 
-# --- the command --------------------------------------------------------------------------------------------
-
-
 def run(settings: EvaluateSettings) -> None:
     """Score, print and record."""
-    from litgpt_moe.hardware import keep_freed_memory
-    from litgpt_moe.scoring import score
-
-    model, corpus, identity = set_up(settings)
-    if identity["settings"]["device"] == "cpu":
-        keep_freed_memory()  # for the next chunk of logits
-    window = identity["settings"]["max_seq_length"]
-    figures = score(model, corpus, window, settings.batch_size, settings.max_batches)
-    result = {**figures, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    result = evaluate(settings)
     try:
         print(json.dumps(result, indent=2) if settings.json else report(result), flush=True)
     except BrokenPipeError:
@@ -210,10 +172,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = from_flags(EvaluateSettings, args)
     except ValueError as error:
-        return fail(*explain(error))
+        return fail(error, 2)
     import litgpt_moe.scoring  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
-    return run_command(lambda: run(settings), INTERRUPTED)
+    return run_command(lambda: run(settings), "interrupted, nothing is recorded; --max_batches N scores less")
 
 
 if __name__ == "__main__":

@@ -11,34 +11,15 @@ and OpenAI's /v1/completions for the clients that speak it; a request that leave
 flag's value. The same seed and prompt give the same text here and there.
 """
 
-import errno
 import os
 import select
 import stat
 import sys
-import time
-from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import (
-    FlagParser,
-    WorkFailed,
-    add_flags,
-    explain,
-    fail,
-    from_flags,
-    note,
-    run_command,
-    run_script,
-    silence_stdout,
-)
+from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_command, run_script
 from litgpt_moe.generation.settings import DEFAULT_PROMPT, GenerateSettings, Sampling
 
-if TYPE_CHECKING:
-    from litgpt_moe.generation.text import AsyncTokenStreamer
-
-SEPARATOR = "<|endoftext|>"
 SERVE_PACKAGES = ("pydantic", "starlette", "uvicorn")
 
 
@@ -63,9 +44,6 @@ def read_settings(argv: list[str] | None) -> tuple[GenerateSettings, Sampling]:
     return tuple(made)
 
 
-# --- the prompt ---------------------------------------------------------------------------------------------
-
-
 def read_prompt(settings: GenerateSettings) -> str:
     """Return the text to continue: --prompt, --prompt_file, standard input, or the default."""
     prompt, file = settings.prompt, settings.prompt_file
@@ -77,7 +55,7 @@ def read_prompt(settings: GenerateSettings) -> str:
             raise ValueError(f"{reason}; name a UTF-8 text file that can be read") from None
     if prompt == "-" or (prompt is None and not settings.serve and _is_piped_in()):
         text = _utf8(sys.stdin.buffer.read(), "standard input")
-        return text or (DEFAULT_PROMPT if prompt is None else "")
+        return text if text or prompt else DEFAULT_PROMPT
     return DEFAULT_PROMPT if prompt is None else _utf8(os.fsencode(prompt), "--prompt")
 
 
@@ -99,79 +77,21 @@ def _is_piped_in() -> bool:
     return stat.S_ISREG(mode)
 
 
-# --- the text -----------------------------------------------------------------------------------------------
-
-
-def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
-    """Write the samples that the flags ask for, one after the other, each from the next seed."""
-    import torch
-
-    from litgpt_moe.generation.decode import generate
-    from litgpt_moe.generation.text import AsyncTokenStreamer, encode_prompt, load
-
-    model, tokenizer = load(settings)
-    prompt_ids = encode_prompt(model, tokenizer, prompt, settings.max_tokens)
-    generator = torch.Generator(model.lm_head.weight.device)
-    seed = generator.seed() % 2**32 if settings.seed is None else settings.seed
-    for number in range(settings.num_samples):
-        if number:
-            print(SEPARATOR, flush=True)
-        # a seed each, so that --seed repeats any one of them alone, and a server makes them side by side
-        generator.manual_seed(seed + number)
-        if sampling.temperature > 0:
-            note(f"seed {seed + number}")
-        new_ids = generate(model, prompt_ids, settings.max_tokens, sampling, tokenizer.eos_id, generator)
-        count = write_sample(AsyncTokenStreamer(tokenizer.processor), prompt_ids, new_ids)
-        if count < settings.max_tokens and len(prompt_ids) + count == model.max_seq_length:
-            note(f"stopped: the context of {model.max_seq_length:,} tokens is full")
-
-
-def write_sample(streamer: "AsyncTokenStreamer", prompt_ids: list[int], new_ids: Iterator[int]) -> int:
-    """Write prompt and continuation as they come, and the speed to stderr; return how many tokens are new."""
-    started, first_s, count = time.perf_counter(), 0.0, 0
-    try:
-        with streamer:
-            for token_id in prompt_ids:
-                streamer.put(token_id)
-            for token_id in new_ids:
-                count += 1
-                first_s = first_s or time.perf_counter() - started
-                streamer.put(token_id)
-        print(flush=True)
-    except OSError as error:
-        silence_stdout()
-        # `| head` closes the pipe when it has seen enough; Windows says EINVAL for that
-        if error.errno in (errno.EPIPE, errno.EINVAL):
-            raise BrokenPipeError from None
-        text = f"the text could not be written ({error}); free space or write elsewhere"
-        raise WorkFailed(text) from None
-    finally:  # after Ctrl-C, too
-        seconds = time.perf_counter() - started
-        rate = f"{count / seconds:.1f} tokens/s, the first after {first_s:.2f} s"
-        note(f"{count} new tokens in {seconds:.1f} s, {rate}")
-    return count
-
-
-# --- the command --------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input, 130 after Ctrl-C."""
     try:
         settings, sampling = read_settings(argv)
         prompt = read_prompt(settings)
-        missing = [package for package in SERVE_PACKAGES if settings.serve and find_spec(package) is None]
-        if missing:
-            raise ValueError(f"--serve needs {missing[0]}; install it with: uv sync --extra serve")
+        for package in SERVE_PACKAGES if settings.serve else ():
+            if find_spec(package) is None:
+                raise ValueError(f"--serve needs {package}; install it with: uv sync --extra serve")
     except ValueError as error:
-        return fail(*explain(error))
+        return fail(error, 2)
     # torch and the rest are imported here, where Ctrl-C ends the process without a traceback
     if settings.serve:
         from litgpt_moe.serving.app import serve as act
     else:
-        import litgpt_moe.generation.text  # noqa: F401
-
-        act = write_samples
+        from litgpt_moe.generation.text import write_samples as act
     return run_command(lambda: act(settings, sampling, prompt))
 
 

@@ -9,35 +9,24 @@ in a flat array of ids; manifest.json says what made it, and shards that no long
 
 import argparse
 import time
-from collections.abc import Callable
 from typing import Any
 
 from litgpt_moe.cli import (
-    RUN_TRAIN,
     FlagParser,
     WorkFailed,
     add_flags,
-    command_line,
     from_flags,
     run_command,
     run_script,
+    train_command,
 )
-from litgpt_moe.data.settings import (
-    DEFAULT_DATA_DIR,
-    DEFAULT_TOKENIZER_DIR,
-    DEMO_MODEL,
-    PrepareSettings,
-    UploadSettings,
-    WandbSettings,
-)
-
-STOPPED = "stopped; finished shards are kept, run again to go on"
+from litgpt_moe.data.settings import DEMO_MODEL, PrepareSettings, WandbSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = FlagParser(description=__doc__)
-    for kind in (PrepareSettings, UploadSettings, WandbSettings):
+    for kind in (PrepareSettings, WandbSettings):
         add_flags(parser, kind)
     return parser
 
@@ -47,67 +36,52 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.yaml_files import read_mapping
 
-    line = (
-        "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
-        "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
-    )
+    line = "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
+    line += "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
     splits, vocab_size = manifest["splits"], manifest["tokenizer"]["vocab_size"]
-    lines = [
-        line.format(split=name, n_shards=len(split["shards"]), **split) for name, split in splits.items()
-    ]
+    lines = [line.format(split=name, n_shards=len(part["shards"]), **part) for name, part in splits.items()]
     where = f"{settings.data_dir / MANIFEST}, tokenizer {settings.tokenizer_dir}"
     lines.append(f"where  {where} ({vocab_size:,} pieces)")
     if seconds is not None:
         n_tokens = sum(split["n_tokens"] for split in splits.values())
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
     flags: list[object] = []
-    if settings.data_dir != DEFAULT_DATA_DIR:
+    if settings.data_dir != PrepareSettings.data_dir:
         flags += ["--dataset_dir", settings.data_dir]
-    if settings.tokenizer_dir != DEFAULT_TOKENIZER_DIR:
+    if settings.tokenizer_dir != PrepareSettings.tokenizer_dir:
         flags += ["--tokenizer_dir", settings.tokenizer_dir]
     if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
         # without CUDA run_train.py takes the demo's model, which has no row for so many pieces
         flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
-    return "\n".join([*lines, f"next   {command_line(*RUN_TRAIN, *flags)}"])
-
-
-def run(settings: PrepareSettings, prepare: Callable[[PrepareSettings], dict[str, Any]]) -> None:
-    """Prepare the data and print the summary.
-
-    Raises:
-        ValueError, FileNotFoundError, NotADirectoryError, FolderInUse: settings or text to be mended.
-        ConnectionError, WorkFailed: the hub or the disk failed.
-    """
-    from litgpt_moe.data.manifest import MANIFEST
-    from litgpt_moe.files import FolderInUse
-
-    start, start_ns = time.perf_counter(), time.time_ns()
-    try:
-        manifest = prepare(settings)
-        is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
-        print(summary(manifest, settings, time.perf_counter() - start if is_new else None), flush=True)
-    except (FileNotFoundError, NotADirectoryError, FolderInUse, ConnectionError):
-        raise
-    except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        raise WorkFailed(f"{reason}; what was finished is kept, run again when that is mended") from error
+    return "\n".join([*lines, f"next   {train_command(*flags)}"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work (full disk, no hub), 2 for bad settings or text."""
     args = build_parser().parse_args(argv)
     settings = from_flags(PrepareSettings, args)
+    from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.prepare import prepare
+    from litgpt_moe.files import FolderInUse
 
     def work() -> str | None:
-        run(settings, prepare)
-        if not args.log_to_wandb:
+        start, start_ns = time.perf_counter(), time.time_ns()
+        try:
+            manifest = prepare(settings)
+            is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
+            print(summary(manifest, settings, time.perf_counter() - start if is_new else None), flush=True)
+        except (FileNotFoundError, NotADirectoryError, FolderInUse, ConnectionError):
+            raise
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+            raise WorkFailed(f"{reason}; what was finished is kept, run again when that is mended") from error
+        if not settings.log_to_wandb:
             return None
         from litgpt_moe.data.artifact import push
 
         return push(settings.data_dir, from_flags(WandbSettings, args), settings.tokenizer_dir)
 
-    return run_command(work, STOPPED)
+    return run_command(work, "stopped; finished shards are kept, run again to go on")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,27 +8,22 @@ Precedence: flag > environment variable > YAML > default. Any key is a flag: `--
 
 # --help must answer at once: what it needs is imported here, and the rest, which takes seconds, in functions
 import contextlib
+import dataclasses
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt_moe.cli import (
-    INTERRUPTED,
-    FlagParser,
-    add_flags,
-    explain,
-    fail,
-    hear_ctrl_c,
-    normalize_flags,
-    run_script,
-    silence_stdout,
-)
+from litgpt_moe import cli
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training.settings import Settings, plain_settings
 
+CONFIG_FLAGS = ("--config", "--train_config", "--model_config")
+
 if TYPE_CHECKING:
     from litgpt_moe.training.hooks import LoopHooks
+    from litgpt_moe.training.loop import TrainingFabric
     from litgpt_moe.training.run import Run
     from litgpt_moe.training.steps import StopSignals
     from litgpt_moe.training.summary import Result
@@ -37,9 +32,12 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 2 after a message on bad settings, 1 after failed work, 130 after Ctrl-C."""
     started = time.monotonic()
-    argv = normalize_flags(sys.argv[1:] if argv is None else argv)
+    argv = cli.normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
-        return print_help()
+        parser = cli.FlagParser(prog="run_train.py", description=__doc__)
+        cli.add_flags(parser, Settings)
+        parser.print_help()
+        return 0
     if sys.platform == "linux":
         # Before the first import of torch, which reads it once. MoE row counts differ from step to step, and
         # unless its segments can grow, the allocator keeps a block for each until memory is in pieces.
@@ -47,18 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = set_up(argv, started)
     except KeyboardInterrupt:
-        return fail("stopped before training began; the same command goes on", INTERRUPTED)
+        return cli.fail("stopped before training began; the same command goes on", cli.INTERRUPTED)
     except (ValueError, OSError) as error:
-        return fail(*explain(error))
+        return cli.fail(*cli.explain(error))
     return train_and_report(run, argv)
-
-
-def print_help() -> int:
-    """Print every key of the settings as a flag, with its default."""
-    parser = FlagParser(prog="run_train.py", description=__doc__)
-    add_flags(parser, Settings)
-    parser.print_help()
-    return 0
 
 
 def set_up(argv: list[str], started: float) -> "Run":
@@ -66,15 +56,27 @@ def set_up(argv: list[str], started: float) -> "Run":
     # before Lightning, whose import trips over these variables
     if problems := launcher_problems():
         raise ValueError("\n".join(problems))
+    refuse_missing_files(argv)
     from litgpt_moe.training import run as runs
     from litgpt_moe.training.batches import prepare_data_of
 
-    hear_ctrl_c()
-    run = runs.set_up(argv, started)
+    cli.hear_ctrl_c()
+    run = dataclasses.replace(runs.set_up(argv), started=started)
     # the other processes wait for it when the process group forms
     if is_main_process():
         prepare_data_of(run)
     return run
+
+
+def refuse_missing_files(argv: list[str]) -> None:
+    """Raise FileNotFoundError for a mistyped configuration file at once, before seconds of imports."""
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = flag.partition("=")
+        path = Path(value if equals else following)
+        if name in CONFIG_FLAGS and not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such configuration file; name one that is there, as those in configs/ are"
+            )
 
 
 def train_and_report(run: "Run", argv: list[str]) -> int:
@@ -92,71 +94,71 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
             if is_main_process():
                 print(report(run, result, resume_command(argv)), flush=True)
     except KeyboardInterrupt:
-        return fail(f"stopped; the model is in {out_dir / 'final'}", INTERRUPTED)
+        return cli.fail(f"stopped; the model is in {out_dir / 'final'}", cli.INTERRUPTED)
     except BrokenPipeError:
         # whoever read the report has gone; the model is saved
-        silence_stdout()
+        cli.silence_stdout()
     except (OSError, RuntimeError) as error:
         if (sentence := failure(error, out_dir)) is None:
             raise
-        return fail(sentence, 1)
+        return cli.fail(sentence, 1)
     return 0
 
 
 def train(run: "Run", stops: "StopSignals") -> "Result":
-    """Train the model by LitGPT's own loop, and return what came of it.
-
-    Raises:
-        RunFailed: the loss is no longer a number, or a checkpoint could not be saved.
-    """
+    """Train by LitGPT's own loop, and return what came of it; RunFailed says what a user has to mend."""
     from litgpt import pretrain
 
     from litgpt_moe.training.hooks import LoopHooks
-    from litgpt_moe.training.loop import make_fabric, replaced_functions, set_up_torch
+    from litgpt_moe.training.loop import replaced_functions
     from litgpt_moe.training.run import to_litgpt
     from litgpt_moe.training.steps import Ending, RunFailed
-    from litgpt_moe.training.summary import Result, describe
+    from litgpt_moe.training.summary import Result
 
-    settings = run.settings
     # LitGPT's own copies of the settings: the hooks change the first, to have it save before an early end
-    train_args, eval_args = to_litgpt(settings)
+    train_args, eval_args = to_litgpt(run.settings)
     hooks = LoopHooks(run, stops, train_args)
-    loggers = [hooks.metrics, *other_loggers(run, hooks)]
-    fabric = make_fabric(run, hooks, loggers)
-    is_compiled, why = set_up_torch(settings, fabric.device)
-    fabric.launch()
-    if fabric.is_global_zero:
-        open_out_dir(run, hooks)
-    for logger in loggers:
-        logger.log_hyperparams(plain_settings(settings))
-    fabric.print(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
+    fabric, is_compiled = launch(run, hooks)
     try:
         with replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
             pretrain.main(
                 fabric=fabric,
                 devices=run.devices,
-                num_nodes=settings.num_nodes,
-                seed=settings.seed,
-                # training.model.prepare_model loads it: LitGPT would read bare weights alone
+                num_nodes=run.settings.num_nodes,
+                seed=run.settings.seed,
+                # training.hooks.prepare_model loads it: LitGPT would read bare weights alone
                 initial_checkpoint_dir=None,
                 resume=run.resume.file if run.resume else False,
                 config=run.config,
                 data=run.data,
-                out_dir=settings.out_dir,
-                tokenizer_dir=settings.tokenizer_dir,
-                # one object for both: reading a large tokenizer takes half a second
+                out_dir=run.settings.out_dir,
+                tokenizer_dir=run.settings.tokenizer_dir,
                 tokenizer=hooks.stories.tokenizer,
                 train=train_args,
                 eval=eval_args,
                 optimizer=run.optimizer,
             )
     finally:
-        hooks.writer.wait()
-        for logger in loggers:
-            logger.finalize("finished")
+        hooks.close(fabric)
     if hooks.writer.failure is not None:
         raise RunFailed(f"{hooks.writer.failure}; then continue with --resume auto")
     return Result.of(hooks)
+
+
+def launch(run: "Run", hooks: "LoopHooks") -> tuple["TrainingFabric", bool]:
+    """Return the Fabric to train on, its processes running, and whether the model is compiled."""
+    from litgpt_moe.training.loop import make_fabric, set_up_torch
+    from litgpt_moe.training.summary import describe
+
+    fabric = make_fabric(run, hooks, [hooks.metrics, *other_loggers(run, hooks)])
+    is_compiled, why = set_up_torch(run.settings, fabric.device)
+    fabric.launch()
+    if fabric.is_global_zero:
+        open_out_dir(run, hooks)
+    for logger in fabric.loggers:
+        logger.log_hyperparams(plain_settings(run.settings))
+    fabric.print(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
+    return fabric, is_compiled
 
 
 def other_loggers(run: "Run", hooks: "LoopHooks") -> list[Any]:
@@ -189,4 +191,4 @@ def open_out_dir(run: "Run", hooks: "LoopHooks") -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(main))
+    raise SystemExit(cli.run_script(main))

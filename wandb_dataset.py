@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt_moe.cli import (
-    RUN_TRAIN,
     FlagParser,
     WorkFailed,
     add_flags,
@@ -21,15 +20,10 @@ from litgpt_moe.cli import (
     from_flags,
     run_command,
     run_script,
+    train_command,
     variable,
 )
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, REFERENCE_FORM, WandbSettings
-
-COMMANDS = ("push", "pull", "verify")
-
-
-def _artifacts_dir() -> Path:
-    return Path(variable("WANDB_ARTIFACTS_DIR") or "artifacts")
 
 
 @dataclass(frozen=True)
@@ -40,14 +34,17 @@ class Folders:
     """push, verify: the prepared data directory"""
     tokenizer_dir: Path | None = None
     """push: its tokenizer (default: the one that made the data, in a folder in or beside --data_dir)"""
-    wandb_artifacts_dir: Path = field(default_factory=_artifacts_dir)
+    wandb_artifacts_dir: Path = field(
+        default_factory=lambda: Path(variable("WANDB_ARTIFACTS_DIR") or "artifacts")
+    )
     """pull: where the data directory goes, in a folder of its own (WANDB_ARTIFACTS_DIR)"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the three commands."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("command", nargs="?", choices=COMMANDS, default="push", help="default push")
+    commands = ("push", "pull", "verify")
+    parser.add_argument("command", nargs="?", choices=commands, default="push", help="default push")
     reference = f"what to pull (default WANDB_DATASET_ARTIFACT); {REFERENCE_FORM}"
     parser.add_argument("reference", nargs="?", help=reference)
     add_flags(parser, Folders)
@@ -57,13 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def verify_folder(data_dir: Path) -> str:
     """Return the sentence on a whole data directory; WorkFailed with one for each file that is not."""
-    from litgpt_moe.data.manifest import (
-        MANIFEST,
-        listed_files,
-        manifest_fingerprint,
-        read_manifest,
-        verify,
-    )
+    from litgpt_moe.data.manifest import MANIFEST, listed_files, manifest_fingerprint, read_manifest, verify
 
     if problems := verify(data_dir):
         raise WorkFailed("\n".join(problems))
@@ -85,7 +76,7 @@ def transfer(args: argparse.Namespace) -> str:
     if args.command == "push":
         return push(folders.data_dir, from_flags(WandbSettings, args), folders.tokenizer_dir)
     folder = pull(args.reference or variable("WANDB_DATASET_ARTIFACT") or "", folders.wandb_artifacts_dir)
-    return f"{folder}: whole; train on it with: {command_line(*RUN_TRAIN, '--dataset_dir', folder)}"
+    return f"{folder}: whole; train on it with: {train_command('--dataset_dir', folder)}"
 
 
 def main(argv: list[str] | None = None) -> int:

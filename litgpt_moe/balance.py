@@ -152,16 +152,9 @@ def set_balance(
     if bias_update_rate:
         use_selection_bias(model)
     for layer in layers_of(model).values():
-        device, n_expert = layer.gate.weight.device, layer.config.n_expert
-        layer.balance = Balance(
-            aux_loss_coef,
-            z_loss_coef,
-            bias_update_rate,
-            scale,
-            step_load=torch.zeros(n_expert, dtype=torch.int64, device=device),
-            load=torch.zeros(n_expert, dtype=torch.int64, device=device),
-            sums=torch.zeros(4, dtype=torch.float32, device=device),
-        )
+        load_E = torch.zeros(layer.config.n_expert, dtype=torch.int64, device=layer.gate.weight.device)
+        counters = load_E.clone(), load_E, load_E.new_zeros(4, dtype=torch.float32)
+        layer.balance = Balance(aux_loss_coef, z_loss_coef, bias_update_rate, scale, *counters)
 
 
 # --- the selection bias -------------------------------------------------------------------------------------
@@ -248,12 +241,11 @@ def _read_statistics(indices: list[int], stacked: torch.Tensor) -> dict[str, flo
     values: dict[str, float] = {}
     for index, row in zip(indices, stacked.double(), strict=True):
         load_E, (n_batches, *sums) = row[:-4], row[-4:].tolist()
-        if not n_batches:
-            continue
-        means = [total / n_batches for total in sums]
-        imbalance, dead = (load_E.max() / load_E.mean()).item(), float((load_E == 0).sum())
-        for name, value in zip(STATISTICS, [imbalance, dead, *means], strict=True):
-            values[f"moe/{name}/layer_{index:02d}"] = value
+        if n_batches:
+            numbers = [(load_E.max() / load_E.mean()).item(), float((load_E == 0).sum())]
+            numbers += [total / n_batches for total in sums]
+            names = (f"moe/{name}/layer_{index:02d}" for name in STATISTICS)
+            values |= zip(names, numbers, strict=True)
     return values
 
 

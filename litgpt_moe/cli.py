@@ -1,8 +1,6 @@
 """What every command shares: flags from a dataclass, and one convention for errors, exit status and Ctrl-C.
 
-Nothing heavy is imported here: `--help` of a script answers at once because this module and the script's
-settings are all it needs.
-
+Nothing heavy is imported here, so that `--help` answers at once.
 Exit status: 0, 1 for work that failed (no network, full disk), 2 for bad input, 130 after Ctrl-C.
 """
 
@@ -18,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -27,7 +25,6 @@ from docstring_parser import parse_from_object
 from tqdm import tqdm
 
 INTERRUPTED = 130  # the shell's own status of a command that Ctrl-C ended
-RUN_TRAIN = ("uv", "run", "python", "run_train.py")
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 PLAIN_WORDS = {  # what argparse says (3.12, 3.13), and how we do
@@ -46,19 +43,13 @@ class WorkFailed(RuntimeError):
     """The work itself failed, not its input; the text is one sentence for the user."""
 
 
-# --- flags --------------------------------------------------------------------------------------------------
-
-
 def normalize_flags(argv: list[str]) -> list[str]:
     """Return `argv` with hyphens in flag names made underscores; values stay as they are."""
     return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
 
 
 def join_switches(argv: list[str], switches: set[str]) -> list[str]:
-    """Return `argv` with `--progress false` as one word: a switch needs no value, but may have one.
-
-    argparse alone would take the argument after a switch for its value.
-    """
+    """Return `argv` with `--progress false` as one word: argparse would take any word behind for a value."""
     joined: list[str] = []
     for word in argv:
         if word.lower() in ("true", "false") and joined and joined[-1] in switches:
@@ -108,9 +99,6 @@ class FlagParser(argparse.ArgumentParser):
 class _Switch(argparse.Action):
     """`--name`, `--no_name`, `--name=true` or `--name=false`."""
 
-    def __init__(self, option_strings: list[str], **options: Any) -> None:
-        super().__init__(option_strings, nargs="?", metavar="BOOL", **options)
-
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values is not None and str(values).lower() not in ("true", "false"):
             parser.error(f"{option_string} is {values!r}; a switch takes true, false or nothing")
@@ -118,24 +106,16 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, (str(values).lower() != "false") is not is_no)
 
 
-def add_flags(parser: argparse._ActionsContainer, kind: type, prefix: str = "", **defaults: Any) -> None:
-    """Declare a flag for each field of the dataclass `kind`; the text under a field is the flag's help.
-
-    A field that is a dataclass gives flags with a dot (`--train.max_tokens`). `defaults` replace the fields'.
-    """
+def add_flags(parser: argparse._ActionsContainer, kind: type, prefix: str = "") -> None:
+    """Declare a flag for each field of the dataclass `kind`; the text under a field is the flag's help."""
     helps = {param.arg_name: param.description or "" for param in parse_from_object(kind).params}
+    defaults = vars(kind())
     for item in fields(kind):
         if isinstance(item.type, type) and is_dataclass(item.type):
-            add_flags(parser, item.type, f"{prefix}{item.name}.")
-            continue
-        default = defaults.get(item.name, _default(item))
-        _add_flag(parser, f"{prefix}{item.name}", item.type, default, helps.get(item.name, ""))
-
-
-def _default(item: Field[Any]) -> Any:
-    if item.default_factory is not MISSING:
-        return item.default_factory()
-    return None if item.default is MISSING else item.default
+            add_flags(parser, item.type, f"{prefix}{item.name}.")  # with a dot: --train.max_tokens
+        else:
+            text = helps.get(item.name, "")
+            _add_flag(parser, f"{prefix}{item.name}", item.type, defaults[item.name], text)
 
 
 def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default: Any, text: str) -> None:
@@ -143,11 +123,11 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default:
     if default not in (None, []) and not isinstance(default, bool) and "default" not in text:
         text = f"{text.rstrip('.')} (default %(default)s)"
     if kind is bool:
-        names = (f"--{name}", f"--no_{name}")
-        parser.add_argument(*names, action=_Switch, default=default, dest=name, help=text)
+        options = {"action": _Switch, "nargs": "?", "metavar": "BOOL", "default": default, "help": text}
+        parser.add_argument(f"--{name}", f"--no_{name}", dest=name, **options)
         return
     if get_origin(kind) in (Union, UnionType):
-        (kind,) = [part for part in get_args(kind) if part is not NoneType][:1]
+        kind = next(part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is Literal:
         parser.add_argument(f"--{name}", choices=get_args(kind), default=default, help=text)
     elif get_origin(kind) is list:
@@ -158,13 +138,13 @@ def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default:
 
 
 def from_flags(kind: type, args: argparse.Namespace, prefix: str = "") -> Any:
-    """Return the dataclass `kind` with the values that `add_flags` put into `args`."""
+    """Return the dataclass `kind` with the values that the flags of `add_flags` have in `args`."""
     values = {}
     for item in fields(kind):
         if isinstance(item.type, type) and is_dataclass(item.type):
             values[item.name] = from_flags(item.type, args, f"{prefix}{item.name}.")
-        else:
-            values[item.name] = getattr(args, f"{prefix}{item.name}")
+        elif (value := getattr(args, f"{prefix}{item.name}")) is not None:  # else the field's own default
+            values[item.name] = value
     return kind(**values)
 
 
@@ -178,13 +158,15 @@ def words_of(name: str) -> list[str] | None:
     return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()] or None
 
 
-# --- what a person reads ------------------------------------------------------------------------------------
-
-
 def command_line(*words: object) -> str:
     """Return the words as one types them in this system's shell: a path with a space in it is quoted."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)
+
+
+def train_command(*flags: object) -> str:
+    """Return the command that trains with `flags`."""
+    return command_line("uv", "run", "python", "run_train.py", *flags)
 
 
 def note(text: str) -> None:
@@ -195,9 +177,6 @@ def note(text: str) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, which for other people's errors is the whole reason."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-# --- how a command ends -------------------------------------------------------------------------------------
 
 
 def run_script(main: Callable[[], int]) -> int:
@@ -240,9 +219,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, WorkFailed | ConnectionError):
         return str(error), 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        if "; " in str(error):  # files.DiskFull, a whole sentence
-            return str(error), 1
-        return f"{error.filename or 'the file'} could not be written, the disk is full; make room there", 1
+        name = error.filename or "the file"
+        text = f"{name} could not be written, the disk is full; make room there"
+        return str(error) if "; " in str(error) else text, 1  # files.DiskFull is a whole sentence already
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; check the path and its permissions", 2
     return str(error), 2

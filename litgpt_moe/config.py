@@ -22,8 +22,7 @@ class MoEConfig(Config):
     """
 
     def __post_init__(self) -> None:
-        problems = config_problems(self)
-        if problems:
+        if problems := config_problems(self):
             raise ValueError("\n".join(problems))
         super().__post_init__()
 
@@ -32,13 +31,8 @@ class MoEConfig(Config):
         """Return the configuration in the YAML file `path`, keys in `overrides` replaced.
 
         `is_foreign`: the file came with a checkpoint, and is refused if it holds YAML aliases.
-
-        Raises:
-            ValueError: with one line per problem, each naming the file, the key and the way out.
-            OSError: when the file cannot be read.
         """
-        values = {**read_mapping(Path(path), is_foreign), **overrides}
-        values = typed(values, Config, Path(path))
+        values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
         try:
             config = cls(**values)
             meta_model(config)  # trips over the values that no check of ours knows
@@ -57,77 +51,56 @@ class MoEConfig(Config):
         return MoE if self.mlp_class_name == "LLaMAMoE" else super().mlp_class
 
 
-# --- checks -------------------------------------------------------------------------------------------------
-
-
 def config_problems(config: Config) -> list[str]:
     """Return one sentence per value of `config` that LitGPT would fail on later, or silently ignore."""
-    problems = []
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "intermediate_size"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            problems.append(f"{key} is {value}; choose 1 or more")
-    if not problems:
-        problems = _size_problems(config)
+    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "intermediate_size")
+    given = {key: getattr(config, key) for key in sizes if getattr(config, key) is not None}
+    if problems := [f"{key} is {size}; choose 1 or more" for key, size in given.items() if size < 1]:
+        return problems
+    # these would take minutes or gigabytes before anything else can be said
+    in_layer = 1 + max(config.n_expert or 0, 0) + max(config.n_shared_expert or 0, 0)
+    if config.block_size > MAX_BLOCK_SIZE:
+        problems.append(f"block_size is {config.block_size:.6g}; choose {MAX_BLOCK_SIZE:,} or less")
+    if config.n_layer * in_layer > MAX_EXPERTS:
+        mlps = f"n_layer {config.n_layer:.6g} times {in_layer:.6g} MLPs in a layer"
+        problems.append(f"{mlps} is over {MAX_EXPERTS:,}; lower n_layer or n_expert")
     if problems:
         return problems
-    if config.head_size is None and config.n_embd % config.n_head:
-        problems.append(
-            f"n_embd is {config.n_embd}, which n_head {config.n_head} does not divide; change either"
-        )
-    groups = config.n_query_groups
-    if groups is not None and (groups < 1 or config.n_head % groups):
-        problems.append(f"n_query_groups is {groups}, which does not divide n_head {config.n_head}")
+    n_head, groups = config.n_head, config.n_query_groups
+    if config.head_size is None and config.n_embd % n_head:
+        problems.append(f"n_embd is {config.n_embd}, which n_head {n_head} does not divide; change either")
+    if groups is not None and (groups < 1 or n_head % groups):
+        problems.append(f"n_query_groups is {groups}, which does not divide n_head {n_head}")
     if not 0.0 <= config.rotary_percentage <= 1.0:
         problems.append(f"rotary_percentage is {config.rotary_percentage}; choose 0.0 to 1.0")
     if config.mlp_class_name == "LLaMAMoE":
         problems += _expert_problems(config)
     elif config.n_expert or config.first_k_dense_replace is not None:
-        problems.append(
-            f"mlp_class_name is {config.mlp_class_name}, which has no experts; "
-            "set mlp_class_name: LLaMAMoE or remove n_expert and first_k_dense_replace"
-        )
-    return problems
-
-
-def _size_problems(config: Config) -> list[str]:
-    """Return one sentence per value that would take minutes or gigabytes before anything else can be said."""
-    in_layer = 1 + max(config.n_expert or 0, 0) + max(config.n_shared_expert or 0, 0)
-    problems = []
-    if config.block_size > MAX_BLOCK_SIZE:
-        problems.append(f"block_size is {config.block_size:.6g}; choose {MAX_BLOCK_SIZE:,} or less")
-    if config.n_layer * in_layer > MAX_EXPERTS:
-        problems.append(
-            f"n_layer {config.n_layer:.6g} times {in_layer:.6g} MLPs in a layer is over {MAX_EXPERTS:,}; "
-            "lower n_layer or n_expert"
-        )
+        way_out = "set mlp_class_name: LLaMAMoE or remove n_expert and first_k_dense_replace"
+        problems.append(f"mlp_class_name is {config.mlp_class_name}, which has no experts; {way_out}")
     return problems
 
 
 def _expert_problems(config: Config) -> list[str]:
     n_expert, top_k, width = config.n_expert, config.n_expert_per_token, config.moe_intermediate_size
     if n_expert < 1:
-        return [
-            f"n_expert is {n_expert}; an LLaMAMoE model needs 1 or more (LitGPT would run without any MLP)"
-        ]
+        needed = "an LLaMAMoE model needs 1 or more (LitGPT would run without any MLP)"
+        return [f"n_expert is {n_expert}; {needed}"]
+    dense, n_layer, n_shared = config.first_k_dense_replace, config.n_layer, config.n_shared_expert or 0
     problems = []
     if not 1 <= top_k <= n_expert:
         problems.append(f"n_expert_per_token is {top_k} but n_expert is {n_expert}; choose 1 to {n_expert}")
     if width is None or width < 1:
         problems.append(f"moe_intermediate_size is {width}; give the width inside one expert, 1 or more")
-    if (config.n_shared_expert or 0) < 0:
-        problems.append(f"n_shared_expert is {config.n_shared_expert}; choose 0 or more")
-    dense = config.first_k_dense_replace
-    if dense is not None and not 0 <= dense <= config.n_layer:
-        problems.append(
-            f"first_k_dense_replace is {dense} but n_layer is {config.n_layer}; choose 0 to n_layer"
-        )
+    if n_shared < 0:
+        problems.append(f"n_shared_expert is {n_shared}; choose 0 or more")
+    if dense is not None and not 0 <= dense <= n_layer:
+        problems.append(f"first_k_dense_replace is {dense} but n_layer is {n_layer}; choose 0 to n_layer")
     if config.n_expert_groups:
         problems += _group_problems(config)
     elif config.n_topk_groups is not None or config.n_topk_scores_per_group is not None:
-        problems.append(
-            "n_topk_groups and n_topk_scores_per_group are ignored without n_expert_groups; remove them"
-        )
+        ignored = "n_topk_groups and n_topk_scores_per_group are ignored without n_expert_groups"
+        problems.append(f"{ignored}; remove them")
     # Weights normalised over one choice are the constant 1: the router would never get a gradient.
     if top_k == 1 and n_expert > 1 and (not config.n_expert_groups or config.norm_topk_prob):
         problems.append(
@@ -138,26 +111,19 @@ def _expert_problems(config: Config) -> list[str]:
 
 
 def _group_problems(config: Config) -> list[str]:
-    n_groups, n_expert = config.n_expert_groups or 0, config.n_expert
+    n_groups, n_expert, top_k = config.n_expert_groups or 0, config.n_expert, config.n_expert_per_token
     if n_groups < 2 or n_expert % n_groups:
         return [f"n_expert_groups is {n_groups}, which must be 2 or more and divide n_expert {n_expert}"]
     problems, size = [], n_expert // n_groups
-    if config.n_topk_groups is None or not 1 <= config.n_topk_groups <= n_groups:
-        problems.append(f"n_topk_groups is {config.n_topk_groups}; choose 1 to n_expert_groups {n_groups}")
-    elif config.n_expert_per_token > config.n_topk_groups * size:
-        reach = config.n_topk_groups * size
-        problems.append(
-            f"n_expert_per_token is {config.n_expert_per_token} but the chosen groups hold {reach}"
-        )
-    if config.n_topk_scores_per_group is None or not 1 <= config.n_topk_scores_per_group <= size:
-        problems.append(
-            f"n_topk_scores_per_group is {config.n_topk_scores_per_group}; "
-            f"choose 1 to the experts per group {size}"
-        )
+    chosen, n_scores = config.n_topk_groups, config.n_topk_scores_per_group
+    if chosen is None or not 1 <= chosen <= n_groups:
+        problems.append(f"n_topk_groups is {chosen}; choose 1 to n_expert_groups {n_groups}")
+    elif top_k > chosen * size:
+        problems.append(f"n_expert_per_token is {top_k} but the chosen groups hold {chosen * size}")
+    if n_scores is None or not 1 <= n_scores <= size:
+        rule = f"choose 1 to the experts per group {size}"
+        problems.append(f"n_topk_scores_per_group is {n_scores}; {rule}")
     return problems
-
-
-# --- what follows from a configuration ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -38,9 +38,6 @@ def is_disk_full(error: BaseException) -> bool:
     # torch's zip writer and safetensors say so in words alone
     words = ("PytorchStreamWriter failed writing", "No space left")
     return getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words)
-
-
-# --- one file -----------------------------------------------------------------------------------------------
 
 
 def sha256_file(path: Path) -> str:
@@ -90,7 +87,21 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return content
 
 
-# --- folders ------------------------------------------------------------------------------------------------
+def fits(value: Any, form: Any) -> bool:
+    """Return whether parsed data has a form, whose parts may be
+
+    - a dict: the keys that a dict must have, each with its own form; more are allowed
+    - a list of one form: a list of such items
+    - a type: a value of it
+    - a number: one of its type (for a float also an int), as large or larger, but below 2**63.
+    """
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), part) for key, part in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    if isinstance(form, type):
+        return type(value) is form
+    return type(value) in (int, type(form)) and form <= value < 2**63
 
 
 def check_inside(name: str) -> str:
@@ -147,12 +158,7 @@ def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
 
 
 def check_new_folder(out: Path, n_bytes: int) -> None:
-    """Raise before any work if `out` cannot become a folder of `n_bytes` bytes.
-
-    Raises:
-        FileExistsError: there is something in it already.
-        DiskFull: the disk has no room.
-    """
+    """Raise before any work if `out` cannot become a folder of `n_bytes` bytes."""
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a folder that does not exist yet")
     if out.exists() and not out.is_dir():
@@ -164,10 +170,7 @@ def check_new_folder(out: Path, n_bytes: int) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` when the block ends well, and vanishes otherwise.
-
-    Raises as `check_new_folder`, and DiskFull if the disk fills up.
-    """
+    """Yield an empty folder that becomes `out` when the block ends well, and vanishes otherwise."""
     out = out.absolute()  # "out/.." has no name of its own to stage beside
     check_new_folder(out, n_bytes)
     staging = out.with_name(f".{out.name}.tmp")
@@ -187,61 +190,34 @@ def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
         raise
 
 
-class FolderLock:
-    """Keeps a second process out of a folder. The system drops the lock with the process, however it ends."""
+@contextlib.contextmanager
+def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool = False) -> Iterator[None]:
+    """Keep a second process out of `folder` during the block: raise FolderInUse there, unless told to wait.
 
-    def __init__(self, folder: Path, name: str, doing: str, way_out: str) -> None:
-        self.folder, self.doing, self.way_out = folder, doing, way_out
-        self._lock = FileLock(folder / f".{name}.lock")
-        self._identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
-        self._made = False
-
-    def acquire(self, wait: bool = False) -> None:
-        """Take the lock, or raise FolderInUse unless told to wait for it."""
-        self._made = not self.folder.exists()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=-1 if wait else 0)
-            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-            write_json(self._identity, me)
-        except Timeout:
-            raise FolderInUse(self._refusal()) from None
-        except OSError:
-            pass  # a folder that cannot be written, or is full: whoever writes there tells of it
-
-    def release(self) -> None:
-        """Give the lock back and leave nothing of it, nor a folder that was made for it and stayed empty."""
-        if not self._lock.is_locked:
-            return
-        with contextlib.suppress(OSError):
-            self._identity.unlink(missing_ok=True)
-            Path(self._lock.lock_file).unlink()  # while it is held: filelock takes no file that was unlinked
-            if self._made:
-                self.folder.rmdir()
-        self._lock.release()
-
-    def __enter__(self) -> Self:
-        self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def problem(self) -> str | None:
-        """Return a sentence if a live process holds the lock."""
-        if not Path(self._lock.lock_file).exists():
-            return None
-        try:
-            with FileLock(self._lock.lock_file).acquire(blocking=False):
-                return None
-        except Timeout:
-            return self._refusal()
-        except OSError:
-            return None  # a folder that cannot be written is told elsewhere
-
-    def _refusal(self) -> str:
+    The system drops the lock with the process, however it ends.
+    """
+    lock = FileLock(folder / f".{name}.lock")
+    identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+        me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+        write_json(identity, me)
+    except Timeout:
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError):
-            me = read_json(self._identity)
-            who = f"process {me['process']} on {me['host']}, since {me['since']}"
-        return f"{self.folder}: {self.doing} there ({who}); {self.way_out}"
+            who = "process {process} on {host}, since {since}".format_map(read_json(identity))
+        raise FolderInUse(f"{folder}: {doing} there ({who}); {way_out}") from None
+    except OSError:
+        pass  # a folder that cannot be written, or is full: whoever writes there tells of it
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                identity.unlink(missing_ok=True)
+                Path(lock.lock_file).unlink()  # while it is held: filelock takes no file that was unlinked
+                if is_new:
+                    folder.rmdir()  # fails unless it is empty
+            lock.release()

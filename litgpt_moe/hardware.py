@@ -20,9 +20,6 @@ DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torc
 TRAINING_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 
 
-# --- device and precision -----------------------------------------------------------------------------------
-
-
 def has_cuda() -> bool:
     """Return whether torch sees a CUDA device."""
     return torch.cuda.is_available()
@@ -38,11 +35,7 @@ def default_precision(device_type: str) -> str:
 
 
 def pick_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Return what the --device and --precision of generate.py and evaluate.py mean.
-
-    Raises:
-        ValueError: this machine has no such device, or there is no such precision.
-    """
+    """Return what the --device and --precision of generate.py and evaluate.py mean."""
     if precision not in ("auto", *DTYPES):
         raise ValueError(f"--precision {precision} is unknown; choose auto, {', '.join(DTYPES)}")
     if device == "auto":
@@ -63,19 +56,20 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]
 def training_device(
     accelerator: str, devices: int | str, num_nodes: int, precision: str | None
 ) -> tuple[str, int]:
-    """Return the precision and the number of devices on this machine that a run's settings mean.
-
-    Raises:
-        ValueError: this machine has no such devices, or they lack the precision.
-    """
+    """Return the precision and the number of devices on this machine that a run's settings mean."""
     cuda = has_cuda() and accelerator in ("auto", "cuda", "gpu")
     if accelerator in ("cuda", "gpu") and not cuda:
-        raise ValueError(
-            f"accelerator is {accelerator} but this torch sees no CUDA device; use accelerator: cpu"
-        )
+        lack = "this torch sees no CUDA device"
+        raise ValueError(f"accelerator is {accelerator} but {lack}; use accelerator: cpu")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise ValueError("accelerator is mps but this machine has none; use accelerator: cpu")
-    n_devices = _count_devices(devices, torch.cuda.device_count() if cuda else None)
+    n_gpus = torch.cuda.device_count() if cuda else 0
+    count = str((n_gpus or 1) if devices in ("auto", "-1", -1) else devices)
+    n_devices = int(count) if count.isdecimal() else 0
+    if n_devices < 1:
+        raise ValueError(f"devices is {devices!r}; choose auto or a number of 1 or more")
+    if cuda and n_devices > n_gpus:
+        raise ValueError(f"devices is {n_devices} but this machine has {n_gpus} CUDA device(s)")
     precision = precision or default_precision("cuda" if cuda else "cpu")
     if precision not in TRAINING_PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(TRAINING_PRECISIONS)}")
@@ -84,16 +78,6 @@ def training_device(
     if cuda and sys.platform == "win32" and n_devices * num_nodes > 1:
         raise ValueError("several GPUs need NCCL, which Windows lacks; use devices: 1, or Linux (WSL 2)")
     return precision, n_devices
-
-
-def _count_devices(devices: int | str, n_present: int | None) -> int:
-    """Return how many devices `devices` means where `n_present` are there (None: processes on the CPU)."""
-    count = (n_present or 1) if devices in ("auto", "-1", -1) else devices
-    if not str(count).isdecimal() or int(count) < 1:
-        raise ValueError(f"devices is {devices!r}; choose auto or a number of 1 or more")
-    if n_present is not None and int(count) > n_present:
-        raise ValueError(f"devices is {count} but this machine has {n_present} CUDA device(s)")
-    return int(count)
 
 
 def will_compile(compile: str, accelerator: str) -> tuple[bool, str]:
@@ -105,9 +89,6 @@ def will_compile(compile: str, accelerator: str) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed (on Windows: triton-windows)"
     return True, "CUDA and Triton"
-
-
-# --- speed --------------------------------------------------------------------------------------------------
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
@@ -124,9 +105,6 @@ def peak_flops(device: torch.device, precision: str) -> float:
         matmul(one, one)[0, 0].item()  # waits for the product
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
-
-
-# --- memory -------------------------------------------------------------------------------------------------
 
 
 def memory_bytes() -> int:
@@ -171,17 +149,16 @@ def keep_freed_memory() -> None:
 
     By default glibc returns blocks of more than 32 MB, and the top of its heap, to the system. Fetching them
     again takes 80,000 page faults in a step of MoE-30M (2,048 tokens, chunks of logits of 64 MB, Xeon): a
-    tenth of its time. 100 steps of 4,096 tokens with ten checkpoints take 2.96 GB at their peak with this and
-    2.72 without. evaluate.py scores the same model 1.7 times as fast as when chunks of 128 MB are returned
-    (EPYC), in 1.9 GB instead of 1.4.
+    tenth of its time; the peak of 100 steps grows from 2.72 to 2.96 GB. evaluate.py scores the same model
+    1.7 times as fast (chunks of 128 MB, EPYC), in 1.9 GB instead of 1.4.
     """
     mallopt(mmap_max=0, trim_threshold=-1)
 
 
 def mallopt(**values: int) -> None:
     """Set parameters of glibc's malloc (its manual: "Malloc Tunable Parameters"); a no-op without glibc."""
+    numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # in malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # in malloc.h
         for name, value in values.items():
             libc.mallopt(numbers[name], value)

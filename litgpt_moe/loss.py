@@ -31,11 +31,8 @@ def linear_cross_entropy(
     the largest tensors of a small model's step. The gradients are computed in forward, while a chunk's logits
     are there. Liger Kernel, section 3.2 (arxiv.org/abs/2410.10989).
 
-    Args:
-        hidden: (..., C), the input of the head.
-        weight_VC: the head's weight.
-        targets: (...) token ids, or IGNORED_TOKEN.
-        dtype: of the GEMMs; the weight's if not given.
+    `hidden` (..., C) is the input of the head, `targets` (...) are token ids or IGNORED_TOKEN, and `dtype` is
+    that of the GEMMs; the weight's if not given.
     """
     hidden_NC = hidden.reshape(-1, hidden.size(-1))
     # asked here: inside `forward` of an autograd.Function gradients are always off

@@ -28,18 +28,13 @@ def launcher_problems(world_size: int | None = None) -> list[str]:
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if odd := {name: text for name, text in given.items() if not re.fullmatch(r"[0-9]{1,9}", text)}:
-        return [
-            f"${name} is {text!r}; a launcher sets it to a number: unset it" for name, text in odd.items()
-        ]
+        way_out = "a launcher sets it to a number: unset it"
+        return [f"${name} is {text!r}; {way_out}" for name, text in odd.items()]
     if world_size is None:
         return []
+    there_are = f"but devices times num_nodes is {world_size}"
     if int(given.get("WORLD_SIZE", world_size)) != world_size:
-        return [
-            f"$WORLD_SIZE is {given['WORLD_SIZE']} but devices times num_nodes is {world_size}; "
-            "make them equal, or unset WORLD_SIZE"
-        ]
+        return [f"$WORLD_SIZE is {given['WORLD_SIZE']} {there_are}; make them equal, or unset WORLD_SIZE"]
     if "RANK" in given and int(given["RANK"]) >= world_size:
-        return [
-            f"$RANK is {given['RANK']} but devices times num_nodes is {world_size}; unset RANK or add them"
-        ]
+        return [f"$RANK is {given['RANK']} {there_are}; unset RANK or add them"]
     return []

@@ -7,8 +7,10 @@ entropies: 1 if each follows from the other. What chance gives, found by shuffli
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from litgpt.model import GPT
 from tqdm import tqdm
 
 from litgpt_moe.balance import layers_of
-from litgpt_moe.scoring import take_off_head, vocabulary
+from litgpt_moe.scoring import take_off_head
 
 N_TYPICAL = 8  # tokens named for an expert
 Pieces = Callable[[int], str]  # a token's text by its id
@@ -57,9 +59,6 @@ def inspect(
     """Return all layers, the one asked for (None: the most specialised), and their overlaps.
 
     Takes the head off `model`, whose logits, half of the work in a small model, are not needed.
-
-    Raises:
-        ValueError: the model has no experts, not this layer, or not these tokens.
     """
     if not (known := layers_of(model)):
         raise ValueError("the model has no experts; tools/upcycle.py makes some of a dense model")
@@ -67,7 +66,7 @@ def inspect(
         raise ValueError(
             f"layer is {layer}; the model has experts in the layers {', '.join(map(str, known))}"
         )
-    if ids.max() >= vocabulary(model):
+    if ids.max() >= model.lm_head.out_features:
         raise ValueError(f"the tokenizer is not the model's (token {ids.max():,}); copy in the right one")
 
     def piece(number: int) -> str:
@@ -91,24 +90,20 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
     weights: dict[int, list[np.ndarray]] = {}
 
     def record(index: int, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        _, weights_NK, indices_NK = layer._route(inputs[0].flatten(0, 1))
+        _, weights_NK, indices_NK = layer.route(inputs[0].flatten(0, 1))
         weights_NK, order_NK = weights_NK.float().sort(dim=1, descending=True, stable=True)
         experts.setdefault(index, []).append(indices_NK.gather(1, order_NK).cpu().numpy())
         weights.setdefault(index, []).append(weights_NK.cpu().numpy())
 
-    hooks = [
-        layer.register_forward_pre_hook(partial(record, index)) for index, layer in layers_of(model).items()
-    ]
     device, window = next(model.parameters()).device, model.max_seq_length
-    try:
-        with torch.inference_mode(), tqdm(total=len(ids), unit="tok", unit_scale=True, disable=None) as bar:
-            for start in range(0, len(ids), window):
-                part = torch.from_numpy(ids[start : start + window]).to(device)
-                model(part[None])
-                bar.update(len(part))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.inference_mode(), ExitStack() as hooks:
+        for index, layer in layers_of(model).items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(record, index)))
+        progress = hooks.enter_context(tqdm(total=len(ids), unit="tok", unit_scale=True, disable=None))
+        for start in range(0, len(ids), window):
+            part = torch.from_numpy(ids[start : start + window]).to(device)
+            model(part[None])
+            progress.update(len(part))
     joined = [{i: np.concatenate(parts) for i, parts in kept.items()} for kept in (experts, weights)]
     return joined[0], joined[1]
 
@@ -127,23 +122,15 @@ def mutual_information(a: np.ndarray, b: np.ndarray, seed: int = 0) -> float:
 
     Chance gives that of `a` with `b` shuffled, which is large for many kinds of tokens with few occurrences.
     """
-    _, a = np.unique(a, return_inverse=True)
-    _, b = np.unique(b, return_inverse=True)
-
-    def plain(b: np.ndarray) -> float:
-        joint = np.bincount(a * (b.max() + 1) + b)
-        return entropy(np.bincount(a)) + entropy(np.bincount(b)) - entropy(joint)
-
-    return max(0.0, plain(b) - plain(np.random.default_rng(seed).permutation(b)))
+    a, b = (np.unique(kinds, return_inverse=True)[1] for kinds in (a, b))
+    shuffled = np.random.default_rng(seed).permutation(b)
+    # the entropies of a and of b are the same for both, so only those of the pairs remain
+    joint, chance = (entropy(np.bincount(a * (b.max() + 1) + other)) for other in (b, shuffled))
+    return max(0.0, chance - joint)
 
 
 def describe_layer(
-    index: int,
-    experts_NK: np.ndarray,
-    weights_NK: np.ndarray,
-    ids: np.ndarray,
-    n_expert: int,
-    pieces: Pieces,
+    index: int, experts_NK: np.ndarray, weights_NK: np.ndarray, ids: np.ndarray, n_expert: int, pieces: Pieces
 ) -> Layer:
     """Return the figures of a layer."""
     kinds, kind_N = np.unique(ids, return_inverse=True)
@@ -151,8 +138,7 @@ def describe_layer(
     flat = np.repeat(kind_N, top_k) * n_expert + experts_NK.ravel()
     counts_TE = np.bincount(flat, minlength=len(kinds) * n_expert).reshape(-1, n_expert)
     load_E = counts_TE.sum(axis=0)
-    spread = entropy(load_E)
-    told = mutual_information(np.repeat(ids, top_k), experts_NK.ravel())
+    spread, told = entropy(load_E), mutual_information(np.repeat(ids, top_k), experts_NK.ravel())
     return Layer(
         index=index,
         load_imbalance=float(load_E.max() / load_E.mean()),
@@ -190,14 +176,12 @@ def overlaps(experts: dict[int, np.ndarray]) -> list[list[float]]:
     """Return the overlap of every layer with every layer, by the experts of the first choice."""
     first = [choices[:, 0] for choices in experts.values()]
     spread = [entropy(np.bincount(choices)) for choices in first]
-    size = len(first)
-    table = [[1.0] * size for _ in range(size)]
-    for i in range(size):
-        for j in range(i):
-            scale = (spread[i] * spread[j]) ** 0.5
-            shared = mutual_information(first[i], first[j]) / scale if scale else 0.0
-            table[i][j] = table[j][i] = min(1.0, shared)
-    return table
+    values = np.eye(len(first))
+    for i, j in combinations(range(len(first)), 2):
+        scale = (spread[i] * spread[j]) ** 0.5
+        shared = mutual_information(first[j], first[i]) / scale if scale else 0.0
+        values[i, j] = values[j, i] = min(1.0, shared)
+    return values.tolist()
 
 
 def table(layers: list[Layer], shown: Layer) -> str:

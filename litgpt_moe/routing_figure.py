@@ -85,15 +85,9 @@ def _draw_tokens(axes: Axes, shown: Layer) -> None:
     axes.spines[:].set_visible(False)
     for e, expert in enumerate(shown.experts):
         for place, token in enumerate(expert.typical):
-            style = {"boxstyle": "round,pad=0.25", "facecolor": ACCENT, "alpha": 0.08 + 0.62 * token["share"]}
-            axes.text(
-                *(place + 0.05, e),
-                token["piece"][:12],
-                va="center",
-                fontsize=8,
-                parse_math=False,
-                bbox={**style, "edgecolor": "none"},
-            )
+            shade = {"facecolor": ACCENT, "alpha": 0.08 + 0.62 * token["share"], "edgecolor": "none"}
+            box, piece = {"boxstyle": "round,pad=0.25", **shade}, token["piece"][:12]
+            axes.text(place + 0.05, e, piece, va="center", fontsize=8, parse_math=False, bbox=box)
 
 
 def _draw_tells(axes: Axes, layers: list[Layer], shown: Layer) -> None:

@@ -25,22 +25,17 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from litgpt_moe.balance import count_expert_load, expert_load
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE
-from litgpt_moe.checkpoints.reader import read_state, sha256_of
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
+from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoint
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
-from litgpt_moe.data.encoding import StoryEncoder
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.text import TextReader
-from litgpt_moe.data.tokenizer import find_tokenizer, read_tokenizer_facts
+from litgpt_moe.data.tokenizer import StoryEncoder, find_tokenizer, read_tokenizer_facts
 from litgpt_moe.files import sha256_file
 from litgpt_moe.loss import chunk_rows
-
-
-class EvaluationError(WorkFailed):
-    """The evaluation itself failed; the text is one sentence for the user."""
 
 
 @dataclass
@@ -88,19 +83,15 @@ def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text file")
         before = len(ids)
-        with tqdm(disable=True) as progress:
-            for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(progress):
-                ids += map(encoder.encode, stories)
-                n_bytes += sum(len(story.encode()) for story in stories)
+        for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(tqdm(disable=True)):
+            ids += map(encoder.encode, stories)
+            n_bytes += sum(len(story.encode()) for story in stories)
         if len(ids) == before:
             raise ValueError(f"{path}: holds no text; name a UTF-8 text file with at least one word")
     stream = np.concatenate(ids)
     identity = {"text": [{"path": str(path), "sha256": sha256_file(path)} for path in paths]}
-
-    def read(start: int, stop: int) -> np.ndarray:
-        return stream[start:stop]
-
-    return Corpus(read, len(stream), n_bytes, encoder.facts.vocab_size, tokenizer_dir, identity)
+    vocab_size = encoder.facts.vocab_size
+    return Corpus(lambda a, b: stream[a:b], len(stream), n_bytes, vocab_size, tokenizer_dir, identity)
 
 
 def pick_tokenizer(folder: Path | None, data_dir: Path | None) -> Path:
@@ -140,28 +131,33 @@ def random_model(config_path: Path, seed: int, device: torch.device, dtype: torc
     return model.requires_grad_(False).to(device, dtype).eval()
 
 
+def pick_checkpoint(named: Path | None, default: Path) -> Path | None:
+    """Return the checked checkpoint in `named`, else the one in `default`, None where that has none."""
+    try:
+        folder = find_checkpoint(named or default)
+    except FileNotFoundError:
+        if named:
+            raise
+        return None
+    verify_checkpoint(folder)
+    return folder
+
+
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return what identifies a checkpoint: path, step where it is known, hash of the weights."""
     path = folder / CHECKPOINT_FILE
-    step, stat = read_state(path).get("step_count"), path.stat()
-    step = step if isinstance(step, int) else None
-    return {"path": str(folder), "step": step, "sha256": sha256_of(path, stat.st_size, stat.st_mtime_ns)}
-
-
-def vocabulary(model: GPT) -> int:
-    """Return how many token ids the model knows."""
-    size = model.config.padded_vocab_size
-    assert size is not None  # LitGPT's Config fills it in
-    return size
+    step = read_state(path).get("step_count")
+    sha256 = sha256_of(path, path.stat().st_size, path.stat().st_mtime_ns)
+    return {"path": str(folder), "step": step if isinstance(step, int) else None, "sha256": sha256}
 
 
 def pick_window(max_seq_length: int | None, corpus: Corpus, model: GPT) -> int:
     """Return the inputs per window; ValueError where model and text, or model and flag, do not fit."""
     config = model.config
-    if corpus.vocab_size > (known := vocabulary(model)):
+    if corpus.vocab_size > model.lm_head.out_features:
         raise ValueError(
             f"{corpus.tokenizer_dir}: the tokenizer has {corpus.vocab_size} pieces but {config.name} knows "
-            f"{known}; use the tokenizer that the model was made for"
+            f"{model.lm_head.out_features}; use the tokenizer that the model was made for"
         )
     window = max_seq_length or config.block_size
     if window > config.block_size:
@@ -196,10 +192,9 @@ def take_off_head(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
     return logits
 
 
-def window_nats(model: GPT, logits: Callable[..., torch.Tensor], ids: torch.Tensor) -> list[float]:
-    """Return the summed cross-entropy of each row of `ids`, (B, T+1); `logits` is from `take_off_head`."""
+def window_nats(model: GPT, logits: Callable, ids: torch.Tensor, rows: int) -> list[float]:
+    """Return each row's summed cross-entropy, (B, T+1), from the `logits` of `rows` tokens at a time."""
     hidden, targets = model(ids[:, :-1]), ids[:, 1:]
-    rows = chunk_rows(ids.device, vocabulary(model))  # all at once they would be gigabytes
     parts = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     nats = torch.cat([cross_entropy(logits(x), y, reduction="none") for x, y in parts])
     # float64: the rounding of ten million float32 additions would show
@@ -210,19 +205,19 @@ def score(
     model: GPT, corpus: Corpus, window: int, batch_size: int = 8, max_batches: int | None = None
 ) -> dict[str, Any]:
     """Return the figures of `summarize`, the speed and the experts' load; takes the head off `model`."""
-    vocab, device = vocabulary(model), model.lm_head.weight.device
-    logits = take_off_head(model)
+    vocab, device = model.lm_head.out_features, model.lm_head.weight.device
+    logits, rows = take_off_head(model), chunk_rows(device, vocab)  # all at once they would be gigabytes
     count_expert_load(model, True)
     nats, lengths, start = [], [], time.perf_counter()
     batches = islice(iter_batches(corpus, window, batch_size), max_batches and min(max_batches, sys.maxsize))
     with torch.inference_mode(), tqdm(total=corpus.n_tokens - 1, unit=" tokens", disable=None) as progress:
         for batch in batches:
             if batch.max() >= vocab:
-                raise EvaluationError(f"the data hold token {batch.max()} but the model knows {vocab}")
+                raise WorkFailed(f"the data hold token {batch.max()} but the model knows {vocab}")
             try:
-                nats += window_nats(model, logits, torch.from_numpy(batch.copy()).to(device))
+                nats += window_nats(model, logits, torch.from_numpy(batch.copy()).to(device), rows)
             except torch.OutOfMemoryError:
-                raise EvaluationError(f"no memory for --batch_size {batch_size}; choose less") from None
+                raise WorkFailed(f"no memory for --batch_size {batch_size}; choose less") from None
             lengths += [batch.shape[1] - 1] * batch.shape[0]
             progress.update(batch.size - batch.shape[0])
     seconds = time.perf_counter() - start
@@ -236,7 +231,7 @@ def summarize(nats: np.ndarray, lengths: np.ndarray, n_bytes: int) -> dict[str, 
     total, n_tokens, n_windows = float(nats.sum()), int(lengths.sum()), len(nats)
     loss = total / n_tokens
     if not math.isfinite(loss):
-        raise EvaluationError(f"the loss is {loss}: damaged weights, or --precision too narrow; try 32-true")
+        raise WorkFailed(f"the loss is {loss}: damaged weights, or --precision too narrow; try 32-true")
     stderr = None  # unknown for one window
     if n_windows > 1:  # of a ratio of two sums: Cochran, Sampling Techniques, eq. 2.39
         deviations = nats - loss * lengths

@@ -1,5 +1,6 @@
 """A mapping from a YAML file: no key twice, values as a class annotates them, one sentence a mistake."""
 
+import contextlib
 import difflib
 from collections import Counter
 from dataclasses import fields
@@ -48,15 +49,10 @@ class ForeignLoader(UniqueKeyLoader):
 
 
 def read_mapping(path: Path, is_foreign: bool = False) -> dict[str, Any]:
-    """Return the `key: value` lines of a YAML file, of somebody else's (a checkpoint's) without aliases.
-
-    Raises:
-        ValueError, OSError: it cannot be read; the text names the file, the flaw and the way out.
-    """
+    """Return the `key: value` lines of a YAML file, of somebody else's (a checkpoint's) without aliases."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such configuration file; name one that is there, as those in configs/ are"
-        )
+        way_out = "name one that is there, as those in configs/ are"
+        raise FileNotFoundError(f"{path}: no such configuration file; {way_out}")
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
     try:
@@ -68,46 +64,43 @@ def read_mapping(path: Path, is_foreign: bool = False) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no `key: value` lines; write some into it")
     if odd := [key for key in values if not isinstance(key, str)]:
-        raise ValueError(
-            f"{path}: the key {odd[0]!r:.80} is no text; see litgpt.Config or --help for the keys"
-        )
+        way_out = "see litgpt.Config or --help for the keys"
+        raise ValueError(f"{path}: the key {odd[0]!r:.80} is no text; {way_out}")
     return values
 
 
 def typed(values: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
     """Return `values` as the dataclass `kind` annotates them: plain YAML reads 1e-5 as text.
 
-    Raises:
-        ValueError: one line per unknown key or wrong value, each naming `path`, the key and the way out.
+    ValueError has one line per unknown key or wrong value, each naming `path`, the key and the way out.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
-    known = {item.name for item in fields(kind) if item.init}
-    try:
-        if not values.keys() <= known:  # before their values are parsed, which may be anything
-            raise ArgumentError(None, "unknown")
-        parsed = parser.parse_object(values)
-        if any(value is None and _key_problem(parser, kind, key, None) for key, value in values.items()):
-            raise ArgumentError(None, "null")
-        return {key: parsed[key] for key in values}
-    except ArgumentError:  # tells the first problem only: ask for each key
-        problems = [_key_problem(parser, kind, key, value) for key, value in values.items()]
-        raise ValueError("\n".join(f"{path}: {text}" for text in problems if text)) from None
+    types = {item.name: item.type for item in fields(kind) if item.init}
+    # before other values are parsed, which may be anything; and null, which jsonargparse lets pass
+    odd = [key for key, value in values.items() if key not in types or _is_wrongly_null(types[key], value)]
+    with contextlib.suppress(ArgumentError):  # which tells of the first problem only
+        if not odd:
+            parsed = parser.parse_object(values)
+            return {key: parsed[key] for key in values}
+    problems = [_key_problem(parser, types, key, value) for key, value in values.items()]
+    raise ValueError("\n".join(f"{path}: {text}" for text in problems if text))
 
 
-def _key_problem(parser: ArgumentParser, kind: Any, key: str, value: Any) -> str | None:
-    annotations = {field.name: field.type for field in fields(kind) if field.init}
-    if key not in annotations:
-        near = difflib.get_close_matches(str(key), annotations, n=1)
+def _is_wrongly_null(kind: Any, value: Any) -> bool:
+    return value is None and "Optional" not in str(kind) and "None" not in str(kind)
+
+
+def _key_problem(parser: ArgumentParser, types: dict[str, Any], key: str, value: Any) -> str | None:
+    if key not in types:
+        near = difflib.get_close_matches(str(key), types, n=1)
         way_out = f"did you mean {near[0]}?" if near else "see litgpt.Config for the keys"
         return f"unknown key {key!r}; {way_out}"
-    try:
+    with contextlib.suppress(ArgumentError):
         parser.parse_object({key: value})
-        if value is None and "Optional" not in str(annotations[key]) and "None" not in str(annotations[key]):
-            raise ArgumentError(None, "null")  # which jsonargparse lets pass
-    except ArgumentError:
-        return f"{key} is {value!r}; it must be {type_words(annotations[key])}"
-    return None
+        if not _is_wrongly_null(types[key], value):
+            return None
+    return f"{key} is {value!r}; it must be {type_words(types[key])}"
 
 
 def type_words(kind: Any) -> str:

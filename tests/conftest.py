@@ -18,6 +18,7 @@ from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
 
 # what the helpers assert is told in full too
@@ -210,6 +211,42 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir
     return folder
 
 
+DENSE_CONFIG = {
+    **TINY_CONFIG,
+    "name": "dense-tiny",
+    "mlp_class_name": "LLaMAMLP",
+    "intermediate_size": 24,
+    "n_expert": 0,
+    "n_expert_per_token": 0,
+    "moe_intermediate_size": None,
+}
+
+
+@pytest.fixture
+def dense(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
+    """A function that writes a dense checkpoint of random weights."""
+    import torch
+    from litgpt.model import GPT
+    from litgpt.utils import copy_config_files, save_config
+
+    from litgpt_moe.config import MoEConfig
+
+    def make(dtype: "torch.dtype | None" = None, **changes: object) -> Path:
+        config = MoEConfig(**{**DENSE_CONFIG, **changes})
+        torch.manual_seed(1)
+        model = GPT(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        folder = tmp_path / "dense"
+        folder.mkdir()
+        torch.save(model.to(dtype or torch.float32).state_dict(), folder / "lit_model.pth")
+        save_config(config, folder)
+        copy_config_files(tiny_tokenizer_dir, folder)
+        return folder
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Callable[..., Path]:
     """A function that returns a checkpoint of a model that knows one text by heart: BOS, text, EOS."""
@@ -354,7 +391,7 @@ def llama_style(tiny_tokenizer_dir: Path) -> "Tokenizer":
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """Have something happen while a step is computed, as a signal does."""
-    from litgpt_moe.training.guard import Guard
+    from litgpt_moe.training.steps import Guard
 
     def schedule(step: int, act: Callable[[], object]) -> None:
         count_bad, calls = Guard.count_bad, []

@@ -161,7 +161,7 @@ def test_recomputed_activations_count_once_and_give_the_same_gradients(use_reent
 
 
 @KINDS
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_layer_balances_as_the_eager_one(overrides: dict, dynamic: bool) -> None:
     torch.compiler.set_stance("default")
     model = make_model(**overrides)

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ import generate
 import prepare_data
 import run_train
 import wandb_dataset
+from litgpt_moe.training import summary
+from litgpt_moe.training.run import Run
+from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.steps import RunFailed, StopSignals
 from tools import inspect_checkpoint
 
 pytestmark = pytest.mark.usefixtures("lightning_log", "eager", "workspace")
@@ -124,7 +129,7 @@ def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path, check: Callable) 
     train = run_train.train
     shutil.copytree(tiny_data, "d")
 
-    def short(run: run_train.Run, stops: run_train.StopSignals) -> object:
+    def short(run: Run, stops: StopSignals) -> object:
         settings, rows = run.settings, run.config.n_layer * run.config.n_embd * run.config.padded_vocab_size
         is_small = (
             run.tokens_per_step <= MAX_TOKENS_PER_STEP
@@ -137,12 +142,12 @@ def one_step(monkeypatch: pytest.MonkeyPatch, tiny_data: Path, check: Callable) 
             or settings.logger_name != "csv"
             or run.data.num_workers > 2
         ):
-            raise run_train.RunFailed("passed the checks")
-        settings.train.max_tokens = run.tokens_per_step
-        return train(run, stops)
+            raise RunFailed("passed the checks")
+        one_step = replace(settings.train, max_tokens=run.tokens_per_step)
+        return train(replace(run, settings=replace(settings, train=one_step)), stops)
 
     monkeypatch.setattr(run_train, "train", short)
-    monkeypatch.setattr(run_train, "tell_story", lambda _: "")
+    monkeypatch.setattr(summary, "final_story", lambda _: "")
     assert check(run_train.main, TRAIN) == 0
 
 
@@ -208,7 +213,7 @@ def run_yaml_case(check: Callable, data: st.DataObject) -> None:
         ):
             shutil.rmtree(name, ignore_errors=True)
     which = data.draw(st.sampled_from(["train", "train", "model", "both"]))
-    for kind, fields in (("train", run_train.Settings), ("model", None)):
+    for kind, fields in (("train", Settings), ("model", None)):
         extra = (
             tuple(fields.__dataclass_fields__)
             if fields

@@ -1,7 +1,5 @@
 """Progress bars are for terminals: with the output in a file or a pipe, commands write lines and no bars."""
 
-# ruff: noqa: F811 (a fixture is imported, and then the name of an argument)
-
 import io
 import shutil
 import sys
@@ -11,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY_CONFIG
-from test_upcycle import dense  # noqa: F401
 
 import evaluate
 import prepare_data

@@ -53,8 +53,7 @@ def check(settings: InspectSettings, text: Path) -> None:
 def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     """Write both files and return what to print. Raises ValueError or OSError with one sentence."""
     from litgpt_moe.checkpoints.layout import find_checkpoint
-    from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
-    from litgpt_moe.generation.text import read_tokenizer
+    from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
     from litgpt_moe.hardware import pick_device
     from litgpt_moe.routing import inspect, table
     from litgpt_moe.routing_figure import draw
@@ -63,7 +62,7 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(checkpoint)
     verify_checkpoint(folder)
-    processor, corpus = read_tokenizer(folder).processor, text_corpus([text], folder)
+    processor, corpus = load_tokenizer(folder).processor, text_corpus([text], folder)
     model = load_model(folder, device, dtype)
     ids = corpus.read(0, min(settings.max_tokens, corpus.n_tokens))
     try:
@@ -73,9 +72,8 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     content: dict[str, Any] = {"checkpoint": str(folder), "text": str(text), "n_tokens": len(ids)}
     content |= {name: getattr(model.config, name) for name in ("n_expert", "n_expert_per_token")}
     content |= {"overlap": overlap, "layers": [asdict(layer) for layer in layers]}
-    figure = draw(
-        f"{model.config.name}: how {len(ids):,} tokens of {text.name} are routed", layers, overlap, shown
-    )
+    title = f"{model.config.name}: how {len(ids):,} tokens of {text.name} are routed"
+    figure = draw(title, layers, overlap, shown)
     write_json(settings.out / JSON_NAME, content)
     with open_whole(settings.out / PNG_NAME) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a script that the font lacks becomes boxes

@@ -4,13 +4,12 @@ Nothing heavy is imported here: the settings of a run hold `CheckpointArgs`.
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from litgpt_moe.files import sha256_file, sync_directory
+from litgpt_moe.files import fits, sha256_file, sync_files, write_json
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -19,6 +18,7 @@ RECORD_FILE = "checkpoint.json"  # what a whole checkpoint holds: its step, each
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 FINAL = "final"
 RECORD_FORMAT = 1
+ENTRY_FORM = {"bytes": int, "sha256": str}  # of a file, as `files.fits` asks
 MAX_RECORD_BYTES = 1 << 20
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")  # as `step_name` writes it
 
@@ -41,19 +41,13 @@ class CheckpointArgs:
         return self.keep_last is None or bool(self.keep_every and step % self.keep_every == 0)
 
 
-# --- names --------------------------------------------------------------------------------------------------
-
-
 def step_name(step: int) -> str:
     """Return the name of the checkpoint directory of a step, as LitGPT's loop writes it: step-00000100."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step of a checkpoint directory; None if its name is not one that a run gives.
-
-    `final/` has the step that its checkpoint.json records, None without a readable one.
-    """
+    """Return the step in the name of a checkpoint directory, in the record of `final/`; None without one."""
     if path.name == FINAL:
         try:
             return read_record(path).get("step")
@@ -74,28 +68,23 @@ def checkpoints_of(out_dir: Path) -> list[Path]:
 
     Of step-* and `final/` with the same step, step-* comes first; a `final/` without a record comes last.
     """
-    found = list(steps_of(out_dir).values())
+    found = [(step, path.name) for step, path in steps_of(out_dir).items()]
     if (final := out_dir / FINAL).is_dir():
-        found.append(final)
-    steps = {path: step_of(path) for path in found}
-    return sorted(
-        found, key=lambda path: (-1 if steps[path] is None else steps[path], path.name), reverse=True
-    )
+        step = step_of(final)
+        found.append((-1 if step is None else step, FINAL))
+    return [out_dir / name for _, name in sorted(found, reverse=True)]
 
 
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint directory that `path` means: itself, its `final/`, or its newest whole `step-*`.
 
-    Raises:
-        FileNotFoundError, NotADirectoryError: naming what was looked for.
-        ValueError: there are checkpoints but none is whole; the text says what is wrong with the first.
+    If there are checkpoints but none is whole, ValueError says what is wrong with the first.
     """
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
     if path.is_file():
-        raise NotADirectoryError(
-            f"{path} is a file; name a checkpoint directory, which holds {CHECKPOINT_FILE}"
-        )
+        way_out = f"name a checkpoint directory, which holds {CHECKPOINT_FILE}"
+        raise NotADirectoryError(f"{path} is a file; {way_out}")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
     if _has_model(path):  # the user named it: verify_checkpoint says what is wrong with it
@@ -109,9 +98,8 @@ def find_checkpoint(path: Path) -> Path:
             problems.append(problem)
     if problems:
         raise problems[0]
-    raise FileNotFoundError(
-        f"{path} holds no {CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
-    )
+    wanted = f"{CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
+    raise FileNotFoundError(f"{path} holds no {wanted}")
 
 
 def _has_model(folder: Path) -> bool:
@@ -123,35 +111,20 @@ def read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-# --- checkpoint.json ----------------------------------------------------------------------------------------
-
-
 def write_record(
     folder: Path, step: int, files: dict[str, dict[str, Any]], selection_bias: bool = False
 ) -> None:
-    """Flush every file in `folder` to the disk and list them all in its checkpoint.json.
-
-    `files` has the entries of files that are flushed already, as `writer.write_state` returns them.
-    """
+    """List every file in `folder` in its checkpoint.json; `files` has the entries that are known already."""
     files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
     for path in sorted(folder.iterdir()):
         if path.name not in files:  # lit_model.pth was hashed while it was written
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    with (folder / RECORD_FILE).open("w", encoding="utf-8") as file:
-        json.dump({"format": RECORD_FORMAT, "step": step, **notes, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(folder)
+    write_json(folder / RECORD_FILE, {"format": RECORD_FORMAT, "step": step, **notes, "files": files})
+    sync_files(folder)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the checked content of a folder's checkpoint.json, {} without one (as LitGPT's own checkpoints).
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Return the checked content of a checkpoint.json, {} without one (as LitGPT's own checkpoints)."""
     record = folder / RECORD_FILE
     if not record.exists():
         return {}
@@ -162,8 +135,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         version, files, step = content["format"], content["files"], content.get("step")
         if version != RECORD_FORMAT:
             raise ValueError(f"its format is {version!r:.80}, not {RECORD_FORMAT}")
-        kinds = [(type(entry["bytes"]), type(entry["sha256"])) for entry in files.values()]
-        if CHECKPOINT_FILE not in files or set(kinds) != {(int, str)}:
+        if CHECKPOINT_FILE not in files or not all(fits(entry, ENTRY_FORM) for entry in files.values()):
             raise ValueError("it does not list the files")
         if step is not None and (type(step) is not int or step < 0):
             raise ValueError(f"its step is {step!r:.80}")
@@ -173,18 +145,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the files that checkpoint.json lists with their entries, {} without one.
-
-    Raises:
-        ValueError: one of them is missing, has another size than recorded, or would lie elsewhere.
-    """
+    """Return the files that checkpoint.json lists with their entries, {} without one; sizes are checked."""
     files = read_record(folder).get("files", {})
     for name, entry in files.items():
         path = folder / name
         if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
-            raise ValueError(
-                f"{folder / RECORD_FILE} lists {name!r}, not a file of its folder; use another checkpoint"
-            )
+            wrong = f"{name!r}, not a file of its folder"
+            raise ValueError(f"{folder / RECORD_FILE} lists {wrong}; use another checkpoint")
         if not path.is_file():
             refuse_damage(path, f"{RECORD_FILE} lists it and it is not there")
         if (size := path.stat().st_size) != entry["bytes"]:

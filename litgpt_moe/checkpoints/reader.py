@@ -35,17 +35,8 @@ from litgpt_moe.kernels.matmul import use_fast_linear
 MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-
 def verify_checkpoint(folder: Path) -> None:
-    """Check every file that checkpoint.json lists (LitGPT's own checkpoints have none: nothing to check).
-
-    Raises:
-        ValueError: one sentence, when a file is missing, has another size or another SHA-256 than recorded,
-            or is a link out of the folder.
-        OSError: a file cannot be read.
-    """
+    """Raise ValueError unless all that checkpoint.json lists, where there is one, is as recorded."""
     for path in folder.iterdir():
         if path.is_symlink() and is_outside(path, folder):
             raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
@@ -77,11 +68,7 @@ def flaw_words(error: Exception, folder: Path) -> str:
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint that training can go on from, every file of it checked.
-
-    Raises:
-        ValueError, OSError: it is not whole, or holds weights alone; one sentence.
-    """
+    """Return the content of a checkpoint that training can go on from, every file of it checked."""
     # LitGPT, whose checkpoints have no digests, writes the configuration last
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: it was not written to its end; use another checkpoint")
@@ -91,16 +78,8 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-# --- tensors ------------------------------------------------------------------------------------------------
-
-
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the content of the file `path`, tensors memory-mapped; never runs code (`weights_only`).
-
-    Raises:
-        ValueError: the file is damaged, no checkpoint, or made to do more than hold tensors.
-        OSError: it cannot be read.
-    """
+    """Return the content of the file `path`, tensors memory-mapped; never runs code (`weights_only`)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
@@ -113,9 +92,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename:
             raise
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint ({_reason(error)}); use another one"
-        ) from error
+        reason = _reason(error)
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); use another one") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no checkpoint; give one that run_train.py or LitGPT wrote")
     return dict(dict.items(state))  # an OrderedDict's own attributes may hide its methods
@@ -158,68 +136,45 @@ def _check_archive(path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the model's state dict in the file `path`, memory-mapped. Raises as `read_state`."""
+    """Return the model's state dict in the file `path`, memory-mapped."""
     return weights_of(read_state(path), path)
 
 
 def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     """Return the model's state dict in `state`, the content of the file `path`; ValueError if it has none."""
     weights = state.get("model", state)
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in dict.values(weights)):
-        raise ValueError(
-            f"{path} holds no model weights; give a checkpoint that run_train.py or LitGPT wrote"
-        )
-    return dict(dict.items(weights))
+    if isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in dict.values(weights)):
+        return dict(dict.items(weights))
+    raise ValueError(f"{path} holds no model weights; give a checkpoint that run_train.py or LitGPT wrote")
 
 
-def check_weights(
-    folder: Path, config: Config, weights: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the weights in `folder`, memory-mapped; those in `weights` if they have been read already.
-
-    Raises:
-        ValueError: they are not of a model of `config`. Also as `read_state`.
-    """
-    weights = read_weights(folder / CHECKPOINT_FILE) if weights is None else weights
-    _check_fit(weights, _empty_model(weights, config), folder)
-    return weights
-
-
-def _empty_model(weights: dict[str, torch.Tensor], config: Config) -> GPT:
-    """Return the model without values that has the weights' selection bias, if they have one."""
+def check_weights(folder: Path, config: Config, weights: dict[str, torch.Tensor]) -> GPT:
+    """Return the model of `config` on the meta device; ValueError if `weights`, from `folder`, do not fit."""
     model = meta_model(config)
     if has_selection_bias(weights):
         use_selection_bias(model)
-    return model
-
-
-def _check_fit(weights: dict[str, torch.Tensor], model: GPT, folder: Path) -> None:
     expected = model.state_dict()
-    where = f"{folder}: the weights do not fit the model config {model.config.name}:"
+    where = f"{folder}: the weights do not fit the model config {config.name}:"
     if missing := [name for name in expected if name not in weights]:
         raise ValueError(f"{where} they lack {missing[0]} ({len(missing)} missing)")
     if extra := [name for name in weights if name not in expected]:
         raise ValueError(f"{where} they have an unexpected {extra[0]!s:.80} ({len(extra)} too many)")
     for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, the config wants {tuple(tensor.shape)}"
-            raise ValueError(f"{where} {name} is {shapes}")
-        if weights[name].dtype not in (*DTYPES.values(), torch.float64):
-            raise ValueError(
-                f"{where} {name} is of {weights[name].dtype}, not of float32, bfloat16 or float16"
-            )
+        shape, dtype = weights[name].shape, weights[name].dtype
+        if shape != tensor.shape:
+            raise ValueError(f"{where} {name} is {tuple(shape)}, the config wants {tuple(tensor.shape)}")
+        if dtype not in (*DTYPES.values(), torch.float64):
+            raise ValueError(f"{where} {name} is of {dtype}, not of float32, bfloat16 or float16")
+    return model
 
 
-def _check_finite(weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
     for name, weight in weights.items():
         # a finite sum says that all values are, and takes a third of the time of asking each
         total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
         if not total.isfinite() and not weight.isfinite().all():
-            where = f"{folder / CHECKPOINT_FILE}: {name} holds values that are not finite"
-            raise ValueError(f"{where} (the training diverged); use an earlier checkpoint")
-
-
-# --- model and tokenizer ------------------------------------------------------------------------------------
+            diverged = "values that are not finite (the training diverged); use an earlier checkpoint"
+            raise ValueError(f"{path}: {name} holds {diverged}")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
@@ -227,18 +182,13 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
     Only the weights are read into memory, not the optimizer state that lies in the same file. On the device
     `meta` nothing is: names and shapes are checked alone.
-
-    Raises:
-        ValueError: a file is damaged, the weights do not belong to the configuration, or one is not a number.
-        OSError: a file cannot be read.
     """
     verify_checkpoint(folder)
     config = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
     weights = read_weights(folder / CHECKPOINT_FILE)
-    model = _empty_model(weights, config)
-    _check_fit(weights, model, folder)
+    model = check_weights(folder, config, weights)
     if torch.device(device).type != "meta":
-        _check_finite(weights, folder)
+        _check_finite(weights, folder / CHECKPOINT_FILE)
     # the selection bias stays float32 in every dtype: the choice must be the one that was trained;
     # copy: the weights leave the memory-mapped file, which a running training may replace
     weights = {
@@ -256,11 +206,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Return the checkpoint's tokenizer.
-
-    Raises:
-        ValueError, FileNotFoundError: it is damaged or not there; one sentence.
-    """
+    """Return the checkpoint's tokenizer; ValueError or FileNotFoundError if it is damaged or not there."""
     way_out = "copy in the files of the tokenizer it was trained with"
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")

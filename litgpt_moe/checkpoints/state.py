@@ -1,9 +1,8 @@
 """What a checkpoint holds beside weights and optimizer: the counters of a run and its random generators."""
 
 import contextlib
-import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,21 @@ import numpy as np
 import torch
 
 from litgpt_moe.checkpoints.layout import RECORD_FILE, read_record, step_of
+from litgpt_moe.files import fits
 
 MT19937_WORDS = 624  # of NumPy's generator
 # of torch's optimizers that have a fused step: Adam, AdamW, SGD (and Muon), Adagrad
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+# what `files.fits` asks of a training state: LitGPT's part, ours, and the random generators
+LOOP_FORM = {"step_count": 0, "iter_num": 0, "model": {}, "optimizer": {}, "train_dataloader": {}}
+RUN_FORM = {
+    "time_s": 0.0,
+    "guard": {"n_skipped": 0, "n_in_a_row": 0, "losses": [-(2.0**63)]},
+    "told_step": -1,
+    **dict.fromkeys(("n_rows", "n_spikes", "n_loads", "n_stories"), 0),
+    "router": [{"load": torch.Tensor, "sums": torch.Tensor}],
+}
+RNG_FORM = {"python": tuple, "numpy": tuple, "torch": torch.Tensor, "cuda": list}
 
 
 @dataclass
@@ -29,13 +39,10 @@ class RunState:
     told_step: int = -1
     """Step of the latest story in logs/stories.csv, -1 before the first."""
     n_rows: int = 0
-    """Rows of logs/csv/metrics.csv."""
     n_spikes: int = 0
-    """Rows of logs/spikes.csv."""
     n_loads: int = 0
-    """Rows of logs/expert_load.csv."""
     n_stories: int = 0
-    """Rows of logs/stories.csv."""
+    """Rows of logs/csv/metrics.csv, and of spikes.csv, expert_load.csv and stories.csv in logs/."""
     router: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """Of each MoE layer, since the last row of the log and over all ranks: `load` (E,) int64, `sums` (4,)."""
     rng: dict[str, Any] = field(default_factory=dict)
@@ -47,93 +54,45 @@ class RunState:
         return {"run": run, "rng": self.rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the entries `run` and `rng` of a checkpoint's content.
-
-        Raises:
-            ValueError: one of the values is missing or not of its kind.
-        """
-        run, rng = state.get("run"), state.get("rng")
-        for name, is_right in _KINDS.items():
+        """Take the entries `run` and `rng` of a checkpoint; ValueError names the one of another kind."""
+        run = state.get("run")
+        for name, form in RUN_FORM.items():
             value = run.get(name) if isinstance(run, dict) else None
-            if not is_right(value):
-                raise ValueError(f"run.{name} is {_short(value)}")
+            _check(f"run.{name}", value, form)
             setattr(self, name, value)
-        if not isinstance(rng, dict) or not {"python", "numpy", "torch", "cuda"} <= rng.keys():
-            raise ValueError(f"rng is {_short(rng)}")
-        self.rng = rng
+        self.rng = _check("rng", state.get("rng"), RNG_FORM)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
-
-
-def _is_guard(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("losses"), list):
-        return False
-    counts = (value.get("n_skipped"), value.get("n_in_a_row"))
-    return all(map(_is_count, counts)) and all(map(_is_finite, value["losses"]))
-
-
-def _is_router(value: Any) -> bool:
-    def is_layer(layer: Any) -> bool:
-        tensors = [layer.get("load"), layer.get("sums")] if isinstance(layer, dict) else [None]
-        return all(isinstance(tensor, torch.Tensor) for tensor in tensors)
-
-    return isinstance(value, list) and all(map(is_layer, value))
-
-
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "time_s": lambda value: _is_finite(value) and value >= 0,
-    "guard": _is_guard,
-    "told_step": lambda value: _is_count(value) or (type(value) is int and value == -1),
-    **dict.fromkeys(("n_rows", "n_spikes", "n_loads", "n_stories"), _is_count),
-    "router": _is_router,
-}
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) < 60 else text[:57] + "..."
+def _check(name: str, value: Any, form: Any) -> Any:
+    if not fits(value, form):
+        text = " ".join(repr(value).split())
+        raise ValueError(f"{name} is {text if len(text) < 60 else text[:57] + '...'}")
+    return value
 
 
 def check_state(state: dict[str, Any], folder: Path) -> None:
     """Check that training can go on from `state`, the content of a checkpoint file in `folder`.
 
     Sizes are left to torch and `check_moments`: load the state inside `damage_in`.
-
-    Raises:
-        ValueError: it is not as it was saved, or holds weights alone.
     """
     if "step_count" not in state:
         raise ValueError(f"{folder} holds weights alone; start from it with --initial_checkpoint_dir")
     with damage_in(folder):
-        for name in ("step_count", "iter_num"):
-            if not _is_count(state.get(name)):
-                raise ValueError(f"{name} is {_short(state.get(name))}")
+        for name, form in LOOP_FORM.items():
+            _check(name, state.get(name), form)
         for step in (step_of(folder), read_record(folder).get("step")):
             if step is not None and step != state["step_count"]:
-                raise ValueError(
-                    f"step_count is {state['step_count']}, and the checkpoint that of step {step}"
-                )
-        for name in ("model", "optimizer", "train_dataloader"):
-            if not isinstance(state.get(name), dict):
-                raise ValueError(f"{name} is {_short(state.get(name))}")
+                text = f"step_count is {state['step_count']}, and the checkpoint that of step {step}"
+                raise ValueError(text)
         # a checkpoint of LitGPT's own loop has neither
         if "run" in state or "rng" in state or (folder / RECORD_FILE).exists():
             RunState().load_state_dict(state)
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Check that what an optimizer has loaded is as large as its weights.
+    """Raise ValueError, naming the moment, unless what an optimizer has loaded is as large as its weights.
 
     torch's `load_state_dict` does not look, and the fused AdamW of torch 2.10 writes beyond smaller moments.
-
-    Raises:
-        ValueError: naming the moment.
     """
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
@@ -167,11 +126,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set every generator to a state of `rng_state`; CUDA's only where there are as many devices.
-
-    Raises:
-        ValueError: a generator does not take its state.
-    """
+    """Set every generator to a state of `rng_state`; CUDA's only where there are as many devices."""
     try:
         random.setstate(state["python"])
         name, keys, position, *others = state["numpy"]

@@ -37,26 +37,22 @@ COPIED_FILES = (*TOKENIZER_FILES, "tokenizer.model")
 
 
 class CheckpointWriter:
-    """Writes checkpoint directories in the background: beside their place, flushed, then renamed into it.
+    """Writes checkpoint directories in the background; training waits only for the copy to host memory.
 
     A directory named step-* or final is whole at every moment. What a killed process leaves has a name with a
-    leading dot, and `tidy` removes it. Training waits only for the copy to host memory.
+    leading dot, and `tidy` removes it.
     """
 
     def __init__(
         self, out_dir: Path, args: CheckpointArgs, settings_text: str, tell: Callable[[str], None]
     ) -> None:
         self.out_dir, self.args, self.tell = out_dir, args, tell
-        self.settings_text = settings_text
-        """Content of each checkpoint's train_config.yaml."""
+        self.settings_text = settings_text  # content of each checkpoint's train_config.yaml
+        # called with each new checkpoint and its step, in the background thread
         self.on_saved: Callable[[Path, int], None] = lambda folder, step: None
-        """Called with each new checkpoint and its step, in the background thread."""
-        self.failure: str | None = None
-        """Why the latest save failed; None if it did not."""
-        self.lasting_s = 0.0
-        """Seconds that the latest save took, writing included; 0.0 before the first."""
-        self.selection_bias = False
-        """Whether the weights have a selection bias, so that stock LitGPT refuses them."""
+        self.failure: str | None = None  # why the latest save failed
+        self.lasting_s = 0.0  # seconds that the latest save took, writing included
+        self.selection_bias = False  # whether the weights have one, so that stock LitGPT refuses them
         self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -117,7 +113,11 @@ class CheckpointWriter:
             if free < needed:
                 raise OSError(errno.ENOSPC, "known before a byte is written")
             staging.mkdir(parents=True, exist_ok=True)
-            self._fill(staging, step, config, tokenizer_dir)
+            if name := non_finite(self._host):
+                raise ValueError(f"{name} holds values that are no numbers")
+            files = {SETTINGS_FILE: self.settings_text.encode("utf-8")}
+            files |= read_files(tokenizer_dir, COPIED_FILES)
+            _fill(staging, step, self._host, config, files, self.selection_bias)
             put_in_place(staging, target)
             self.failure, self.lasting_s = None, time.perf_counter() - started
             self.tell(f"Saved {target}")
@@ -133,16 +133,6 @@ class CheckpointWriter:
             self.failure = f"{target} could not be saved: {reason}"
             goes_on = "; training goes on" if self.args.on_full_disk == "continue" else ""
             self.tell(f"Warning: {self.failure}{goes_on}")
-
-    def _fill(self, staging: Path, step: int, config: Config, tokenizer_dir: Path) -> None:
-        if name := non_finite(self._host):
-            raise ValueError(f"{name} holds values that are no numbers")
-        files = {CHECKPOINT_FILE: write_state(self._host, staging / CHECKPOINT_FILE)}
-        save_config(config, staging)
-        (staging / SETTINGS_FILE).write_text(self.settings_text, encoding="utf-8")
-        for file, content in read_files(tokenizer_dir, COPIED_FILES).items():
-            (staging / file).write_bytes(content)
-        write_record(staging, step, files, selection_bias=self.selection_bias)
 
     def _prune(self) -> None:
         """Delete the step-* that neither keep_last nor keep_every keeps; the newest always stays."""
@@ -161,29 +151,22 @@ def _staging(target: Path) -> Path:
 
 
 class HashingFile:
-    """A binary file that knows the SHA-256 and the number of bytes of what was written to it."""
+    """A binary file that knows the SHA-256 and the number of bytes of what torch.save wrote to it."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha256, self.n_bytes = file, hashlib.sha256(), 0
+        self._file, self.flush = file, file.flush
+        self.sha256, self.n_bytes = hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write `data`; an OSError is kept in `error`, because torch.save reports it as "unexpected pos"."""
-        self._sha256.update(data)
+        self.sha256.update(data)
         self.n_bytes += memoryview(data).nbytes
         try:
             return self._file.write(data)
         except OSError as error:
             self.error = error
             raise
-
-    def flush(self) -> None:
-        """Flush the file below."""
-        self._file.flush()
-
-    def hexdigest(self) -> str:
-        """Return the SHA-256 so far, in hexadecimal."""
-        return self._sha256.hexdigest()
 
 
 def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -197,22 +180,30 @@ def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
             raise file.error or error from None
         raw.flush()
         os.fsync(raw.fileno())
-    return {"bytes": file.n_bytes, "sha256": file.hexdigest()}
+    return {"bytes": file.n_bytes, "sha256": file.sha256.hexdigest()}
 
 
 def write_checkpoint(
     out: Path, weights: dict[str, torch.Tensor], config: Config, files: dict[str, bytes]
 ) -> None:
-    """Write a checkpoint directory of bare weights, and `files`, from which run_train.py and others start.
-
-    Raises as `new_folder`.
-    """
+    """Write a checkpoint directory of bare weights, and `files`, from which run_train.py and others start."""
     with new_folder(out, tensor_bytes(weights)) as staging:
-        entry = write_state({"model": weights}, staging / CHECKPOINT_FILE)
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
-        save_config(config, staging)
-        write_record(staging, 0, {CHECKPOINT_FILE: entry})
+        _fill(staging, 0, {"model": weights}, config, files)
+
+
+def _fill(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    config: Config,
+    files: dict[str, bytes],
+    selection_bias: bool = False,
+) -> None:
+    entry = write_state(state, folder / CHECKPOINT_FILE)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    save_config(config, folder)
+    write_record(folder, step, {CHECKPOINT_FILE: entry}, selection_bias)
 
 
 def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ import wandb
 from filelock import FileLock
 from wandb.errors import Error
 
-from litgpt_moe.cli import RUN_TRAIN, command_line, first_line, variable
+from litgpt_moe.cli import command_line, first_line, train_command, variable
 from litgpt_moe.data.manifest import (
     MANIFEST,
     RUN_AGAIN,
@@ -20,9 +20,10 @@ from litgpt_moe.data.manifest import (
     listed_files,
     manifest_fingerprint,
     read_manifest,
+    record_times,
     verify,
 )
-from litgpt_moe.data.settings import DEFAULT_PROJECT, REFERENCE_FORM, WandbSettings
+from litgpt_moe.data.settings import REFERENCE_FORM, WandbSettings
 from litgpt_moe.data.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, find_tokenizer
 from litgpt_moe.files import check_inside, read_json, write_json
 
@@ -35,32 +36,23 @@ class TransferError(ConnectionError):
     """W&B could not be reached, refused the request, or sent something that must not be used."""
 
 
-# --- push ---------------------------------------------------------------------------------------------------
-
-
 def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = None) -> str:
-    """Log a data directory as an artifact and return the sentence that says where it is and what is next.
-
-    Raises:
-        FileNotFoundError, ValueError: the data or its tokenizer is not there, or the data is damaged.
-        TransferError: W&B did not take it.
-    """
+    """Log a data directory as an artifact and return the sentence that says where it is and what is next."""
     tokenizer_dir = find_tokenizer(data_dir, tokenizer_dir)
     fingerprint(data_dir)  # hashes every file, so that damaged data is never pushed
     name = upload.wandb_artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
-    project = upload.wandb_project or DEFAULT_PROJECT
     try:
         run = wandb.init(
-            project=project,
+            project=upload.wandb_project or "litgpt-moe",
             entity=upload.wandb_entity,
             name=upload.wandb_run_name,
-            tags=upload.tags,
+            tags=upload.wandb_tag,
             job_type="push",
             # console="off": otherwise W&B would take this command's own output for a training log
             settings=wandb.Settings(console="off", init_timeout=CONNECT_SECONDS),
         )
         try:
-            return log_artifact(run, data_dir, tokenizer_dir, name, upload.aliases)
+            return log_artifact(run, data_dir, tokenizer_dir, name, upload.wandb_alias)
         finally:
             run.finish()
     except (Error, BrokenPipeError) as error:
@@ -79,10 +71,9 @@ def log_artifact(
     if run.offline:
         remember_artifact(data_dir, name)
         return f"{name}: recorded; send it with: uv run wandb sync {command_line(Path(run.dir).parent)}"
-    logged.wait()
-    remember_artifact(data_dir, logged.source_qualified_name)
-    name = logged.source_qualified_name
-    return f"{name}: uploaded; train on it with: {command_line(*RUN_TRAIN, '--wandb_dataset', name)}"
+    name = logged.wait().source_qualified_name
+    remember_artifact(data_dir, name)
+    return f"{name}: uploaded; train on it with: {train_command('--wandb_dataset', name)}"
 
 
 def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Policy) -> wandb.Artifact:
@@ -95,8 +86,10 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Polic
         "splits": {name: {key: split[key] for key in counts} for name, split in manifest["splits"].items()},
     }
     artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
+    for entry in listed(manifest, "text"):
+        entry["mtime_ns"] = 0  # so that equal data makes an equal artifact
     with artifact.new_file(MANIFEST, encoding="utf-8") as file:
-        file.write(json.dumps(without_times(manifest), indent=1, sort_keys=True))
+        file.write(json.dumps(manifest, indent=1, sort_keys=True))
     for path in sorted(listed_files(manifest)):
         artifact.add_file(str(data_dir / path), name=path, policy=policy)
     for path in filter(Path.is_file, (tokenizer_dir / file for file in TOKENIZER_FILES)):
@@ -104,20 +97,10 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Polic
     return artifact
 
 
-def without_times(node: object) -> object:
-    """Return parsed JSON with every `mtime_ns` zero, so that equal data makes an equal artifact."""
-    if isinstance(node, dict):
-        return {key: 0 if key == "mtime_ns" else without_times(value) for key, value in node.items()}
-    return [without_times(value) for value in node] if isinstance(node, list) else node
-
-
 def remember_artifact(data_dir: Path, artifact: str) -> None:
     """Record in the data directory that its content, as it is now, equals `artifact`."""
     manifest = read_manifest(data_dir, check_shards=False)
     write_json(data_dir / LINEAGE, {"artifact": artifact, "fingerprint": manifest_fingerprint(manifest)})
-
-
-# --- what a run and its checkpoints came from ---------------------------------------------------------------
 
 
 def lineage(data_dir: Path) -> dict[str, str | None]:
@@ -156,9 +139,6 @@ def log_checkpoint(run: wandb.Run, folder: Path, name: str, metadata: dict[str, 
     logged = run.log_artifact(artifact, aliases=["latest", folder.name])
     if not run.offline:
         logged.wait()  # raises what the server refused
-
-
-# --- pull ---------------------------------------------------------------------------------------------------
 
 
 def artifact_name(reference: str) -> str:
@@ -211,21 +191,13 @@ def download(source: wandb.Artifact, part: Path, target: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)  # left by a killed process; W&B's cache has what that fetched
     try:
         source.download(root=str(part))
-        check_download(part)
+        if links := [path for path in part.rglob("*") if path.is_symlink()]:
+            raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
+        if problems := verify(part):
+            raise ValueError(f"{problems[0].removeprefix(str(part))[1:]}; the download is not used")
+        find_tokenizer(part, part / TOKENIZER_FOLDER)
+        record_times(part)
         remember_artifact(part, source.source_qualified_name)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def check_download(folder: Path) -> None:
-    """Check every hash of a fresh download, then record its files' own times in its manifest."""
-    if links := [path for path in folder.rglob("*") if path.is_symlink()]:
-        raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
-    if problems := verify(folder):
-        raise ValueError(f"{problems[0].removeprefix(str(folder))[1:]}; the download is not used")
-    find_tokenizer(folder, folder / TOKENIZER_FOLDER)
-    manifest = read_manifest(folder)
-    for entry in listed(manifest, "text"):  # so that the check for stale shards need not hash the texts again
-        entry["mtime_ns"] = (folder / entry["path"]).stat().st_mtime_ns
-    write_json(folder / MANIFEST, manifest)

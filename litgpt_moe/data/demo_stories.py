@@ -81,11 +81,7 @@ class StoryTeller:
 def write_demo_corpus(
     data_dir: Path, n_stories: int = PrepareSettings.demo_stories, seed: int = 42, overwrite: bool = False
 ) -> Path:
-    """Return the path of train/demo.txt, after writing `n_stories` to it unless they are there already.
-
-    Raises:
-        ValueError: somebody edited the file, or there is other text.
-    """
+    """Return the path of train/demo.txt, after writing `n_stories` to it unless they are there already."""
     path, about = data_dir / "train" / "demo.txt", data_dir / "train" / "demo.json"
     refuse_other_text(data_dir, "demo", {"train": path.name})
     asked = {"n_stories": n_stories, "seed": seed, "grammar_sha256": sha256_file(GRAMMAR)}

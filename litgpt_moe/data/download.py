@@ -8,15 +8,9 @@ from pathlib import Path
 from litgpt_moe.cli import note
 from litgpt_moe.data.text import refuse_other_text
 
-TINYSTORIES = ("roneneldan/TinyStories", {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"})
-
 
 def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
-    """Fetch a file of a hub repository into `folder`; an interrupted download goes on where it stopped.
-
-    Raises:
-        ConnectionError: the hub or the file cannot be reached; the text ends with `way_out`.
-    """
+    """Fetch a file of a hub repository into `folder`; an interrupted download goes on where it stopped."""
     import httpx  # here: no worker process downloads, and each would need 0.1 s and 15 MB more
     from huggingface_hub import constants, hf_hub_download  # as httpx
 
@@ -42,12 +36,10 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
 
 def download_tinystories(data_dir: Path) -> None:
     """Fetch the two text files of TinyStories that are not there yet."""
-    repo, names = TINYSTORIES
+    names = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
     refuse_other_text(data_dir, "tinystories", names)
-    way_out = (
-        "run again to go on where it stopped, set HF_ENDPOINT to a mirror, "
-        f"or put text of your own into {data_dir / 'train'} and leave out --dataset"
-    )
+    own = f"put text of your own into {data_dir / 'train'} and leave out --dataset"
+    way_out = f"run again to go on where it stopped, set HF_ENDPOINT to a mirror, or {own}"
     for split, name in names.items():
         if not (data_dir / split / name).is_file():
-            download(repo, "dataset", name, data_dir / split, way_out)
+            download("roneneldan/TinyStories", "dataset", name, data_dir / split, way_out)

@@ -1,5 +1,6 @@
 """manifest.json, which says what made the shards of a data directory: its one reader, checks, fingerprint."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,13 +12,27 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.data.settings import SPLITS
-from litgpt_moe.files import check_inside, is_outside, read_json, sha256_file
+from litgpt_moe.files import check_inside, fits, is_outside, read_json, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 RUN_AGAIN = "run prepare_data.py on that folder"
 
 Manifest = dict[str, Any]  # parsed JSON
+# what `files.fits` asks of it
+SHARD_FORM = {"path": str, "sha256": str, "n_tokens": 0, "n_stories": 0, "n_bytes": 0}
+SPLIT_FORM = {
+    **dict.fromkeys(("n_stories", "n_tokens", "n_bytes", "n_duplicates", "n_replaced_bytes"), 0),
+    "text": [{"path": str, "sha256": str, "size": 0, "mtime_ns": int}],
+    "shards": [SHARD_FORM],
+}
+FORM = {
+    "format_version": int,
+    "dtype": str,
+    "tokenizer": {"sha256": str, "vocab_size": 0, "bos_id": 0, "eos_id": 0},
+    "options": {},
+    "splits": dict.fromkeys(SPLITS, SPLIT_FORM),
+}
 
 
 def listed(manifest: Manifest, kind: str) -> list[dict[str, Any]]:
@@ -30,29 +45,17 @@ def listed_files(manifest: Manifest) -> dict[str, str]:
     return {entry["path"]: entry["sha256"] for kind in ("text", "shards") for entry in listed(manifest, kind)}
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
 def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
-    """Return the manifest of a data directory.
-
-    Args:
-        data_dir: the folder that holds manifest.json.
-        check_shards: also check that each shard listed is there and has the recorded size.
-
-    Raises:
-        FileNotFoundError, ValueError: one sentence with the way out.
-    """
+    """Return the manifest of a data directory; `check_shards`: each must be there in its recorded size."""
     path = data_dir / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; {RUN_AGAIN}")
-    try:
+    manifest: Manifest = {}
+    with contextlib.suppress(ValueError, OSError):
         manifest = read_json(path)
-        version = manifest["format_version"]
-        _check_types(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise ValueError(f"{path}: damaged; {RUN_AGAIN}") from None
-    if version != FORMAT_VERSION:
+    if not _is_whole(manifest):
+        raise ValueError(f"{path}: damaged; {RUN_AGAIN}")
+    if (version := manifest["format_version"]) != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version is {version}, not {FORMAT_VERSION}; {RUN_AGAIN}")
     try:
         for name in listed_files(manifest):
@@ -64,28 +67,12 @@ def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
     return manifest
 
 
-def _check_types(manifest: Manifest) -> None:
-    """Raise TypeError or KeyError if a manifest lacks something or holds another kind of value."""
-
-    def check(mapping: dict[str, Any], kind: type, *keys: str) -> None:
-        if wrong := [key for key in keys if type(mapping[key]) is not kind]:
-            raise TypeError(f"{wrong[0]} is not {kind.__name__}")
-
-    if manifest["dtype"] not in ("uint16", "uint32"):
-        raise TypeError("dtype is neither uint16 nor uint32")
-    check(manifest, dict, "tokenizer", "options", "splits")
-    check(manifest["tokenizer"], str, "sha256")
-    check(manifest["tokenizer"], int, "vocab_size", "bos_id", "eos_id")
-    for entry in listed(manifest, "text"):
-        check(entry, str, "path", "sha256")
-        check(entry, int, "size", "mtime_ns")
-    for split in map(manifest["splits"].__getitem__, SPLITS):
-        check(split, int, "n_stories", "n_tokens", "n_bytes", "n_duplicates", "n_replaced_bytes")
-        for entry in split["shards"]:
-            check(entry, str, "path", "sha256")
-            check(entry, int, "n_tokens", "n_stories", "n_bytes")
-        if sum(entry["n_tokens"] for entry in split["shards"]) != split["n_tokens"]:
-            raise ValueError("the shards do not add up to n_tokens")
+def _is_whole(manifest: Manifest) -> bool:
+    """Return whether a manifest has its form, and a number of tokens that its shards add up to."""
+    if not fits(manifest, FORM) or manifest["dtype"] not in ("uint16", "uint32"):
+        return False
+    splits = [manifest["splits"][name] for name in SPLITS]
+    return all(sum(s["n_tokens"] for s in split["shards"]) == split["n_tokens"] for split in splits)
 
 
 def _check_sizes(data_dir: Path, manifest: Manifest) -> None:
@@ -100,7 +87,15 @@ def _check_sizes(data_dir: Path, manifest: Manifest) -> None:
             raise ValueError(f"{shard}: {n_bytes} bytes, {MANIFEST} says {size}; {RUN_AGAIN}")
 
 
-# --- whether the files are what the manifest records --------------------------------------------------------
+def record_times(data_dir: Path) -> Manifest:
+    """Return the manifest, after recording new time stamps of texts, so that they are hashed only once."""
+    manifest = read_manifest(data_dir)
+    before = [entry["mtime_ns"] for entry in listed(manifest, "text")]
+    for entry in listed(manifest, "text"):
+        entry["mtime_ns"] = (data_dir / entry["path"]).stat().st_mtime_ns
+    if before != [entry["mtime_ns"] for entry in listed(manifest, "text")]:
+        write_json(data_dir / MANIFEST, manifest)
+    return manifest
 
 
 def altered_shards(data_dir: Path, manifest: Manifest) -> list[str]:
@@ -122,10 +117,9 @@ def altered_shards(data_dir: Path, manifest: Manifest) -> list[str]:
 def verify(data_dir: Path) -> list[str]:
     """Return a sentence for each text or shard that is missing, new or not as recorded; [] if all agree."""
     files = listed_files(read_manifest(data_dir, check_shards=False))
-    problems = []
-    for path in sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")]):
-        if path.relative_to(data_dir).as_posix() not in files:
-            problems.append(f"{path}: there but not listed in {MANIFEST}")
+    texts = sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")])
+    new = [path for path in texts if path.relative_to(data_dir).as_posix() not in files]
+    problems = [f"{path}: there but not listed in {MANIFEST}" for path in new]
     for name, expected in tqdm(sorted(files.items()), "checking", unit="file", delay=1, disable=None):
         path = data_dir / name
         if not path.is_file():
@@ -148,11 +142,7 @@ def manifest_fingerprint(manifest: Manifest) -> str:
 
 
 def fingerprint(data_dir: Path) -> str:
-    """Return the SHA-256 over a data directory's contents, equal on every machine and at every time.
-
-    Raises:
-        ValueError: a file is not as recorded, so that the recorded hashes do not describe the data.
-    """
+    """Return the SHA-256 over a data directory's contents, equal everywhere; ValueError if one is damaged."""
     if problems := verify(data_dir):
         raise ValueError(f"{problems[0]}; run prepare_data.py again")
     return manifest_fingerprint(read_manifest(data_dir, check_shards=False))

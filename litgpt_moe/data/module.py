@@ -22,6 +22,8 @@ class ShardLoader(DataLoader[torch.Tensor]):
         # Fabric gives any other data set a distributed sampler; an iterable one, empty here, it leaves alone
         super().__init__(ChainDataset([]), batch_size=None)
         self.batches = batches
+        # LitGPT asks a loader for them when it saves and when it resumes
+        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
 
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
         # not DataLoader's own iterator, which draws from the global random state and takes 50 us a batch
@@ -29,14 +31,6 @@ class ShardLoader(DataLoader[torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.batches)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the data."""
-        return self.batches.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position that `state_dict` returned."""
-        self.batches.load_state_dict(state)
 
 
 @dataclass
@@ -65,10 +59,8 @@ class TextShards(TextFiles):
         super().__post_init__()
 
     def prepare_data(self) -> None:
-        """Make stale shards again; their contents are hashed once in a run, by one process of each machine.
-
-        LitGPT calls this in every process, and run_train.py before that.
-        """
+        """Make stale shards again; LitGPT calls this in every process, and run_train.py before that."""
+        # their contents are hashed once in a run, by one process of each machine
         is_to_hash = not self.is_checked and is_first_on_machine()
         refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
         self.is_checked = True
@@ -86,9 +78,7 @@ class TextShards(TextFiles):
         is_shared = seed is not None and _is_distributed()
         ranks = (distributed.get_rank(), distributed.get_world_size()) if is_shared else (0, 1)
         stream, block_size = TokenStream(self.data_dir, split), self.max_seq_length - 1
-        batches = TokenBatches(
-            stream, self.batch_size, block_size, seed, *ranks, num_workers=self.num_workers
-        )
+        batches = TokenBatches(stream, self.batch_size, block_size, seed, *ranks, self.num_workers)
         n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
         if batches.n_sequences < n_wanted:
             raise ValueError(

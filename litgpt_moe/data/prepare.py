@@ -18,12 +18,13 @@ from litgpt_moe.data.manifest import (
     altered_shards,
     listed,
     read_manifest,
+    record_times,
 )
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import clean, shard_folders, write_splits
 from litgpt_moe.data.text import list_text
 from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer_facts
-from litgpt_moe.files import FolderLock, read_json, sha256_file, write_json
+from litgpt_moe.files import locked_folder, read_json, sha256_file, write_json
 
 # the settings on which the shards of a text depend, and what of its tokenizer the manifest records
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")
@@ -34,33 +35,22 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     """Return the manifest of a data directory whose shards match its text, tokenizer and options.
 
     Makes only what is missing: text (demo, tinystories), tokenizer, stale shards. If it fails, the shards
-    and the manifest of before are still there.
-
-    Args:
-        settings: what to prepare.
-        wait: wait for another process that prepares the same folder, instead of raising FolderInUse.
-
-    Raises:
-        ValueError: bad settings, text or tokenizer.
-        FileNotFoundError, FolderInUse: no text; another process prepares the folder.
-        ConnectionError, OSError: the hub cannot be reached; the disk is full, a worker was killed.
+    and the manifest of before are still there. `wait` for another process that prepares the same folder, or
+    raise FolderInUse.
     """
     check_settings(settings)
     if settings.dataset == "custom":
         list_text(settings.data_dir)  # before the lock makes a folder of a mistyped name
-    lock = lock_data(settings.data_dir)
-    lock.acquire(wait)
-    try:
-        return _prepare(settings)
-    finally:
-        for folder in shard_folders(settings.data_dir):
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # fails unless it is empty
-        lock.release()
+    with lock_data(settings.data_dir, wait):
+        try:
+            return _prepare(settings)
+        finally:
+            for folder in shard_folders(settings.data_dir):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # fails unless it is empty
 
 
 def _prepare(settings: PrepareSettings) -> Manifest:
-    """Do what `prepare` says, with the folder's lock held."""
     data_dir = settings.data_dir
     if settings.dataset == "demo":
         write_demo_corpus(data_dir, settings.demo_stories, settings.seed, settings.overwrite)
@@ -73,7 +63,7 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
     if not reasons:
         note(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
-        return note_times(data_dir)
+        return record_times(data_dir)
     if (data_dir / MANIFEST).exists():  # a first preparation needs no reason
         for reason in reasons:
             note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
@@ -81,42 +71,25 @@ def _prepare(settings: PrepareSettings) -> Manifest:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
         raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
+    # recorded alone: another version makes no shard stale
+    versions = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
     manifest = {
         "format_version": FORMAT_VERSION,
         "dtype": facts.dtype.name,
         "options": options,
-        "code": code_versions(),
+        "code": {"litgpt_moe": __version__, **versions},
         "tokenizer": {key: getattr(facts, key) for key in TOKENIZER_KEYS},
         "splits": splits,
     }
     write_json(data_dir / MANIFEST, manifest)
-    clean(data_dir, listed(manifest, "shards"))
+    clean(data_dir)
     return manifest
 
 
-def lock_data(data_dir: Path) -> FolderLock:
+def lock_data(data_dir: Path, wait: bool = False) -> contextlib.AbstractContextManager[None]:
     """Return the lock that keeps a second preparation out of a data directory."""
-    return FolderLock(data_dir, "prepare", "prepare_data.py is at work", "wait for it to end, then run again")
-
-
-def code_versions() -> dict[str, str]:
-    """Return the versions that the manifest records of what made the shards; another makes none stale."""
-    libraries = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
-    return {"litgpt_moe": __version__, **libraries}
-
-
-def note_times(data_dir: Path) -> Manifest:
-    """Return the manifest of data that is not stale.
-
-    New time stamps of texts that are the same are recorded, so that these texts are hashed only once.
-    """
-    manifest = read_manifest(data_dir)
-    texts = {data_dir / entry["path"]: entry for entry in listed(manifest, "text")}
-    if touched := [path for path in texts if path.stat().st_mtime_ns != texts[path]["mtime_ns"]]:
-        for path in touched:
-            texts[path]["mtime_ns"] = path.stat().st_mtime_ns
-        write_json(data_dir / MANIFEST, manifest)
-    return manifest
+    way_out = "wait for it to end, then run again"
+    return locked_folder(data_dir, "prepare", "prepare_data.py is at work", way_out, wait)
 
 
 def stale_reasons(
@@ -124,14 +97,8 @@ def stale_reasons(
 ) -> list[str]:
     """Return why the shards no longer match text, tokenizer, options or format; [] if they do.
 
-    A text of another size has changed; it is hashed only if its time stamp alone differs. If no text is left
-    (deleted to save space), the shards still count as fresh.
-
-    Args:
-        data_dir: the folder that holds manifest.json.
-        tokenizer_dir: folder of the tokenizer that the shards must have been made with.
-        options: values of OPTIONS that they must have been made with; None accepts any.
-        contents: also hash the shards; False where another process of the run does that.
+    `options` None accepts any. `contents`: also hash the shards; False where another process of the run does
+    that. If no text is left (deleted to save space), the shards still count as fresh.
     """
     try:
         manifest = read_manifest(data_dir)
@@ -157,24 +124,22 @@ def stale_reasons(
 
 
 def has_changed(path: Path, recorded: dict[str, Any]) -> bool:
-    """Return whether a text file differs from what was recorded; with equal size and time it does not."""
+    """Return whether a text is not as recorded; it is hashed only if its time stamp alone differs."""
     stat = path.stat()
-    if (stat.st_size, stat.st_mtime_ns) == (recorded["size"], recorded["mtime_ns"]):
-        return False
-    return stat.st_size != recorded["size"] or sha256_file(path) != recorded["sha256"]
+    is_touched = stat.st_mtime_ns != recorded["mtime_ns"]
+    return stat.st_size != recorded["size"] or (is_touched and sha256_file(path) != recorded["sha256"])
 
 
 def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
-    """Make stale shards again, with the options that they were made with.
-
-    `contents` is that of `stale_reasons`, `wait` that of `prepare`.
-    """
-    if reasons := stale_reasons(data_dir, tokenizer_dir, contents=contents):
-        if (data_dir / MANIFEST).is_file() and not any((data_dir / "train").glob("*.txt")):
-            reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
-            raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
-        options: dict[str, Any] = {}
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the manifest is not there or damaged
-            before = read_json(data_dir / MANIFEST)["options"]
-            options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
-        prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)
+    """Make stale shards again with their old options; arguments as of `stale_reasons` and `prepare`."""
+    reasons = stale_reasons(data_dir, tokenizer_dir, contents=contents)
+    if not reasons:
+        return
+    if (data_dir / MANIFEST).is_file() and not any((data_dir / "train").glob("*.txt")):
+        reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
+        raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
+    options: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # the manifest is not there or damaged
+        before = read_json(data_dir / MANIFEST)["options"]
+        options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
+    prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)

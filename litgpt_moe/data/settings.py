@@ -6,12 +6,9 @@ from pathlib import Path
 from litgpt_moe.cli import variable, words_of
 
 SPLITS = ("train", "val")
-DATASETS = ("custom", "tinystories", "demo")
-ON_BAD_UTF8 = ("replace", "refuse")
 MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
 DEFAULT_DATA_DIR = Path("data/custom_text")
 DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
-DEFAULT_PROJECT = "litgpt-moe"
 REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO_MODEL = CONFIGS / "demo_model.yaml"
@@ -43,17 +40,9 @@ class PrepareSettings:
     """seed of the demo stories"""
     overwrite: bool = False
     """replace another tokenizer in tokenizer_dir, or an edited demo.txt"""
-
-
-def _is_on(name: str) -> bool:
-    return (variable(name) or "").lower() in ("1", "true", "yes", "on")
-
-
-@dataclass(frozen=True)
-class UploadSettings:
-    """Whether prepare_data.py uploads what it prepared; WandbSettings say where to."""
-
-    log_to_wandb: bool = field(default_factory=lambda: _is_on("WANDB_LOG_DATASET"))
+    log_to_wandb: bool = field(
+        default_factory=lambda: (variable("WANDB_LOG_DATASET") or "").lower() in ("1", "true", "yes", "on")
+    )
     """upload the data directory to Weights & Biases (default WANDB_LOG_DATASET)"""
 
 
@@ -67,30 +56,20 @@ class WandbSettings:
     """W&B user or team (WANDB_ENTITY; default: your W&B default)"""
     wandb_artifact: str | None = field(default_factory=lambda: variable("WANDB_DATA_ARTIFACT"))
     """name of the artifact (WANDB_DATA_ARTIFACT; default: the data directory's name)"""
-    wandb_alias: list[str] | None = None
+    wandb_alias: list[str] | None = field(default_factory=lambda: words_of("WANDB_DATA_ALIASES"))
     """alias of the artifact, repeatable (default: WANDB_DATA_ALIASES=a,b)"""
-    wandb_tag: list[str] | None = None
+    wandb_tag: list[str] | None = field(default_factory=lambda: words_of("WANDB_TAGS"))
     """tag of the W&B run, repeatable (default: WANDB_TAGS=a,b)"""
     wandb_run_name: str | None = field(default_factory=lambda: variable("WANDB_RUN_NAME"))
     """name of the W&B run (WANDB_RUN_NAME; default: made up by W&B)"""
-
-    @property
-    def aliases(self) -> list[str] | None:
-        """Aliases of the artifact besides "latest", from the flags or else the variable."""
-        return self.wandb_alias or words_of("WANDB_DATA_ALIASES")
-
-    @property
-    def tags(self) -> list[str] | None:
-        """Tags of the W&B run, from the flags or else the variable."""
-        return self.wandb_tag or words_of("WANDB_TAGS")
 
 
 def check_settings(settings: PrepareSettings) -> None:
     """Raise ValueError with all that is wrong with the settings, before anything is written."""
     s, vocab = settings, settings.train_tokenizer
     rules = (
-        ("dataset", s.dataset in DATASETS, f"one of {', '.join(DATASETS)}"),
-        ("on_bad_utf8", s.on_bad_utf8 in ON_BAD_UTF8, f"one of {', '.join(ON_BAD_UTF8)}"),
+        ("dataset", s.dataset in ("custom", "tinystories", "demo"), "one of custom, tinystories, demo"),
+        ("on_bad_utf8", s.on_bad_utf8 in ("replace", "refuse"), "one of replace, refuse"),
         ("val_fraction", 0 < s.val_fraction <= 0.5, "a number above 0, at most 0.5"),
         ("train_tokenizer", vocab is None or vocab >= MIN_VOCAB, f"{MIN_VOCAB} pieces or more"),
         ("workers", s.workers >= 0, "0 (one per core) or more"),

@@ -1,6 +1,6 @@
 """Stories -> token shards, made by worker processes; whole ones of an interrupted run are used again.
 
-A worker imports this module, encoding.py and tokenizer.py: no torch, so that it is small and starts fast.
+A worker imports this module and tokenizer.py: no torch, so that it is small and starts fast.
 """
 
 import contextlib
@@ -20,18 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.cli import note
-from litgpt_moe.data.encoding import StoryEncoder
-from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, Manifest, listed
+from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
 from litgpt_moe.data.text import SeenStories, TextReader
-from litgpt_moe.data.tokenizer import TokenizerFacts
-from litgpt_moe.files import check_inside, open_whole, read_json, sha256_file, write_json
+from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
+from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_file, write_json
 
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
-OWN_FILE = re.compile(
-    r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)"
-)  # only files of these names are ever deleted
+# only files of these names are ever deleted
+OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")
 
 Entry = dict[str, Any]  # of a shard, as the manifest lists it
 encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one
@@ -60,8 +58,8 @@ def finished_shards(data_dir: Path, width: int) -> dict[str, Entry]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             content = read_json(path)
             for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
-                if any(type(entry[key]) is not int for key in ("n_stories", "n_bytes", "n_tokens")):
-                    raise TypeError("a count is no number")
+                if not fits(entry, SHARD_FORM):
+                    continue
                 shard, size = data_dir / check_inside(entry["path"]), entry["n_tokens"] * width
                 if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
                     found[shard.stem[6:]] = entry  # its name is number-key.bin
@@ -84,11 +82,9 @@ def start_worker() -> None:
 
 def start_pool(workers: int) -> Executor:
     """Return a pool of worker processes; for a single worker a thread, which starts at once."""
-    if workers == 1:
-        return ThreadPoolExecutor(1)
     # spawn: all that Windows has, and safe where the parent has threads
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    spawn = multiprocessing.get_context("spawn")
+    return ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn, start_worker)
 
 
 class SplitWriter:
@@ -100,8 +96,8 @@ class SplitWriter:
         self.n_new = self.n_reused_bytes = 0
         self._seen = SeenStories()
         self._finished = finished_shards(data_dir, facts.dtype.itemsize)
-        # stories and their hashes that are in no shard yet
-        self._waiting: dict[str, tuple[list[bytes], list[bytes]]] = {name: ([], []) for name in SPLITS}
+        # stories that are in no shard yet, each with its hash
+        self._waiting: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in SPLITS}
         self._shards: dict[str, list[Entry | Future[Entry]]] = {split: [] for split in SPLITS}
         self._submitted: list[Future[Entry]] = []
 
@@ -115,31 +111,28 @@ class SplitWriter:
             # the first of every val_every stories, so that even the smallest corpus has a val story
             to_val = self.val_every is not None and self.n_new % self.val_every == 0
             self.n_new += 1
-            for waiting, part in zip(self._waiting["val" if to_val else split], item, strict=True):
-                waiting.append(part)
-        for name, (waiting, _) in self._waiting.items():
-            if sum(map(len, waiting)) >= SHARD_BYTES:
+            self._waiting["val" if to_val else split].append(item)
+        for name, waiting in self._waiting.items():
+            if sum(len(story) for story, _ in waiting) >= SHARD_BYTES:
                 self._flush(name, pool)
 
     def finish(self, pool: Executor) -> dict[str, list[Entry]]:
         """Make the last shards, wait until all are written, and return the entries of each split."""
-        for split, (waiting, _) in self._waiting.items():
+        for split, waiting in self._waiting.items():
             if waiting:
                 self._flush(split, pool)
         shards = self._shards.items()
         return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
 
-    def _is_whole(self, entry: Entry) -> bool:
-        return sha256_file(self.data_dir / entry["path"]) == entry.get("sha256")
-
     def _flush(self, split: str, pool: Executor) -> None:
         """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
-        stories, hashes = self._waiting[split]
-        self._waiting[split] = ([], [])
+        stories, hashes = map(list, zip(*self._waiting[split], strict=True))
+        self._waiting[split] = []
         facts, shards = self.facts, self._shards[split]
         made_by = f"{FORMAT_VERSION} {facts.dtype.name} {facts.bos_id} {facts.eos_id} {facts.sha256}"
         key = hashlib.blake2b(b"".join(hashes) + made_by.encode(), digest_size=8).hexdigest()
-        if (made := self._finished.get(key)) and self._is_whole(made):
+        made = self._finished.get(key)
+        if made and sha256_file(self.data_dir / made["path"]) == made["sha256"]:
             shards.append(made)
             self.n_reused_bytes += made["n_bytes"]
             return
@@ -172,40 +165,32 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     splits: Manifest = {}
     for split in SPLITS:
         if not shards[split]:
-            clean(data_dir, listed_in_place(data_dir))
+            clean(data_dir)
             raise ValueError(_no_story(data_dir, split, settings.separator, writer.n_duplicates[split]))
-        entry: Entry = {
-            key: sum(s[key] for s in shards[split]) for key in ("n_stories", "n_tokens", "n_bytes")
+        counts = ("n_stories", "n_tokens", "n_bytes")
+        splits[split] = {
+            **{key: sum(shard[key] for shard in shards[split]) for key in counts},
+            "n_duplicates": writer.n_duplicates[split],
+            "n_replaced_bytes": sum(reader.n_replaced_bytes for reader in readers[split]),
+            "text": [reader.record(data_dir) for reader in readers[split]],
+            "shards": shards[split],
         }
-        entry["n_duplicates"] = writer.n_duplicates[split]
-        entry["n_replaced_bytes"] = sum(reader.n_replaced_bytes for reader in readers[split])
-        entry["text"] = [reader.record(data_dir) for reader in readers[split]]
-        splits[split] = entry | {"shards": shards[split]}
     return splits
 
 
 def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> str:
     if split == "train" and n_duplicates:
-        return (
-            f"{data_dir}: no story for the train split that val does not have too "
-            f"({n_duplicates:,} dropped); give it other text"
-        )
-    return (
-        f"{data_dir}: no story for the {split} split; give more text, or end each story by a line "
-        f"{separator!r} (--separator names another, '' splits at blank lines)"
-    )
+        lack = f"no story for the train split that val does not have too ({n_duplicates:,} dropped)"
+        return f"{data_dir}: {lack}; give it other text"
+    end = f"end each story by a line {separator!r} (--separator names another, '' splits at blank lines)"
+    return f"{data_dir}: no story for the {split} split; give more text, or {end}"
 
 
-def listed_in_place(data_dir: Path) -> list[Entry]:
-    """Return the entries of the shards that the present manifest lists, [] if it is damaged or not there."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return [entry for entry in listed(read_json(data_dir / MANIFEST), "shards") if entry["path"]]
-    return []
-
-
-def clean(data_dir: Path, shards: list[Entry]) -> None:
-    """Delete our own files except `shards`: outdated shards, journals, parts of killed runs."""
-    keep = {data_dir / shard["path"] for shard in shards}
+def clean(data_dir: Path) -> None:
+    """Delete our own files that the manifest does not list: old shards, journals, parts of killed runs."""
+    keep: set[Path] = set()
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
+        keep = {data_dir / entry["path"] for entry in listed(read_json(data_dir / MANIFEST), "shards")}
     for folder in shard_folders(data_dir):
         for path in folder.glob("*"):
             if OWN_FILE.fullmatch(path.name) and path not in keep:

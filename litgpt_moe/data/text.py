@@ -16,29 +16,21 @@ from litgpt_moe.cli import note
 from litgpt_moe.data.settings import SPLITS
 
 BLOCK_BYTES = 4 << 20  # text read at once
-MAX_STORY_CHARS = (
-    1 << 20
-)  # a longer story is cut, at a paragraph if it has any; whole, it may not fit in memory
+# a longer story is cut; whole, it may not fit in memory
+MAX_STORY_CHARS = 1 << 20
+CUTS = ("\n\n", "\n", " ")  # at a paragraph, a line or a word if it has any
 MAX_REPORTS = 10  # lines with bad UTF-8 reported of one file
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
 def list_text(data_dir: Path) -> dict[str, list[Path]]:
-    """Return the text files of both splits.
-
-    Raises:
-        FileNotFoundError: there is no text to train on.
-        ValueError: a file is empty or no file, or the demo corpus is mixed with other text.
-    """
+    """Return the text files of both splits; FileNotFoundError or ValueError if they are of no use."""
     text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
     train = data_dir / "train"
     if not text["train"]:
         missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
-        way_out = (
-            f"put UTF-8 text into {train}/*.txt, or fetch some with prepare_data.py --dataset demo "
-            "or --dataset tinystories"
-        )
-        raise FileNotFoundError(f"{missing}; {way_out}")
+        fetch = "fetch some with prepare_data.py --dataset demo or --dataset tinystories"
+        raise FileNotFoundError(f"{missing}; put UTF-8 text into {train}/*.txt, or {fetch}")
     for path in text["train"] + text["val"]:
         if not path.is_file():
             raise ValueError(f"{path}: not a file; move it away, or put the text itself there")
@@ -60,12 +52,6 @@ def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None
         )
 
 
-def cut_story(text: str) -> int:
-    """Return where to cut an overlong story: at a paragraph, a line, a word, or anywhere."""
-    ends = (text.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in ("\n\n", "\n", " "))
-    return next((end for end in ends if end > 0), MAX_STORY_CHARS)
-
-
 class TextReader:
     """Reads a text file in blocks and gives lists of whole stories; counts what it had to mend."""
 
@@ -85,7 +71,8 @@ class TextReader:
         for block in self._blocks(progress):
             *stories, carry = self.separator.split(carry + block)
             while len(carry) > MAX_STORY_CHARS:
-                end = cut_story(carry)
+                ends = (carry.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in CUTS)
+                end = next((end for end in ends if end > 0), MAX_STORY_CHARS)
                 stories.append(carry[:end])
                 carry = carry[end:]
                 self.n_cuts += 1
@@ -94,17 +81,16 @@ class TextReader:
         if self.n_bad_lines > MAX_REPORTS:
             self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
         if self.n_cuts:
-            long = f"stories of over {MAX_STORY_CHARS:,} characters"
-            self.report(f"{self.path}: {long} were cut {self.n_cuts} times")
+            times = f"were cut {self.n_cuts} times"
+            self.report(f"{self.path}: stories of over {MAX_STORY_CHARS:,} characters {times}")
 
     def record(self, data_dir: Path) -> dict[str, Any]:
         """Return the manifest's entry of the file; ValueError if it was written to while it was read."""
-        size, mtime_ns = self.stat.st_size, self.stat.st_mtime_ns
-        now = self.path.stat()
-        if (now.st_size, now.st_mtime_ns) != (size, mtime_ns):
+        stat, now = self.stat, self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
-        name = self.path.relative_to(data_dir).as_posix()
-        return {"path": name, "size": size, "mtime_ns": mtime_ns, "sha256": self.sha256.hexdigest()}
+        name, sha256 = self.path.relative_to(data_dir).as_posix(), self.sha256.hexdigest()
+        return {"path": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
 
     def _blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
         # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps what is not UTF-8
@@ -125,9 +111,7 @@ class TextReader:
 
     def _mend(self, text: str, first_line: int) -> str:
         with contextlib.suppress(UnicodeEncodeError):
-            text.encode(
-                "utf-8"
-            )  # fails if there are escaped bytes, and is much faster than a search for them
+            text.encode("utf-8")  # fails if there are escaped bytes; much faster than a search for them
             return text
         for number, line in enumerate(text.split("\n"), first_line):
             if not (n_bytes := sum(map(len, BAD_BYTES.findall(line)))):
@@ -143,10 +127,7 @@ class TextReader:
 
 
 class SeenStories:
-    """The 64-bit hashes of all stories so far, 8 bytes a story.
-
-    Among 2 million stories two different ones have the same hash with a probability of 10^-7.
-    """
+    """The 64-bit hashes of all stories so far: two of 2 million are equal by chance once in 10^7."""
 
     def __init__(self) -> None:
         # sorted arrays, each at least twice as long as the next: few to search, and cheap to merge

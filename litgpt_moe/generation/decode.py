@@ -1,6 +1,5 @@
 """From tokens to more tokens: one step of the model after another, with a KV cache."""
 
-import math
 from collections.abc import Generator, Sequence
 
 import torch
@@ -63,7 +62,8 @@ def generate(
                 seen[ids] = True
                 # only the last row is needed, and `end` lets attention skip the empty part of the cache
                 logits = model(ids, position, input_pos_maxp1=end)[0, -1]
-                if not (logits < math.inf).all():
+                # a token of probability 0 has -inf, but not all of them
+                if not logits.max().isfinite():
                     raise Diverged
                 token = sample(logits, sampling, generator, seen)
             if token == eos_id:

@@ -70,15 +70,14 @@ class GenerateSettings:
     """Port that --serve listens on, 0 = any free one."""
 
     def __post_init__(self) -> None:
+        is_few = not self.serve or self.num_samples <= MAX_CHOICES
         rules = [
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("num_samples", self.num_samples >= 1, "1 or more"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more"),
             ("port", 0 <= self.port < 2**16, "0 (any free one) to 65535"),
+            ("num_samples", is_few, f"{MAX_CHOICES} or fewer with --serve"),
         ]
-        if self.serve:
-            few = self.num_samples <= MAX_CHOICES
-            rules.append(("num_samples", few, f"{MAX_CHOICES} or fewer with --serve"))
         check_ranges(self, rules)
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt_file exclude each other; drop one")

@@ -1,11 +1,13 @@
 """Between text and tokens: prompts in, finished text out while the model goes on."""
 
+import errno
 import queue
 import re
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any, Self, TextIO
 
 import tokenizers
@@ -14,8 +16,8 @@ from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
-from litgpt_moe.checkpoints.reader import load_model, verify_checkpoint
-from litgpt_moe.cli import note
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
+from litgpt_moe.cli import WorkFailed, note, silence_stdout
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.hardware import pick_device
@@ -29,23 +31,12 @@ def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(settings.ckpt_dir)
     verify_checkpoint(folder)
-    tokenizer = read_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     note(f"checkpoint {folder} on {device} in {str(dtype).removeprefix('torch.')}")
     model = load_model(folder, device, dtype)
     if device.type == "cpu":
         lay_out_for_decoding(model)
     return model, tokenizer
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """Return the checkpoint's tokenizer; one sentence when it is missing or damaged."""
-    way_out = "copy in the files of the tokenizer it was trained with"
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
-    try:
-        return Tokenizer(folder)
-    except Exception as error:  # tokenizers raises plain Exception, LitGPT KeyError and others
-        raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
 
 
 def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> list[int]:
@@ -113,9 +104,7 @@ class TextDecoder:
 
     def end(self) -> str:
         """Return what was kept back; bytes that never became a character are U+FFFD."""
-        new = self._tokenizer.decode(self._window)[self._shown :]
-        self._window, self._shown = [], 0
-        return new
+        return self._tokenizer.decode(self._window)[self._shown :]
 
 
 class AsyncTokenStreamer:
@@ -126,23 +115,24 @@ class AsyncTokenStreamer:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, out: TextIO | None = None) -> None:
-        self._decoder = TextDecoder(tokenizer)
-        self._out = sys.stdout if out is None else out
+        self._decoder, self._out = TextDecoder(tokenizer), out or sys.stdout
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="token-streamer", daemon=True)
         self._thread.start()
 
     def put(self, token_id: int) -> None:
-        """Queue one token; raises the error of an earlier one."""
-        self._raise_error()
+        """Queue one token."""
+        if self._error is not None:
+            raise self._error
         self._queue.put(token_id)
 
     def end(self) -> None:
         """Write everything that is left and wait until it is out; further calls do nothing."""
         self._queue.put(None)
         self._thread.join()
-        self._raise_error()
+        if self._error is not None:
+            raise self._error
 
     def __enter__(self) -> Self:
         return self
@@ -155,17 +145,51 @@ class AsyncTokenStreamer:
     def _run(self) -> None:
         try:
             while (token_id := self._queue.get()) is not None:
-                self._write(self._decoder.put(token_id))
-            self._write(self._decoder.end())
+                print(self._decoder.put(token_id), end="", file=self._out, flush=True)
+            print(self._decoder.end(), end="", file=self._out, flush=True)
         except Exception as error:  # noqa: BLE001  raised again in the caller's thread, whatever it is
             self._error = error
 
-    def _write(self, text: str) -> None:
-        if text:
-            self._out.write(text)
-            self._out.flush()
 
-    def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
+    """Write the samples that the flags ask for, one after the other, each from the next seed."""
+    model, tokenizer = load(settings)
+    prompt_ids = encode_prompt(model, tokenizer, prompt, settings.max_tokens)
+    generator = torch.Generator(model.lm_head.weight.device)
+    seed = generator.seed() % 2**32 if settings.seed is None else settings.seed
+    for number in range(settings.num_samples):
+        if number:
+            print("<|endoftext|>", flush=True)
+        # a seed each, so that --seed repeats any one of them alone, and a server makes them side by side
+        generator.manual_seed(seed + number)
+        if sampling.temperature > 0:
+            note(f"seed {seed + number}")
+        new_ids = generate(model, prompt_ids, settings.max_tokens, sampling, tokenizer.eos_id, generator)
+        count = write_sample(AsyncTokenStreamer(tokenizer.processor), prompt_ids, new_ids)
+        if count < settings.max_tokens and len(prompt_ids) + count == model.max_seq_length:
+            note(f"stopped: the context of {model.max_seq_length:,} tokens is full")
+
+
+def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: Iterator[int]) -> int:
+    """Write prompt and continuation as they come, and the speed to stderr; return how many tokens are new."""
+    started, first_s, count = time.perf_counter(), 0.0, 0
+    try:
+        with streamer:
+            for token_id in prompt_ids:
+                streamer.put(token_id)
+            for token_id in new_ids:
+                count += 1
+                first_s = first_s or time.perf_counter() - started
+                streamer.put(token_id)
+        print(flush=True)
+    except OSError as error:
+        silence_stdout()
+        # `| head` closes the pipe when it has seen enough; Windows says EINVAL for that
+        if error.errno in (errno.EPIPE, errno.EINVAL):
+            raise BrokenPipeError from None
+        raise WorkFailed(f"the text could not be written ({error}); free space or write elsewhere") from None
+    finally:  # after Ctrl-C, too
+        seconds = time.perf_counter() - started
+        rate = f"{count / seconds:.1f} tokens/s, the first after {first_s:.2f} s"
+        note(f"{count} new tokens in {seconds:.1f} s, {rate}")
+    return count

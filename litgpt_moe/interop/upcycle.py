@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import CONFIG_FILE, SETTINGS_FILE
 from litgpt_moe.checkpoints.reader import load_model
-from litgpt_moe.cli import RUN_TRAIN, command_line
+from litgpt_moe.cli import train_command
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.files import free_name
 
@@ -110,4 +110,4 @@ def training_command(checkpoint: Path, like: Path | None = None) -> str:
     start = ("--initial_checkpoint_dir", checkpoint, "--tokenizer_dir", checkpoint)
     model = ("--model_config", checkpoint / CONFIG_FILE)
     out_dir = free_name(checkpoint.with_name(f"{checkpoint.absolute().name}_trained"), "_", start=2)
-    return command_line(*RUN_TRAIN, *given, *start, *model, "--out_dir", out_dir)
+    return train_command(*given, *start, *model, "--out_dir", out_dir)

@@ -1,7 +1,7 @@
 """`torch.autograd.Function` with types."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -11,4 +11,3 @@ class Function(torch.autograd.Function):
 
     if TYPE_CHECKING:
         apply: ClassVar[Callable[..., torch.Tensor]]
-        backward: ClassVar[Callable[..., Any]]

@@ -6,8 +6,7 @@ from litgpt.config import Config
 
 from litgpt_moe.kernels.cpu import cpu_experts
 from litgpt_moe.kernels.grouped_mm import grouped_mm_experts, has_fast_grouped_mm
-from litgpt_moe.kernels.loop import loop_experts
-from litgpt_moe.kernels.rows import Plan
+from litgpt_moe.kernels.rows import Plan, combine, gather, rows_per_expert
 from litgpt_moe.kernels.triton import has_triton, triton_experts
 
 WAYS = {
@@ -23,18 +22,23 @@ def run_experts(
 ) -> torch.Tensor:
     """Return each token's weighted sum of its experts' outputs, (N, C).
 
-    Args:
-        way: a key of WAYS.
-        weights_R1: the weight of each sorted row.
-        experts: each has the linear layers fc_1, fc_2 and proj, as `litgpt.model.LLaMAMLP`.
+    `way` is a key of WAYS; an expert has the linear layers fc_1, fc_2 and proj, as `litgpt.model.LLaMAMLP`.
     """
     if way == "loop":
-        return loop_experts(x_NC, weights_R1, plan, experts)
+        return combine(_call_experts(gather(x_NC, plan), plan.ends, experts) * weights_R1, plan)
     # not get_parameter: inside FSDP's forward the weights are plain tensors
-    names = ("fc_1", "fc_2", "proj")
-    fc_1, fc_2, proj = ([getattr(expert, name).weight for expert in experts] for name in names)
+    maps = ([getattr(expert, name).weight for expert in experts] for name in ("fc_1", "fc_2", "proj"))
     run = {"grouped_mm": grouped_mm_experts, "triton": triton_experts, "segments": cpu_experts}[way]
-    return run(x_NC, weights_R1, plan, fc_1, fc_2, proj)
+    return run(x_NC, weights_R1, plan, *maps)
+
+
+# not compiled: the numbers of rows are data, and torch.compile would compile anew for each of them
+@torch.compiler.disable()
+def _call_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
+    if x_RC.is_meta:  # where FLOPs are counted: there are no numbers to read, and each row meets one expert
+        return experts[0](x_RC)
+    parts = x_RC.split(rows_per_expert(ends_E).tolist())
+    return torch.cat([expert(x_SC) for expert, x_SC in zip(experts, parts, strict=True)])
 
 
 def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:

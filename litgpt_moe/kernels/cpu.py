@@ -15,20 +15,15 @@ from litgpt_moe.kernels.rows import Plan, rows_per_expert, sum_of_rows, swiglu_b
 
 
 def cpu_experts(
-    x_NC: torch.Tensor,
-    weights_R1: torch.Tensor,
-    plan: Plan,
-    fc_1: list[torch.Tensor],
-    fc_2: list[torch.Tensor],
-    proj: list[torch.Tensor],
+    x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, *maps: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows.
+    """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows; `maps` are fc_1, fc_2, proj.
 
     One operator, and one for its gradients, for any number of experts. It gathers one expert's rows at a
     time and does everything with them while they are in the cache. Autocast does not reach inside an
     operator, so each matrix is cast as it is used.
     """
-    return torch.ops.moe.experts(x_NC, weights_R1, plan.token, plan.inverse, plan.ends, fc_1, fc_2, proj)[0]
+    return torch.ops.moe.experts(x_NC, weights_R1, plan.token, plan.inverse, plan.ends, *maps)[0]
 
 
 class PaddedRows(NamedTuple):

@@ -3,20 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from litgpt_moe.kernels.rows import Plan, combine, gather, swiglu
+from litgpt_moe.kernels.rows import Matrices, Plan, combine, gather, swiglu
 
 
 def grouped_mm_experts(
-    x_NC: torch.Tensor,
-    weights_R1: torch.Tensor,
-    plan: Plan,
-    fc_1: list[torch.Tensor],
-    fc_2: list[torch.Tensor],
-    proj: list[torch.Tensor],
+    x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, fc_1: Matrices, fc_2: Matrices, proj: Matrices
 ) -> torch.Tensor:
     """Return each token's weighted sum, (N, C), by three grouped GEMMs; the host waits for nothing."""
 
-    def stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
+    def stacked(matrices: Matrices) -> torch.Tensor:
         return torch.stack(matrices).to(x_NC.dtype).transpose(-2, -1)  # autocast does not know grouped_mm
 
     x_RC = gather(x_NC, plan)

@@ -13,12 +13,9 @@ from litgpt_moe.kernels.autograd import Function
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return a @ b, (M, N), by the faster library. Autograd does not see it.
+    """Return a (M, K) @ b (K, N), in `out` if given, by the faster library. Autograd does not see it.
 
-    Args:
-        a: (M, K). oneDNN copies it if it is not contiguous.
-        b: (K, N), of any strides.
-        out: where to write the product, of any dtype.
+    oneDNN copies an `a` that is not contiguous; `b` may have any strides, and `out` any dtype.
     """
     if prefers_onednn(a) and a.numel() and b.numel():
         y = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")

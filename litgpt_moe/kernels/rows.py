@@ -13,6 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from litgpt_moe.kernels.autograd import Function
 
+Matrices = list[torch.Tensor]  # one of each expert
+
 
 class Plan(NamedTuple):
     """Which sorted row belongs to which token and expert. Its shapes do not depend on the routing.

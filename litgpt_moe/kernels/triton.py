@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from litgpt_moe.kernels.autograd import Function
-from litgpt_moe.kernels.rows import Plan, sum_of_rows, swiglu_backward, swiglu_forward
+from litgpt_moe.kernels.rows import Matrices, Plan, sum_of_rows, swiglu_backward, swiglu_forward
 
 
 @torch.compiler.assume_constant_result  # what is installed does not change under a compiled graph
@@ -28,7 +28,6 @@ def _triton_arch() -> int:
         import triton  # not at the top: not every machine has it
 
         # asking compiles a C file, so that a Linux without a C compiler fails here
-
         target: Any = triton.runtime.driver.active.get_current_target()
     except (ImportError, OSError, RuntimeError, SubprocessError):
         return 0
@@ -62,12 +61,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def triton_experts(
-    x_NC: torch.Tensor,
-    weights_R1: torch.Tensor,
-    plan: Plan,
-    fc_1: list[torch.Tensor],
-    fc_2: list[torch.Tensor],
-    proj: list[torch.Tensor],
+    x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, fc_1: Matrices, fc_2: Matrices, proj: Matrices
 ) -> torch.Tensor:
     """Return each token's weighted sum, (N, C), by grouped GEMMs that gather their rows as they load them."""
     n_rows, n_expert = plan.token.size(0), len(proj)
@@ -137,23 +131,12 @@ def _expert_rows(
     """Return each sorted row of x times its expert's w^T (E, O, I), (R, O); with `rows` (R,), of x[rows]."""
     y = _expert_rows_shape(x, w, rows, ends, tile_ends, tile_experts)
     tile = _tile(y.size(0), w.size(0), x.dtype)
-    kernel = _kernels().rows_kernel
     grid = (tile_experts.size(0) * -(-w.size(1) // tile["BLOCK_O"]),)
+    tensors = (x, ends if rows is None else rows, w, y, ends, tile_ends, tile_experts)
     numbers = (*w.shape, x.stride(0), *w.stride())
+    options = {"GATHER": rows is not None, "PRECISION": _precision(x.dtype), **tile}
     with torch.cuda.device_of(x):
-        kernel[grid](
-            x,
-            ends if rows is None else rows,
-            w,
-            y,
-            ends,
-            tile_ends,
-            tile_experts,
-            *numbers,
-            GATHER=rows is not None,
-            PRECISION=_precision(x.dtype),
-            **tile,
-        )
+        _kernels().rows_kernel[grid](*tensors, *numbers, **options)
     return y
 
 
@@ -178,22 +161,11 @@ def _expert_matrices(
     tile |= {"BLOCK_R": tile["BLOCK_I"], "BLOCK_O": tile["BLOCK_R"], "BLOCK_I": tile["BLOCK_O"]}
     tile["num_stages"] += 1  # Triton also pipelines the loads of the row numbers
     grid = (-(-w.size(1) // tile["BLOCK_O"]) * -(-w.size(2) // tile["BLOCK_I"]), w.size(0))
+    tensors = (y, ends if y_rows is None else y_rows, x, ends if x_rows is None else x_rows, w, ends)
+    numbers = (*w.shape[1:], y.stride(0), x.stride(0))
+    options = {"GATHER_Y": y_rows is not None, "GATHER_X": x_rows is not None, **tile}
     with torch.cuda.device_of(x):
-        _kernels().matrices_kernel[grid](
-            y,
-            ends if y_rows is None else y_rows,
-            x,
-            ends if x_rows is None else x_rows,
-            w,
-            ends,
-            *w.shape[1:],
-            y.stride(0),
-            x.stride(0),
-            GATHER_Y=y_rows is not None,
-            GATHER_X=x_rows is not None,
-            PRECISION=_precision(x.dtype),
-            **tile,
-        )
+        _kernels().matrices_kernel[grid](*tensors, *numbers, PRECISION=_precision(x.dtype), **options)
     return w
 
 

@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -30,6 +29,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Send
 
+from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import note
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt, load
@@ -59,8 +59,8 @@ class CompletionResponse(StreamingResponse):
     def __init__(self, engine: Engine, request: CompletionRequest) -> None:
         super().__init__((), headers={"cache-control": "no-store"}, media_type="text/event-stream")
         self._engine, self._request = engine, request
-        head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
-        self._head = {**head, "created": int(time.time()), "model": engine.served.name, "seed": request.seed}
+        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
+        self._head |= {"created": int(time.time()), "model": engine.served.name, "seed": request.body.seed}
 
     async def stream_response(self, send: Send) -> None:
         """Do the work in a slot of the engine, and send what comes of it."""
@@ -72,7 +72,7 @@ class CompletionResponse(StreamingResponse):
         with suppress(TimeoutError):  # uvicorn closes the connection when nothing more is sent
             try:
                 async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
-                    if self._request.stream:
+                    if self._request.body.stream:
                         self.body_iterator = self._events(pieces)
                         await super().stream_response(patient_send)
                         return
@@ -90,7 +90,7 @@ class CompletionResponse(StreamingResponse):
                 n_new += piece.n_new
                 if piece.text or piece.read or piece.finish_reason:
                     yield event({**self._head, "choices": [self._choice(number, piece)]})
-            if self._request.include_usage:
+            if self._request.body.stream_options.include_usage:
                 yield event({**self._head, "choices": [], "usage": self._usage(n_new)})
         except ApiError as error:  # the status 200 is sent already
             yield event(error.body)
@@ -112,8 +112,8 @@ class CompletionResponse(StreamingResponse):
 
     def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
         choice = {"index": number, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
-        extra = {"ending": piece.ending} if piece.ending else {}
-        return {**choice, **extra, **({"routing": piece.read} if self._request.routing else {})}
+        choice |= {"ending": piece.ending} if piece.ending else {}
+        return choice | ({"routing": piece.read} if self._request.body.routing else {})
 
     def _usage(self, n_new: int) -> dict[str, int]:
         n_prompt = sum(map(len, self._request.prompts))
@@ -125,10 +125,10 @@ def event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def describe_model(engine: Engine) -> dict[str, Any]:
+def describe_model(served: Served) -> dict[str, Any]:
     """Return /v1/models' entry: OpenAI's keys, and what the page needs to know."""
-    served, layers = engine.served, list(engine.watch.layers)
-    config, settings = served.model.config, served.settings
+    layers = list(layers_of(served.model))
+    config, settings, context = served.model.config, served.settings, served.model.max_seq_length
     routing = {
         "layers": layers,
         "n_expert": config.n_expert,
@@ -137,18 +137,17 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     }
     defaults = {
         "prompt": settings.prompt,
-        "max_tokens": min(settings.max_tokens, served.context),
+        "max_tokens": min(settings.max_tokens, context),
         "num_samples": settings.num_samples,
         "seed": settings.seed,
-        **asdict(served.sampling),
     }
     return {
         "id": served.name,
         "object": "model",
-        "created": engine.created,
+        "created": int(time.time()),
         "owned_by": "litgpt-moe",
-        "max_model_len": served.context,
-        "defaults": defaults,
+        "max_model_len": context,
+        "defaults": defaults | asdict(served.sampling),
         "folder": str(settings.ckpt_dir),
         "routing": routing if layers else None,
     }
@@ -172,25 +171,21 @@ def own_hosts(host: str) -> list[str]:
 
 def make_app(engine: Engine, host: str) -> Starlette:
     """Return the web application: the page, /v1/models and /v1/completions."""
-    page = PAGE.read_text(encoding="utf-8")
-
-    async def index(_: Request) -> Response:
-        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
-
-    async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [describe_model(engine)]})
+    page = HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_POLICY})
+    entry = describe_model(engine.served)
+    models = JSONResponse({"object": "list", "data": [entry]})
 
     async def model(request: Request) -> Response:
         if (name := request.path_params["name"]) != engine.served.name:
             raise ApiError(404, f"no model {name!r:.80} is here", "model", "model_not_found")
-        return JSONResponse(describe_model(engine))
+        return JSONResponse(entry)
 
     async def completions(request: Request) -> Response:
         return CompletionResponse(engine, read_request(await read_body(request), engine.served))
 
     routes = [
-        Route("/", index),
-        Route("/v1/models", models),
+        Route("/", page, methods=["GET"]),
+        Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model),
         Route("/v1/completions", completions, methods=["POST"]),
     ]
@@ -212,28 +207,22 @@ async def refuse(_: Request, error: Exception) -> Response:
 # --- the server ---------------------------------------------------------------------------------------------
 
 
-class Server(uvicorn.Server):
-    """A server that ends what its engine is doing when it is told to stop."""
-
-    def __init__(self, engine: Engine, host: str) -> None:
-        config = uvicorn.Config(
-            make_app(engine, host),
-            ws="none",
-            lifespan="off",
-            log_level="error",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            limit_concurrency=100,
-            timeout_graceful_shutdown=3,
-        )
-        super().__init__(config)
-        self._engine = engine
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; a story in progress would keep the server waiting."""
-        self._engine.closing = True
-        super().handle_exit(sig, frame)
+def make_server(engine: Engine, host: str) -> uvicorn.Server:
+    """Return the server, which ends what its engine is doing when it is told to stop."""
+    config = uvicorn.Config(
+        make_app(engine, host),
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=100,
+        timeout_graceful_shutdown=3,
+    )
+    server = uvicorn.Server(config)
+    engine.is_stopping = lambda: server.should_exit  # a story in progress would keep the server waiting
+    return server
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -252,7 +241,7 @@ def serve(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
         model, tokenizer = load(settings)
         encode_prompt(model, tokenizer, prompt, settings.max_tokens)  # the page begins with it: does it fit?
         served = Served(model, tokenizer, replace(settings, prompt=prompt, prompt_file=None), sampling)
-        server = Server(Engine(served), settings.host)
+        server = make_server(Engine(served), settings.host)
         address, port, *_ = listener.getsockname()
         where = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
         note(f"playground {where}\nOpenAI API {where}/v1, model {served.name}")

@@ -1,10 +1,9 @@
 """The engine: one model that several requests take turns on, token by token."""
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,41 +37,34 @@ class StopText:
 
     def end(self) -> str:
         """Return what was held."""
-        held, self._held = self._held, ""
-        return held
+        return self._held
 
 
-class RouterWatch:
-    """Records what a model's routers say of each token that it reads, between `start` and `stop`."""
+def next_with_routing(
+    model: GPT, ids: Iterator[int], texts: Sequence[str]
+) -> tuple[int | None, list[dict[str, Any]]]:
+    """Return the next token, and how each token that the model reads for it, with these texts, is routed.
 
-    def __init__(self, model: GPT) -> None:
-        self.layers = layers_of(model)
-        self._records: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-        for layer in self.layers.values():
-            layer.register_forward_pre_hook(self._record)
+    That is, by layer, its experts and the probabilities of all experts in 1/1000.
+    """
+    records: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def _record(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        if self._records is not None:
-            logits_NE, weights_NK, indices_NK = layer._route(inputs[0].flatten(0, 1))
-            # the grouped router scores each expert by a sigmoid of its own (DeepSeek-V3, eq. 15)
-            grouped = layer.config.n_expert_groups
-            probs_NE = logits_NE.sigmoid() if grouped else logits_NE.softmax(dim=-1)
-            by_weight_NK = weights_NK.argsort(dim=-1, descending=True)
-            self._records.append((probs_NE, indices_NK.gather(1, by_weight_NK)))
+    def record(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        logits_NE, weights_NK, indices_NK = layer.route(inputs[0].flatten(0, 1))
+        # the grouped router scores each expert by a sigmoid of its own (DeepSeek-V3, eq. 15)
+        probs_NE = logits_NE.sigmoid() if layer.config.n_expert_groups else logits_NE.softmax(dim=-1)
+        by_weight_NK = weights_NK.argsort(dim=-1, descending=True)
+        records.append((indices_NK.gather(1, by_weight_NK), (probs_NE * 1000).round().int()))
 
-    def start(self) -> None:
-        """Record from here on."""
-        self._records = []
-
-    def stop(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """Return for each token read (their texts) its experts and all probabilities in 1/1000, by layer."""
-        records, self._records = self._records or [], None
-        experts = [indices_NK.tolist() for _, indices_NK in records]  # by layer, token
-        probs = [(probs_NE * 1000).round().int().tolist() for probs_NE, _ in records]
-        return [
-            {"text": text, "experts": [e[place] for e in experts], "probs": [p[place] for p in probs]}
-            for place, text in enumerate(texts)
-        ]
+    with ExitStack() as hooks:
+        for layer in layers_of(model).values():
+            hooks.enter_context(layer.register_forward_pre_hook(record))
+        token = next(ids, None)
+    experts, probs = [r[0].tolist() for r in records], [r[1].tolist() for r in records]  # by layer, token
+    return token, [
+        {"text": text, "experts": [e[place] for e in experts], "probs": [p[place] for p in probs]}
+        for place, text in enumerate(texts)
+    ]
 
 
 @dataclass
@@ -88,64 +80,47 @@ class Piece:
     """The same in words."""
 
 
-class Continuation:
-    """One sample in progress; `step` and `close` are called from the engine's thread."""
+def continuation(served: Served, request: CompletionRequest, number: int) -> Generator[Piece]:
+    """Yield what each token of a choice brings; the last piece has a finish_reason.
 
-    def __init__(self, served: Served, watch: RouterWatch, request: CompletionRequest, number: int) -> None:
-        model, tokenizer = served.model, served.tokenizer
-        prompt_ids = request.prompts[number // request.n]
-        generator = torch.Generator(model.lm_head.weight.device)
-        generator.manual_seed(request.seed + number % request.n)
-        self._ids = generate(
-            model, prompt_ids, request.max_tokens, request.sampling, tokenizer.eos_id, generator
-        )
-        self._context = served.context
-        self._room = room_for(prompt_ids, request.max_tokens, served.context)
-        self._is_cut_short = self._room < request.max_tokens
-        self._watch = watch if request.routing else None
-        self._decoder, self._stop = TextDecoder(tokenizer.processor), StopText(request.stop)
-        self._unread = [self._decoder.put(token_id) for token_id in prompt_ids]
-        self._echo = "".join(self._unread) if request.echo else ""
-        # the decoder may keep the prompt's last character back until the next token: that is no new text
-        whole = 0 if request.echo else len(tokenizer.processor.decode(prompt_ids))
-        self._skip = max(0, whole - sum(map(len, self._unread)))
-
-    def step(self) -> Piece:
-        """Return what the next token brings; the last piece has a finish_reason."""
-        token, read = self._next()
-        text, reason, ending = "", None, None
-        if token is not None:
-            self._room -= 1
-            text = self._decoder.put(token)
-            self._unread.append(text)
-        if token is None:
-            reason, ending = "stop", "the story ended"
-        elif self._room == 0:
-            full = f"the context of {self._context:,} tokens is full"
-            reason, ending = "length", full if self._is_cut_short else "max_tokens reached"
-        if reason:
-            text += self._decoder.end()
-        text, self._skip = text[self._skip :], max(0, self._skip - len(text))
-        text = self._stop.put(text) + (self._stop.end() if reason else "")
-        if self._stop.found:
-            reason, ending = "stop", "a stop sequence came"
-        if reason:
-            self.close()
-        text, self._echo = self._echo + text, ""
-        return Piece(text, read, int(token is not None), reason, ending)
-
-    def _next(self) -> tuple[int | None, list[dict[str, Any]]]:
-        """Return the next token, None at the end, and the routing of the tokens that were read for it."""
-        texts, self._unread = self._unread, []
-        if self._watch is None:
-            return next(self._ids, None), []
-        self._watch.start()
-        token = next(self._ids, None)
-        return token, self._watch.stop(texts)
-
-    def close(self) -> None:
-        """Free the memory of the KV cache."""
-        self._ids.close()
+    Run and closed in the engine's thread. Closing frees the memory of the KV cache.
+    """
+    model, tokenizer, body = served.model, served.tokenizer, request.body
+    prompt_ids, context = request.prompts[number // body.n], model.max_seq_length
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(body.seed + number % body.n)
+    ids = generate(model, prompt_ids, body.max_tokens, request.sampling, tokenizer.eos_id, generator)
+    room = room_for(prompt_ids, body.max_tokens, context)
+    full = f"the context of {context:,} tokens is full" if room < body.max_tokens else "max_tokens reached"
+    decoder, stop = TextDecoder(tokenizer.processor), StopText(body.stop)
+    unread = [decoder.put(token_id) for token_id in prompt_ids]
+    echo = "".join(unread) if body.echo else ""
+    # the decoder may keep the prompt's last character back until the next token: that is no new text
+    whole = "" if body.echo else tokenizer.processor.decode(prompt_ids)
+    skip = max(0, len(whole) - sum(map(len, unread)))
+    reason = ending = None
+    with closing(ids):
+        while True:
+            if body.routing:
+                token, read = next_with_routing(model, ids, unread)
+            else:
+                token, read = next(ids, None), []
+            text, room = "" if token is None else decoder.put(token), room - 1
+            unread = [text]
+            if token is None:
+                reason, ending = "stop", "the story ended"
+            elif room == 0:
+                reason, ending = "length", full
+            text += decoder.end() if reason else ""
+            text, skip = text[skip:], max(0, skip - len(text))
+            text = stop.put(text) + (stop.end() if reason else "")
+            if stop.found:
+                reason, ending = "stop", "a stop sequence came"
+            piece = Piece(echo + text, read, int(token is not None), reason, ending)
+            if reason:
+                break
+            yield piece
+            echo = ""
+    yield piece
 
 
 class Engine:
@@ -155,9 +130,8 @@ class Engine:
     WAITING = 16  # requests in the queue; more are refused
 
     def __init__(self, served: Served) -> None:
-        self.served, self.created = served, int(time.time())
-        self.watch = RouterWatch(served.model)
-        self.closing = False  # set when the server stops: requests that run end with an error
+        self.served = served
+        self.is_stopping: Callable[[], bool] = lambda: False  # the server's; requests that run then fail
         self.n_waiting, self.n_running = 0, 0
         self._slots = asyncio.Semaphore(self.RUNNING)
         # first come, first served: each request has one step in the queue, so they alternate
@@ -182,14 +156,14 @@ class Engine:
 
     async def run(self, request: CompletionRequest) -> AsyncGenerator[tuple[int, Piece]]:
         """Yield (choice, piece) of the request's samples in turn, until all have ended. Needs a slot."""
-        loop, count = asyncio.get_running_loop(), len(request.prompts) * request.n
-        live = {number: Continuation(self.served, self.watch, request, number) for number in range(count)}
+        loop, count = asyncio.get_running_loop(), len(request.prompts) * request.body.n
+        live = {number: continuation(self.served, request, number) for number in range(count)}
         try:
             while live:
-                for number, continuation in list(live.items()):
-                    if self.closing:
+                for number, choice in list(live.items()):
+                    if self.is_stopping():
                         raise ApiError(503, "the server is stopping", code="stopping")
-                    piece = await loop.run_in_executor(self._thread, continuation.step)
+                    piece = await loop.run_in_executor(self._thread, next, choice)
                     if piece.finish_reason:
                         del live[number]
                     yield number, piece
@@ -197,5 +171,5 @@ class Engine:
             raise ApiError(500, str(error)) from None
         finally:
             # reached when the client disconnects, too; a step that runs then ends before `close` is called
-            for continuation in live.values():
-                self._thread.submit(continuation.close)
+            for choice in live.values():
+                self._thread.submit(choice.close)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +89,18 @@ def prepare_data_of(run: Run) -> None:
 def _prepare_text(run: Run) -> None:
     settings = run.settings
     folder = Path(run.data.train_data_path).parent
+    needed = PrepareSettings(data_dir=folder, tokenizer_dir=settings.tokenizer_dir)
     has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
+    if not has_tokenizer and (run.demo_data or run.config.padded_vocab_size == DEMO_VOCAB):
+        needed = replace(needed, train_tokenizer=DEMO_VOCAB)
     if run.demo_data:
         note_once(
             f"No data in {folder}: writing the built-in demo stories there "
             "(real ones: prepare_data.py --dataset tinystories)."
         )
-    if run.demo_data or not has_tokenizer:
-        is_demo_model = run.config.padded_vocab_size == DEMO_VOCAB
-        trains_own = not has_tokenizer and (run.demo_data or is_demo_model)
-        prepare(
-            PrepareSettings(
-                data_dir=folder,
-                dataset="demo" if run.demo_data else "custom",
-                tokenizer_dir=settings.tokenizer_dir,
-                train_tokenizer=DEMO_VOCAB if trains_own else None,
-            )
-        )
+        prepare(replace(needed, dataset="demo"))
+    elif not has_tokenizer:
+        prepare(needed)
     # LitGPT asks for the loaders again; asking here reports too little text before the model is built
     run.data.connect(Tokenizer(settings.tokenizer_dir), settings.train.micro_batch_size, run.block_size)
     run.data.prepare_data()

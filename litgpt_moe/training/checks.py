@@ -1,8 +1,10 @@
 """What is known to be wrong with a run before its first file is written: one sentence a problem."""
 
+import contextlib
 import functools
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.config import ModelFacts
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import FolderLock, existing_parent
+from litgpt_moe.files import existing_parent, locked_folder
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.resume import OpenCheckpoint
@@ -47,13 +49,11 @@ LOWEST = {
     "num_nodes": 1,
     "seed": 0,
 }
-# shares of a whole
-AT_MOST_1 = ("train.lr_warmup_fraction", "schedule.decay_fraction")
 
 
-def run_lock(out_dir: Path) -> FolderLock:
+def run_lock(out_dir: Path) -> contextlib.AbstractContextManager[None]:
     """Return what keeps a second run out of `out_dir`."""
-    return FolderLock(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
+    return locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
 
 
 # --- settings among themselves ------------------------------------------------------------------------------
@@ -64,94 +64,70 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
 
     `block_size` is the model's, None where its configuration has problems of its own.
     """
-    problems = range_problems(settings) + warmup_problems(settings) + ignored_problems(settings)
+    problems = [*_value_problems(settings), *_ignored_problems(settings)]
     if has_cuda() and settings.accelerator != "cpu" and world_size > 1 and "Muon" in str(settings.optimizer):
         problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use devices: 1 or AdamW")
-    problems = problems or batch_problems(settings.train, block_size, world_size)
-    if not problems:
-        _warn_of_long_warmup(settings.train, block_size or 1)
-    return problems
+    return problems or list(_batch_problems(settings.train, block_size, world_size))
 
 
-def range_problems(settings: Settings) -> list[str]:
-    """Return one sentence per number that is too low or too high to make sense."""
-    problems = []
+def _value_problems(settings: Settings) -> Iterator[str]:
     for key, lowest in LOWEST.items():
         value: Any = functools.reduce(getattr, key.split("."), settings)
         highest = 2**32 - 1 if key == "seed" else 10**15
         if value is not None and not lowest <= value <= highest and value != float("inf"):
             above = f", up to {highest}" if value > highest else ""
-            problems.append(f"{key} is {value}; choose {lowest} or more{above}")
-        elif key in AT_MOST_1 and value is not None and value > 1:
-            problems.append(f"{key} is {value}; choose 0 to 1")
+            yield f"{key} is {value}; choose {lowest} or more{above}"
+        elif key.endswith("_fraction") and value is not None and value > 1:
+            yield f"{key} is {value}; choose 0 to 1"
     if not settings.train.max_norm:
-        problems.append(
-            "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
+        yield "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
+    steps, fraction = settings.train.lr_warmup_steps, settings.train.lr_warmup_fraction
+    if fraction and steps:
+        yield (
+            f"train.lr_warmup_steps is {steps} and train.lr_warmup_fraction is {fraction}: "
+            "Can't provide both; set one of them to null"
         )
-    return problems
+    if settings.schedule.warmup_tokens is not None and fraction:
+        yield "schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one"
 
 
-def warmup_problems(settings: Settings) -> list[str]:
-    """Return one sentence per pair of settings that both say how long the warm-up lasts."""
-    train, problems = settings.train, []
-    if train.lr_warmup_fraction and train.lr_warmup_steps:
-        problems.append(
-            f"train.lr_warmup_steps is {train.lr_warmup_steps} and train.lr_warmup_fraction is "
-            f"{train.lr_warmup_fraction}: Can't provide both; set one of them to null"
-        )
-    if settings.schedule.warmup_tokens is not None and train.lr_warmup_fraction:
-        problems.append("schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one")
-    return problems
-
-
-def ignored_problems(settings: Settings) -> list[str]:
-    """Return one sentence per setting that LitGPT takes and then never reads in pretraining."""
-    unread = {"train.epochs": settings.train.epochs, "train.max_steps": settings.train.max_steps}
-    problems = [
-        f"{key} is {value}, which LitGPT ignores in pretraining; use train.max_tokens"
-        for key, value in unread.items()
-        if value is not None
-    ]
+def _ignored_problems(settings: Settings) -> Iterator[str]:
+    # LitGPT takes them and never reads them in pretraining
+    for key, value in (("epochs", settings.train.epochs), ("max_steps", settings.train.max_steps)):
+        if value is not None:
+            yield f"train.{key} is {value}, which LitGPT ignores in pretraining; use train.max_tokens"
     if settings.eval.evaluate_example != "first":
-        problems.append("eval.evaluate_example is for finetuning; remove it")
+        yield "eval.evaluate_example is for finetuning; remove it"
     is_wandb = settings.logger_name == "wandb"
     for name, value in asdict(settings.log).items():
         is_read = is_wandb and name in ("project", "run", "group")
         if value != getattr(LogArgs(), name) and not is_read:
-            problems.append(f"log.{name} is {value}, which logger_name {settings.logger_name} does not read")
+            yield f"log.{name} is {value}, which logger_name {settings.logger_name} does not read"
     if settings.checkpoints.to_wandb != CheckpointArgs.to_wandb and not is_wandb:
-        problems.append(f"checkpoints.to_wandb needs logger_name wandb; it is {settings.logger_name}")
-    return problems
+        yield f"checkpoints.to_wandb needs logger_name wandb; it is {settings.logger_name}"
 
 
-def batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -> list[str]:
-    """Return one sentence per size that does not divide or fit another."""
-    problems = []
+def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -> Iterator[str]:
     unit, length = train.micro_batch_size * world_size, train.max_seq_length or block_size
     if train.global_batch_size % unit:
-        problems.append(
+        yield (
             f"train.global_batch_size is {train.global_batch_size}, not a multiple of train.micro_batch_size "
             f"{train.micro_batch_size} times {world_size} device(s); choose a multiple of {unit}"
         )
     if block_size is None or length is None:
-        return problems
+        return
+    step_tokens, n_warmup = train.global_batch_size * length, train.lr_warmup_steps or 0
     if not 1 <= length <= block_size:
-        problems.append(
+        yield (
             f"train.max_seq_length is {length} but the model's block_size is {block_size}; "
             f"choose 1 to {block_size}"
         )
-    elif train.max_tokens is None or train.max_tokens < train.global_batch_size * length:
-        problems.append(
+    elif train.max_tokens is None or train.max_tokens < step_tokens:
+        yield (
             f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x "
-            f"{length} = {train.global_batch_size * length} tokens; raise it or lower train.global_batch_size"
+            f"{length} = {step_tokens} tokens; raise it or lower train.global_batch_size"
         )
-    return problems
-
-
-def _warn_of_long_warmup(train: TrainArgs, block_size: int) -> None:
-    n_warmup = train.lr_warmup_steps or 0
-    n_steps = (train.max_tokens or 0) // (train.global_batch_size * (train.max_seq_length or block_size))
-    if n_warmup > n_steps:
+    elif n_warmup > (n_steps := train.max_tokens // step_tokens) and not train.global_batch_size % unit:
         note_once(
             f"Warning: train.lr_warmup_steps is {n_warmup} but the run has {n_steps} steps: "
             "the learning rate never gets to its top."

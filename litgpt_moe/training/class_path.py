@@ -5,7 +5,6 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,17 +24,13 @@ CLASS_KEYS: dict[str, tuple[type, str, str]] = {
 class BadClass(ValueError):
     """A class or its arguments cannot be used; `keys` are the dotted settings that the text is about."""
 
-    def __init__(self, text: str, keys: Iterable[str]) -> None:
+    def __init__(self, text: str, keys: list[str]) -> None:
         super().__init__(text)
-        self.keys = list(keys)
+        self.keys = keys
 
 
 def build(key: str, spec: dict[str, Any], *args: Any) -> Any:
-    """Return the object that `spec` describes, made with `args` before its init_args.
-
-    Raises:
-        BadClass: the class is none that `key` takes, or an argument is wrong.
-    """
+    """Return the object that `spec` describes, made with `args` before its init_args, or raise BadClass."""
     kind = find_class(key, spec)
     init_args = typed_arguments(key, kind, spec)
     try:
@@ -43,15 +38,15 @@ def build(key: str, spec: dict[str, Any], *args: Any) -> Any:
     except (ValueError, TypeError, ImportError) as error:
         named = [word for word in re.findall(r"\w+", str(error)) if word in init_args][:1]
         about = [f"{key}.init_args.{name}" for name in named or init_args] or [f"{key}.class_path"]
-        path = spec["class_path"]
-        raise BadClass(f"{key}: {path} does not take these init_args: {error}", about) from None
+        text = f"{key}: {spec['class_path']} does not take these init_args: {error}"
+        raise BadClass(text, about) from None
 
 
 def find_class(key: str, spec: dict[str, Any]) -> type:
     """Return the class that the class_path of `spec` names; BadClass if `key` cannot take it."""
     base, package, usual = CLASS_KEYS[key]
     path, at = spec.get("class_path"), [f"{key}.class_path"]
-    if not isinstance(path, str) or not path:
+    if not path or not isinstance(path, str):
         raise BadClass(f"{key}.class_path is {path!r}; name a class, such as {usual}", at)
     module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
     try:
@@ -69,41 +64,36 @@ def find_class(key: str, spec: dict[str, Any]) -> type:
 
 def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any]:
     """Return the init_args of `spec` as `kind` annotates them: plain YAML reads 1e-5 as text."""
-    parser, types = arguments_of(key, kind)
+    parser, words = arguments_of(kind)
     typed = {}
     for name, value in (spec.get("init_args") or {}).items():
         try:
-            if name not in types:
+            if name not in words:
                 raise ArgumentError(None, "unknown")
             typed[name] = parser.parse_object({name: value}, defaults=False)[name]
         except ArgumentError:
-            wrong = wrong_argument(key, spec["class_path"], name, value, types)
+            wrong = _wrong_argument(spec["class_path"], name, value, words)
             raise BadClass(f"{key}.init_args: {wrong}", [f"{key}.init_args.{name}"]) from None
     return typed
 
 
-def arguments_of(key: str, kind: type) -> tuple[ArgumentParser, dict[str, Any]]:
-    """Return a parser of a class's arguments, and its actions by their names."""
+def arguments_of(kind: type) -> tuple[ArgumentParser, dict[str, str]]:
+    """Return a parser of a class's arguments, and what a value of each looks like: "a number or null"."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, skip={"params"} if key == "optimizer" else set())
-    return parser, {action.dest: action for action in parser._actions}
+    # the weights come from the model
+    parser.add_class_arguments(kind, skip={"params"} if issubclass(kind, torch.optim.Optimizer) else set())
+    kinds = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
+    return parser, {name: type_words(kind) for name, kind in kinds.items()}
 
 
-def wrong_argument(key: str, class_path: str, name: str, value: Any, types: dict[str, Any]) -> str:
-    """Return the sentence on one of init_args that a class does not take."""
-    if name in types:
-        return f"{name} is {value!r}; it must be {words_of_action(types[name])}"
-    near = difflib.get_close_matches(name, types, n=1)
-    if name in ("lr", "learning_rate") and "lr" in types:
+def _wrong_argument(class_path: str, name: str, value: Any, words: dict[str, str]) -> str:
+    if name in words:
+        return f"{name} is {value!r}; it must be {words[name]}"
+    near = difflib.get_close_matches(name, words, n=1)
+    if name in ("lr", "learning_rate") and "lr" in words:
         near = ["lr"]
-    if near:
-        return f"unknown key {name}; did you mean {near[0]}?"
-    return f"unknown key {name}: {class_path} has none; leave it out"
-
-
-def words_of_action(action: Any) -> str:
-    """Return what a value of a jsonargparse argument looks like, as one says it."""
-    return type_words(getattr(action, "_typehint", None) or action.type)
+    way_out = f"; did you mean {near[0]}?" if near else f": {class_path} has none; leave it out"
+    return f"unknown key {name}{way_out}"
 
 
 def without_foreign_arguments(given: dict[str, tuple[Any, str]], config: str) -> dict[str, tuple[Any, str]]:
@@ -116,15 +106,14 @@ def without_foreign_arguments(given: dict[str, tuple[Any, str]], config: str) ->
         class_path, place = given.get(f"{key}.class_path", (None, config))
         if place == config:
             continue
+        prefix = f"{key}.init_args."
+        written = [name for name, (_, place) in given.items() if place == config and name.startswith(prefix)]
         # a class that cannot be used is reported where it is built
         with contextlib.suppress(BadClass):
-            known = arguments_of(key, find_class(key, {"class_path": class_path}))[1]
-            written = [name for name, (_, place) in given.items() if place == config]
-            names = [
-                name.removeprefix(f"{key}.init_args.") for name in written if f"{key}.init_args." in name
-            ]
-            if foreign := [name for name in names if name not in known]:
-                what = ", ".join(foreign)
+            known = arguments_of(find_class(key, {"class_path": class_path}))[1]
+            foreign = [name for name in written if name.removeprefix(prefix) not in known]
+            if foreign:
+                what = ", ".join(name.removeprefix(prefix) for name in foreign)
                 note_once(f"{class_path} has no {what}: left out what {config} says under {key}.init_args.")
-                given = {k: v for k, v in given.items() if k not in {f"{key}.init_args.{n}" for n in foreign}}
+                given = {name: value for name, value in given.items() if name not in foreign}
     return given

@@ -40,15 +40,11 @@ STEP_COLUMNS = (
 
 def metric_columns(config: Config) -> list[str]:
     """Return the columns of metrics.csv: of the step, of each MoE layer's router, of a validation."""
-    router = [f"moe/{name}/layer_{layer:02d}" for layer in moe_blocks(config) for name in STATISTICS]
+    has_experts = config.mlp_class_name == "LLaMAMoE"
+    # as litgpt.model.Block decides it
+    blocks = range(config.first_k_dense_replace or 0, config.n_layer) if has_experts else []
+    router = [f"moe/{name}/layer_{layer:02d}" for layer in blocks for name in STATISTICS]
     return [*STEP_COLUMNS, *router, "val_loss", "val_ppl"]
-
-
-def moe_blocks(config: Config) -> range:
-    """Return the numbers of the blocks that hold experts, as litgpt.model.Block decides it."""
-    if config.mlp_class_name != "LLaMAMoE":
-        return range(0)
-    return range(config.first_k_dense_replace or 0, config.n_layer)
 
 
 class CsvLog:
@@ -114,12 +110,8 @@ class RunLogs:
         self.spikes = CsvLog(folder / "spikes.csv", spikes)
         self.loads = CsvLog(folder / "expert_load.csv", ["step", "layer", *experts])
         self.stories = CsvLog(folder / "stories.csv", ["step", "tokens", "prompt", "text"])
-        self._by_key = {
-            "n_rows": self.metrics,
-            "n_spikes": self.spikes,
-            "n_loads": self.loads,
-            "n_stories": self.stories,
-        }
+        logs = (self.metrics, self.spikes, self.loads, self.stories)
+        self._by_key = dict(zip(("n_rows", "n_spikes", "n_loads", "n_stories"), logs, strict=True))
 
     def lengths(self) -> dict[str, int]:
         """Return the numbers of rows, by the keys that they have in a checkpoint."""

@@ -4,7 +4,6 @@ import contextlib
 import math
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -16,18 +15,17 @@ from litgpt_moe.cli import command_line
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
 from litgpt_moe.training.csv_log import RunLogs
-from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.run import Run
+from litgpt_moe.training.steps import Spike
 
 
 class Clock:
     """The time that training takes, over all processes that one run has had."""
 
     def __init__(self, start_step: int) -> None:
-        self.start_step = start_step
-        self.began = time.perf_counter()
+        self.start_step, self.began = start_step, time.perf_counter()
+        # of the processes that this one resumes
         self.earlier_s = 0.0
-        """Seconds of training of the processes that this one resumes."""
         self.longest_step_s = 0.0
         self.first_step_at = self.last_step_at = 0.0
         self._row_step, self._row_s = start_step, 0.0
@@ -51,7 +49,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave what happens meanwhile, a validation, out of the rate of the next row."""
+        """Leave a validation out of the rate of the next row."""
         started = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - started
@@ -139,24 +137,18 @@ def _worst_layer(row: dict[str, Any]) -> list[str]:
 class MetricLog(Logger):
     """The logger of every run: metrics.csv, and on the terminal a live bar or else a line for each row."""
 
+    # Lightning asks for both; one log holds all resumes of a run, so it has no version
+    name = property(lambda self: "csv")
+    version = property(lambda self: None)
+
     def __init__(self, run: Run, logs: RunLogs) -> None:
         self.run, self.logs = run, logs
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
         self.bar: tqdm | None = None
+        # loss and val_loss
         self.latest: dict[str, float] = {}
-        """The latest loss and val_loss."""
 
-    @property
-    def name(self) -> str:
-        """The logger's name, which Lightning asks for."""
-        return "csv"
-
-    @property
-    def version(self) -> None:
-        """None: a run has one log, over all its resumes."""
-        return None
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Do nothing: the settings are in run.json and in every checkpoint."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:

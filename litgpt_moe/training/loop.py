@@ -1,7 +1,6 @@
 """The ways into LitGPT's training loop: a Fabric subclass, and replaced functions of litgpt.pretrain.
 
-Everything here was checked against litgpt 0.5.13; tests/training/test_litgpt_contract.py fails with a
-sentence where another version differs.
+All was checked against litgpt 0.5.13; tests/training/test_litgpt_contract.py says where another differs.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from litgpt_moe.hardware import has_cuda, keep_freed_memory, will_compile
 from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.hooks import LoopHooks
-from litgpt_moe.training.optimizer import clone_state, make_optimizer, unwrapped
+from litgpt_moe.training.optimizer import clone_state, make_optimizer
 from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings
@@ -41,9 +40,8 @@ class TrainingFabric(L.Fabric):
         """Return the loaders, the one for training with a position that a checkpoint can hold."""
         hooks = self.hooks
         train, *others = super().setup_dataloaders(*loaders, **options)
-        hooks.loader = TrainLoader(
-            train, hooks.run.settings.seed, lambda: hooks.is_finished, lambda: hooks.ending
-        )
+        seed = hooks.run.settings.seed
+        hooks.loader = TrainLoader(train, seed, hooks.is_finished, lambda: hooks.ending)
         return [hooks.loader, *others]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -55,33 +53,33 @@ class TrainingFabric(L.Fabric):
         """Clip, and decide on the step: the loop calls this once before each optimizer step."""
         norm = super().clip_gradients(module, optimizer, *args, **options, error_if_nonfinite=False)
         assert norm is not None
-        self.hooks.before_step(self, optimizer, norm)
+        self.hooks.before_step(optimizer, norm)
         return norm
 
     def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
         """Load a checkpoint; if into the loop's own state, with all that a resumed run needs besides."""
         if "iter_num" not in (state or {}):
             return super().load(path, state, strict=strict, weights_only=True)
-        groups = state["optimizer"].param_groups
-        own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        # out of Fabric's wrapper
+        optimizer: Optimizer = state["optimizer"].optimizer
+        own = [{k: value for k, value in group.items() if k != "params"} for group in optimizer.param_groups]
         try:
             with damage_in(Path(path).parent):
                 left_over = super().load(path, state, strict=strict, weights_only=True)
-                check_moments(unwrapped(state["optimizer"]))
-                self.hooks.resume(self, state, left_over)
+                check_moments(optimizer)
+                self.hooks.resume(state, left_over)
         except ValueError as error:
             raise RunFailed(str(error)) from error
         # the run's own settings hold: the checkpoint has those of before, such as another weight_decay
-        for group, settings in zip(state["optimizer"].param_groups, own, strict=True):
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
             group.update(settings)
-        # as long as something refers to a tensor in the mapped file, its disk space stays in use
-        clone_state(unwrapped(state["optimizer"]))
+        clone_state(optimizer)
         left_over.clear()
         return {}
 
     def log_dict(self, metrics: Any, step: int | None = None) -> None:
-        """Log the loop's metrics with our own beside them."""
-        super().log_dict(self.hooks.complete(self, dict(metrics)), step)
+        """Log what the hooks make of the loop's metrics."""
+        super().log_dict(self.hooks.complete(dict(metrics)), step)
 
     def print(self, *texts: Any, **_: Any) -> None:
         """Print what the loop has to say beside the bar, less what our own lines replace."""
@@ -89,7 +87,7 @@ class TrainingFabric(L.Fabric):
 
 
 class BackgroundIO(TorchCheckpointIO):
-    """Lightning's plugin that gets the whole state on rank 0: the writer saves it while training goes on."""
+    """Lightning's plugin that gets the whole state on rank 0, which the writer saves in the background."""
 
     def __init__(self, writer: CheckpointWriter, opened: OpenCheckpoint | None) -> None:
         super().__init__()
@@ -108,12 +106,11 @@ class BackgroundIO(TorchCheckpointIO):
 def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabric:
     """Return the Fabric that LitGPT's loop runs on: one device, DDP on CPUs, FSDP on GPUs."""
     settings, opened = run.settings, run.resume or run.initial
-    strategy, plugins = "auto", [BackgroundIO(hooks.writer, opened)]
-    if run.world_size > 1:
-        # litgpt.pretrain.setup has FSDP alone, which CPUs lack
-        strategy = "ddp"
-        if settings.accelerator != "cpu" and has_cuda():
-            strategy, plugins = ShardedStrategy(hooks.writer, opened), []
+    # litgpt.pretrain.setup has FSDP alone, which CPUs lack
+    strategy: Any = "ddp" if run.world_size > 1 else "auto"
+    plugins = [BackgroundIO(hooks.writer, opened)]
+    if run.world_size > 1 and settings.accelerator != "cpu" and has_cuda():
+        strategy, plugins = ShardedStrategy(hooks.writer, opened), []
     return TrainingFabric(
         hooks,
         accelerator="cuda" if settings.accelerator == "gpu" else settings.accelerator,
@@ -148,31 +145,26 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
         # is silent about a loss that is not finite, and fit fails on one over 709
         (pretrain, "validate"): functools.partial(hooks.validate, pretrain.validate),
         # has one group for all weights, and its own idea of `fused`
-        (pretrain, "instantiate_torch_optimizer"): functools.partial(_optimizer, hooks),
+        (pretrain, "instantiate_torch_optimizer"): lambda spec, *_, **__: make_optimizer(
+            hooks.run.settings, hooks.gpt, spec
+        ),
         # needs all logits at once
         (pretrain, "chunked_cross_entropy"): functools.partial(_loss, hooks, pretrain.chunked_cross_entropy),
     }
     if not compiled:
         # main compiles unconditionally; even where nothing is compiled, loading Inductor takes a second
         replacements[torch, "compile"] = functools.partial(_compile_all_but_model, torch.compile)
-    originals = {(owner, name): getattr(owner, name) for owner, name in replacements}
-    try:
+    with contextlib.ExitStack() as at_exit:
         for (owner, name), replacement in replacements.items():
+            at_exit.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield
-    finally:
-        for (owner, name), original in originals.items():
-            setattr(owner, name, original)
-
-
-def _optimizer(hooks: LoopHooks, spec: dict[str, Any], *_: Any, **__: Any) -> Optimizer:
-    return make_optimizer(hooks.run.settings, hooks.model.gpt, spec)
 
 
 def _loss(
     hooks: LoopHooks, cross_entropy: Callable[..., torch.Tensor], output: Any, targets: Any, **options: Any
 ) -> torch.Tensor:
-    head = hooks.model.head
+    head = hooks.head
     # chunk_size=0 marks the model whose FLOPs are counted, which has logits
     if head is None or options.get("chunk_size") == 0:
         return cross_entropy(output, targets, **options)

@@ -1,6 +1,5 @@
 """The optimizer: which weights decay, and Muon with AdamW beside it."""
 
-import importlib
 import inspect
 from typing import Any
 
@@ -9,16 +8,13 @@ from litgpt import GPT
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from litgpt_moe.training.class_path import find_class
 from litgpt_moe.training.settings import Settings
-
-FSDP_NAMES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def plain_name(name: str) -> str:
     """Return the name that a parameter has in the model itself, without those of FSDP's wrappers."""
-    for wrapper in FSDP_NAMES:
-        name = name.replace(wrapper, "")
-    return name
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def sort_parameters(model: GPT) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -79,14 +75,13 @@ class MuonWithAdamW(Optimizer):
 
 def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Optimizer:
     """Return the optimizer that `spec` (class_path and init_args) describes, with decay where it belongs."""
-    module_name, _, name = spec["class_path"].rpartition(".")
-    kind, init_args = getattr(importlib.import_module(module_name), name), dict(spec["init_args"])
+    kind, init_args = find_class("optimizer", spec), dict(spec["init_args"])
     parameters = inspect.signature(kind).parameters
     matrices, head, others = sort_parameters(model)
     without_decay: dict[str, Any] = {"params": others}
     if settings.weight_decay_on == "matrices" and "weight_decay" in parameters:
         without_decay["weight_decay"] = 0.0
-    if name == "Muon":
+    if kind is Muon:
         return MuonWithAdamW(matrices, [{"params": head}, without_decay], **init_args)
     # one kernel over all weights: on two CPU cores a seventh of the time of one call per weight
     if "fused" in parameters and not {"fused", "foreach"} & set(init_args):
@@ -94,16 +89,8 @@ def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Opti
     return kind([{"params": matrices + head}, without_decay], **init_args)
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
-    """Return the optimizer itself, out of Fabric's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
 def clone_state(optimizer: Optimizer) -> None:
-    """Clone the optimizer's state: after a memory-mapped load it still refers to the checkpoint file.
-
-    The file's disk space would stay in use even after somebody deletes it.
-    """
+    """Clone what a memory-mapped load left in the checkpoint file: its disk space would stay in use."""
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if isinstance(value, torch.Tensor) and value.device.type == "cpu":

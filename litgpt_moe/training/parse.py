@@ -3,19 +3,19 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from litgpt_moe.cli import RUN_TRAIN, command_line, join_switches
+from litgpt_moe.cli import join_switches, train_command
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
-from litgpt_moe.training.class_path import CLASS_KEYS, without_foreign_arguments, words_of_action
+from litgpt_moe.training.class_path import CLASS_KEYS, BadClass, arguments_of, without_foreign_arguments
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.yaml_files import read_mapping
 
@@ -28,17 +28,9 @@ FLAG_TO_KEY = {
     "train_config": "config",
     "wandb_dataset_artifact": "wandb_dataset",
 }
-# read in this order, each as the flag of the same name in lower case
-VARIABLES = (
-    "RESUME",
-    "WANDB_DATASET_ARTIFACT",
-    "WANDB_ARTIFACTS_DIR",
-    "DATASET_DIR",
-    "MICRO_BATCH_SIZE",
-    "GLOBAL_BATCH_SIZE",
-    "MAX_TOKENS",
-    "MAX_SEQ_LENGTH",
-)
+# each of these flags may be an environment variable instead, in upper case
+FLAGS_OF_VARIABLES = ("resume", "wandb_artifacts_dir", "dataset_dir", *FLAG_TO_KEY)
+VARIABLES = [name.upper() for name in FLAGS_OF_VARIABLES if name != "train_config"]
 # fields that are dataclasses: `key: value` lines under them in YAML
 GROUPS = {f.name: f.type for f in fields(Settings) if isinstance(f.type, type) and is_dataclass(f.type)}
 SWITCHES = {f.name for f in fields(Settings) if f.type is bool} | {
@@ -50,31 +42,46 @@ PAIRS = (("train_config.yaml", "model_config.yaml"), ("demo_train.yaml", "demo_m
 Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, variable or flag that gave it)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parsed:
-    """Typed settings, and for messages the place that each value came from."""
+    """Typed settings, where each value came from, and all that is wrong with them, to be read at once."""
 
     settings: Settings
     places: dict[str, str]
     """Dotted key -> the YAML file, `$VARIABLE` or `--flag` that set it; defaults are absent."""
+    problems: list[str] = field(default_factory=list)
 
-    def place(self, keys: Iterable[str]) -> str:
-        """Return the places of `keys` in one text, that of the YAML file if nothing set them."""
+    def add(self, problems: list[str]) -> None:
+        """Add problems, each behind the places of the keys that it calls by name ("KEY is VALUE")."""
+        for problem in problems:
+            named = re.findall(r"(?:^|and |but )([\w.]+)(?= is )", problem)
+            keys = [key for key in named if key in self.places]
+            self.problems.append(f"{self._places_of(keys)}: {problem}" if keys else problem)
+
+    def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`, or None once its error is added."""
+        try:
+            return function(*args)
+        except BadClass as error:
+            self.problems.append(f"{self._places_of(error.keys)}: {error}")
+        except (ValueError, OSError) as error:
+            self.add(str(error).splitlines())
+        return None
+
+    def raise_all(self) -> None:
+        """Raise ValueError with all problems, if there are any."""
+        if self.problems:
+            raise ValueError("\n".join(self.problems))
+
+    def _places_of(self, keys: list[str]) -> str:
         known = dict.fromkeys(self.places[key] for key in keys if key in self.places)
         return ", ".join(known) or str(self.settings.config)
-
-    def located(self, problem: str) -> str:
-        """Return a problem behind the places of the keys that it calls by name ("KEY is VALUE")."""
-        keys = [key for key in re.findall(r"(?:^|and |but )([\w.]+)(?= is )", problem) if key in self.places]
-        return f"{self.place(keys)}: {problem}" if keys else problem
 
 
 def load_settings(argv: list[str]) -> Parsed:
     """Return the typed settings of a command line with hyphens made underscores (cli.normalize_flags).
 
-    Raises:
-        ValueError: one line per problem, naming the place, the key, the value and the way out.
-        OSError: a configuration file cannot be read.
+    ValueError has one line per problem, naming the place, the key, the value and the way out.
     """
     given = {**read_variables(), **read_flags(argv)}
     if "config" in given:  # it may name the model's file
@@ -103,21 +110,17 @@ def read_flags(argv: list[str]) -> Given:
             key, value = name.removeprefix("no_"), str(not name.startswith("no_"))
         elif not equals and (value := next(tokens, None)) is None:
             raise ValueError(f"--{name} needs a value (see --help)")
-        group, _, rest = key.partition(".")
-        if group in CLASS_KEYS and rest:
+        group, _, argument = key.partition(".")
+        if group in CLASS_KEYS and argument:
             # --optimizer.lr means --optimizer.init_args.lr, as on LitGPT's command line
-            argument = rest.removeprefix("init_args.")
-            key = f"{group}.{rest}" if rest == "class_path" else f"{group}.init_args.{argument}"
-            value = _scalar(name, value)
+            if argument != "class_path":
+                key = f"{group}.init_args.{argument.removeprefix('init_args.')}"
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise ValueError(f"--{name}: {value!r} is not readable as a YAML value; quote it") from None
         given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
     return given
-
-
-def _scalar(name: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--{name}: {text!r} is not readable as a YAML value; quote it") from None
 
 
 def read_variables() -> Given:
@@ -174,30 +177,33 @@ def choose_configs(given: Given) -> tuple[Path, Path]:
     """
     named = {key: Path(given[key][0]) for key in ("config", "model_config") if key in given}
     config, model_config = named.get("config"), named.get("model_config")
-    for path in filter(None, (config, model_config)):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such configuration file; name one that is there, as those in configs/ are"
-            )
-    why = {"config": "", "model_config": ""}
+    # the file of the settings has been read already
+    if model_config and not model_config.is_file():
+        raise FileNotFoundError(
+            f"{model_config}: no such configuration file; name one that is there, as those in configs/ are"
+        )
+    why_config = why_model = ""
     if config and not model_config and (model_config := _partner(config)):
-        why["model_config"] = " (beside it; another: --model_config PATH)"
+        why_model = " (beside it; another: --model_config PATH)"
     elif model_config and not config and (config := _partner(model_config)):
-        why["config"] = " (beside the model's; another: --config PATH)"
+        why_config = " (beside the model's; another: --config PATH)"
     if model_config is None:
         model_config = _default_model()
         config = config or _partner(model_config)
-        why["model_config"] = " (the default; another: --model_config PATH)" if named else ""
+        why_model = " (the default; another: --model_config PATH)" if named else ""
     if config is None:
         config = ROOT / PAIRS[0][0]
-        why["config"] = " (the default; another: --config PATH)" if named else ""
-    config, model_config = map(_as_typed, (config, model_config))
-    note_once(f"Settings from {config}{why['config']} and {model_config}{why['model_config']}.")
+        why_config = " (the default; another: --config PATH)" if named else ""
+    here = Path.cwd()
+    # what lies in this folder is named as a user would type it
+    config, model_config = (
+        path.relative_to(here) if path.is_relative_to(here) else path for path in (config, model_config)
+    )
+    note_once(f"Settings from {config}{why_config} and {model_config}{why_model}.")
     return config, model_config
 
 
 def _partner(path: Path) -> Path | None:
-    """Return the file that belongs to `path` by PAIRS, None if there is none beside it."""
     names = [name for pair in PAIRS if path.name in pair for name in pair if name != path.name]
     return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
 
@@ -212,57 +218,48 @@ def _default_model() -> Path:
     return ROOT / "configs" / PAIRS[1][1]
 
 
-def _as_typed(path: Path) -> Path:
-    """Return the path as a user would type it: relative where it lies in the current folder."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 # --- types --------------------------------------------------------------------------------------------------
 
 
 def typed_settings(given: Given) -> Settings:
     """Return the settings with each value as its field annotates it; ValueError has a line per problem."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Settings)
-    types = {action.dest: action for action in parser._actions}
+    parser, words = arguments_of(Settings)
     values, problems = Namespace(), []
     for key, (value, place) in given.items():
         try:
             # the arguments of classes are typed where these are known, in class_path
-            values[key] = value if key.split(".")[0] in CLASS_KEYS else _typed(parser, types, key, value)
+            values[key] = value if key.split(".")[0] in CLASS_KEYS else _typed(parser, words, key, value)
         except ArgumentError:
-            problems.append(f"{place}: {_wrong(key, value, types)}")
+            problems.append(f"{place}: {_wrong(key, value, words)}")
     if problems:
         raise ValueError("\n".join(problems))
     typed = parser.instantiate_classes(parser.parse_object(values.as_dict()))
     return Settings(**{f.name: typed[f.name] for f in fields(Settings)})
 
 
-def _typed(parser: ArgumentParser, types: dict[str, Any], key: str, value: Any) -> Any:
-    # jsonargparse lets an unknown key with the value {} pass
-    if key not in types:
+def _typed(parser: ArgumentParser, words: dict[str, str], key: str, value: Any) -> Any:
+    # jsonargparse lets three things pass: an unknown key with the value {}, null, and "" for a path
+    if key not in words:
         raise ArgumentError(None, "unknown")
     # a group as a whole needs its defaults; a key without them is typed in a fortieth of the time
     typed = parser.parse_object(Namespace({key: value}).as_dict(), defaults=key in GROUPS)[key]
-    wanted = words_of_action(types[key])
-    # jsonargparse lets null pass, and takes "" for the current folder
-    if (value is None and "null" not in wanted) or (value == "" and "a path" in wanted):
-        raise ArgumentError(None, wanted)
+    if (value is None and "null" not in words[key]) or (value == "" and "a path" in words[key]):
+        raise ArgumentError(None, words[key])
     return typed
 
 
-def _wrong(key: str, value: Any, types: dict[str, Any]) -> str:
-    if key not in types and key in MoEConfig.__dataclass_fields__:
-        return f"unknown key {key}; it describes the model: set it in the file of --model_config"
-    if key not in types:
-        near = difflib.get_close_matches(key, types, n=1)
-        # train.min_lr is near, and never meant
-        if key.rpartition(".")[2] in ("lr", "learning_rate"):
-            near = ["optimizer.init_args.lr"]
-        return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
+def _wrong(key: str, value: Any, words: dict[str, str]) -> str:
     if key in GROUPS:
         return f"{key} is {value!r}; give one of its keys, as in --{key}.KEY VALUE"
-    return f"{key} is {value!r}; it must be {words_of_action(types[key])}"
+    if key in words:
+        return f"{key} is {value!r}; it must be {words[key]}"
+    if key in MoEConfig.__dataclass_fields__:
+        return f"unknown key {key}; it describes the model: set it in the file of --model_config"
+    near = difflib.get_close_matches(key, words, n=1)
+    # train.min_lr is near, and never meant
+    if key.rpartition(".")[2] in ("lr", "learning_rate"):
+        near = ["optimizer.init_args.lr"]
+    return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
 
 
 def resume_command(argv: list[str]) -> str:
@@ -274,4 +271,4 @@ def resume_command(argv: list[str]) -> str:
             _ = equals or next(flags, None)
         elif name not in ("--overwrite", "--no_overwrite"):
             kept.append(flag)
-    return command_line(*RUN_TRAIN, *kept, "--resume", "auto")
+    return train_command(*kept, "--resume", "auto")

@@ -1,6 +1,5 @@
 """The checkpoint that a run continues, or whose weights it starts from: found, checked, opened once."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,42 +7,24 @@ import torch
 from litgpt import Config
 
 from litgpt_moe.balance import has_selection_bias
+from litgpt_moe.checkpoints import reader
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints_of, find_checkpoint
-from litgpt_moe.checkpoints.reader import (
-    check_weights,
-    flaw_words,
-    read_state,
-    read_training_state,
-    verify_checkpoint,
-    weights_of,
-)
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
 from litgpt_moe.training.settings import Settings
 
 
-@dataclass(frozen=True, eq=False)
 class OpenCheckpoint:
     """A checkpoint whose file was read once. Its tensors are memory-mapped: values are read when used."""
 
-    folder: Path
-    state: dict[str, Any]
-    """What the file holds. Whoever loads it empties it: a mapped file keeps its disk space while in use."""
-    is_bare: bool
-    """Whether the file is a state dict of weights with nothing around it."""
-    has_selection_bias: bool
-    """Whether its experts were chosen with a selection bias."""
-
-    @classmethod
-    def of(cls, folder: Path, state: dict[str, Any]) -> "OpenCheckpoint":
-        """Return the open checkpoint in `folder`, whose file holds `state`; ValueError without weights."""
-        weights = weights_of(state, folder / CHECKPOINT_FILE)
-        return cls(folder, state, "model" not in state, has_selection_bias(weights))
-
-    @property
-    def file(self) -> Path:
-        """The lit_model.pth."""
-        return self.folder / CHECKPOINT_FILE
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        """Open the checkpoint in `folder`, whose file holds `state`; ValueError without weights."""
+        self.folder, self.file = folder, folder / CHECKPOINT_FILE
+        # whoever loads it empties it: a mapped file keeps its disk space while in use
+        self.state = state
+        # a state dict of weights with nothing around it
+        self.is_bare = "model" not in state
+        self.has_selection_bias = has_selection_bias(reader.weights_of(state, self.file))
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -52,11 +33,7 @@ class OpenCheckpoint:
 
 
 def find_resume(settings: Settings) -> OpenCheckpoint | None:
-    """Return the checkpoint to continue from, or None for a fresh start.
-
-    Raises:
-        ValueError, OSError: the one that was asked for is not there, or not whole.
-    """
+    """Return the checkpoint to continue from, or None for a fresh start."""
     resume = str(settings.resume)
     if resume.lower() in ("false", "none", ""):
         return None
@@ -68,12 +45,12 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     newest_first = checkpoints_of(out_dir)
     if out_dir is not settings.out_dir and not newest_first:
         folder = find_checkpoint(out_dir)
-        return OpenCheckpoint.of(folder, read_training_state(folder))
+        return OpenCheckpoint(folder, reader.read_training_state(folder))
     for folder in newest_first:
         try:
-            return OpenCheckpoint.of(folder, read_training_state(folder))
+            return OpenCheckpoint(folder, reader.read_training_state(folder))
         except (ValueError, OSError) as error:
-            note_once(f"Skipping {folder}: {flaw_words(error, folder)}")
+            note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
         # somebody counts on a checkpoint that is not there
         raise FileNotFoundError(
@@ -87,22 +64,18 @@ def find_initial(settings: Settings, config: Config) -> OpenCheckpoint | None:
     """Return the checkpoint whose weights to start from, which must fit the model, or None."""
     if settings.initial_checkpoint_dir is None:
         return None
-    verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
-    opened = OpenCheckpoint.of(folder, read_state(folder / CHECKPOINT_FILE))
-    check_weights(folder, config, opened.weights)
+    reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
+    opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
+    reader.check_weights(folder, config, opened.weights)
     return opened
 
 
 def check_resume(
     opened: OpenCheckpoint, settings: Settings, config: Config, optimizer: str, tokens_per_step: int
 ) -> int:
-    """Return the steps done in a checkpoint; `optimizer` is the class_path of the run's.
-
-    Raises:
-        ValueError: a run of these settings cannot continue it.
-    """
+    """Return the steps done in a checkpoint, or raise ValueError if these settings cannot continue it."""
     folder, step = opened.folder, opened.state["step_count"]
-    check_weights(folder, config, opened.weights)
+    reader.check_weights(folder, config, opened.weights)
     if settings.moe.bias_update_rate and not opened.has_selection_bias:
         raise ValueError(
             f"{folder} was trained without a selection bias; drop moe.bias_update_rate, or start "

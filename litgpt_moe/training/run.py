@@ -1,7 +1,6 @@
 """From a command line to a Run: everything is decided and checked before the first file is written."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
-from litgpt_moe.training.parse import Parsed, load_settings
+from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.resume import OpenCheckpoint, check_resume, find_initial, find_resume
 from litgpt_moe.training.settings import Settings
 
@@ -36,9 +35,7 @@ class Run:
     devices: int
     """Devices on this machine."""
     resume: OpenCheckpoint | None = None
-    """The checkpoint to continue from, open."""
     initial: OpenCheckpoint | None = None
-    """The checkpoint whose weights to start from, open."""
     start_step: int = 0
     """Steps done before this process."""
     demo_data: bool = False
@@ -85,18 +82,47 @@ def to_litgpt(settings: Settings) -> tuple[litgpt_args.TrainArgs, litgpt_args.Ev
     return litgpt_args.TrainArgs(**asdict(settings.train)), litgpt_args.EvalArgs(**asdict(evaluation))
 
 
-def set_up(argv: list[str], started: float | None = None) -> Run:
+def set_up(argv: list[str]) -> Run:
     """Return the checked run of a command line, whose data may still have to be prepared.
 
     Ask `launcher_problems()` before importing this module: Lightning trips over the variables it is about.
 
     Raises:
         ValueError: every problem at once, one line each, with its place and the way out.
-        OSError: a file cannot be read, or W&B cannot be reached.
+        OSError: a file cannot be read, W&B cannot be reached, or another run is live in the folder.
     """
-    started = time.monotonic() if started is None else started
     parsed = load_settings(argv)
-    return resolve(replace(parsed, settings=with_dataset(parsed.settings)), started)
+    settings = with_dataset(parsed.settings)
+    config = parsed.attempt(MoEConfig.from_file, settings.model_config)
+    wanted = (settings.accelerator, settings.devices, settings.num_nodes, settings.precision)
+    precision, devices = parsed.attempt(training_device, *wanted) or ("", 1)
+    world_size = devices * settings.num_nodes
+    parsed.add(launcher_problems(world_size))
+    parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
+    data = parsed.attempt(build_data, settings)
+    optimizer = parsed.attempt(optimizer_spec, settings)
+    if is_main_process() and settings.out_dir.is_dir():
+        with checks.run_lock(settings.out_dir):
+            pass  # of a folder that a live run is changing nothing can be said
+    # before a checkpoint is opened
+    parsed.raise_all()
+    resume = parsed.attempt(find_resume, settings)
+    parsed.raise_all()
+    initial = parsed.attempt(find_initial, settings, config)
+    facts = model_facts(config, settings.train.max_seq_length)
+    run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
+    run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(settings, data))
+    parsed.add(checks.tokenizer_problems(settings, config.padded_vocab_size))
+    parsed.add(checks.memory_problems(settings, facts, precision, world_size))
+    if resume:
+        checked = (resume, settings, config, optimizer["class_path"], run.tokens_per_step)
+        run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
+    parsed.add(
+        checks.out_dir_problems(settings, resume, initial)
+        or checks.disk_problems(settings, run.checkpoint_bytes, run.n_steps - run.start_step)
+    )
+    parsed.raise_all()
+    return run
 
 
 def with_dataset(settings: Settings) -> Settings:
@@ -109,101 +135,28 @@ def with_dataset(settings: Settings) -> Settings:
     return settings
 
 
-class Problems:
-    """Sentences about a run's settings, gathered so that a user reads them all at once."""
-
-    def __init__(self, parsed: Parsed) -> None:
-        self.parsed = parsed
-        self.lines: list[str] = []
-
-    def add(self, lines: list[str]) -> None:
-        """Add sentences, each behind the place of the setting that it is about."""
-        self.lines += [self.parsed.located(line) for line in lines]
-
-    def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`, or None once its error is added."""
-        try:
-            return function(*args)
-        except class_path.BadClass as error:
-            self.lines.append(f"{self.parsed.place(error.keys)}: {error}")
-        except (ValueError, OSError) as error:
-            self.add(str(error).splitlines())
-        return None
-
-    def raise_all(self) -> None:
-        """Raise ValueError with all sentences, if there are any."""
-        if self.lines:
-            raise ValueError("\n".join(self.lines))
-
-
-def resolve(parsed: Parsed, started: float) -> Run:
-    """Return the run that typed settings describe. Raises as `set_up`."""
-    settings, problems = parsed.settings, Problems(parsed)
-    config = problems.attempt(MoEConfig.from_file, settings.model_config)
-    wanted = (settings.accelerator, settings.devices, settings.num_nodes, settings.precision)
-    precision, devices = problems.attempt(training_device, *wanted) or ("", 1)
-    world_size = devices * settings.num_nodes
-    problems.add(launcher_problems(world_size))
-    problems.add(checks.train_problems(settings, config and config.block_size, world_size))
-    data = problems.attempt(build_data, settings)
-    optimizer = problems.attempt(optimizer_spec, settings)
-    if is_main_process() and (live := checks.run_lock(settings.out_dir).problem()):
-        # what lies there is changing: nothing can be said of it
-        raise ValueError(live)
-    resume = problems.attempt(find_resume, settings)
-    problems.raise_all()
-    initial = problems.attempt(find_initial, settings, config)
-    facts = model_facts(config, settings.train.max_seq_length)
-    run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial, started=started)
-    run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(settings, data))
-    problems.add(data_problems(settings, data))
-    problems.add(checks.tokenizer_problems(settings, config.padded_vocab_size))
-    problems.add(checks.memory_problems(settings, facts, precision, world_size))
-    if resume:
-        checked = (resume, settings, config, optimizer["class_path"], run.tokens_per_step)
-        run = replace(run, start_step=problems.attempt(check_resume, *checked) or 0)
-    problems.add(
-        checks.out_dir_problems(settings, resume, initial)
-        or checks.disk_problems(settings, run.checkpoint_bytes, run.n_steps - run.start_step)
-    )
-    problems.raise_all()
-    return run
-
-
 def _as_run(run: Run) -> Settings:
-    """Return the settings as they run and are saved: whole steps, a logged one at least, the device known."""
-    train = replace(
-        run.settings.train,
-        max_tokens=run.n_steps * run.tokens_per_step,
-        log_interval=min(run.settings.train.log_interval, run.n_steps),
-    )
+    # whole steps, a logged one at least
+    max_tokens = run.n_steps * run.tokens_per_step
+    log_interval = min(run.settings.train.log_interval, run.n_steps)
+    train = replace(run.settings.train, max_tokens=max_tokens, log_interval=log_interval)
     return replace(run.settings, train=train, precision=run.precision, devices=run.devices)
 
 
-# --- data and optimizer -------------------------------------------------------------------------------------
-
-
 def build_data(settings: Settings) -> Any:
-    """Return the data module, ours with the run's tokenizer and seed; BadClass if it cannot be made."""
-    spec = dict(settings.data)
+    """Return the data module, ours with the run's tokenizer and seed; ValueError if it cannot be made."""
+    init_args = dict(settings.data.get("init_args") or {})
     if settings.dataset_dir:
-        paths = {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
-        spec["init_args"] = {**(spec.get("init_args") or {}), **paths}
-    data = class_path.build("data", spec)
+        init_args |= {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
+    data = class_path.build("data", {**settings.data, "init_args": init_args})
     if isinstance(data, TextShards):
-        data.tokenizer_dir = settings.tokenizer_dir
-        if "seed" not in (spec.get("init_args") or {}):
+        own = settings.tokenizer_dir
+        if (named := Path(init_args.get("tokenizer_dir", own))) != own:
+            raise ValueError(f"data.init_args.tokenizer_dir is {named} but tokenizer_dir is {own}; drop one")
+        data.tokenizer_dir = own
+        if "seed" not in init_args:
             data.seed = settings.seed
     return data
-
-
-def data_problems(settings: Settings, data: Any) -> list[str]:
-    """Return a sentence if our data module was given another tokenizer than the run."""
-    own = settings.tokenizer_dir
-    named = (settings.data.get("init_args") or {}).get("tokenizer_dir", own)
-    if not isinstance(data, TextShards) or Path(named) == own:
-        return []
-    return [f"data.init_args.tokenizer_dir is {named} but tokenizer_dir is {own}; drop one"]
 
 
 def _wants_demo_data(settings: Settings, data: Any) -> bool:

@@ -1,8 +1,7 @@
 """The settings of a run: the keys of train_config.yaml, the flags of run_train.py, their defaults and help.
 
 Nothing heavy is imported here, so that `run_train.py --help` answers at once. TrainArgs, EvalArgs and LogArgs
-have LitGPT's names, types and defaults (`import litgpt.args` would load torch); a contract test lists where
-they differ, and `training.run.to_litgpt` makes LitGPT's own from them.
+have LitGPT's names, types and defaults: `import litgpt.args` would load torch. A contract test compares them.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -172,19 +171,12 @@ class Settings:
     progress: bool = True
     """Show a live bar on a terminal; otherwise a line for each log step."""
     train: TrainArgs = field(default_factory=TrainArgs)
-    """Training."""
     moe: BalanceArgs = field(default_factory=BalanceArgs)
-    """Balance of the experts."""
     schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
-    """Learning rate."""
     checkpoints: CheckpointArgs = field(default_factory=CheckpointArgs)
-    """Checkpoints."""
     guard: GuardArgs = field(default_factory=GuardArgs)
-    """Numerical guard."""
     eval: EvalArgs = field(default_factory=EvalArgs)
-    """Validation."""
     log: LogArgs = field(default_factory=LogArgs)
-    """Names for the W&B logger."""
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:

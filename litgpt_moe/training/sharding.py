@@ -8,12 +8,8 @@ from lightning.fabric.strategies.fsdp import FSDPStrategy
 from litgpt.model import Block
 from litgpt.utils import reset_parameters
 from torch import nn
-from torch.distributed.fsdp import (
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    FullyShardedDataParallel,
-    StateDictType,
-)
+from torch.distributed import fsdp
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.training.optimizer import plain_name
@@ -28,8 +24,8 @@ def is_sharded(fabric: Fabric) -> bool:
 class ShardedStrategy(FSDPStrategy):
     """FSDP as litgpt.pretrain.setup configures it, with the first weights and checkpoints of one process.
 
-    Fabric's own writes the file while training waits, and takes up the optimizer's state in the order of the
-    model's parameters, which is not that of the optimizer's groups.
+    Fabric's own makes training wait for the file, and orders the optimizer's state as the model's parameters
+    are, not as the optimizer's groups are.
     """
 
     def __init__(self, writer: CheckpointWriter, opened: OpenCheckpoint | None) -> None:
@@ -37,10 +33,7 @@ class ShardedStrategy(FSDPStrategy):
         self._writer, self._opened = writer, opened
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Initialise the whole model, as on one device, before it is sharded.
-
-        Fabric initialises layer by layer in another order, and gives tied weights a value each.
-        """
+        """Initialise the whole model, then shard it: Fabric's order is another, and it unties weights."""
         embedding, head = module.get_submodule("transformer.wte"), module.get_submodule("lm_head")
         is_tied = embedding.weight is head.weight
         module.to_empty(device=self.root_device)
@@ -52,54 +45,43 @@ class ShardedStrategy(FSDPStrategy):
     def save_checkpoint(self, path: Any, state: dict[str, Any], *_: Any, **__: Any) -> None:
         """Gather the whole state on rank 0, and give it to the writer instead of writing it here."""
         with whole_tensors(state["model"], rank0_only=True):
-            optimizer_state = gather_optimizer_state(state["optimizer"], state["model"])
-            whole = {
-                key: value.state_dict() if hasattr(value, "state_dict") else value
-                for key, value in state.items()
-                if key != "optimizer"
-            }
+            optimizer_state = gather_optimizer_state(state.pop("optimizer"), state["model"])
+            whole = self._convert_stateful_objects_in_state(state, filter={})
         if self.is_global_zero:
             self._writer.hold({**whole, "optimizer": optimizer_state})
 
-    def load_checkpoint(
-        self, path: Any, state: Any = None, strict: bool = True, *_: Any, **__: Any
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
         """Shard what is in the open checkpoint into `state`; return what is left over."""
         assert self._opened is not None
         saved = self._opened.state
         if not isinstance(state, dict):  # Fabric.load_raw: a file of bare weights
             saved, state = {"model": saved}, {"model": state}
-        return scatter_state(saved, state, strict)
+        with whole_tensors(state["model"], rank0_only=False):
+            state["model"].load_state_dict(saved.pop("model"), strict=strict)
+            if "optimizer" in state:
+                scatter_optimizer_state(state["optimizer"], state["model"], saved.pop("optimizer"))
+        for key in state.keys() & saved.keys():
+            value = saved.pop(key)
+            if hasattr(state[key], "load_state_dict"):
+                state[key].load_state_dict(value)
+            else:
+                state[key] = value
+        return saved
 
 
 def whole_tensors(module: Any, rank0_only: bool) -> contextlib.AbstractContextManager[Any]:
     """Let FSDP's state dicts hold whole tensors, in host memory, gathered from all processes."""
-    return FullyShardedDataParallel.state_dict_type(
+    return FSDP.state_dict_type(
         module,
-        StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
-        FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+        fsdp.StateDictType.FULL_STATE_DICT,
+        fsdp.FullStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+        fsdp.FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
     )
-
-
-def scatter_state(saved: dict[str, Any], state: dict[str, Any], strict: bool) -> dict[str, Any]:
-    """Load what one process saved into `state`, whose model FSDP has sharded; return what is left over."""
-    with whole_tensors(state["model"], rank0_only=False):
-        state["model"].load_state_dict(saved.pop("model"), strict=strict)
-        if "optimizer" in state:
-            scatter_optimizer_state(state["optimizer"], state["model"], saved.pop("optimizer"))
-    for key in state.keys() & saved.keys():
-        value = saved.pop(key)
-        if hasattr(state[key], "load_state_dict"):
-            state[key].load_state_dict(value)
-        else:
-            state[key] = value
-    return saved
 
 
 def gather_optimizer_state(optimizer: Any, module: Any) -> dict[str, Any]:
     """Return on rank 0 the state dict that the optimizer would have in one process."""
-    moments = FullyShardedDataParallel.optim_state_dict(module, optimizer).get("state", {})
+    moments = FSDP.optim_state_dict(module, optimizer).get("state", {})
     names = _parameter_names(optimizer, module)
     return {
         "state": {n: moments[name] for n, name in enumerate(names) if name in moments},
@@ -112,7 +94,7 @@ def scatter_optimizer_state(optimizer: Any, module: Any, saved: dict[str, Any]) 
     names = _parameter_names(optimizer, module)
     groups = [{**group, "params": [names[n] for n in group["params"]]} for group in saved["param_groups"]]
     named = {"state": {names[n]: moments for n, moments in saved["state"].items()}, "param_groups": groups}
-    optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(module, optimizer, named))
+    optimizer.load_state_dict(FSDP.optim_state_dict_to_load(module, optimizer, named))
 
 
 def _parameter_names(optimizer: Any, module: Any) -> list[str]:

@@ -1,13 +1,18 @@
-"""What is decided at each optimizer step: whether it counts, and whether the run goes on. Needs no LitGPT."""
+"""What is decided at each optimizer step: its learning rate, whether it counts, whether the run goes on.
 
+Needs no LitGPT.
+"""
+
+import math
 import os
 import signal
+import statistics
 import threading
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
 from litgpt_moe.cli import WorkFailed
-from litgpt_moe.training.guard import Guard, Spike
+from litgpt_moe.training.settings import ScheduleArgs, Settings, TrainArgs
 
 
 class Ending(Exception):
@@ -49,64 +54,88 @@ class StopSignals:
         os.write(2, text.encode())
 
 
-class Deadline(NamedTuple):
-    """The end of a run that has a time limit, on the clock that `began` was read from."""
+class Spike(NamedTuple):
+    """The losses before a step whose own loss is far above them."""
 
-    limit_s: float | None
-    began: float
+    mean: float
+    sigma: float
 
-    def is_near(self, now: float, step_s: float, save_s: float) -> bool:
-        """Return whether one more step of at most `step_s`, and a save, may not fit any more."""
-        # half a step more: the longest so far need not be the longest there is
-        return self.limit_s is not None and now - self.began + 1.5 * step_s + save_s >= self.limit_s
+
+class Guard:
+    """Finds steps whose loss or gradient is not finite, or whose loss is far above those before."""
+
+    # a loss is compared with the 128 before it, as OLMo-core's SkipStepOptimizer does, once there are 32
+    WINDOW, FEWEST = 128, 32
+
+    def __init__(self, spike_sigma: float) -> None:
+        self.spike_sigma = spike_sigma
+        self.n_skipped = self.n_in_a_row = 0
+        self.losses: list[float] = []
+
+    def count_bad(self, loss: float, norm: float) -> bool:
+        """Count a step; return whether it is bad, its loss or gradient not finite, and must be skipped."""
+        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        self.n_in_a_row = self.n_in_a_row + 1 if bad else 0
+        self.n_skipped += bad
+        return bad
+
+    def add_loss(self, loss: float) -> Spike | None:
+        """Remember a loss; return the mean and standard deviation before it, if it is a spike."""
+        before, found = self.losses, None
+        if self.spike_sigma and len(before) >= self.FEWEST:
+            mean, sigma = statistics.fmean(before), statistics.pstdev(before)
+            # 1e-6: equal losses, as of a model that does not learn, have no deviation at all
+            found = Spike(mean, sigma) if loss > mean + self.spike_sigma * max(sigma, 1e-6) else None
+        self.losses = [*before, loss][-self.WINDOW :]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts and losses, for a checkpoint."""
+        return {"n_skipped": self.n_skipped, "n_in_a_row": self.n_in_a_row, "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the counts and losses of a checkpoint."""
+        self.n_skipped, self.n_in_a_row = state["n_skipped"], state["n_in_a_row"]
+        self.losses = state["losses"]
 
 
 class Verdict(NamedTuple):
     """What becomes of a step; every rank comes to the same."""
 
     fail: str = ""
-    """Why the run ends at once, if it does, with what was saved before."""
+    """Why the run ends at once, with what was saved before."""
     end: str = ""
-    """Why the run ends after this step, if it does: it saves, and can go on later."""
+    """Why the run ends after this step: it saves, and can go on later."""
     skip: bool = False
     """The loss or gradient is not finite: the weights must stay as they are."""
     give_up: bool = False
     """So many steps in a row were skipped that the run fails."""
     spike: Spike | None = None
-    """The loss is far above the ones before."""
 
 
 class Judge:
     """Decides what becomes of each step, from its figures and from what asks the run to end."""
 
-    def __init__(
-        self,
-        guard: Guard,
-        max_skipped_steps: int,
-        stops: StopSignals,
-        deadline: Deadline,
-        stops_on_full_disk: bool,
-        world_size: int,
-    ) -> None:
-        self.guard, self.max_skipped_steps = guard, max_skipped_steps
-        self.stops, self.deadline = stops, deadline
-        self.stops_on_full_disk, self.world_size = stops_on_full_disk, world_size
+    def __init__(self, settings: Settings, began: float, stops: StopSignals, world_size: int) -> None:
+        self.settings, self.began, self.stops, self.world_size = settings, began, stops, world_size
+        self.guard = Guard(settings.guard.spike_sigma)
 
     def vote(self, now: float, step_s: float, save_s: float, failed_save: str | None) -> int:
         """Return this rank's vote for the end of the run; `verdict` takes the sum over all ranks.
 
-        Args:
-            now: time on the deadline's clock.
-            step_s: seconds of the longest step so far.
-            save_s: seconds that a save takes.
-            failed_save: why the latest save failed, None if it did not.
+        `now` is on the clock of `began`; the longest step took `step_s` seconds, a save takes `save_s`;
+        `failed_save` says why the latest save failed.
         """
         # weights that are not finite cannot be saved later either
-        if failed_save is not None and (self.stops_on_full_disk or "no numbers" in failed_save):
+        must_save = self.settings.checkpoints.on_full_disk == "stop"
+        if failed_save is not None and (must_save or "no numbers" in failed_save):
             # more than all ranks that ask for an end
             return self.world_size + 1
-        if not self.stops.reason and self.deadline.is_near(now, step_s, save_s):
-            self.stops.reason = f"train.max_time of {self.deadline.limit_s:g} s"
+        limit_s = self.settings.train.max_time
+        # half a step more: the longest so far need not be the longest there is
+        ends_at = now - self.began + 1.5 * step_s + save_s
+        if limit_s is not None and ends_at >= limit_s and not self.stops.reason:
+            self.stops.reason = f"train.max_time of {limit_s:g} s"
         return int(bool(self.stops.reason))
 
     def verdict(self, loss: float, norm: float, votes: int, failed_save: str | None) -> Verdict:
@@ -116,6 +145,40 @@ class Judge:
             return Verdict(fail=f"{reason}; continue with --resume auto")
         end = (self.stops.reason or "the request of another process") if votes else ""
         if self.guard.count_bad(loss, norm):
-            give_up = self.guard.n_in_a_row >= self.max_skipped_steps
+            give_up = self.guard.n_in_a_row >= self.settings.guard.max_skipped_steps
             return Verdict(end=end, skip=True, give_up=give_up)
         return Verdict(end=end, spike=self.guard.add_loss(loss))
+
+
+def learning_rate(
+    args: ScheduleArgs, step: int, n_steps: int, warmup_steps: int, peak: float, lowest: float
+) -> float:
+    """Return the learning rate of optimizer step 1 <= `step` <= `n_steps`; a decay ends at `lowest`.
+
+    It counts optimizer steps and not, as litgpt 0.5.13 does, micro-batches, so that neither the number of
+    devices nor micro_batch_size changes it.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    if args.name == "constant":
+        return peak
+    if args.name == "cosine":
+        done = (step - warmup_steps) / max(1, n_steps - warmup_steps)
+        return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+    n_decay = min(round(args.decay_fraction * n_steps), n_steps - warmup_steps)
+    done = max(0.0, (step - (n_steps - n_decay)) / n_decay) if n_decay else 0.0
+    # warmup-stable-decay with 1 - sqrt: Haegele et al., arxiv.org/abs/2405.18392, eq. 2
+    return lowest + (peak - lowest) * (1 - math.sqrt(done))
+
+
+def warmup_steps(
+    args: ScheduleArgs, train: TrainArgs, n_steps: int, tokens_per_step: int, steps_per_epoch: float
+) -> int:
+    """Return the optimizer steps of linear warm-up, at most all `n_steps`."""
+    if args.warmup_tokens is not None:
+        steps = math.ceil(args.warmup_tokens / tokens_per_step)
+    elif train.lr_warmup_fraction:
+        steps = math.ceil(train.lr_warmup_fraction * steps_per_epoch)
+    else:
+        steps = train.lr_warmup_steps or 0
+    return min(steps, n_steps)

@@ -26,8 +26,8 @@ class StoryLog:
     def __init__(self, log: CsvLog, run: Run) -> None:
         self.log, self.tokenizer_dir = log, run.settings.tokenizer_dir
         self.max_new_tokens, self.tokens_per_step = run.settings.eval.max_new_tokens, run.tokens_per_step
+        # -1 before the first story
         self.last_step = -1
-        """The step of the latest story, -1 before the first."""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -42,11 +42,9 @@ class StoryLog:
         self.last_step = step
         if head is not None:
             head.is_deferred = False
-        try:
-            text = tell_story(model, self.tokenizer, PROMPT, self.max_new_tokens, SAMPLING, SEED)
-        finally:
-            if head is not None:
-                head.is_deferred = True
+        text = tell_story(model, self.tokenizer, PROMPT, self.max_new_tokens, SAMPLING, SEED)
+        if head is not None:
+            head.is_deferred = True
         model.train()
         self.log.write({"step": step, "tokens": step * self.tokens_per_step, "prompt": PROMPT, "text": text})
 

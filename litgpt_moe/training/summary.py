@@ -21,32 +21,25 @@ from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.steps import RunFailed
 from litgpt_moe.training.stories import final_story
 
-RUN_FILE = Path("logs/run.json")
-PACKAGES = ("torch", "litgpt", "lightning", "numpy")
-
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run in this process."""
+    """What came of a run in this process; nan or None is what there was not."""
 
     step: int
     """Steps done, those of the processes before included."""
     ending: str
     """Why it was stopped before its last step, "" if it was not."""
     loss: float
-    """Of the last step, nan if there was none."""
     val_loss: float | None
-    """Of the last validation, None without one."""
     n_skipped: int
-    """Steps without a finite gradient, of which no weight was moved."""
     tokens_per_s: float | None
-    """From the first to the last step, validation and saving included; None of one step or less."""
+    """From the first to the last step, validation and saving included."""
     log: Path
-    """metrics.csv."""
 
     @classmethod
     def of(cls, hooks: LoopHooks) -> "Result":
-        """Return the result of the run that the hooks have followed to its end."""
+        """Return the result of the run that the hooks have followed."""
         rate = hooks.clock.overall_steps_per_s(hooks.step)
         return cls(
             step=hooks.step,
@@ -57,9 +50,6 @@ class Result:
             tokens_per_s=rate and rate * hooks.run.tokens_per_step,
             log=hooks.logs.metrics.path,
         )
-
-
-# --- at the start -------------------------------------------------------------------------------------------
 
 
 def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
@@ -79,15 +69,10 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
 def write_run_facts(run: Run) -> None:
     """Write logs/run.json: the command, the settings and the versions, for reports."""
     versions = {"python": sys.version.split()[0], "litgpt_moe": litgpt_moe.__version__}
-    facts = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "settings": plain_settings(run.settings),
-        "versions": {**versions, **{name: version(name) for name in PACKAGES}},
-    }
-    write_json(run.settings.out_dir / RUN_FILE, facts)
-
-
-# --- at the end ---------------------------------------------------------------------------------------------
+    versions |= {name: version(name) for name in ("torch", "litgpt", "lightning", "numpy")}
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    facts = {"command": command, "settings": plain_settings(run.settings), "versions": versions}
+    write_json(run.settings.out_dir / "logs/run.json", facts)
 
 
 def report(run: Run, result: Result, resume_command: str) -> str:

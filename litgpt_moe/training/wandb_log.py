@@ -4,7 +4,6 @@ import os
 import queue
 import secrets
 import threading
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +32,11 @@ class WandbLog(Logger):
     Data and checkpoints have their own thread because W&B, without a network, tries each again for minutes.
     """
 
+    # Lightning asks for both; one log holds all resumes of a run, so it has no version
+    name = property(lambda self: "wandb")
+    version = property(lambda self: None)
+
     def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
-        """Begin the run on W&B, on rank 0. Raises as `connect`."""
         self.run, self.tell = run, tell
         self.logger: Any = connect(run, tell) if is_main_process() else None
         """Lightning's logger; None on other ranks, and once W&B is lost."""
@@ -49,17 +51,7 @@ class WandbLog(Logger):
             self.logger.experiment.config.update({"dataset": self.lineage}, allow_val_change=True)
             self._send(use_dataset, data_dir, run.settings.tokenizer_dir)
 
-    @property
-    def name(self) -> str:
-        """The logger's name, which Lightning asks for."""
-        return "wandb"
-
-    @property
-    def version(self) -> None:
-        """None: a run has one log, over all its resumes."""
-        return None
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Record the settings."""
         self._guarded(lambda: self.logger.log_hyperparams(params))
 
@@ -73,9 +65,8 @@ class WandbLog(Logger):
         args, is_final = self.run.settings.checkpoints, folder.name == "final"
         if args.to_wandb == "none" or not (is_final or (args.to_wandb == "kept" and args.keeps(step))):
             return
-        metadata = {"step": step, "tokens": step * self.run.tokens_per_step, **self.latest}
-        metadata["dataset"] = self.lineage
-        self._send(log_checkpoint, folder, self.run.config.name, metadata)
+        reached = {"step": step, "tokens": step * self.run.tokens_per_step, **self.latest}
+        self._send(log_checkpoint, folder, self.run.config.name, {**reached, "dataset": self.lineage})
 
     def finalize(self, status: str) -> None:
         """Wait, within bounds, until W&B has everything."""
@@ -90,8 +81,10 @@ class WandbLog(Logger):
                 call()
         except Exception as error:  # noqa: BLE001 - whatever W&B raises is not worth the training
             self.logger = None
-            logs = f"{self.run.settings.out_dir}/logs has all"
-            self.tell(f"Warning: W&B is lost ({first_line(error)}); training goes on, {logs}")
+            self.tell(
+                f"Warning: W&B is lost ({first_line(error)}); training goes on, "
+                f"{self.run.settings.out_dir}/logs has all"
+            )
 
     def _send(self, function: Callable[..., None], subject: Path, *args: Any) -> None:
         def upload() -> None:
@@ -110,11 +103,7 @@ class WandbLog(Logger):
 
 
 def connect(run: Run, tell: Callable[[str], None]) -> Any:
-    """Return Lightning's logger with the run begun, offline where W&B cannot be reached.
-
-    Raises:
-        RunFailed: nobody has logged in.
-    """
+    """Return Lightning's logger with the run begun, offline without a network; RunFailed without a login."""
     try:
         return _connect(run)
     except (errors.UsageError, errors.AuthenticationError) as error:

@@ -8,8 +8,7 @@ import pytest
 from conftest import ASSETS
 from helpers.data import SEPARATOR, change_tokenizer, make_text
 
-from litgpt_moe.data.encoding import StoryEncoder
-from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.data.tokenizer import StoryEncoder, read_tokenizer_facts
 
 NASTY = [
     "",
@@ -67,7 +66,7 @@ def test_random_strings_get_the_ids_of_litgpt() -> None:
 
 
 def test_a_full_cache_changes_no_id(tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litgpt_moe.data.encoding.MAX_CACHED_PIECES", 3)
+    monkeypatch.setattr("litgpt_moe.data.tokenizer.MAX_CACHED_PIECES", 3)
     assert len(check_ids(tiny_tokenizer_dir, make_text(20)).pieces) <= 3
 
 

@@ -9,7 +9,6 @@ from conftest import ROOT
 
 import prepare_data
 from litgpt_moe.data.settings import PrepareSettings, WandbSettings
-from litgpt_moe.report.page import summary
 
 
 @pytest.mark.parametrize("module", ["prepare_data", "litgpt_moe.data.prepare"])
@@ -52,7 +51,7 @@ def test_the_data_directory_goes_to_weights_and_biases_on_request(
     pushed = []
 
     def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path) -> str:
-        pushed.append((upload.wandb_project, upload.aliases, data_dir, tokenizer_dir))
+        pushed.append((upload.wandb_project, upload.wandb_alias, data_dir, tokenizer_dir))
         return "pushed"
 
     monkeypatch.setattr("litgpt_moe.data.artifact.push", push)
@@ -67,7 +66,7 @@ def test_the_data_directory_goes_to_weights_and_biases_on_request(
 @pytest.mark.parametrize(("vocab_size", "fits"), [(2048, True), (2049, False)])
 def test_the_next_command_names_a_model_with_room_for_the_tokenizer(vocab_size: int, fits: bool) -> None:
     manifest = {"splits": {}, "tokenizer": {"vocab_size": vocab_size}}
-    last = summary(manifest, PrepareSettings(), None).splitlines()[-1]
+    last = prepare_data.summary(manifest, PrepareSettings(), None).splitlines()[-1]
     named = " --model_config model_config.yaml --config train_config.yaml"
     assert last == "next   uv run python run_train.py" + ("" if fits else named)
 

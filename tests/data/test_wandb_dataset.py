@@ -57,7 +57,7 @@ def test_push_takes_variables_and_flags_win_over_them(data_dir, monkeypatch):
     assert main(["push", "--data_dir", str(data_dir), "--wandb-entity", "mine", "--wandb-tag", "u"]) == 0
     ((folder, upload, _),) = pushed
     assert (folder, upload.wandb_project, upload.wandb_entity) == (data_dir, "p", "mine")
-    assert (upload.wandb_artifact, upload.aliases, upload.tags) == ("a", ["x", "y"], ["u"])
+    assert (upload.wandb_artifact, upload.wandb_alias, upload.wandb_tag) == ("a", ["x", "y"], ["u"])
 
 
 def test_a_variable_of_spaces_is_an_empty_one(monkeypatch):

@@ -15,7 +15,7 @@ import openai
 from generate import read_settings
 from litgpt_moe.generation.settings import DEFAULT_PROMPT
 from litgpt_moe.generation.text import load
-from litgpt_moe.serving.app import Server, open_port
+from litgpt_moe.serving.app import make_server, open_port
 from litgpt_moe.serving.engine import Engine
 from litgpt_moe.serving.requests import Served
 
@@ -41,7 +41,7 @@ def serving(folder: Path, *flags: str) -> Iterator[Running]:
     settings = replace(settings, prompt=DEFAULT_PROMPT)
     with open_port(settings.host, 0) as listener:
         engine = Engine(Served(*load(settings), settings, sampling))
-        server = Server(engine, settings.host)
+        server = make_server(engine, settings.host)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         port = listener.getsockname()[1]

@@ -138,6 +138,7 @@ def hub(mixtral: SimpleNamespace) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(url=url, handler=handler)
 
 
+@pytest.mark.slow  # the next test fetches the same way
 def test_a_repository_of_the_hub_is_imported(
     hub: SimpleNamespace, mixtral: SimpleNamespace, tmp_path: Path, run_script: Callable
 ) -> None:

@@ -8,44 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY_CONFIG
-from litgpt.model import GPT
-from litgpt.utils import copy_config_files, save_config
+from conftest import DENSE_CONFIG
 
 import run_train
 from litgpt_moe.checkpoints.reader import load_model, read_weights, verify_checkpoint
 from litgpt_moe.config import MoEConfig
 from tools import upcycle
-
-DENSE = {
-    **TINY_CONFIG,
-    "name": "dense-tiny",
-    "mlp_class_name": "LLaMAMLP",
-    "intermediate_size": 24,
-    "n_expert": 0,
-    "n_expert_per_token": 0,
-    "moe_intermediate_size": None,
-}
-
-
-@pytest.fixture
-def dense(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
-    """A function that writes a dense checkpoint of random weights."""
-
-    def make(dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-        config = MoEConfig(**{**DENSE, **changes})
-        torch.manual_seed(1)
-        model = GPT(config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        folder = tmp_path / "dense"
-        folder.mkdir()
-        torch.save(model.to(dtype).state_dict(), folder / "lit_model.pth")
-        save_config(config, folder)
-        copy_config_files(tiny_tokenizer_dir, folder)
-        return folder
-
-    return make
 
 
 def run(folder: Path, *flags: object) -> int:
@@ -131,7 +99,7 @@ def test_training_goes_on_from_where_the_dense_model_stood(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("dense.yaml").write_text(yaml.dump(DENSE), encoding="utf-8")
+    Path("dense.yaml").write_text(yaml.dump(DENSE_CONFIG), encoding="utf-8")
     init_args = {"train_data_path": str(tiny_data / "train"), "val_data_path": str(tiny_data / "val")}
     settings = {
         "accelerator": "cpu",

@@ -200,6 +200,7 @@ def test_a_shifted_load_neither_recompiles_nor_breaks_the_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_inductor_gives_eager_s_outputs_and_gradients() -> None:
     torch.compiler.set_stance("default")
     _, layer = pair(LLaMAMoE, torch.float32, n_shared_expert=1)

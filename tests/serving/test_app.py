@@ -19,6 +19,7 @@ from conftest import OFFLINE, ROOT, SENTENCE, wait_until
 from helpers.server import Running, complete, post, serving
 
 from generate import main
+from litgpt_moe.serving import engine
 
 pytestmark = pytest.mark.usefixtures("eager")
 SMILE = "Tom \N{GRINNING FACE} saw a cat."
@@ -207,7 +208,7 @@ def test_an_unknown_error_is_told_as_one_and_logged(
     def fail(*_: Any) -> None:
         raise RuntimeError("of the device")
 
-    monkeypatch.setattr(tiny.engine.watch, "stop", fail)
+    monkeypatch.setattr(engine, "next_with_routing", fail)
     with pytest.raises(openai.APIError, match="an error in the server"):
         for _ in complete(tiny, stream=stream, routing=True):
             pass

@@ -117,7 +117,7 @@ def test_any_parameters_are_checked_or_told(changes: dict[str, Any], tiny: Runni
     except ApiError as error:
         assert error.status in (400, 404) and error_response(error).body
     else:
-        assert request.sampling and 1 <= len(request.prompts) * request.n <= MAX_CHOICES
+        assert request.sampling and 1 <= len(request.prompts) * request.body.n <= MAX_CHOICES
 
 
 def test_extreme_settings_draw_a_token(tiny: Running) -> None:

@@ -58,6 +58,7 @@ def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.Ca
     assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_benchmark_startup_times_the_help_of_each_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert startup.main(["--help_only", "--rounds", "1"]) == 0
     seconds = json.loads(capsys.readouterr().out)["help_s"]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from helpers.runs import edit_yaml, refusal
 
+from litgpt_moe.files import FolderInUse
 from litgpt_moe.training import checks
 from litgpt_moe.training.checks import train_problems
 from litgpt_moe.training.parse import ROOT, load_settings
@@ -214,7 +215,7 @@ def test_a_negative_number_of_machines_is_named_by_its_key() -> None:
 def test_a_second_run_into_a_live_folder_is_refused_whatever_lies_there() -> None:
     with checks.run_lock(Path("out")):
         for flags in ([], ["--resume", "auto"], ["--overwrite"]):
-            with pytest.raises(ValueError) as raised:
+            with pytest.raises(FolderInUse) as raised:
                 set_up(["--config", "train_config.yaml", *flags])
             assert str(raised.value).startswith(f"out: a run is live there (process {os.getpid()} on ")
     assert set_up(["--config", "train_config.yaml"]).n_steps == 8

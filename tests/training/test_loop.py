@@ -90,8 +90,8 @@ def test_a_run_that_ends_early_changes_litgpt_s_settings_and_not_its_own() -> No
     before = plain_settings(hooks.run.settings)
     hooks.judge.stops.reason = "SIGTERM"
     optimizer = SimpleNamespace(defaults={"lr": 0.01}, param_groups=[{"lr": 0.0}])
-    fabric = SimpleNamespace(device=torch.device("cpu"), world_size=1)
-    hooks.before_step(fabric, optimizer, torch.tensor(1.0))
+    hooks.fabric = SimpleNamespace(strategy=SingleDeviceStrategy())
+    hooks.before_step(optimizer, torch.tensor(1.0))
     assert hooks.ending == "SIGTERM" and hooks.train_args.save_interval == 1
     assert hooks.run.settings.train.save_interval == 4
     assert plain_settings(hooks.run.settings) == before

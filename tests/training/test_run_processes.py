@@ -75,7 +75,7 @@ def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no NCCL, which FSDP wants on GPUs")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sharded_processes_train_as_one_and_either_resumes_the_other(tied: bool) -> None:
     flags = ["--max_tokens", 20 * 256, "--micro_batch_size", 1, "--train.tie_embeddings", tied, *BALANCED]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
@@ -98,7 +98,8 @@ def test_sharded_processes_train_as_one_and_either_resumes_the_other(tied: bool)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
-@pytest.mark.parametrize("reached", ["one", "both"])  # kill PID; Ctrl-C, scancel, torchrun
+# kill PID; Ctrl-C, scancel, torchrun
+@pytest.mark.parametrize("reached", ["both", pytest.param("one", marks=pytest.mark.slow)])
 def test_a_signal_to_one_or_both_of_two_processes_ends_them_after_the_same_step(reached: str) -> None:
     process = start("--max_tokens", 10**6 * 256, "--devices", 2, "--train.log_interval", 5)
     wait_for(lambda: Path("out/logs/csv/metrics.csv").exists(), process)

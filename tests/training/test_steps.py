@@ -6,8 +6,9 @@ import signal
 
 import pytest
 
-from litgpt_moe.training.guard import Guard, Spike
-from litgpt_moe.training.steps import Deadline, Judge, StopSignals, Verdict
+from litgpt_moe.checkpoints.layout import CheckpointArgs
+from litgpt_moe.training.settings import GuardArgs, Settings, TrainArgs
+from litgpt_moe.training.steps import Judge, Spike, StopSignals, Verdict
 
 
 def judge(
@@ -16,8 +17,12 @@ def judge(
     stops_on_full_disk: bool = False,
     world_size: int = 1,
 ) -> Judge:
-    deadline = Deadline(limit_s, began=100.0)
-    return Judge(Guard(6.0), 3, stops or StopSignals(), deadline, stops_on_full_disk, world_size)
+    settings = Settings(
+        train=TrainArgs(max_time=limit_s),
+        guard=GuardArgs(max_skipped_steps=3),
+        checkpoints=CheckpointArgs(on_full_disk="stop" if stops_on_full_disk else "continue"),
+    )
+    return Judge(settings, 100.0, stops or StopSignals(), world_size)
 
 
 def vote(judge: Judge, now: float = 100.0, failed_save: str | None = None) -> int:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("eager", "workspace")
 # --- exact resume and signals -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_never_stopped(
     name: str, at_step: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,7 +99,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from litgpt_moe.training.checks import run_lock\n"
-        "run_lock(Path('out')).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+        "lock = run_lock(Path('out')); lock.__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     if sys.platform == "win32":
         code = code.replace("os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)")

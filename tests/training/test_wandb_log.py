@@ -112,7 +112,7 @@ def test_the_checkpoints_that_the_settings_want_are_sent_with_what_they_reached(
     recorder = Recorder()
     monkeypatch.setattr(wandb_log, "connect", lambda *_: recorder)
     monkeypatch.setattr(
-        wandb_log.wandb_dataset,
+        wandb_log,
         "log_checkpoint",
         lambda experiment, folder, name, metadata: sent.append((folder.name, metadata)),
     )

@@ -23,10 +23,9 @@ import numpy as np
 
 from litgpt_moe.cli import run_command, run_script
 from litgpt_moe.data.batches import TokenBatches, TokenStream
-from litgpt_moe.data.encoding import PieceCache, StoryEncoder
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.data.tokenizer import PieceCache, StoryEncoder, read_tokenizer_facts
 from litgpt_moe.files import write_json, write_whole
 from tools.benchmarks.machine import ROOT, machine, parse
 
