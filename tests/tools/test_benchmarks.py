@@ -20,7 +20,7 @@ from tools.benchmarks import (
     measure_gpu,
     startup,
     train,
-    train_times,
+    train_contestants,
 )
 
 # --- train ----------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def test_benchmark_train_compares_whole_steps_of_all(tmp_path: Path) -> None:
     assert figures["of_stock"] == pytest.approx(rates["ours"] / rates["stock"], rel=0.01)
     for shares in figures["share_of_step"].values():
         # which part is the longest is the machine's affair: the clock of a test measures its neighbours
-        assert list(shares) == list(train_times.PARTS) and 0 < sum(shares.values()) < 1.01
+        assert list(shares) == list(train_contestants.PARTS) and 0 < sum(shares.values()) < 1.01
         assert min(shares[part] for part in ("forward", "loss", "backward", "optimizer")) > 0
 
 

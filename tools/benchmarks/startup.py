@@ -40,26 +40,13 @@ torch.compiler.set_stance("force_eager")
 OURS = STOP_AT_FIRST_STEP + "import run_train; sys.exit(run_train.main(sys.argv[1:]))"
 STOCK = STOP_AT_FIRST_STEP + "from litgpt.__main__ import main; sys.exit(main())"
 
-MODEL: dict[str, object] = {
-    "name": "startup",
-    "block_size": 64,
-    "vocab_size": VOCABULARY,
-    "padded_vocab_size": VOCABULARY,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "rotary_percentage": 1.0,
-    "parallel_residual": False,
-    "bias": False,
-    "norm_class_name": "RMSNorm",
-}
-EXPERTS: dict[str, object] = {
-    "mlp_class_name": "LLaMAMoE",
-    "moe_intermediate_size": 32,
-    "n_expert": 8,
-    "n_expert_per_token": 2,
-}
+SIZES = {"block_size": 64, "vocab_size": VOCABULARY, "padded_vocab_size": VOCABULARY}
+SIZES |= {"n_layer": 2, "n_head": 2, "n_embd": 32}
+LLAMA = {"rotary_percentage": 1.0, "parallel_residual": False, "bias": False, "norm_class_name": "RMSNorm"}
+MODEL: dict[str, object] = {"name": "startup", **SIZES, **LLAMA}
 DENSE: dict[str, object] = {"mlp_class_name": "LLaMAMLP", "intermediate_size": 64}
+EXPERTS: dict[str, object] = {"mlp_class_name": "LLaMAMoE", "moe_intermediate_size": 32}
+EXPERTS |= {"n_expert": 8, "n_expert_per_token": 2}
 
 
 @dataclass(frozen=True)

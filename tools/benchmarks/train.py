@@ -82,8 +82,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
 
     from litgpt_moe.config import MoEConfig
     from litgpt_moe.hardware import peak_flops, peak_memory_gb, pick_device, will_compile
-    from tools.benchmarks.train_contestants import contestants, make_run
-    from tools.benchmarks.train_times import share_of_parts, step_times
+    from tools.benchmarks.train_contestants import contestants, make_run, share_of_parts, step_times
 
     config = MoEConfig.from_file(settings.model_config, **override)
     # with the FLOPs of the experts that a token visits

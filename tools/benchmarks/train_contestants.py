@@ -1,15 +1,22 @@
-"""The runs that train.py compares: ours, stock LitGPT's, dense ones."""
+"""The runs that train.py compares, ours, stock LitGPT's and dense ones, and how they are timed."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+import io
+import itertools
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import lightning as L
 import torch
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from litgpt import Tokenizer, pretrain
 from litgpt.config import Config
 from litgpt.data import DataModule
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 from litgpt_moe.config import MoEConfig, model_facts
@@ -19,16 +26,26 @@ from litgpt_moe.hardware import DTYPES, mallopt, pick_device, training_device, w
 from litgpt_moe.kernels.choice import choose_way
 from litgpt_moe.kernels.matmul import prefers_onednn
 from litgpt_moe.kernels.triton import has_triton
+from litgpt_moe.training import loop
 from litgpt_moe.training.run import Run, to_litgpt
 from litgpt_moe.training.settings import BalanceArgs, EvalArgs, Settings, TrainArgs
 from litgpt_moe.training.steps import StopSignals
 from run_train import train
-from tools.benchmarks.train_times import LEFT_OUT, quiet
 
 if TYPE_CHECKING:
     from tools.benchmarks.train import TrainBenchmark
 
 Train = Callable[[Run], None]
+PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
+LEFT_OUT = 2  # first steps of a run: allocations, compilation
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what is printed in here to itself."""
+    sink = io.StringIO()
+    with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        yield
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -160,3 +177,83 @@ def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]
     if has_triton(device.type, dtype) and choose_way(config, device, dtype) != "triton":
         kinds["ours, Triton"] = (train_by_triton, config)
     return kinds
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def step_ends(train: Callable[[], None]) -> list[float]:
+    """Return when each step of a run ends."""
+    ends: list[float] = []
+
+    def note_end(optimizer: Any, *_: Any) -> None:
+        if type(optimizer).__name__ == "AdamW":
+            ends.append(_now())
+
+    hook = register_optimizer_step_post_hook(note_end)
+    try:
+        with quiet():
+            train()
+    finally:
+        hook.remove()
+    return ends
+
+
+def step_times(train: Callable[[], None]) -> list[float]:
+    """Return the seconds of each step but the first ones."""
+    return [end - start for start, end in itertools.pairwise(step_ends(train)[LEFT_OUT - 1 :])]
+
+
+@contextlib.contextmanager
+def part_times() -> Iterator[list[tuple[str, float, float]]]:
+    """Yield (part, start, end) of each of its calls in here; a call within another counts as the outer."""
+    spans: list[tuple[str, float, float]] = []
+    busy = False
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal busy
+            if busy:
+                return function(*args, **kwargs)
+            busy, started = True, _now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                busy = False
+                spans.append((part, started, _now()))
+
+        return call
+
+    ours = loop.TrainingFabric
+    places = [
+        ("data", pretrain.CycleIterator, "__next__"),
+        ("forward", _FabricModule, "forward"),
+        ("loss", pretrain, "chunked_cross_entropy"),
+        ("loss", loop, "linear_cross_entropy"),
+        ("optimizer", _FabricOptimizer, "step"),
+        *(("backward", kind, "backward") for kind in (ours, L.Fabric)),
+        *(("optimizer", kind, "clip_gradients") for kind in (ours, L.Fabric)),
+        *(("logging", kind, "log_dict") for kind in (ours, L.Fabric)),
+    ]
+    with contextlib.ExitStack() as patches:
+        for part, owner, name in places:
+            patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        yield spans
+
+
+def share_of_parts(train: Callable[[], None], n_steps: int) -> dict[str, float]:
+    """Return part -> its share of the time of the timed steps."""
+    with part_times() as spans:
+        ends = step_ends(train)
+    begin, end = ends[LEFT_OUT - 1], ends[LEFT_OUT + n_steps - 1]
+    shares: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for part, started, ended in spans:  # a step ends inside its optimizer's call
+        shares[part] += max(0.0, min(ended, end) - max(started, begin)) / (end - begin)
+    return {part: round(share, 3) for part, share in shares.items()}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
