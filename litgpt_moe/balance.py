@@ -7,25 +7,23 @@ log. Axes: N tokens, K experts per token, E experts, L layers.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 import torch.nn as nn
 from litgpt.model import LLaMAMoE
-
-if TYPE_CHECKING:
-    from moe_layers import MoE
 
 # LitGPT's and Hugging Face's name of the selection bias
 BIAS_NAME = "e_score_correction_bias"
 STATISTICS = ("load_imbalance", "dead_experts", "router_entropy", "aux_loss", "z_loss")
 
 
-def layers_of(model: nn.Module) -> "dict[int, MoE]":
+def layers_of(model: nn.Module) -> dict[int, Any]:
     """Return the model's MoE layers by the index of their block; dense blocks are left out."""
+    # Any: each is a moe_layers.MoE, whose module imports this one
     blocks = enumerate(model.get_submodule("transformer.h").children())
     layers = {index: getattr(block, "mlp", None) for index, block in blocks}
-    return {index: cast("MoE", mlp) for index, mlp in layers.items() if isinstance(mlp, LLaMAMoE)}
+    return {index: mlp for index, mlp in layers.items() if isinstance(mlp, LLaMAMoE)}
 
 
 # --- the two losses and how they reach the gradients --------------------------------------------------------

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import lightning as L
@@ -31,9 +31,7 @@ from litgpt_moe.training.run import Run, to_litgpt
 from litgpt_moe.training.settings import BalanceArgs, EvalArgs, Settings, TrainArgs
 from litgpt_moe.training.steps import StopSignals
 from run_train import train
-
-if TYPE_CHECKING:
-    from tools.benchmarks.train import TrainBenchmark
+from tools.benchmarks.train_settings import TrainBenchmark
 
 Train = Callable[[Run], None]
 PARTS = ("data", "forward", "loss", "backward", "optimizer", "logging")
@@ -81,7 +79,7 @@ class RandomTokens(DataModule):
         return self._loader(2)
 
 
-def make_run(benchmark: "TrainBenchmark", config: MoEConfig, folder: Path) -> Run:
+def make_run(benchmark: TrainBenchmark, config: MoEConfig, folder: Path) -> Run:
     """Return a run for `config`: no checkpoints but the last, no validation."""
     length = benchmark.max_seq_length or config.block_size
     n_steps, batch = LEFT_OUT + benchmark.steps, benchmark.micro_batch_size * benchmark.accumulation
