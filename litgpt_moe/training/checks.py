@@ -137,22 +137,18 @@ def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -
 # --- settings and the machine -------------------------------------------------------------------------------
 
 
-def tokenizer_problems(settings: Settings, n_rows: int) -> list[str]:
-    """Return a sentence if the tokenizer in place cannot be used by a model of `n_rows` vocabulary rows."""
+def check_tokenizer(settings: Settings, n_rows: int) -> None:
+    """Raise ValueError if the tokenizer in place cannot be used by a model of `n_rows` vocabulary rows."""
     folder = settings.tokenizer_dir
     if folder.exists() and not folder.is_dir():
-        return [f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json"]
-    try:
-        size = vocabulary_size(folder)
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    if size is None or size <= n_rows:
-        return []
-    return [
-        f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {settings.model_config} "
-        f"is {n_rows}; "
-        "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
-    ]
+        raise ValueError(f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json")
+    size = vocabulary_size(folder)
+    if size is not None and size > n_rows:
+        raise ValueError(
+            f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {settings.model_config} "
+            f"is {n_rows}; "
+            "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
+        )
 
 
 def warn_of_unused_rows(settings: Settings, n_rows: int) -> None:
@@ -172,52 +168,54 @@ def vocabulary_size(tokenizer_dir: Path) -> int | None:
     return read_tokenizer_facts(tokenizer_dir).vocab_size if is_there else None
 
 
-def memory_problems(settings: Settings, facts: ModelFacts, precision: str, world_size: int) -> list[str]:
-    """Return a sentence if the weights and their gradients alone are more than the machine's memory."""
+def check_memory(settings: Settings, facts: ModelFacts, precision: str, world_size: int) -> None:
+    """Raise ValueError if the weights and their gradients alone are more than the machine's memory."""
     needed = 2 * facts.total_params * (2 if precision.endswith("16-true") else 4)
     has = memory_bytes()
     if has_cuda() and settings.accelerator in ("auto", "cuda", "gpu"):
         has = torch.cuda.mem_get_info()[1] * world_size
-    if needed <= has:
-        return []
-    return [
-        f"{settings.model_config}: {facts.total_params:,} parameters and their gradients need "
-        f"{needed / 1e9:.4g} GB of memory but there are {has / 1e9:.4g}; choose a smaller model"
-    ]
+    if needed > has:
+        raise ValueError(
+            f"{settings.model_config}: {facts.total_params:,} parameters and their gradients need "
+            f"{needed / 1e9:.4g} GB of memory but there are {has / 1e9:.4g}; choose a smaller model"
+        )
 
 
-def out_dir_problems(
-    settings: Settings, resume: OpenCheckpoint | None, initial: OpenCheckpoint | None
-) -> list[str]:
-    """Return a sentence if the output directory holds another run, or cannot be written."""
+def check_out_dir(
+    settings: Settings,
+    resume: OpenCheckpoint | None,
+    initial: OpenCheckpoint | None,
+    checkpoint_bytes: int,
+    n_steps_left: int,
+) -> None:
+    """Raise ValueError if the output directory holds another run, cannot be written, or has no room."""
     out_dir = settings.out_dir
     if initial and settings.overwrite and out_dir.resolve() in initial.file.resolve().parents:
-        return [
+        raise ValueError(
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
-        ]
+        )
     earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
     if earlier and resume is None and not settings.overwrite:
         is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))
         way_on = "continue it with --resume auto" if is_whole else "none of it can be continued"
-        return [
+        raise ValueError(
             f"{out_dir} already holds a run ({earlier[0].name}); {way_on}, "
             "choose another --out_dir, or delete it with --overwrite"
-        ]
+        )
     # a file above out_dir counts too: nothing can lie in it
     parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        return [f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir"]
-    return []
+        raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
+    _check_disk(settings, checkpoint_bytes, n_steps_left)
 
 
-def disk_problems(settings: Settings, checkpoint_bytes: int, n_steps_left: int) -> list[str]:
-    """Return a sentence if not even one checkpoint fits the disk; warn if not all of the run's do."""
+def _check_disk(settings: Settings, checkpoint_bytes: int, n_steps_left: int) -> None:
     out_dir = settings.out_dir
     free = shutil.disk_usage(existing_parent(out_dir)).free
     if free < checkpoint_bytes:
-        return [
+        raise ValueError(
             f"{out_dir}: a checkpoint needs {checkpoint_bytes:,} bytes but {free:,} are free; make room there"
-        ]
+        )
     n_saves = 1 + n_steps_left // (settings.train.save_interval or n_steps_left or 1)
     # the one that is being written, and final/
     n_at_once = min(n_saves, (settings.checkpoints.keep_last or n_saves) + 2)
@@ -226,4 +224,3 @@ def disk_problems(settings: Settings, checkpoint_bytes: int, n_steps_left: int) 
             f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
             "set checkpoints.keep_last, raise train.save_interval or make room."
         )
-    return []

@@ -21,14 +21,13 @@ from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.loss import LossHead, defer_head
+from litgpt_moe.training import steps
 from litgpt_moe.training.batches import TrainLoader
-from litgpt_moe.training.csv_log import RunLogs
-from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_row, validation_row
+from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.schedule import learning_rate, warmup_steps
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
-from litgpt_moe.training.steps import Judge, RunFailed, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
 
 # of a slow disk, until a first save has been timed
@@ -47,14 +46,14 @@ class LoopHooks:
     head: LossHead | None
     loader: TrainLoader
 
-    def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
+    def __init__(self, run: Run, stops: steps.StopSignals, train_args: TrainArgs) -> None:
         settings = run.settings
         self.run, self.train_args, self.step = run, train_args, run.start_step
         self.ending = ""
         """Why the run ends after this step, if it does."""
-        self.judge = Judge(settings, run.started, stops, run.world_size)
+        self.judge = steps.Judge(settings, run.started, stops, run.world_size)
         self.guard = self.judge.guard
-        self.clock, self.logs = Clock(run.start_step), RunLogs(settings.out_dir / "logs", run.config)
+        self.clock, self.logs = steps.Clock(run.start_step), RunLogs(settings.out_dir / "logs", run.config)
         self.metrics, self.stories = MetricLog(run, self.logs), StoryLog(self.logs.stories, run)
         text = saved_text(settings)
         self.writer = CheckpointWriter(settings.out_dir, settings.checkpoints, text, self.metrics.print)
@@ -95,7 +94,7 @@ class LoopHooks:
         self.figures = StepFigures(loss, grad_norm, self._set_learning_rate(optimizer))
         verdict = self.judge.verdict(loss, grad_norm, round(votes), failed_save)
         if verdict.fail:
-            raise RunFailed(verdict.fail)
+            raise steps.RunFailed(verdict.fail)
         if verdict.end:
             self.ending = verdict.end
             # LitGPT reads this copy of the settings, which is its own, after each step: it saves, then ends
@@ -130,7 +129,7 @@ class LoopHooks:
         in_epoch = len(self.loader) / run.accumulation if args.train.lr_warmup_fraction else 0.0
         return warmup_steps(args.schedule, args.train, run.n_steps, run.tokens_per_step, in_epoch)
 
-    def _skip(self, optimizer: Optimizer, verdict: Verdict) -> None:
+    def _skip(self, optimizer: Optimizer, verdict: steps.Verdict) -> None:
         balance.discard_step_load(self.gpt)
         # an optimizer leaves weights without a gradient as they are
         optimizer.zero_grad(set_to_none=True)
@@ -141,7 +140,7 @@ class LoopHooks:
             self.writer.wait()
             saved = checkpoints_of(self.run.settings.out_dir)
             way_on = f"continue from {saved[0]} with --resume auto" if saved else "there is no checkpoint yet"
-            raise RunFailed(f"{problem} in {n} steps in a row; lower optimizer.init_args.lr; {way_on}")
+            raise steps.RunFailed(f"{problem} in {n} steps in a row; lower optimizer.init_args.lr; {way_on}")
 
     def on_after_optimizer_step(self, strategy: Strategy, optimizer: Optimizer) -> None:
         """Move the selection bias, and count the step."""
@@ -215,12 +214,6 @@ class LoopHooks:
         self.guard.load_state_dict(saved.guard)
         self.stories.last_step = saved.told_step
         self.logs.keep(vars(saved))
-
-    def close(self, fabric: Fabric) -> None:
-        """Wait for the save in progress, and finish the loggers."""
-        self.writer.wait()
-        for logger in fabric.loggers:
-            logger.finalize("finished")
 
 
 def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:

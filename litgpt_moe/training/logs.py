@@ -1,69 +1,147 @@
-"""What a run reports: times and throughput, the row of metrics, the line or the bar on the terminal."""
+"""What a run reports: rows of metrics, in CSV files and as the line or the bar on the terminal."""
 
 import contextlib
+import csv
+import io
+import itertools
 import math
+import os
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.fabric.loggers.logger import Logger
+from litgpt import Config
 from tqdm import tqdm
 
+from litgpt_moe.balance import STATISTICS
 from litgpt_moe.cli import command_line
+from litgpt_moe.files import write_whole
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
-from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.run import Run
 
+METRICS_FILE = Path("csv/metrics.csv")
+STEP_COLUMNS = (
+    "step",
+    "total_tokens",
+    "time_s",
+    "iter",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "skipped_steps",
+    "tokens_per_s",
+    "mfu",
+    "flops",
+    "iter_time",
+    "remaining_time",
+    "peak_memory_gb",
+)
 
-class Clock:
-    """The time that training takes, over all processes that one run has had."""
 
-    def __init__(self, start_step: int) -> None:
-        self.start_step, self.began = start_step, time.perf_counter()
-        # of the processes that this one resumes
-        self.earlier_s = 0.0
-        self.longest_step_s = 0.0
-        self.first_step_at = self.last_step_at = 0.0
-        self._row_step, self._row_s = start_step, 0.0
-        self._paused_s = 0.0
+def metric_columns(config: Config) -> list[str]:
+    """Return the columns of metrics.csv: of the step, of each MoE layer's router, of a validation."""
+    has_experts = config.mlp_class_name == "LLaMAMoE"
+    # as litgpt.model.Block decides it
+    blocks = range(config.first_k_dense_replace or 0, config.n_layer) if has_experts else []
+    router = [f"moe/{name}/layer_{layer:02d}" for layer in blocks for name in STATISTICS]
+    return [*STEP_COLUMNS, *router, "val_loss", "val_ppl"]
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far, with validation and saving."""
-        return self.earlier_s + time.perf_counter() - self.began
 
-    def resume(self, earlier_s: float) -> None:
-        """Go on from the seconds that a checkpoint holds."""
-        self.earlier_s = self._row_s = earlier_s
+class CsvLog:
+    """A CSV file with given columns. Only rank 0 writes; callers need not check.
 
-    def end_step(self) -> None:
-        """Note that an optimizer step has ended."""
-        now = time.perf_counter()
-        self.longest_step_s = max(self.longest_step_s, now - (self.last_step_at or self.began))
-        self.last_step_at = now
-        self.first_step_at = self.first_step_at or now
+    Lightning's CSVLogger opens a new file at each resume, and loses the last rows of a run.
+    """
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave a validation out of the rate of the next row."""
-        started = time.perf_counter()
-        yield
-        self._paused_s += time.perf_counter() - started
+    def __init__(self, path: Path, columns: list[str]) -> None:
+        self.path, self.columns = path, columns
+        self.n_rows = 0
+        # rows that wait while another program (Windows, a spreadsheet) has the file locked
+        self._waiting: list[dict[str, Any]] = []
 
-    def steps_per_s(self, step: int, seconds: float) -> float:
-        """Return the steps per second since the last call, validation left out; nan if no time has passed."""
-        n_steps, elapsed = step - self._row_step, seconds - self._row_s - self._paused_s
-        self._row_step, self._row_s, self._paused_s = step, seconds, 0.0
-        return n_steps / elapsed if elapsed > 0 else math.nan
+    def keep(self, n_rows: int) -> None:
+        """Keep the first rows, which were there when the checkpoint was made; later ones are written again.
 
-    def overall_steps_per_s(self, step: int) -> float | None:
-        """Return the steps per second from this process's first step to its last, None for fewer than two."""
-        n_steps, seconds = step - self.start_step - 1, self.last_step_at - self.first_step_at
-        return n_steps / seconds if n_steps > 0 and seconds > 0 else None
+        The file is rewritten whole with this log's columns, and behind them those that only the file has.
+        """
+        if not self.path.is_file() or not is_main_process():
+            return
+        # the last row may be torn or worse, if the machine stopped while it was written
+        with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
+            reader = csv.DictReader(line.replace("\0", "") for line in file)
+            names = [name for name in reader.fieldnames or [] if name]
+            rows = list(itertools.islice(reader, n_rows))
+        self.columns = list(dict.fromkeys([*self.columns, *names]))
+        self._rewrite(rows)
+        self.n_rows = len(rows)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; columns that it lacks stay empty."""
+        if not is_main_process():
+            return
+        self._waiting.append(row)
+        self.n_rows += 1
+        with contextlib.suppress(PermissionError):
+            if not self.path.is_file():
+                self._rewrite([])
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.columns).writerows(self._waiting)
+            self._waiting.clear()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        # a torn row may have more values than there are columns
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue())
+
+    def sync(self) -> None:
+        """Flush the rows to the disk, before a checkpoint counts on them."""
+        if self.path.is_file() and is_main_process():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+class RunLogs:
+    """The CSV files of a run; a checkpoint holds their lengths, so that a resumed run goes on behind them."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        experts = [f"e{expert}" for expert in range(config.n_expert or 0)]
+        spikes = ["step", "loss", "mean", "sigma", "grad_norm", "first_sequence"]
+        self.metrics = CsvLog(folder / METRICS_FILE, metric_columns(config))
+        self.spikes = CsvLog(folder / "spikes.csv", spikes)
+        self.loads = CsvLog(folder / "expert_load.csv", ["step", "layer", *experts])
+        self.stories = CsvLog(folder / "stories.csv", ["step", "tokens", "prompt", "text"])
+        logs = (self.metrics, self.spikes, self.loads, self.stories)
+        self._by_key = dict(zip(("n_rows", "n_spikes", "n_loads", "n_stories"), logs, strict=True))
+
+    def lengths(self) -> dict[str, int]:
+        """Return the numbers of rows, by the keys that they have in a checkpoint."""
+        return {key: log.n_rows for key, log in self._by_key.items()}
+
+    def keep(self, lengths: dict[str, int]) -> None:
+        """Keep the rows that were there when the checkpoint with these lengths was made; {} keeps none."""
+        for key, log in self._by_key.items():
+            log.keep(lengths.get(key, 0))
+
+    def write_loads(self, step: int, layers: Iterable[int], counts: list[list[float]]) -> None:
+        """Write the tokens that each expert of each layer got, from the rows of router_statistics."""
+        for layer, numbers in zip(layers, counts, strict=True):
+            # behind the experts stand the sums of four statistics
+            load = {f"e{expert}": int(n) for expert, n in enumerate(numbers[:-4])}
+            self.loads.write({"step": step, "layer": layer, **load})
+
+    def sync(self) -> None:
+        """Flush all to the disk."""
+        for log in self._by_key.values():
+            log.sync()
 
 
 class StepFigures(NamedTuple):

@@ -112,15 +112,13 @@ def set_up(argv: list[str]) -> Run:
     facts = model_facts(config, settings.train.max_seq_length)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
     run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(settings, data))
-    parsed.add(checks.tokenizer_problems(settings, config.padded_vocab_size))
-    parsed.add(checks.memory_problems(settings, facts, precision, world_size))
+    parsed.attempt(checks.check_tokenizer, settings, config.padded_vocab_size)
+    parsed.attempt(checks.check_memory, settings, facts, precision, world_size)
     if resume:
         checked = (resume, settings, config, optimizer["class_path"], run.tokens_per_step)
         run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
-    parsed.add(
-        checks.out_dir_problems(settings, resume, initial)
-        or checks.disk_problems(settings, run.checkpoint_bytes, run.n_steps - run.start_step)
-    )
+    room = (run.checkpoint_bytes, run.n_steps - run.start_step)
+    parsed.attempt(checks.check_out_dir, settings, resume, initial, *room)
     parsed.raise_all()
     return run
 

@@ -1,8 +1,11 @@
-"""What is decided at each optimizer step: whether it counts, and whether the run goes on. Needs no LitGPT."""
+"""What is decided at each optimizer step (whether it counts, whether the run goes on), and the time steps take."""
 
+import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
@@ -48,6 +51,53 @@ class StopSignals:
         text = f"\n{self.reason}: finishing this step and saving; once more leaves at once.\n"
         # not print, which the signal may have interrupted
         os.write(2, text.encode())
+
+
+class Clock:
+    """The time that training takes, over all processes that one run has had."""
+
+    def __init__(self, start_step: int) -> None:
+        self.start_step, self.began = start_step, time.perf_counter()
+        # of the processes that this one resumes
+        self.earlier_s = 0.0
+        self.longest_step_s = 0.0
+        self.first_step_at = self.last_step_at = 0.0
+        self._row_step, self._row_s = start_step, 0.0
+        self._paused_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, with validation and saving."""
+        return self.earlier_s + time.perf_counter() - self.began
+
+    def resume(self, earlier_s: float) -> None:
+        """Go on from the seconds that a checkpoint holds."""
+        self.earlier_s = self._row_s = earlier_s
+
+    def end_step(self) -> None:
+        """Note that an optimizer step has ended."""
+        now = time.perf_counter()
+        self.longest_step_s = max(self.longest_step_s, now - (self.last_step_at or self.began))
+        self.last_step_at = now
+        self.first_step_at = self.first_step_at or now
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave a validation out of the rate of the next row."""
+        started = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - started
+
+    def steps_per_s(self, step: int, seconds: float) -> float:
+        """Return the steps per second since the last call, validation left out; nan if no time has passed."""
+        n_steps, elapsed = step - self._row_step, seconds - self._row_s - self._paused_s
+        self._row_step, self._row_s, self._paused_s = step, seconds, 0.0
+        return n_steps / elapsed if elapsed > 0 else math.nan
+
+    def overall_steps_per_s(self, step: int) -> float | None:
+        """Return the steps per second from this process's first step to its last, None for fewer than two."""
+        n_steps, seconds = step - self.start_step - 1, self.last_step_at - self.first_step_at
+        return n_steps / seconds if n_steps > 0 and seconds > 0 else None
 
 
 class Verdict(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY_CONFIG
 
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.training.csv_log import CsvLog, RunLogs, metric_columns
+from litgpt_moe.training.logs import CsvLog, RunLogs, metric_columns
 
 
 def lines(log: CsvLog) -> list[str]:
