@@ -179,9 +179,6 @@ def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]
     return kinds
 
 
-# --- measuring ----------------------------------------------------------------------------------------------
-
-
 def step_ends(train: Callable[[], None]) -> list[float]:
     """Return when each step of a run ends."""
     ends: list[float] = []
