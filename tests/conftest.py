@@ -391,7 +391,7 @@ def llama_style(tiny_tokenizer_dir: Path) -> "Tokenizer":
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
     """Have something happen while a step is computed, as a signal does."""
-    from litgpt_moe.training.steps import Guard
+    from litgpt_moe.training.guard import Guard
 
     def schedule(step: int, act: Callable[[], object]) -> None:
         count_bad, calls = Guard.count_bad, []

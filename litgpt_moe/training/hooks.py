@@ -25,9 +25,10 @@ from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_row, validation_row
 from litgpt_moe.training.run import Run
+from litgpt_moe.training.schedule import learning_rate, warmup_steps
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
-from litgpt_moe.training.steps import Judge, RunFailed, StopSignals, Verdict, learning_rate, warmup_steps
+from litgpt_moe.training.steps import Judge, RunFailed, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
 
 # of a slow disk, until a first save has been timed

@@ -15,8 +15,8 @@ from litgpt_moe.cli import command_line
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
 from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.run import Run
-from litgpt_moe.training.steps import Spike
 
 
 class Clock:

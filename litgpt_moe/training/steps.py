@@ -1,18 +1,14 @@
-"""What is decided at each optimizer step: its learning rate, whether it counts, whether the run goes on.
+"""What is decided at each optimizer step: whether it counts, and whether the run goes on. Needs no LitGPT."""
 
-Needs no LitGPT.
-"""
-
-import math
 import os
 import signal
-import statistics
 import threading
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
 from litgpt_moe.cli import WorkFailed
-from litgpt_moe.training.settings import ScheduleArgs, Settings, TrainArgs
+from litgpt_moe.training.guard import Guard, Spike
+from litgpt_moe.training.settings import Settings
 
 
 class Ending(Exception):
@@ -52,51 +48,6 @@ class StopSignals:
         text = f"\n{self.reason}: finishing this step and saving; once more leaves at once.\n"
         # not print, which the signal may have interrupted
         os.write(2, text.encode())
-
-
-class Spike(NamedTuple):
-    """The losses before a step whose own loss is far above them."""
-
-    mean: float
-    sigma: float
-
-
-class Guard:
-    """Finds steps whose loss or gradient is not finite, or whose loss is far above those before."""
-
-    # a loss is compared with the 128 before it, as OLMo-core's SkipStepOptimizer does, once there are 32
-    WINDOW, FEWEST = 128, 32
-
-    def __init__(self, spike_sigma: float) -> None:
-        self.spike_sigma = spike_sigma
-        self.n_skipped = self.n_in_a_row = 0
-        self.losses: list[float] = []
-
-    def count_bad(self, loss: float, norm: float) -> bool:
-        """Count a step; return whether it is bad, its loss or gradient not finite, and must be skipped."""
-        bad = not (math.isfinite(loss) and math.isfinite(norm))
-        self.n_in_a_row = self.n_in_a_row + 1 if bad else 0
-        self.n_skipped += bad
-        return bad
-
-    def add_loss(self, loss: float) -> Spike | None:
-        """Remember a loss; return the mean and standard deviation before it, if it is a spike."""
-        before, found = self.losses, None
-        if self.spike_sigma and len(before) >= self.FEWEST:
-            mean, sigma = statistics.fmean(before), statistics.pstdev(before)
-            # 1e-6: equal losses, as of a model that does not learn, have no deviation at all
-            found = Spike(mean, sigma) if loss > mean + self.spike_sigma * max(sigma, 1e-6) else None
-        self.losses = [*before, loss][-self.WINDOW :]
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counts and losses, for a checkpoint."""
-        return {"n_skipped": self.n_skipped, "n_in_a_row": self.n_in_a_row, "losses": self.losses}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the counts and losses of a checkpoint."""
-        self.n_skipped, self.n_in_a_row = state["n_skipped"], state["n_in_a_row"]
-        self.losses = state["losses"]
 
 
 class Verdict(NamedTuple):
@@ -148,37 +99,3 @@ class Judge:
             give_up = self.guard.n_in_a_row >= self.settings.guard.max_skipped_steps
             return Verdict(end=end, skip=True, give_up=give_up)
         return Verdict(end=end, spike=self.guard.add_loss(loss))
-
-
-def learning_rate(
-    args: ScheduleArgs, step: int, n_steps: int, warmup_steps: int, peak: float, lowest: float
-) -> float:
-    """Return the learning rate of optimizer step 1 <= `step` <= `n_steps`; a decay ends at `lowest`.
-
-    It counts optimizer steps and not, as litgpt 0.5.13 does, micro-batches, so that neither the number of
-    devices nor micro_batch_size changes it.
-    """
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    if args.name == "constant":
-        return peak
-    if args.name == "cosine":
-        done = (step - warmup_steps) / max(1, n_steps - warmup_steps)
-        return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * done))
-    n_decay = min(round(args.decay_fraction * n_steps), n_steps - warmup_steps)
-    done = max(0.0, (step - (n_steps - n_decay)) / n_decay) if n_decay else 0.0
-    # warmup-stable-decay with 1 - sqrt: Haegele et al., arxiv.org/abs/2405.18392, eq. 2
-    return lowest + (peak - lowest) * (1 - math.sqrt(done))
-
-
-def warmup_steps(
-    args: ScheduleArgs, train: TrainArgs, n_steps: int, tokens_per_step: int, steps_per_epoch: float
-) -> int:
-    """Return the optimizer steps of linear warm-up, at most all `n_steps`."""
-    if args.warmup_tokens is not None:
-        steps = math.ceil(args.warmup_tokens / tokens_per_step)
-    elif train.lr_warmup_fraction:
-        steps = math.ceil(train.lr_warmup_fraction * steps_per_epoch)
-    else:
-        steps = train.lr_warmup_steps or 0
-    return min(steps, n_steps)

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT
 from helpers.runs import assert_same_run, loss_times, losses, rows, run, weights
 
+from litgpt_moe.training.guard import Guard
 from litgpt_moe.training.hooks import LoopHooks
-from litgpt_moe.training.steps import Guard
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 

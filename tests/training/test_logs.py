@@ -9,9 +9,9 @@ from conftest import TINY_CONFIG
 
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.logs import Clock, MetricLog, StepFigures, metric_line, metric_row, validation_row
 from litgpt_moe.training.settings import Settings, TrainArgs
-from litgpt_moe.training.steps import Spike
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Literal
 import pytest
 from helpers.runs import edit_yaml, rows, run
 
+from litgpt_moe.training.schedule import learning_rate, warmup_steps
 from litgpt_moe.training.settings import ScheduleArgs, TrainArgs
-from litgpt_moe.training.steps import learning_rate, warmup_steps
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import signal
 import pytest
 
 from litgpt_moe.checkpoints.layout import CheckpointArgs
+from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.settings import GuardArgs, Settings, TrainArgs
-from litgpt_moe.training.steps import Judge, Spike, StopSignals, Verdict
+from litgpt_moe.training.steps import Judge, StopSignals, Verdict
 
 
 def judge(
