@@ -30,18 +30,6 @@ class UpcycleSettings:
     """Seed of router and noise."""
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raise ValueError with a line per flag that is out of range."""
-    rules = [
-        ("n_expert", args.n_expert >= 2, "2 or more"),
-        ("n_expert_per_token", args.n_expert_per_token >= 1, "1 or more"),
-        ("noise", 0 <= args.noise < math.inf, "0 (off) or more; 0.01 is little"),
-        ("seed", 0 <= args.seed < 2**63, "0 or more"),
-    ]
-    if problems := [f"{name} is {getattr(args, name)}; choose {rule}" for name, ok, rule in rules if not ok]:
-        raise ValueError("\n".join(problems))
-
-
 def run(args: argparse.Namespace) -> str:
     """Write the checkpoint and return lines that say what it is and what to do next."""
     import torch
@@ -53,7 +41,14 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop import upcycle
 
-    check_args(args)
+    rules = [
+        ("n_expert", args.n_expert >= 2, "2 or more"),
+        ("n_expert_per_token", args.n_expert_per_token >= 1, "1 or more"),
+        ("noise", 0 <= args.noise < math.inf, "0 (off) or more; 0.01 is little"),
+        ("seed", 0 <= args.seed < 2**63, "0 or more"),
+    ]
+    if problems := [f"{name} is {getattr(args, name)}; choose {rule}" for name, ok, rule in rules if not ok]:
+        raise ValueError("\n".join(problems))
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)
     check_new_folder(args.out, 0)
     folder = find_checkpoint(args.dense)

@@ -140,3 +140,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"the state of its random generators cannot be set ({reason})") from error
+
+
+def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int) -> int | None:
+    """Return the tokens trained on over all devices; None where that is not recorded."""
+    train = settings.get("train") or {}
+    steps, batch = state.get("step_count"), train.get("global_batch_size")
+    if not isinstance(steps, int) or not isinstance(batch, int):
+        return None
+    return steps * batch * (train.get("max_seq_length") or block_size)

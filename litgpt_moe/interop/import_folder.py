@@ -25,9 +25,6 @@ FILE_NAME = re.compile(r"[\w.-]{1,200}\.safetensors")  # an index may not point 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-# --- from the hub -------------------------------------------------------------------------------------------
-
-
 def fetch(repository: str, folder: Path) -> None:
     """Bring the files of a hub repository that are needed into `folder`; what is there already stays."""
     _download(repository, folder, ["config.json", SINGLE, INDEX, *TOKENIZER_FILES])
@@ -59,9 +56,6 @@ def _check_arrived(repository: str, folder: Path, names: list[str]) -> None:
 def _not_downloaded(name: str, repository: str, reason: str) -> str:
     where = f"{name} of {repository} could not be downloaded from {constants.ENDPOINT}"
     return f"{where} ({reason.split('. ')[0]}); check the name and HF_ENDPOINT, or give a folder"
-
-
-# --- from a folder ------------------------------------------------------------------------------------------
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -41,7 +41,15 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     LitGPT puts BOS before a text if `add_bos_token` says so, and removes one otherwise; where the key is
     missing it guesses by the names of class and folder. So the key is always written.
     """
-    tokenizer = _read(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer.json; AutoTokenizer's save_pretrained writes one"
+        )
+    try:
+        tokenizer = FastTokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
+        raise ValueError(f"{path} is not readable ({str(error)[:100]})") from None
     files = read_files(folder, TOKENIZER_FILES)
     settings, ids, model = (
         read_json(folder / name)  # {} for a file that is not there
@@ -49,7 +57,9 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     )
     for kind in ("bos", "eos"):
         token, key = f"{kind}_token", f"{kind}_token_id"
-        number = _id_of(settings.get(token), tokenizer)
+        given = settings.get(token)
+        piece = given.get("content") if isinstance(given, dict) else given
+        number = tokenizer.token_to_id(piece) if isinstance(piece, str) else None
         if number is None:
             several = ids.get(key, model.get(key))
             number = several[0] if isinstance(several, list) and several else several
@@ -63,19 +73,3 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     for name, content in (("tokenizer_config.json", settings), ("generation_config.json", ids)):
         files[name] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
     return files, tokenizer.get_vocab_size()
-
-
-def _read(path: Path) -> FastTokenizer:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} holds no tokenizer.json; AutoTokenizer's save_pretrained writes one"
-        )
-    try:
-        return FastTokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
-        raise ValueError(f"{path} is not readable ({str(error)[:100]})") from None
-
-
-def _id_of(token: Any, tokenizer: FastTokenizer) -> int | None:
-    piece = token.get("content") if isinstance(token, dict) else token
-    return tokenizer.token_to_id(piece) if isinstance(piece, str) else None

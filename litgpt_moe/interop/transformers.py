@@ -40,9 +40,6 @@ COMPUTED_QWEN = {
 }
 
 
-# --- LitGPT -> Transformers ---------------------------------------------------------------------------------
-
-
 def to_hf_config(config: MoEConfig, tied: bool, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json of a checkpoint; `ids` has `bos_token_id` and `eos_token_id`.
 
@@ -119,9 +116,6 @@ def _by_kind(config: MoEConfig, weights: Weights, layer: str) -> list[tuple[MoEC
         is_first = match and int(match[1]) < (config.first_k_dense_replace or 0)
         (first if is_first else others)[name] = weight
     return [(dense, first), (config, others)]
-
-
-# --- Transformers -> LitGPT ---------------------------------------------------------------------------------
 
 
 def to_lit_config(path: Path, name: str, vocab_size: int) -> MoEConfig:

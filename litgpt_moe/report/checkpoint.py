@@ -7,9 +7,9 @@ import torch
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, RECORD_FILE, SETTINGS_FILE
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_state, weights_of
+from litgpt_moe.checkpoints.state import tokens_seen
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.files import read_json
-from litgpt_moe.interop.model_card import tokens_seen
 from litgpt_moe.yaml_files import read_mapping
 
 NEEDED = {
@@ -34,11 +34,17 @@ def describe(folder: Path, with_tensors: bool) -> dict[str, list[str]]:
     weights = weights_of(state, folder / CHECKPOINT_FILE)
     path = folder / SETTINGS_FILE
     settings = read_mapping(path, is_foreign=True) if path.is_file() else {}
+    given = [key for key in SETTINGS if settings.get(key) is not None]
+    given += [key for key in ("train", "optimizer", "data") if settings.get(key)]
+    tokenizer = "none"
+    if (folder / "tokenizer.json").is_file():
+        read = load_tokenizer(folder)
+        tokenizer = f"{read.vocab_size} pieces, bos {read.bos_id}, eos {read.eos_id}"
     sections = {
         "model": _describe_model(config, weights),
         "training": _describe_progress(state if "model" in state else {}, settings, config.block_size),
-        "settings": _describe_settings(settings),
-        "tokenizer": _describe_tokenizer(folder),
+        "settings": [f"  {key}: {settings[key]}" for key in given] or ["  none recorded"],
+        "tokenizer": [f"  {tokenizer}"],
     }
     return sections | ({"tensors": _describe_tensors(weights)} if with_tensors else {})
 
@@ -78,19 +84,6 @@ def _describe_progress(state: dict[str, Any], settings: dict[str, Any], block_si
     extras = [key for key in state if key not in ("model", *COUNTERS)]
     carried = f"can be resumed, it carries {', '.join(extras)}"
     return [*lines, f"  {carried if extras else 'weights only, cannot be resumed'}"]
-
-
-def _describe_settings(settings: dict[str, Any]) -> list[str]:
-    lines = [f"  {key}: {settings[key]}" for key in SETTINGS if settings.get(key) is not None]
-    lines += [f"  {key}: {settings[key]}" for key in ("train", "optimizer", "data") if settings.get(key)]
-    return lines or ["  none recorded"]
-
-
-def _describe_tokenizer(folder: Path) -> list[str]:
-    if not (folder / "tokenizer.json").is_file():
-        return ["  none"]
-    tokenizer = load_tokenizer(folder)
-    return [f"  {tokenizer.vocab_size} pieces, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"]
 
 
 def _describe_tensors(weights: dict[str, torch.Tensor]) -> list[str]:

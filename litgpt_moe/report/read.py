@@ -93,9 +93,6 @@ def read_run(folder: Path, name: str) -> RunLog:
     return RunLog(name, folder, train, val, heat, stories, spikes, *read_facts(folder))
 
 
-# --- logs ---------------------------------------------------------------------------------------------------
-
-
 def whole_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a log that may be written just now: the last one counts once it has its end."""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
@@ -159,9 +156,6 @@ def _as_columns(places: Places, rows: list[list[float]]) -> Columns:
     return dict(zip(places, np.array(rows).reshape(len(rows), len(places)).T, strict=True))
 
 
-# --- load of the experts ------------------------------------------------------------------------------------
-
-
 def read_heat(path: Path, n_rows: int) -> dict[str, Any] | None:
     """Return the load of each expert in at most 120 stretches of training, or None if it was not logged.
 
@@ -204,9 +198,6 @@ def read_loads(path: Path, stride: int) -> tuple[dict[int, dict[int, list[int]]]
                 step, layer, *counts = map(int, cells)
                 loads.setdefault(step, {})[layer] = counts
     return loads, n_expert
-
-
-# --- settings -----------------------------------------------------------------------------------------------
 
 
 def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:

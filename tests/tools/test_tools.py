@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from litgpt_moe.interop.model_card import tokens_seen
+from litgpt_moe.checkpoints.state import tokens_seen
 from tools import count_params, env_sanity_check, inspect_checkpoint, lock
 
 # --- lock ---------------------------------------------------------------------------------------------------

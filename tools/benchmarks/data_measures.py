@@ -15,6 +15,7 @@ import psutil
 from litgpt import Tokenizer
 from litgpt.data.text_files import tokenize
 
+from litgpt_moe.cli import WorkFailed
 from litgpt_moe.data.batches import TokenBatches, TokenStream
 from litgpt_moe.data.tokenizer import PieceCache, StoryEncoder, read_tokenizer_facts
 from tools.benchmarks.machine import ROOT
@@ -70,20 +71,15 @@ def tree_memory(pid: int) -> int:
     return total
 
 
-def write_big_text(path: Path, source: Path, megabytes: int) -> None:
-    """Write distinct stories of about that size: those of `source` again and again, numbered."""
+def benchmark_memory(source: Path, tokenizer_dir: Path, folder: Path, megabytes: int) -> dict[str, Any]:
+    """Return peak memory and speed of prepare_data.py on a file of that size."""
     stories = source.read_text(encoding="utf-8").split("\n<|endoftext|>\n")
-    path.parent.mkdir(parents=True)
-    number = 0
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    (folder / "train").mkdir(parents=True)
+    number = 0  # distinct stories: those of `source` again and again, numbered
+    with (folder / "train" / "big.txt").open("w", encoding="utf-8", newline="\n") as file:
         while file.tell() < megabytes * 1_000_000:
             number += 1
             file.write("".join(f"Story {number} {s}\n<|endoftext|>\n" for s in stories))
-
-
-def benchmark_memory(source: Path, tokenizer_dir: Path, folder: Path, megabytes: int) -> dict[str, Any]:
-    """Return peak memory and speed of prepare_data.py on a file of that size."""
-    write_big_text(folder / "train" / "big.txt", source, megabytes)
     arguments = ["--data_dir", str(folder), "--tokenizer_dir", str(tokenizer_dir)]
     peak, start = 0, time.perf_counter()
     command = [sys.executable, str(ROOT / "prepare_data.py"), *arguments]
@@ -92,7 +88,7 @@ def benchmark_memory(source: Path, tokenizer_dir: Path, folder: Path, megabytes:
             peak = max(peak, tree_memory(process.pid))
             time.sleep(0.02)
     if process.returncode:
-        raise RuntimeError(f"prepare_data.py ended with status {process.returncode}")
+        raise WorkFailed(f"prepare_data.py ended with status {process.returncode}")
     took = time.perf_counter() - start
     return {"megabytes": megabytes, "peak_mb": peak / 1e6, "seconds": took, "mb_per_s": megabytes / took}
 

@@ -66,9 +66,6 @@ def our_layers(case: Case) -> dict[str, Any]:
     return layers
 
 
-# --- Hugging Face, in an environment of its own -------------------------------------------------------------
-
-
 def make_hf_environment(folder: Path) -> Path:
     """Return the Python of an environment with the newest transformers and this torch, made if absent."""
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -126,9 +123,6 @@ class HuggingFace:
             self._process.stdin.close()
         self._process.wait()
         self._folder.cleanup()
-
-
-# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def measure(

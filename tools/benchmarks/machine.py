@@ -34,9 +34,12 @@ def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions."""
     import torch
 
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": _processor(),
+        "cpu": next(names, platform.processor() or platform.machine()),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "system": platform.system(),
@@ -51,10 +54,3 @@ def results_path(script: str, device: str) -> Path:
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else ""
     name = "_".join([Path(script).stem, *re.findall(r"\w+", gpu.lower())])
     return Path(script).parent / "results" / f"{name}.json"
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

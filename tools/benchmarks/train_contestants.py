@@ -118,7 +118,7 @@ def train_ours(run: Run) -> None:
 
 def train_with_litgpts_layers(run: Run) -> None:
     """Train as run_train.py does, every linear map but the head multiplied as torch does it."""
-    with mock.patch("litgpt_moe.training.model.use_fast_linear", lambda _: None):
+    with mock.patch("litgpt_moe.training.hooks.use_fast_linear", lambda _: None):
         train_ours(run)
 
 
@@ -175,9 +175,6 @@ def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]
     if has_triton(device.type, dtype) and choose_way(config, device, dtype) != "triton":
         kinds["ours, Triton"] = (train_by_triton, config)
     return kinds
-
-
-# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def step_ends(train: Callable[[], None]) -> list[float]:
