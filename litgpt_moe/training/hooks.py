@@ -215,6 +215,12 @@ class LoopHooks:
         self.stories.last_step = saved.told_step
         self.logs.keep(vars(saved))
 
+    def close(self, fabric: Fabric) -> None:
+        """Wait for the save in progress, and finish the loggers."""
+        self.writer.wait()
+        for logger in fabric.loggers:
+            logger.finalize("finished")
+
 
 def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
     """Balance the model in Fabric's `module`, and load the weights to start from.

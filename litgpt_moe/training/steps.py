@@ -1,6 +1,7 @@
-"""What is decided at each optimizer step (whether it counts, whether the run goes on), and the time steps take."""
+"""What is decided at each optimizer step (does it count, does the run go on), and how long steps take."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
