@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe import cli
+from litgpt_moe.cli import run_script
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training.settings import Settings, plain_settings
 
@@ -191,4 +192,4 @@ def open_out_dir(run: "Run", hooks: "LoopHooks") -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.run_script(main))
+    raise SystemExit(run_script(main))

@@ -9,6 +9,7 @@ from litgpt import Config
 from litgpt_moe.balance import has_selection_bias
 from litgpt_moe.checkpoints import reader
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints_of, find_checkpoint
+from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
 from litgpt_moe.training.settings import Settings
@@ -44,8 +45,9 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     out_dir = settings.out_dir if resume.lower() in ("auto", "true") else Path(resume)
     newest_first = checkpoints_of(out_dir)
     if out_dir is not settings.out_dir and not newest_first:
-        folder = find_checkpoint(out_dir)
-        return OpenCheckpoint(folder, reader.read_training_state(folder))
+        reader.verify_checkpoint(folder := find_checkpoint(out_dir))
+        # whether it holds more than weights is for check_resume to say, once the settings are right
+        return OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     for folder in newest_first:
         try:
             return OpenCheckpoint(folder, reader.read_training_state(folder))
@@ -74,6 +76,7 @@ def check_resume(
     opened: OpenCheckpoint, settings: Settings, config: Config, optimizer: str, tokens_per_step: int
 ) -> int:
     """Return the steps done in a checkpoint, or raise ValueError if these settings cannot continue it."""
+    check_state(opened.state, opened.folder)
     folder, step = opened.folder, opened.state["step_count"]
     reader.check_weights(folder, config, opened.weights)
     if settings.moe.bias_update_rate and not opened.has_selection_bias:

@@ -104,8 +104,6 @@ def set_up(argv: list[str]) -> Run:
     if is_main_process() and settings.out_dir.is_dir():
         with checks.run_lock(settings.out_dir):
             pass  # of a folder that a live run is changing nothing can be said
-    # before a checkpoint is opened
-    parsed.raise_all()
     resume = parsed.attempt(find_resume, settings)
     parsed.raise_all()
     initial = parsed.attempt(find_initial, settings, config)
