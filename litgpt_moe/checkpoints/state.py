@@ -94,10 +94,22 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
     torch's `load_state_dict` does not look, and the fused AdamW of torch 2.10 writes beyond smaller moments.
     """
+    for group in optimizer.param_groups:
+        kept = [set(optimizer.state[weight]) for weight in group["params"] if weight in optimizer.state]
+        if kept and (missing := set.union(*kept) - set.intersection(*kept)):
+            raise ValueError(f"optimizer.state has {min(missing)} for some weights of a group only")
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
-            shape = weight.shape if name in MOMENTS else torch.Size() if name == "step" else None
-            if shape is not None and isinstance(value, torch.Tensor) and value.shape != shape:
+            shape = weight.shape if name in MOMENTS else torch.Size()
+            # SGD without momentum keeps None, and some optimizers count steps by a plain number
+            is_plain = value is None if name in MOMENTS else isinstance(value, int | float)
+            if name not in (*MOMENTS, "step") or is_plain:
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"optimizer.state has a {name} that is a {type(value).__name__}, not a tensor"
+                )
+            if value.shape != shape:
                 shapes = f"{tuple(value.shape)}, its weight is of {tuple(weight.shape)}"
                 raise ValueError(f"optimizer.state has a {name} of {shapes}")
 

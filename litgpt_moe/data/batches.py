@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from litgpt_moe.cli import note
 from litgpt_moe.data.manifest import RUN_AGAIN, read_manifest
+from litgpt_moe.files import fits
 
 
 def allow_open_files(n_files: int) -> None:
@@ -141,7 +142,14 @@ class TokenBatches(Dataset[torch.Tensor]):
         return {"epoch": self.epoch, "n_used": self.n_used, "n_sequences": self.n_sequences}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position; with other data or block size, from the start of the next epoch."""
+        """Continue from a position; with other data or block size, from the start of the next epoch.
+
+        Raises:
+            ValueError: it is no position.
+        """
+        form = {"epoch": 0, "n_used": 0, "n_sequences": 1}
+        if not fits(state, form) or state["n_used"] >= state["n_sequences"]:
+            raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
         self.epoch, self.n_used = state["epoch"], state["n_used"]
         if state["n_sequences"] != self.n_sequences:
             note(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: new epoch")

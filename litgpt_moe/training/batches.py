@@ -12,6 +12,7 @@ from litgpt import Tokenizer
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.checks import warn_of_unused_rows
 from litgpt_moe.training.run import Run
@@ -74,6 +75,8 @@ class TrainLoader:
         if self.has_state:
             self.inner.load_state_dict(state)
         else:
+            if not fits(state, {"epoch": 0, "n_batches": 0}):
+                raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
             self.epoch, self.n_batches = state["epoch"], state["n_batches"]
 
 

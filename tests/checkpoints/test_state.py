@@ -164,6 +164,22 @@ def test_moments_of_another_size_are_refused_before_a_fused_step_writes_beyond_t
         check_moments(optimizer)
 
 
+@pytest.mark.parametrize("odd", [None, [0.0], "exp_avg"])
+def test_a_moment_that_is_missing_or_no_tensor_is_refused(odd: object) -> None:
+    weights = [torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4))]
+    optimizer = torch.optim.AdamW(weights)
+    for weight in weights:
+        weight.grad = torch.ones(4)
+    optimizer.step()
+    check_moments(optimizer)
+    if odd is None:
+        del optimizer.state[weights[1]]["exp_avg"]
+    else:
+        optimizer.state[weights[1]]["exp_avg"] = odd
+    with pytest.raises(ValueError, match=r"optimizer\.state has (a )?exp_avg (for some weights|that is a )"):
+        check_moments(optimizer)
+
+
 def test_an_optimizer_s_own_parts_of_other_sizes_are_left_alone() -> None:
     optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(8))])
     optimizer.state[weight] = {"absmax1": torch.zeros(2)}  # as bitsandbytes keeps beside its 8-bit moments
