@@ -1,11 +1,9 @@
 """The MoE layer against stock LitGPT and its definition; configuration checks; checkpoint -> model."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import TINY_CONFIG
 from helpers.layers import GROUPS, pair, per_token, run
 from lightning.fabric import Fabric
@@ -14,8 +12,6 @@ from litgpt.model import GPT, LLaMAMLP, LLaMAMoE
 from litgpt.pretrain import initialize_weights
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import find_checkpoint
-from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.kernels import choice
 from moe_layers import MoE, SimplifiedLLaMAMoE
@@ -215,131 +211,6 @@ def test_the_grouped_gemm_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(1, 12, 16, dtype=torch.bfloat16)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(compiled, x)["y"], run(ours, x)["y"], rtol=0.05, atol=0.05)
-
-
-BAD_VALUES = {
-    "n_expert_per_token": (8, "n_expert_per_token is 8 but n_expert is 4; choose 1 to 4"),
-    "n_expert": (0, "n_expert is 0"),
-    "moe_intermediate_size": (None, "moe_intermediate_size is None"),
-    "n_head": (3, "n_embd is 16, which n_head 3 does not divide"),
-    "n_query_groups": (4, "n_query_groups is 4, which does not divide n_head 2"),
-    "n_layer": (0, "n_layer is 0; choose 1 or more"),
-    "mlp_class_name": ("LLaMAMLP", "mlp_class_name is LLaMAMLP, which has no experts"),
-    "n_expert_groups": (3, "n_expert_groups is 3, which must be 2 or more and divide n_expert 4"),
-    "n_topk_groups": (1, "ignored without n_expert_groups"),
-    "n_layers": (2, "unknown key 'n_layers'; did you mean n_layer?"),
-    "bias": ("perhaps", "bias is 'perhaps'; it must be true or false"),
-    "norm_class_name": ("BatchNorm", "norm_class_name is 'BatchNorm'; it must be one of LayerNorm, RMSNorm"),
-}
-
-
-@pytest.mark.parametrize("key", BAD_VALUES)
-def test_a_bad_value_is_named_with_file_key_and_way_out(key: str, tmp_path: Path) -> None:
-    value, message = BAD_VALUES[key]
-    path = tmp_path / "model_config.yaml"
-    path.write_text(yaml.dump({**TINY_CONFIG, key: value}), encoding="utf-8")
-    with pytest.raises(ValueError) as caught:
-        MoEConfig.from_file(path)
-    assert message in str(caught.value)
-    assert str(caught.value).startswith(str(path))
-
-
-def test_all_bad_values_are_told_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "model_config.yaml"
-    values = {**TINY_CONFIG, "n_expert_per_token": 9, "moe_intermediate_size": -1, "n_head": 3}
-    path.write_text(yaml.dump(values), encoding="utf-8")
-    with pytest.raises(ValueError) as caught:
-        MoEConfig.from_file(path)
-    assert len(str(caught.value).splitlines()) == 3
-
-
-def test_one_expert_per_token_without_router_gradient_is_refused() -> None:
-    with pytest.raises(ValueError, match="router gets no gradient"):
-        MoEConfig(**{**TINY_CONFIG, "n_expert_per_token": 1})
-
-
-def test_a_number_that_plain_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:
-    path = tmp_path / "model_config.yaml"
-    path.write_text(yaml.dump(TINY_CONFIG) + "norm_eps: 1e-6\n", encoding="utf-8")
-    assert yaml.safe_load(path.read_text(encoding="utf-8"))["norm_eps"] == "1e-6"
-    assert MoEConfig.from_file(path).norm_eps == 1e-6
-
-
-@pytest.mark.parametrize("text", ["", "- 1\n", "n_layer: [1\n", "\x00"])
-def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "model_config.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"model_config\.yaml"):
-        MoEConfig.from_file(path)
-
-
-def test_a_loaded_checkpoint_gives_stock_litgpt_s_logits(tiny_checkpoint: Path) -> None:
-    from litgpt.config import Config
-
-    stock = GPT(Config.from_checkpoint(tiny_checkpoint))
-    stock.load_state_dict(
-        torch.load(tiny_checkpoint / "lit_model.pth", weights_only=True)["model"], strict=True
-    )
-    model = load_model(tiny_checkpoint)
-    tokens = torch.randint(0, 512, (2, 30))
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), stock(tokens), rtol=1e-5, atol=1e-6)
-    assert isinstance(model.transformer.h[0].mlp, MoE)
-    assert not model.training
-
-
-def test_a_model_is_loaded_in_the_dtype_asked_for(tiny_checkpoint: Path) -> None:
-    model = load_model(tiny_checkpoint, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.bfloat16
-
-
-def copy_checkpoint(source: Path, target: Path) -> Path:
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-def test_a_truncated_checkpoint_is_told_in_one_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = copy_checkpoint(tiny_checkpoint, tmp_path / "final")
-    weights = folder / "lit_model.pth"
-    weights.write_bytes(weights.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"lit_model\.pth is damaged") as caught:
-        load_model(folder)
-    assert "\n" not in str(caught.value)
-
-
-def test_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = copy_checkpoint(tiny_checkpoint, tmp_path / "final")
-    wider = {**TINY_CONFIG, "moe_intermediate_size": 12}
-    (folder / "model_config.yaml").write_text(yaml.dump(wider), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"do not fit the model config MoE-tiny: .*experts\.0\.fc_1\.weight"):
-        load_model(folder)
-
-
-def test_a_checkpoint_is_found_by_its_folder_its_parent_or_its_newest_step(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    for name in ("step-00000100", "step-00000900"):
-        copy_checkpoint(tiny_checkpoint, tmp_path / name)
-    assert find_checkpoint(tmp_path / "step-00000100") == tmp_path / "step-00000100"
-    assert find_checkpoint(tmp_path / "step-00000100" / "lit_model.pth").name == "step-00000100"
-    assert find_checkpoint(tmp_path) == tmp_path / "step-00000900"
-    (tmp_path / "step-00000900" / "lit_model.pth").unlink()
-    assert find_checkpoint(tmp_path) == tmp_path / "step-00000100"
-    copy_checkpoint(tiny_checkpoint, tmp_path / "final")
-    assert find_checkpoint(tmp_path) == tmp_path / "final"
-
-
-def test_no_checkpoint_is_told_with_the_place(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no lit_model"):
-        find_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint directory"):
-        find_checkpoint(tmp_path / "absent")
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="is a file; name a checkpoint directory"):
-        find_checkpoint(tmp_path / "file")
 
 
 def test_a_router_with_groups_begins_with_random_weights_not_with_old_memory() -> None:
