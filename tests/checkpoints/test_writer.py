@@ -1,13 +1,10 @@
 """Checkpoints that are whole or not there: what is written, kept, put back, and what a full disk does."""
 
 import hashlib
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -255,20 +252,6 @@ def test_a_disk_that_fills_up_while_torch_writes_is_told_as_such(
         pytest.skip("this system has no /dev/full")
     with pytest.raises(OSError, match="No space left"):  # not torch's "unexpected pos"
         write_state({"model": {"weight": torch.zeros(10**6)}}, Path("/dev/full"))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 2 MB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root on Linux")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_checkpoints_whole(

@@ -1,13 +1,11 @@
 """Checkpoints that are whole or not there: what is written, kept, passed over, and what a full disk does."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -191,20 +189,6 @@ def test_a_full_disk_ends_the_run_where_the_option_says_so(
     assert "continue with --resume auto" in error
     assert checkpoint_flaw(Path("out/step-00000004")) is None
     assert sum(path.name.startswith("step-") for path in Path("out").iterdir()) == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 2 MB, where this process may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root on Linux")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_checkpoints_whole(
