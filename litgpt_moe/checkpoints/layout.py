@@ -83,7 +83,8 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
     if path.is_file():
-        raise NotADirectoryError(f"{path} is a file; name a checkpoint directory, with {CHECKPOINT_FILE}")
+        wanted = f"a checkpoint directory, which holds {CHECKPOINT_FILE}"
+        raise NotADirectoryError(f"{path} is a file; name {wanted}")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
     if _has_model(path):  # verify_checkpoint will report its damage

@@ -129,22 +129,26 @@ def damage_in(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def tensors_of(state: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (dotted name, tensor) of nested dicts, lists and tuples; each container is entered once."""
-    todo, seen = [("", state)], set()
-    while todo:
-        name, node = todo.pop()
+def tensor_bytes(state: Any) -> int:
+    """Return the bytes of all tensors in nested dicts, lists and tuples, each of which is entered once."""
+    todo, seen, n_bytes = [state], set(), 0
+    while todo:  # no recursion: a foreign file may nest a million lists
+        node = todo.pop()
         if isinstance(node, torch.Tensor):
-            yield name, node
+            n_bytes += node.nbytes
         elif isinstance(node, dict | list | tuple) and id(node) not in seen:
             seen.add(id(node))
-            items = list(dict.items(node) if isinstance(node, dict) else enumerate(node))
-            todo += [(f"{name}.{key}".lstrip("."), item) for key, item in reversed(items)]
+            todo.extend(dict.values(node) if isinstance(node, dict) else node)
+    return n_bytes
 
 
-def tensor_bytes(state: Any) -> int:
-    """Return the bytes of all tensors in a nested state."""
-    return sum(tensor.nbytes for _, tensor in tensors_of(state))
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (dotted name, tensor) of a nested state of our own."""
+    if isinstance(state, torch.Tensor):
+        yield name.removeprefix("."), state
+    elif isinstance(state, dict | list | tuple):
+        for key, item in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors_of(item, f"{name}.{key}")
 
 
 def rng_state() -> dict[str, Any]:
