@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
+from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.config import ModelFacts
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
@@ -194,7 +194,7 @@ def check_out_dir(
         raise ValueError(
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
         )
-    earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
+    earlier = [path for path in (out_dir / FINAL, *steps_of(out_dir).values()) if path.exists()]
     if earlier and resume is None and not settings.overwrite:
         is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))
         way_on = "continue it with --resume auto" if is_whole else "none of it can be continued"
