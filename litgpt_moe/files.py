@@ -10,13 +10,14 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
 SPARE_BYTES = 2 << 20  # room for the small files beside the weights
@@ -231,30 +232,55 @@ def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
 def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool = False) -> Iterator[None]:
     """Lock `folder` during the block: a second process waits, or gets FolderInUse.
 
-    The operating system releases the lock of a process that ends, however it ends.
+    The lock of a process that ends, however it ends, holds nobody up.
     """
-    lock = FileLock(folder / f".{name}.lock")
     identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
-    is_new = not folder.exists()
+    made = [new for new in (folder, *folder.parents) if not new.exists()]
+    lock = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
-        me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        write_json(identity, me)
+        with contextlib.suppress(OSError):  # the writer will report it
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(folder / f".{name}.lock", timeout=-1 if wait else 0)
+        if lock is not None:
+            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            with contextlib.suppress(OSError):  # a full disk: only the message will lack it
+                write_json(identity, me)
     except Timeout:
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError):
             who = "process {process} on {host}, since {since}".format_map(read_json(identity))
         raise FolderInUse(f"{folder}: {doing} there ({who}); {way_out}") from None
-    except OSError:
-        pass  # a folder that cannot be written, or is full: whoever writes there tells of it
     try:
         yield
     finally:
-        if lock.is_locked:
-            with contextlib.suppress(OSError):
-                identity.unlink(missing_ok=True)
-                Path(lock.lock_file).unlink()  # while it is held: filelock takes no file that was unlinked
-                if is_new:
-                    folder.rmdir()  # fails unless it is empty
+        if lock is not None:
+            remove(identity)
+            remove(Path(lock.lock_file))  # while it is held: filelock takes no file that was unlinked
             lock.release()
+        with contextlib.suppress(OSError):
+            for new in made:
+                new.rmdir()  # fails unless it is empty
+
+
+def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
+    """Return a lock that is held, None in a folder that cannot be written; Timeout if another holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+        return lock
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno == errno.ENOSPC:
+            raise
+        if path.is_symlink():
+            raise FolderInUse(f"{path} is a link (to {path.readlink()}); delete it") from None
+        if error.errno in (errno.EACCES, errno.EPERM) and path.exists():
+            text = f"{path} cannot be locked ({error.strerror}): another user's run may be live there"
+            raise FolderInUse(f"{text}; if there is none, delete it") from None
+        if not path.exists():
+            return None  # nothing can be written there; the writer will report it
+        reason = error.strerror
+    path.unlink(missing_ok=True)
+    soft = SoftFileLock(path.with_suffix(".claim"))
+    soft.acquire(timeout=timeout)
+    print(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out", file=sys.stderr)
+    return soft
