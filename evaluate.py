@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from litgpt_moe import threads
 from litgpt_moe.cli import (
     FlagParser,
     WorkFailed,
@@ -173,9 +174,13 @@ def main(argv: list[str] | None = None) -> int:
         settings = from_flags(EvaluateSettings, args)
     except ValueError as error:
         return fail(error, 2)
+    threads.limit_spinning()
     import litgpt_moe.scoring  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
-    return run_command(lambda: run(settings), "interrupted, nothing is recorded; --max_batches N scores less")
+    with threads.watch_load():
+        return run_command(
+            lambda: run(settings), "interrupted, nothing is recorded; --max_batches N scores less"
+        )
 
 
 if __name__ == "__main__":
