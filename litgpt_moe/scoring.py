@@ -58,10 +58,9 @@ def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
     manifest = read_manifest(data_dir)
     facts = manifest["tokenizer"]
     if sha256_file(tokenizer_dir / "tokenizer.json") != facts["sha256"]:
-        raise ValueError(
-            f"{data_dir}: tokenized with another tokenizer than the one in {tokenizer_dir}; "
-            f"run prepare_data.py --tokenizer_dir {tokenizer_dir}, or score text files with --text"
-        )
+        way_out = f"run prepare_data.py --tokenizer_dir {tokenizer_dir}, or score text files with --text"
+        other = f"tokenized with another tokenizer than the one in {tokenizer_dir}"
+        raise ValueError(f"{data_dir}: {other}; {way_out}")
     if reasons := stale_reasons(data_dir, tokenizer_dir):
         raise ValueError(f"{data_dir}: {reasons[0]}; run prepare_data.py on that folder again")
     stream = TokenStream(data_dir, split)

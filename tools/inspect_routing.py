@@ -78,20 +78,17 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     with open_whole(settings.out / PNG_NAME) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about characters that the font lacks
         figure.savefig(file, format="png", facecolor="white")
-    return (
-        f"{table(layers, shown)}\n\n"
-        f"Wrote {settings.out / JSON_NAME} (all layers) and {settings.out / PNG_NAME}\n"
-        "Next: look at the picture; --layer N --overwrite lists the experts of another layer"
-    )
+    wrote = f"Wrote {settings.out / JSON_NAME} (all layers) and {settings.out / PNG_NAME}"
+    hint = "Next: look at the picture; --layer N --overwrite lists the experts of another layer"
+    return f"{table(layers, shown)}\n\n{wrote}\n{hint}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument(
-        "checkpoint", type=Path, help="checkpoint directory, or an out_dir (its final or newest)"
-    )
-    parser.add_argument("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint directory, or an out_dir (its final or newest)")
+    add("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
     add_flags(parser, InspectSettings)
     args = parser.parse_args(argv)
     settings: InspectSettings = from_flags(InspectSettings, args)

@@ -97,7 +97,5 @@ def rope_type(family: Family, adjustments: dict[str, Any] | None) -> str:
 
 def refuse(family: Family, what: str) -> NoReturn:
     """Raise ValueError: no class of Transformers computes `what`."""
-    raise ValueError(
-        f"{what}, which {family.architecture}, the nearest class of Transformers, cannot express; "
-        "LitGPT and generate.py read the checkpoint as it is"
-    )
+    cannot = f"which {family.architecture}, the nearest class of Transformers, cannot express"
+    raise ValueError(f"{what}, {cannot}; LitGPT and generate.py read the checkpoint as it is")

@@ -50,10 +50,8 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
         raise ValueError(f"{path} is not readable ({str(error)[:100]})") from None
     files = read_files(folder, TOKENIZER_FILES)
-    settings, ids, model = (
-        read_json(folder / name)  # {} for a file that is not there
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-    )
+    names = ("tokenizer_config.json", "generation_config.json", "config.json")
+    settings, ids, model = (read_json(folder / name) for name in names)
     for kind in ("bos", "eos"):
         token, key = f"{kind}_token", f"{kind}_token_id"
         given = settings.get(token)

@@ -17,11 +17,6 @@ MARK = '<meta name="generator" content="tools/report.py">'
 HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # thinned by maximum, the others by mean
 
 
-def page_data(runs: list[RunLog]) -> dict[str, Any]:
-    """Return the data for the page's script."""
-    return {"made": time.strftime("%Y-%m-%d %H:%M"), "runs": [_run_data(run) for run in runs]}
-
-
 def _run_data(run: RunLog) -> dict[str, Any]:
     return {
         **vars(run),
@@ -34,8 +29,9 @@ def _run_data(run: RunLog) -> dict[str, Any]:
     }
 
 
-def make_page(content: dict[str, Any]) -> str:
+def make_page(runs: list[RunLog]) -> str:
     """Return the whole page; its script shows names and stories as plain text, never as HTML."""
+    content = {"made": time.strftime("%Y-%m-%d %H:%M"), "runs": [_run_data(run) for run in runs]}
     data = json.dumps(content, ensure_ascii=False, allow_nan=False)
     # inside <script> only "<" can end or comment out the data
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA_HERE", data.replace("<", "\\u003c"), 1)

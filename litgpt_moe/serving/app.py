@@ -133,28 +133,13 @@ def describe_model(served: Served) -> dict[str, Any]:
     """Return the entry of /v1/models: OpenAI's keys, and the defaults and sizes that the page shows."""
     layers = list(layers_of(served.model))
     config, settings, context = served.model.config, served.settings, served.model.max_seq_length
-    routing = {
-        "layers": layers,
-        "n_expert": config.n_expert,
-        "n_expert_per_token": config.n_expert_per_token,
-        "scores": "sigmoid" if config.n_expert_groups else "softmax",
-    }
-    defaults = {
-        "prompt": settings.prompt,
-        "max_tokens": min(settings.max_tokens, context),
-        "num_samples": settings.num_samples,
-        "seed": settings.seed,
-    }
-    return {
-        "id": served.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "litgpt-moe",
-        "max_model_len": context,
-        "defaults": defaults | asdict(served.sampling),
-        "folder": str(settings.ckpt_dir),
-        "routing": routing if layers else None,
-    }
+    routing = {name: getattr(config, name) for name in ("n_expert", "n_expert_per_token")}
+    routing |= {"layers": layers, "scores": "sigmoid" if config.n_expert_groups else "softmax"}
+    defaults = {name: getattr(settings, name) for name in ("prompt", "num_samples", "seed")}
+    defaults |= {"max_tokens": min(settings.max_tokens, context), **asdict(served.sampling)}
+    entry = {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "litgpt-moe"}
+    entry |= {"max_model_len": context, "defaults": defaults, "folder": str(settings.ckpt_dir)}
+    return entry | {"routing": routing if layers else None}
 
 
 def own_hosts(host: str) -> list[str]:
