@@ -22,6 +22,7 @@ from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
     RECORD_FILE,
+    SETTINGS_FILE,
     recorded_files,
     refuse_damage,
 )
@@ -30,6 +31,7 @@ from litgpt_moe.config import MoEConfig, meta_model
 from litgpt_moe.files import is_outside, sha256_file
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
+from litgpt_moe.yaml_files import read_mapping
 
 MAX_PICKLE_BYTES = 4 << 20  # of the tensors' description; 400M parameters with AdamW need 0.4 MB
 
@@ -189,6 +191,12 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
         if not layer.has_selection_bias:  # not in the weights, so still on meta
             layer.e_score_correction_bias = torch.zeros(config.n_expert, device=device)
     return model.requires_grad_(False).eval()
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that a checkpoint was trained with, {} if it has none."""
+    path = folder / SETTINGS_FILE
+    return read_mapping(path, is_foreign=True) if path.is_file() else {}
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
