@@ -179,6 +179,11 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file, but not through a link: the `opener` of an `open` that appends."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def check_no_links(*paths: Path) -> None:
     """Raise ValueError if one of these paths, which are to be written, leads elsewhere."""
     for path in paths:

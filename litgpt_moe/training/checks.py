@@ -15,7 +15,7 @@ from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of,
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.config import ModelFacts
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import existing_parent, locked_folder
+from litgpt_moe.files import check_no_links, existing_parent, locked_folder
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.resume import OpenCheckpoint
@@ -206,6 +206,8 @@ def check_out_dir(
     parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
+    check_no_links(logs := out_dir / "logs")
+    check_no_links(*logs.rglob("*"))
     _check_disk(settings, checkpoint_bytes, n_steps_left)
 
 
