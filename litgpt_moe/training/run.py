@@ -113,7 +113,7 @@ def set_up(argv: list[str]) -> Run:
     parsed.attempt(checks.check_tokenizer, settings, config.padded_vocab_size)
     parsed.attempt(checks.check_memory, settings, facts, precision, world_size)
     if resume:
-        checked = (resume, settings, config, optimizer["class_path"], run.tokens_per_step)
+        checked = (resume, run.settings, config, optimizer["class_path"], run.tokens_per_step)
         run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
     room = (run.checkpoint_bytes, run.n_steps - run.start_step)
     parsed.attempt(checks.check_out_dir, settings, resume, initial, *room)
