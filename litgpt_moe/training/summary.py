@@ -57,10 +57,12 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     total, active = run.facts.total_params, run.facts.active_params
     dtype = torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"
+    has_idle_mps = device.type == "cpu" and torch.backends.mps.is_available()
+    mps = ", and there is MPS: try it by --accelerator mps" if has_idle_mps else ""
     resumed = f", resuming after step {run.start_step} ({run.resume.folder})" if run.resume else ""
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
-        f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why})\n"
+        f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
         f"Experts {experts_path(run.config, device, dtype)}\n"
         f"Run     {run.n_steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
     )
