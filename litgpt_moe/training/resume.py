@@ -1,10 +1,10 @@
-"""The checkpoint that a run continues, or whose weights it starts from: found, checked, opened once."""
+"""The checkpoint that a run resumes, or whose weights it starts from: found, checked and opened once."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from litgpt import Config
+from litgpt import GPT
 
 from litgpt_moe.balance import has_selection_bias
 from litgpt_moe.checkpoints import reader
@@ -16,14 +16,14 @@ from litgpt_moe.training.settings import Settings
 
 
 class OpenCheckpoint:
-    """A checkpoint whose file was read once. Its tensors are memory-mapped: values are read when used."""
+    """A checkpoint whose file is read once. Its tensors are memory-mapped: values are read when used."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        """Open the checkpoint in `folder`, whose file holds `state`; ValueError without weights."""
+        """Take the checkpoint in `folder`, whose file holds `state`; ValueError if it has no weights."""
         self.folder, self.file = folder, folder / CHECKPOINT_FILE
-        # whoever loads it empties it: a mapped file keeps its disk space while in use
+        # emptied once it is loaded: a memory-mapped file keeps its disk space in use
         self.state = state
-        # a state dict of weights with nothing around it
+        # the file holds the model's state dict alone
         self.is_bare = "model" not in state
         self.has_selection_bias = has_selection_bias(reader.weights_of(state, self.file))
 
@@ -46,7 +46,7 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     newest_first = checkpoints_of(out_dir)
     if out_dir is not settings.out_dir and not newest_first:
         reader.verify_checkpoint(folder := find_checkpoint(out_dir))
-        # whether it holds more than weights is for check_resume to say, once the settings are right
+        # check_resume, which runs when the settings are right, says whether it holds more than weights
         return OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     for folder in newest_first:
         try:
@@ -54,7 +54,6 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
         except (ValueError, OSError) as error:
             note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
-        # somebody counts on a checkpoint that is not there
         raise FileNotFoundError(
             f"resume is {resume} but {out_dir} holds no whole step-* or final; use resume: auto"
         )
@@ -62,23 +61,23 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     return None
 
 
-def find_initial(settings: Settings, config: Config) -> OpenCheckpoint | None:
-    """Return the checkpoint whose weights to start from, which must fit the model, or None."""
+def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
+    """Return the checkpoint whose weights to start from, or None; ValueError if they do not fit the model."""
     if settings.initial_checkpoint_dir is None:
         return None
     reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
     opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
-    reader.check_weights(folder, config, opened.weights)
+    reader.check_weights(folder, model, opened.weights)
     return opened
 
 
 def check_resume(
-    opened: OpenCheckpoint, settings: Settings, config: Config, optimizer: str, tokens_per_step: int
+    opened: OpenCheckpoint, settings: Settings, model: GPT, optimizer: str, tokens_per_step: int
 ) -> int:
-    """Return the steps done in a checkpoint, or raise ValueError if these settings cannot continue it."""
+    """Return the steps done in a checkpoint; ValueError if these settings cannot continue it."""
     check_state(opened.state, opened.folder)
     folder, step = opened.folder, opened.state["step_count"]
-    reader.check_weights(folder, config, opened.weights)
+    reader.check_weights(folder, model, opened.weights)
     if settings.moe.bias_update_rate and not opened.has_selection_bias:
         raise ValueError(
             f"{folder} was trained without a selection bias; drop moe.bias_update_rate, or start "
@@ -92,7 +91,7 @@ def check_resume(
     if step == n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
     total = before.get("train.max_tokens")
-    # LitGPT's own checkpoints may have anything there
+    # LitGPT's own checkpoints may hold another type
     n_before = total // tokens_per_step if isinstance(total, int) else n_steps
     if n_before != n_steps and settings.schedule.name != "constant":
         note_once(
@@ -109,7 +108,7 @@ def _check_unchanged(folder: Path, before: dict[str, Any], settings: Settings, o
         ("optimizer.class_path", optimizer),
         ("weight_decay_on", settings.weight_decay_on),
     ):
-        # a class has several paths: torch.optim.AdamW is torch.optim.adamw.AdamW too
+        # a class has several paths: torch.optim.AdamW is also torch.optim.adamw.AdamW
         names = [str(text).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             raise ValueError(f"{folder}: {key} was {before[key]}, now {value}; resume with what it was")

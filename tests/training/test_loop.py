@@ -101,7 +101,9 @@ def test_on_a_mac_only_who_asks_for_mps_gets_it(
     assert ("try it by --accelerator mps" in said) == (expected == "cpu")
 
 
-def test_a_time_limit_costs_no_model_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An item for each model that is built."""
     built, init = [], litgpt.model.GPT.__init__
 
     def counted(self: Any, *args: Any, **options: Any) -> None:
@@ -109,6 +111,29 @@ def test_a_time_limit_costs_no_model_a_step(monkeypatch: pytest.MonkeyPatch) -> 
         init(self, *args, **options)
 
     monkeypatch.setattr(litgpt.model.GPT, "__init__", counted)
+    return built
+
+
+def test_a_resumed_run_builds_one_model_in_its_set_up_and_one_for_its_story(built: list[int]) -> None:
+    assert run("--max_tokens", 4 * 256) == 0
+    built.clear()
+    set_up(["--config", "train_config.yaml", "--resume", "auto"])
+    assert len(built) == 1
+    built.clear()
+    assert run("--resume", "auto") == 0
+    # one for both, and two in LitGPT's loop: the one that is trained, and the one whose FLOPs are counted
+    assert len(built) == 1 + 2 + 1
+
+
+def test_a_run_from_the_weights_of_another_builds_one_model_in_its_set_up(built: list[int]) -> None:
+    assert run("--max_tokens", 4 * 256) == 0
+    built.clear()
+    flags = ["--initial_checkpoint_dir", "out/final", "--out_dir", "next"]
+    assert set_up(["--config", "train_config.yaml", *flags]).initial is not None
+    assert len(built) == 1
+
+
+def test_a_time_limit_costs_no_model_a_step(built: list[int]) -> None:
     assert run("--out_dir", "no_limit", "--train.save_interval", 100) == 0
     n_without = len(built)
     assert run("--out_dir", "limit", "--train.save_interval", 100, "--train.max_time", 10**6) == 0
