@@ -118,7 +118,7 @@ def train_ours(run: Run) -> None:
 
 def train_with_litgpts_layers(run: Run) -> None:
     """Train as run_train.py does, every linear map but the head multiplied as torch does it."""
-    with mock.patch("litgpt_moe.training.hooks.use_fast_linear", lambda _: None):
+    with mock.patch("litgpt_moe.training.model.use_fast_linear", lambda _: None):
         train_ours(run)
 
 
