@@ -29,7 +29,7 @@ from litgpt_moe.checkpoints.layout import (
     steps_of,
     write_record,
 )
-from litgpt_moe.checkpoints.state import tensor_bytes, tensors_of
+from litgpt_moe.checkpoints.state import non_finite, tensor_bytes
 from litgpt_moe.files import (
     free_name,
     is_disk_full,
@@ -211,13 +211,6 @@ def _fill(
         (folder / name).write_bytes(content)
     save_config(config, folder)
     write_record(folder, step, {CHECKPOINT_FILE: entry}, selection_bias)
-
-
-def non_finite(state: dict[str, Any]) -> str | None:
-    """Return the name of the first weight or moment with an infinity or NaN, or None."""
-    parts = {key: state[key] for key in ("model", "optimizer") if key in state}
-    floats = ((name, tensor) for name, tensor in tensors_of(parts) if tensor.is_floating_point())
-    return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
 
 
 def tidy(out_dir: Path, start_step: int) -> None:
