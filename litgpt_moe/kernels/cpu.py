@@ -15,7 +15,7 @@ from litgpt_moe.kernels.matmul import add_matmul, matmul, uses_onednn
 from litgpt_moe.kernels.rows import Plan, rows_per_expert, sum_of_rows, swiglu_backward, swiglu_forward
 
 
-def cpu_experts(
+def segment_experts(
     x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, *maps: list[torch.Tensor]
 ) -> torch.Tensor:
     """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows; `maps` are fc_1, fc_2, proj.
