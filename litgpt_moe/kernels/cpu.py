@@ -218,7 +218,7 @@ def _(
     return [torch.empty_like(tensor) for tensor in (x, weights, *itertools.chain(*maps))]
 
 
-def _experts_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _experts_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, fc_1, fc_2, proj = inputs
     ctx.save_for_backward(*output[1:], *tensors, *fc_1, *fc_2, *proj)
     ctx.set_materialize_grads(False)  # the second and third output have no gradients
@@ -234,7 +234,7 @@ def _experts_backward(ctx: Any, grad: torch.Tensor, *_: None) -> tuple[Any, ...]
     return x_grad, weights_grad, None, None, None, *map_grads
 
 
-_experts.register_autograd(_experts_backward, setup_context=_experts_keep)
+_experts.register_autograd(_experts_backward, setup_context=_experts_setup_context)
 
 
 @register_flop_formula(torch.ops.moe.experts)
