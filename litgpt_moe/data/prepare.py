@@ -24,7 +24,7 @@ from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import clean, write_splits
 from litgpt_moe.data.text import list_text
 from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer_facts
-from litgpt_moe.files import locked_folder, read_json, sha256_file, write_json
+from litgpt_moe.files import check_no_links, locked_folder, read_json, sha256_file, write_json
 
 # the settings on which the shards depend, and the facts of the tokenizer that the manifest records
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")
@@ -52,6 +52,9 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
 
 def _prepare(settings: PrepareSettings) -> Manifest:
     data_dir = settings.data_dir
+    written = [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
+    if settings.dataset != "custom":
+        check_no_links(*written)
     if settings.dataset == "demo":
         write_demo_corpus(settings)
     elif settings.dataset == "tinystories":
@@ -67,6 +70,7 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     if (data_dir / MANIFEST).exists():  # a first preparation needs no reason
         for reason in reasons:
             note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
+    check_no_links(*written)
     try:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:

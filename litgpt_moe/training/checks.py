@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
+from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import locked_folder
+from litgpt_moe.files import check_no_links, locked_folder
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
@@ -165,7 +165,7 @@ def check_out_dir(run: "Run") -> None:
         raise ValueError(
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
         )
-    earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
+    earlier = [path for path in (out_dir / FINAL, *steps_of(out_dir).values()) if path.exists()]
     if earlier and run.resume is None and not settings.overwrite:
         is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))
         way_on = "continue it with --resume auto" if is_whole else "none of it can be continued"
@@ -177,6 +177,8 @@ def check_out_dir(run: "Run") -> None:
     parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
+    check_no_links(logs := out_dir / "logs")
+    check_no_links(*logs.rglob("*"))
     free = shutil.disk_usage(parent).free
     if free < run.checkpoint_bytes:
         raise ValueError(

@@ -122,7 +122,7 @@ def set_up(argv: list[str]) -> Run:
     parsed.attempt(checks.check_tokenizer, run)
     parsed.attempt(checks.check_memory, run)
     if resume:
-        checked = (resume, settings, model, optimizer["class_path"], run.tokens_per_step)
+        checked = (resume, run.settings, model, optimizer["class_path"], run.tokens_per_step)
         run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
     parsed.attempt(checks.check_out_dir, run)
     parsed.raise_all()
