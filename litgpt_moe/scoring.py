@@ -27,7 +27,7 @@ from tqdm import tqdm
 from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoint
-from litgpt_moe.cli import WorkFailed
+from litgpt_moe.cli import WorkFailed, command_line
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -58,7 +58,8 @@ def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
     manifest = read_manifest(data_dir)
     facts = manifest["tokenizer"]
     if sha256_file(tokenizer_dir / "tokenizer.json") != facts["sha256"]:
-        way_out = f"run prepare_data.py --tokenizer_dir {tokenizer_dir}, or score text files with --text"
+        command = command_line("prepare_data.py", "--tokenizer_dir", tokenizer_dir)
+        way_out = f"run {command}, or score text files with --text"
         other = f"tokenized with another tokenizer than the one in {tokenizer_dir}"
         raise ValueError(f"{data_dir}: {other}; {way_out}")
     if reasons := stale_reasons(data_dir, tokenizer_dir):
@@ -137,11 +138,12 @@ def pick_checkpoint(named: Path | None, default: Path) -> Path | None:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's path, its step (None if unknown) and the SHA-256 of its weights."""
+    """Return a checkpoint's absolute path, its step (None if unknown) and the SHA-256 of its weights."""
     path = folder / CHECKPOINT_FILE
     step = read_state(path).get("step_count")
     sha256 = sha256_of(path, path.stat().st_size, path.stat().st_mtime_ns)
-    return {"path": str(folder), "step": step if isinstance(step, int) else None, "sha256": sha256}
+    path = str(folder.absolute())
+    return {"path": path, "step": step if isinstance(step, int) else None, "sha256": sha256}
 
 
 def pick_window(max_seq_length: int | None, corpus: Corpus, model: GPT) -> int:

@@ -11,7 +11,7 @@ checkpoint's logits and token ids.
 import argparse
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, run_command, run_script
+from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
 
 
 def export(args: argparse.Namespace) -> str:
@@ -28,7 +28,7 @@ def export(args: argparse.Namespace) -> str:
     load_tokenizer(folder)
     lines = write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check)
     lines.append(f"Next:\n  read {args.out / 'README.md'} and add a licence")
-    lines.append(f"  uv run hf upload YOUR_NAME/{args.out.absolute().name} {args.out}")
+    lines.append(f"  uv run hf upload {command_line(f'YOUR_NAME/{args.out.absolute().name}', args.out)}")
     return "\n".join(lines)
 
 
