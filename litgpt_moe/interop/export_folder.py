@@ -148,7 +148,7 @@ print(tokenizer.decode(out[0], skip_special_tokens=True))
     text += "\n\nWith lm-eval, perplexity and bits per byte of a text: "
     text += f"`lm_eval --model hf --model_args pretrained=.{argument} --tasks wikitext`."
     if adds_bos:
-        text += " Here lm-eval adds BOS itself; without `add_bos_token=False` the tokenizer adds a second one, "
+        text += " lm-eval adds BOS itself; without `add_bos_token=False` the tokenizer adds a second one, "
         text += "which makes the figures worse. Tasks with a context (multiple choice) need no argument."
     return text
 
