@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe import cli
+from litgpt_moe import cli, threads
 from litgpt_moe.cli import note
 
 CHECKPOINTS = Path("checkpoints")
@@ -159,10 +159,12 @@ def main(argv: list[str] | None = None) -> int:
         settings = cli.from_flags(EvaluateSettings, args)
     except ValueError as error:
         return cli.fail(error, 2)
+    threads.limit_spinning()
     import litgpt_moe.scoring  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
     interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
-    return cli.run_command(lambda: run(settings), interrupted)
+    with threads.watch_load():
+        return cli.run_command(lambda: run(settings), interrupted)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import stat
 import sys
 from importlib.util import find_spec
 
+from litgpt_moe import threads
 from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_command, run_script
 from litgpt_moe.generation.settings import DEFAULT_PROMPT, GenerateSettings, Sampling
 
@@ -87,12 +88,14 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--serve needs {package}; install it with: uv sync --extra serve")
     except ValueError as error:
         return fail(error, 2)
+    threads.limit_spinning()
     # torch is imported here, where Ctrl-C ends the process without a traceback
     if settings.serve:
         from litgpt_moe.serving.app import serve as act
     else:
         from litgpt_moe.generation.text import write_samples as act
-    return run_command(lambda: act(settings, sampling, prompt))
+    with threads.watch_load():
+        return run_command(lambda: act(settings, sampling, prompt))
 
 
 if __name__ == "__main__":

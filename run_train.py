@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litgpt_moe import cli
+from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training.settings import Settings, plain_settings
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         # Before the first import of torch, which reads it once. MoE row counts differ from step to step, and
         # unless its segments can grow, the allocator keeps a block for each until memory is in pieces.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    threads.limit_spinning()
     try:
         run = set_up(argv, started)
     except KeyboardInterrupt:
@@ -121,7 +122,7 @@ def train(run: "Run", stops: "StopSignals") -> "Result":
     hooks = LoopHooks(run, stops, train_args)
     fabric, is_compiled = launch(run, hooks)
     try:
-        with replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
+        with threads.watch_load(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
             pretrain.main(
                 fabric=fabric,
                 devices=run.devices,

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe import threads
 from litgpt_moe.cli import FlagParser, add_flags, explain, fail, from_flags, run_command, run_script
 from litgpt_moe.files import open_whole, write_json
 
@@ -96,9 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         check(settings, args.text)
     except (ValueError, OSError) as error:
         return fail(*explain(error))
+    threads.limit_spinning()
     import litgpt_moe.routing_figure  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
-    return run_command(lambda: run(settings, args.checkpoint, args.text))
+    with threads.watch_load():
+        return run_command(lambda: run(settings, args.checkpoint, args.text))
 
 
 if __name__ == "__main__":

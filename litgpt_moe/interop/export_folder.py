@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE
 from litgpt_moe.checkpoints.reader import load_model, read_settings, read_state
-from litgpt_moe.checkpoints.state import tokens_seen
-from litgpt_moe.checkpoints.writer import tensor_bytes
+from litgpt_moe.checkpoints.state import tensor_bytes, tokens_seen
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.manifest import MANIFEST
