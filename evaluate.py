@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litgpt_moe import cli, threads
-from litgpt_moe.cli import note
+from litgpt_moe.cli import note, run_script
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -140,7 +140,8 @@ def run(settings: EvaluateSettings) -> None:
 
     result = evaluate(settings)
     try:
-        print(json.dumps(result, indent=2) if settings.json else report(result), flush=True)
+        text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
+        print(text, flush=True)
     except BrokenPipeError:
         cli.silence_stdout()  # `| head` closes the pipe; the result is still recorded
     path, checkpoint = Path(settings.results_file), result["checkpoint"]
@@ -168,4 +169,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.run_script(main))
+    raise SystemExit(run_script(main))

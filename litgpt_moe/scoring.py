@@ -35,6 +35,7 @@ from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.text import TextReader
 from litgpt_moe.data.tokenizer import StoryEncoder, find_tokenizer, read_tokenizer_facts
 from litgpt_moe.files import sha256_file
+from litgpt_moe.generation.text import as_value_error
 from litgpt_moe.loss import chunk_rows
 
 
@@ -81,7 +82,8 @@ def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
             raise FileNotFoundError(f"{path}: no such text file")
         before = len(ids)
         for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(tqdm(disable=True)):
-            ids += map(encoder.encode, stories)
+            with as_value_error(f"{path}: the tokenizer fails on a text", "score another text or checkpoint"):
+                ids += map(encoder.encode, stories)
             n_bytes += sum(len(story.encode()) for story in stories)
         if len(ids) == before:
             raise ValueError(f"{path}: holds no text; name a UTF-8 text file with at least one word")

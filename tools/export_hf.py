@@ -16,12 +16,13 @@ from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
 
 def export(args: argparse.Namespace) -> str:
     """Export the checkpoint; return the lines to print."""
-    from litgpt_moe.checkpoints.layout import find_checkpoint
+    from litgpt_moe.checkpoints.layout import check_utf8, find_checkpoint
     from litgpt_moe.checkpoints.reader import load_tokenizer, verify_checkpoint
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.export_folder import check_packages, write_folder
 
     check_packages(args.gguf, not args.no_check)
+    check_utf8(args.out.absolute())
     check_new_folder(args.out, 0)
     folder = find_checkpoint(args.checkpoint)
     verify_checkpoint(folder)

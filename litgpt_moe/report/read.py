@@ -223,7 +223,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            try:
+                text = value if isinstance(value, str) else json.dumps(value, default=str)
+            except TypeError:  # a date as a key
+                text = str(value)
             flat[f"{prefix}{key}"] = text[:MAX_TEXT]
     return flat
 
