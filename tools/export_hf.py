@@ -12,26 +12,27 @@ import argparse
 import sys
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, run_command, run_script
+from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def export(args: argparse.Namespace) -> str:
     """Export the checkpoint; return the lines to print."""
-    from litgpt_moe.checkpoints.layout import find_checkpoint
+    from litgpt_moe.checkpoints.layout import check_utf8, find_checkpoint
     from litgpt_moe.checkpoints.reader import load_tokenizer, verify_checkpoint
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.export_folder import check_packages, write_folder
 
     check_packages(bool(args.gguf), not args.no_check)
+    check_utf8(args.out.absolute())
     check_new_folder(args.out, 0)
     folder = find_checkpoint(args.checkpoint)
     verify_checkpoint(folder)
     load_tokenizer(folder)
     lines = write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check)
     lines.append(f"Next:\n  read {args.out / 'README.md'} and add a licence")
-    lines.append(f"  uv run hf upload YOUR_NAME/{args.out.absolute().name} {args.out}")
+    lines.append(f"  uv run hf upload {command_line(f'YOUR_NAME/{args.out.absolute().name}', args.out)}")
     return "\n".join(lines)
 
 
