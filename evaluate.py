@@ -2,7 +2,7 @@
 
 Run: uv run python evaluate.py --ckpt_dir checkpoints      (20 s after the demo run on two CPU cores)
 
-litgpt_moe/scoring.py says how it counts. Each result is one line of JSON in results.jsonl, too.
+litgpt_moe/scoring.py defines the figures. Each result is also appended to results.jsonl as one line of JSON.
 """
 
 import json
@@ -11,17 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe.cli import (
-    FlagParser,
-    WorkFailed,
-    add_flags,
-    fail,
-    from_flags,
-    note,
-    run_command,
-    run_script,
-    silence_stdout,
-)
+from litgpt_moe import cli, threads
+from litgpt_moe.cli import WorkFailed, note
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -72,7 +63,7 @@ class EvaluateSettings:
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Return the figures, and what is recorded about model, text and settings, checked against each other."""
+    """Return the figures and the facts to record about model, text and settings."""
     from litgpt_moe import scoring
     from litgpt_moe.checkpoints.reader import load_model
     from litgpt_moe.hardware import keep_freed_memory, pick_device
@@ -102,13 +93,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "settings": {"max_seq_length": window, **counts, **place},
     }
     if device.type == "cpu":
-        keep_freed_memory()  # for the next chunk of logits
+        keep_freed_memory()  # the next chunk of logits reuses it
     figures = scoring.score(model, corpus, window, **counts)
     return {**figures, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def report(result: dict[str, Any]) -> str:
-    """Return the result as the lines that a person reads."""
+    """Return the result as readable lines."""
     checkpoint, data = result["checkpoint"], result["data"]
     model = f"{checkpoint['path']}, step {checkpoint['step']}" if checkpoint else "random weights"
     text = ", ".join(file["path"] for file in data["text"]) if "text" in data else None
@@ -138,7 +129,7 @@ def load_row(layer: int, tokens_E: list[int]) -> str:
 
 
 def record(result: dict[str, Any], results_file: str | None) -> None:
-    """Append the result as one line to the results file, and say so."""
+    """Append the result as one line to the results file, and say so on stderr."""
     if results_file == "none":
         return
     checkpoint = result["checkpoint"]
@@ -160,23 +151,26 @@ def run(settings: EvaluateSettings) -> None:
     try:
         print(json.dumps(result, indent=2) if settings.json else report(result), flush=True)
     except BrokenPipeError:
-        silence_stdout()  # `| head`: the reader has seen enough, and the result is recorded all the same
+        cli.silence_stdout()  # `| head` closes the pipe; the result is still recorded
     record(result, settings.results_file)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input, 130 after Ctrl-C."""
-    parser = FlagParser(description=__doc__)
-    add_flags(parser, EvaluateSettings)
+    parser = cli.FlagParser(description=__doc__)
+    cli.add_flags(parser, EvaluateSettings)
     args = parser.parse_args(argv)
     try:
-        settings = from_flags(EvaluateSettings, args)
+        settings = cli.from_flags(EvaluateSettings, args)
     except ValueError as error:
-        return fail(error, 2)
+        return cli.fail(error, 2)
+    threads.limit_spinning()
     import litgpt_moe.scoring  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
-    return run_command(lambda: run(settings), "interrupted, nothing is recorded; --max_batches N scores less")
+    interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
+    with threads.watch_load():
+        return cli.run_command(lambda: run(settings), interrupted)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(main))
+    raise SystemExit(cli.run_script(main))

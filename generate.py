@@ -1,14 +1,14 @@
-"""Continue a text with a trained checkpoint, word by word as the model finds them.
+"""Continue a text with a trained checkpoint, printing each word as soon as it is generated.
 
 Run: uv run python generate.py --prompt "Once upon a time"
 (10 s to import and load, then about 60 tokens/s with MoE-200M on one CPU core)
 
-Standard output carries the text alone: prompt and continuation; with --num_samples above 1 a line
-`<|endoftext|>` stands between the texts, as prepare_data.py reads them. Everything else goes to stderr.
+Standard output carries only the text: prompt and continuation; with --num_samples above 1 the texts are
+separated by a line `<|endoftext|>`, which prepare_data.py understands. Everything else goes to stderr.
 
 `generate.py --serve` opens a playground at http://127.0.0.1:8000 (one page, nothing is loaded from elsewhere)
-and OpenAI's /v1/completions for the clients that speak it; a request that leaves a parameter out gets the
-flag's value. The same seed and prompt give the same text here and there.
+and OpenAI's /v1/completions; the flags are the defaults of a request's parameters. The same seed and prompt
+give the same text in both modes.
 """
 
 import os
@@ -17,6 +17,7 @@ import stat
 import sys
 from importlib.util import find_spec
 
+from litgpt_moe import threads
 from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_command, run_script
 from litgpt_moe.generation.settings import DEFAULT_PROMPT, GenerateSettings, Sampling
 
@@ -24,7 +25,7 @@ SERVE_PACKAGES = ("pydantic", "starlette", "uvicorn")
 
 
 def read_settings(argv: list[str] | None) -> tuple[GenerateSettings, Sampling]:
-    """Return what the flags say. ValueError names every value that is out of range; an unknown flag exits."""
+    """Return the settings in the flags. ValueError names every value that is out of range."""
     parser = FlagParser(
         description="Continue a text with a trained checkpoint.",
         usage="%(prog)s [--prompt TEXT | --prompt_file FILE] [--serve] [options]",
@@ -60,17 +61,17 @@ def read_prompt(settings: GenerateSettings) -> str:
 
 
 def _utf8(data: bytes, place: str) -> str:
-    try:  # a file's last line break is the editor's, not the author's
+    try:  # an editor, not the author, ends a file with a line break
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8 at byte {error.start:,}; save it as UTF-8") from None
 
 
 def _is_piped_in() -> bool:
-    """Return whether standard input is a file, or a pipe with content (an idle one would block for ever)."""
+    """Return whether standard input is a file, or a pipe with content (reading an idle one would block)."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # no standard input, or a closed or replaced one
+    except (AttributeError, OSError, ValueError):  # standard input is missing, closed or replaced
         return False
     if stat.S_ISFIFO(mode) and os.name == "posix":  # Windows cannot wait on a pipe; --prompt - reads it
         return bool(select.select([sys.stdin], [], [], 0.5)[0])
@@ -87,12 +88,14 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--serve needs {package}; install it with: uv sync --extra serve")
     except ValueError as error:
         return fail(error, 2)
-    # torch and the rest are imported here, where Ctrl-C ends the process without a traceback
+    threads.limit_spinning()
+    # torch is imported here, where Ctrl-C ends the process without a traceback
     if settings.serve:
         from litgpt_moe.serving.app import serve as act
     else:
         from litgpt_moe.generation.text import write_samples as act
-    return run_command(lambda: act(settings, sampling, prompt))
+    with threads.watch_load():
+        return run_command(lambda: act(settings, sampling, prompt))
 
 
 if __name__ == "__main__":

@@ -7,32 +7,23 @@ Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many storie
 in a flat array of ids; manifest.json says what made it, and shards that no longer match are made again.
 """
 
-import argparse
 import time
 from typing import Any
 
-from litgpt_moe.cli import (
-    FlagParser,
-    WorkFailed,
-    add_flags,
-    from_flags,
-    run_command,
-    run_script,
-    train_command,
-)
+from litgpt_moe import cli
 from litgpt_moe.data.settings import DEMO_MODEL, PrepareSettings, WandbSettings
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> cli.FlagParser:
     """Return the parser of the command line."""
-    parser = FlagParser(description=__doc__)
+    parser = cli.FlagParser(description=__doc__)
     for kind in (PrepareSettings, WandbSettings):
-        add_flags(parser, kind)
+        cli.add_flags(parser, kind)
     return parser
 
 
 def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float | None) -> str:
-    """Return what there is now and what to do next; `seconds` is None where nothing had to be made."""
+    """Return the counts, the places and the next command; `seconds` is None if nothing had to be made."""
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.yaml_files import read_mapping
 
@@ -51,15 +42,15 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     if settings.tokenizer_dir != PrepareSettings.tokenizer_dir:
         flags += ["--tokenizer_dir", settings.tokenizer_dir]
     if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
-        # without CUDA run_train.py takes the demo's model, which has no row for so many pieces
+        # without CUDA run_train.py takes the demo model, which has no rows for so many pieces
         flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
-    return "\n".join([*lines, f"next   {train_command(*flags)}"])
+    return "\n".join([*lines, f"next   {cli.train_command(*flags)}"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work (full disk, no hub), 2 for bad settings or text."""
     args = build_parser().parse_args(argv)
-    settings = from_flags(PrepareSettings, args)
+    settings = cli.from_flags(PrepareSettings, args)
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.prepare import prepare
     from litgpt_moe.files import FolderInUse
@@ -74,18 +65,20 @@ def main(argv: list[str] | None = None) -> int:
             raise
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-            raise WorkFailed(f"{reason}; what was finished is kept, run again when that is mended") from error
+            raise cli.WorkFailed(
+                f"{reason}; what was finished is kept, run again when that is mended"
+            ) from error
         if not settings.log_to_wandb:
             return None
         from litgpt_moe.data.artifact import push
 
-        return push(settings.data_dir, from_flags(WandbSettings, args), settings.tokenizer_dir)
+        return push(settings.data_dir, cli.from_flags(WandbSettings, args), settings.tokenizer_dir)
 
-    return run_command(work, "stopped; finished shards are kept, run again to go on")
+    return cli.run_command(work, "stopped; finished shards are kept, run again to go on")
 
 
 def __getattr__(name: str) -> Any:
-    """Return TextShards, as YAML files and checkpoints name it; it is lazy because it needs torch."""
+    """Return TextShards, which YAML files and checkpoints name here; its import takes seconds."""
     if name == "TextShards":
         from litgpt_moe.data.module import TextShards
 
@@ -94,4 +87,4 @@ def __getattr__(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(main))
+    raise SystemExit(cli.run_script(main))

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe import cli
+from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training.settings import Settings
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         # Set before torch is imported, which reads it once. The experts' row counts differ in each step: with
         # segments that cannot grow, the allocator keeps a block for each size, and memory fragments.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    threads.limit_spinning()
     try:
         run = set_up(argv, started)
     except KeyboardInterrupt:
@@ -118,7 +119,7 @@ def train(run: "Run", stops: "StopSignals") -> "LoopHooks":
     hooks = LoopHooks(run, stops, train_args)
     fabric, is_compiled = launch(run, hooks)
     try:
-        with replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
+        with threads.watch_load(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
             pretrain.main(
                 fabric=fabric,
                 devices=run.devices,

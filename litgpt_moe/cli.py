@@ -1,7 +1,7 @@
 """What every command shares: flags from a dataclass, and one convention for errors, exit status and Ctrl-C.
 
-Nothing heavy is imported here, so that `--help` answers at once.
-Exit status: 0, 1 for work that failed (no network, full disk), 2 for bad input, 130 after Ctrl-C.
+Nothing heavy is imported here, so `--help` answers at once.
+Exit status: 0; 1 for failed work (no network, full disk); 2 for bad input; 130 after Ctrl-C.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from docstring_parser import parse_from_object
 from tqdm import tqdm
 
-INTERRUPTED = 130  # the shell's own status of a command that Ctrl-C ended
+INTERRUPTED = 130  # a shell reports this status for a command that Ctrl-C ended
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-PLAIN_WORDS = {  # what argparse says (3.12, 3.13), and how we do
+PLAIN_WORDS = {  # from argparse's messages (Python 3.12, 3.13) to ours
     r"argument (\S+): invalid int value: (.*)": r"\1 is \2; it must be a whole number",
     r"argument (\S+): invalid float value: (.*)": r"\1 is \2; it must be a number",
     r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)": r"\1 is \2; choose one of \3",
@@ -40,16 +40,16 @@ PLAIN_WORDS = {  # what argparse says (3.12, 3.13), and how we do
 
 
 class WorkFailed(RuntimeError):
-    """The work itself failed, not its input; the text is one sentence for the user."""
+    """The work failed although its input was right; the text is one sentence for the user."""
 
 
 def normalize_flags(argv: list[str]) -> list[str]:
-    """Return `argv` with hyphens in flag names made underscores; values stay as they are."""
+    """Return `argv` with underscores for hyphens in the names of flags; values stay unchanged."""
     return [FLAG.sub(lambda flag: "--" + flag[0][2:].replace("-", "_"), arg, count=1) for arg in argv]
 
 
 def join_switches(argv: list[str], switches: set[str]) -> list[str]:
-    """Return `argv` with `--progress false` as one word: argparse would take any word behind for a value."""
+    """Return `argv` with `--progress=false` for `--progress false`; argparse would take any next word."""
     joined: list[str] = []
     for word in argv:
         if word.lower() in ("true", "false") and joined and joined[-1] in switches:
@@ -60,21 +60,21 @@ def join_switches(argv: list[str], switches: set[str]) -> list[str]:
 
 
 def path_from_flag(text: str) -> Path:
-    """Return the path; an empty text, of a variable that is not set, would mean the current folder."""
+    """Return the path; an empty text (an unset shell variable) is refused, Path would read it as "."."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"the path is {text!r}; name one, '.' is the current folder")
     return Path(text)
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse's parser, with hyphens and underscores alike, that says what is wrong in one sentence."""
+    """argparse's parser with one-sentence errors; hyphens and underscores in flags are the same."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.register("type", Path, path_from_flag)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Return what argparse does, after a look for flags that do not exist: it reports those last."""
+        """Parse as argparse does, but report an unknown flag first; argparse would report it last."""
         args = normalize_flags(sys.argv[1:] if args is None else args)
         actions = self._option_string_actions
         args = join_switches(args, {flag for flag, action in actions.items() if isinstance(action, _Switch)})
@@ -86,7 +86,7 @@ class FlagParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2 and the sentence, without the usage."""
+        """Exit with status 2 and one sentence; argparse would print the usage too."""
         what, choose, choices = " ".join(message.split()).partition("(choose from ")
         text = what + choose + choices.replace("'", "")
         for pattern, sentence in PLAIN_WORDS.items():
@@ -111,55 +111,48 @@ def add_flags(parser: argparse._ActionsContainer, kind: type, prefix: str = "") 
     helps = {param.arg_name: param.description or "" for param in parse_from_object(kind).params}
     defaults = vars(kind())
     for item in fields(kind):
+        name, text = f"{prefix}{item.name}", helps.get(item.name, "").replace("%", "%%")
         if isinstance(item.type, type) and is_dataclass(item.type):
-            add_flags(parser, item.type, f"{prefix}{item.name}.")  # with a dot: --train.max_tokens
-        else:
-            text = helps.get(item.name, "")
-            _add_flag(parser, f"{prefix}{item.name}", item.type, defaults[item.name], text)
+            add_flags(parser, item.type, f"{name}.")  # with a dot: --train.max_tokens
+            continue
+        default, (flags, options) = defaults[item.name], _flag_options(name, item.type)
+        if default not in (None, []) and not isinstance(default, bool) and "default" not in text:
+            text = f"{text.rstrip('.')} (default %(default)s)"
+        parser.add_argument(*flags, **{"dest": name, "default": default, "help": text} | options)
 
 
-def _add_flag(parser: argparse._ActionsContainer, name: str, kind: Any, default: Any, text: str) -> None:
-    text = text.replace("%", "%%")
-    if default not in (None, []) and not isinstance(default, bool) and "default" not in text:
-        text = f"{text.rstrip('.')} (default %(default)s)"
+def _flag_options(name: str, kind: Any) -> tuple[list[str], dict[str, Any]]:
     if kind is bool:
-        options = {"action": _Switch, "nargs": "?", "metavar": "BOOL", "default": default, "help": text}
-        parser.add_argument(f"--{name}", f"--no_{name}", dest=name, **options)
-        return
+        return [f"--{name}", f"--no_{name}"], {"action": _Switch, "nargs": "?", "metavar": "BOOL"}
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is Literal:
-        parser.add_argument(f"--{name}", choices=get_args(kind), default=default, help=text)
-    elif get_origin(kind) is list:
-        (part,) = get_args(kind)
-        parser.add_argument(f"--{name}", action="append", type=part, metavar=METAVARS.get(part), help=text)
-    else:
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=METAVARS.get(kind), help=text)
+        return [f"--{name}"], {"choices": get_args(kind)}
+    options: dict[str, Any] = {}
+    if get_origin(kind) is list:
+        (kind,), options = get_args(kind), {"action": "append", "default": None}
+    return [f"--{name}"], options | {"type": kind, "metavar": METAVARS.get(kind)}
 
 
-def from_flags(kind: type, args: argparse.Namespace, prefix: str = "") -> Any:
-    """Return the dataclass `kind` with the values that the flags of `add_flags` have in `args`."""
-    values = {}
-    for item in fields(kind):
-        if isinstance(item.type, type) and is_dataclass(item.type):
-            values[item.name] = from_flags(item.type, args, f"{prefix}{item.name}.")
-        elif (value := getattr(args, f"{prefix}{item.name}")) is not None:  # else the field's own default
-            values[item.name] = value
-    return kind(**values)
+def from_flags(kind: type, args: argparse.Namespace) -> Any:
+    """Return a `kind` with the parsed values of the flags that `add_flags` declared for it."""
+    values = {item.name: getattr(args, item.name) for item in fields(kind)}
+    # a missing flag is None; the field has its own default then
+    return kind(**{name: value for name, value in values.items() if value is not None})
 
 
 def variable(name: str) -> str | None:
-    """Return an environment variable's value, None where it is unset or blank."""
+    """Return the value of an environment variable, None if it is unset or blank."""
     return os.environ.get(name, "").strip() or None
 
 
 def words_of(name: str) -> list[str] | None:
-    """Return the parts of a variable such as WANDB_TAGS=a,b, None where it has none."""
+    """Return the comma-separated words of a variable such as WANDB_TAGS=a,b, None if there are none."""
     return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()] or None
 
 
 def command_line(*words: object) -> str:
-    """Return the words as one types them in this system's shell: a path with a space in it is quoted."""
+    """Return the words quoted for the shell of this system, ready to paste."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)
 
@@ -175,31 +168,31 @@ def note(text: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, which for other people's errors is the whole reason."""
+    """Return the first line of an error's message; in most libraries it holds the whole reason."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def run_script(main: Callable[[], int]) -> int:
-    """Return what `main` returns; for the guard at the end of a script, where `main` is the whole process."""
+    """Return the status of `main`, which is the whole process: signals and streams are set up for it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C ends the imports that `main` begins with, and leaves no traceback of them
+        # Ctrl-C during the imports ends the process without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for stream in (sys.stdout, sys.stderr):  # a story may hold what a Windows code page lacks
+    for stream in (sys.stdout, sys.stderr):  # Windows code pages lack many characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
     return main()
 
 
 def hear_ctrl_c() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, once what `run_script` shields has been imported."""
+    """Let Ctrl-C raise KeyboardInterrupt again: the imports, for which `run_script` changed it, are done."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_command(work: Callable[[], object], interrupted: str = "") -> int:
-    """Print what `work` returns, unless None, or one sentence for what ended it; return the exit status.
+    """Run `work`, print its result unless it is None, and return the exit status.
 
-    `interrupted` is the line for Ctrl-C. Errors that only a bug of ours can cause keep their traceback.
+    An error becomes one sentence, Ctrl-C the line `interrupted`. Our own bugs keep their traceback.
     """
     try:
         hear_ctrl_c()
@@ -215,13 +208,13 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """Return the sentence and the exit status for an error: 1 for failed work, 2 for bad input."""
+    """Return the message and the exit status for an error: 1 for failed work, 2 for bad input."""
     if isinstance(error, WorkFailed | ConnectionError):
         return str(error), 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        name = error.filename or "the file"
-        text = f"{name} could not be written, the disk is full; make room there"
-        return str(error) if "; " in str(error) else text, 1  # files.DiskFull is a whole sentence already
+        text = f"{error.filename or 'the file'} could not be written, the disk is full; make room there"
+        own_text = error.strerror or ""  # of files.new_folder, a whole sentence
+        return own_text if "; " in own_text else text, 1
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}; check the path and its permissions", 2
     return str(error), 2
@@ -235,5 +228,5 @@ def fail(error: object, status: int) -> int:
 
 
 def silence_stdout() -> None:
-    """Send stdout nowhere: Python flushes it once more at exit, where its reader is gone."""
+    """Redirect stdout to the null device: its reader has gone, and Python flushes it once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,6 +22,9 @@ class MoEConfig(Config):
     """
 
     def __post_init__(self) -> None:
+        if self.mlp_class_name == "LLaMAMoE" and self.moe_intermediate_size is None:
+            # as LitGPT's layer does; its Mixtral configurations say it so
+            self.moe_intermediate_size = self.intermediate_size
         if problems := config_problems(self):
             raise ValueError("\n".join(problems))
         super().__post_init__()

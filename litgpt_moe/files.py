@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, their digests, and the lock of a folder."""
+"""Files and folders that are either complete or absent, their digests, and the lock of a folder."""
 
 import contextlib
 import errno
@@ -23,32 +23,22 @@ class FolderInUse(OSError):
     """Another process works in the folder; the text says which."""
 
 
-class DiskFull(OSError):
-    """There is no room for what is to be written; the text says how much is needed, and where."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(errno.ENOSPC, text)
-
-    def __str__(self) -> str:
-        return self.strerror or ""
-
-
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether writing failed for want of room."""
-    # torch's zip writer and safetensors say so in words alone
+    """Return whether an error means that the disk is full."""
+    # torch's zip writer and safetensors set no errno
     words = ("PytorchStreamWriter failed writing", "No space left")
     return getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words)
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that gets its name once it is complete, even on a power cut, and else is gone."""
+    """Yield a temporary file that is flushed and renamed to `path` at the end, or deleted after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -58,24 +48,24 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk alone names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None  # ENOSPC from a write names no file
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole, in UTF-8."""
+    """Write a UTF-8 text file by `open_whole`."""
     with open_whole(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file by `open_whole`."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Return the content of a JSON file, {} if there is none; ValueError if it is damaged."""
+    """Return the object in a JSON file, {} without a file; ValueError if it is damaged."""
     if path.is_file() and (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path}: {size:,} bytes, over {max_bytes:,}; replace the file")
     try:
@@ -88,12 +78,12 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def fits(value: Any, form: Any) -> bool:
-    """Return whether parsed data has a form, whose parts may be
+    """Return whether parsed data has a form:
 
-    - a dict: the keys that a dict must have, each with its own form; more are allowed
+    - a dict: the required keys, each with its own form; other keys are allowed
     - a list of one form: a list of such items
-    - a type: a value of it
-    - a number: one of its type (for a float also an int), as large or larger, but below 2**63.
+    - a type: a value of exactly that type
+    - a number: one of its type (an int will do for a float), not smaller, below 2**63.
     """
     if isinstance(form, dict):
         return isinstance(value, dict) and all(fits(value.get(key), part) for key, part in form.items())
@@ -105,7 +95,7 @@ def fits(value: Any, form: Any) -> bool:
 
 
 def check_inside(name: str) -> str:
-    """Return `name` if it stays inside the folder that it is relative to, on Linux and on Windows."""
+    """Return a relative path; ValueError if it leaves its folder on Linux or on Windows."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if not name or posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
         raise ValueError(f"the entry {name!r} would lie outside its folder; refusing it")
@@ -113,18 +103,18 @@ def check_inside(name: str) -> str:
 
 
 def is_outside(path: Path, folder: Path) -> bool:
-    """Return whether a file that lies in `folder` by its name is a link, or behind one, out of it."""
+    """Return whether `path`, with links resolved, lies outside `folder`."""
     return folder.resolve() not in path.resolve().parents
 
 
 def existing_parent(path: Path) -> Path:
-    """Return `path` or the nearest folder above it that exists."""
+    """Return the first of `path` and its parents that is an existing folder."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def sync_directory(folder: Path) -> None:
-    """Flush the names in `folder` to the disk; Windows has no such call and does it itself."""
+    """Flush the entries of `folder` to the disk; Windows has no such call."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -134,7 +124,7 @@ def sync_directory(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Flush every file in `folder`, and their names, to the disk."""
+    """Flush every file in `folder` and its entries to the disk."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -142,7 +132,7 @@ def sync_files(folder: Path) -> None:
 
 
 def put_in_place(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; what was there moves aside first, since directories are not replaced."""
+    """Rename the folder `staging` to `target`; an old `target` moves aside first."""
     aside = target.with_name(f".{target.name}.old")
     if target.exists():
         target.rename(aside)
@@ -152,26 +142,27 @@ def put_in_place(staging: Path, target: Path) -> None:
 
 
 def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
-    """Return `path`, or its name with the first number behind it that is not taken yet."""
+    """Return `path` if it does not exist, else the first numbered name (`path.1`) that does not."""
     numbered = (path.with_name(f"{path.name}{separator}{n}") for n in itertools.count(start))
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def check_new_folder(out: Path, n_bytes: int) -> None:
-    """Raise before any work if `out` cannot become a folder of `n_bytes` bytes."""
+    """Raise OSError if `out` cannot become a new folder of `n_bytes` bytes."""
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; name a folder that does not exist yet")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; name a folder that does not exist yet")
     free = shutil.disk_usage(existing_parent(out)).free
     if free < n_bytes + SPARE_BYTES:
-        raise DiskFull(f"{out} needs {n_bytes + SPARE_BYTES:,} bytes but {free:,} are free; make room there")
+        needed = n_bytes + SPARE_BYTES
+        raise OSError(errno.ENOSPC, f"{out} needs {needed:,} bytes but {free:,} are free; make room there")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder that becomes `out` when the block ends well, and vanishes otherwise."""
-    out = out.absolute()  # "out/.." has no name of its own to stage beside
+    """Yield an empty staging folder that is renamed to `out` at the end, or deleted after an error."""
+    out = out.absolute()  # "out/.." has no name of its own
     check_new_folder(out, n_bytes)
     staging = out.with_name(f".{out.name}.tmp")
     made = [folder for folder in out.parents if not folder.exists()]
@@ -186,15 +177,16 @@ def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         if is_disk_full(error):
-            raise DiskFull(f"{out} could not be written, the disk is full; make room there") from error
+            text = f"{out} could not be written, the disk is full; make room there"
+            raise OSError(errno.ENOSPC, text) from error
         raise
 
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool = False) -> Iterator[None]:
-    """Keep a second process out of `folder` during the block: raise FolderInUse there, unless told to wait.
+    """Lock `folder` during the block: a second process waits, or gets FolderInUse.
 
-    The system drops the lock with the process, however it ends.
+    The operating system releases the lock of a process that ends, however it ends.
     """
     lock = FileLock(folder / f".{name}.lock")
     identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, from what a launcher puts into the environment."""
+"""The rank of this process, from the environment variables of a launcher."""
 
 import os
 import re
@@ -6,25 +6,25 @@ import sys
 
 
 def is_main_process() -> bool:
-    """Return whether this is the process that a person started, or the first that a launcher did."""
-    # torchrun and Slurm give the rank; Fabric's own launcher the node's and the device's
+    """Return whether this process is rank 0, or the only one."""
+    # torchrun and Slurm set the rank; Fabric's launcher sets node and device
     ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ][:1]
     return all(int(rank) == 0 for rank in ranks or map(os.environ.get, ("NODE_RANK", "LOCAL_RANK"), "00"))
 
 
 def is_first_on_machine() -> bool:
-    """Return whether this is a run's only process, or the first of those on this machine."""
+    """Return whether this process is local rank 0, or the only one."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def note_once(text: str) -> None:
-    """Print a line on stderr, once for all processes of a run."""
+    """Print a line on stderr, on rank 0 only."""
     if is_main_process():
         print(text, file=sys.stderr, flush=True)
 
 
 def launcher_problems(world_size: int | None = None) -> list[str]:
-    """Return one sentence per variable of a launcher that is no number or does not fit `world_size`."""
+    """Return a sentence for each launcher variable that is not a number or does not fit `world_size`."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if odd := {name: text for name, text in given.items() if not re.fullmatch(r"[0-9]{1,9}", text)}:

@@ -1,4 +1,4 @@
-"""Which expert takes what: the choices of every layer, and how specialised the experts are.
+"""Which tokens each expert takes: the router's choices in every layer, and how specialised the experts are.
 
 "Token tells" is the mutual information between a token and the expert it goes to, as a share of the
 experts' entropy: 0 % if a word goes anywhere, 100 % if it always goes to the same. "Overlap" of two layers is
@@ -27,14 +27,14 @@ Pieces = Callable[[int], str]  # a token's text by its id
 
 @dataclass
 class Expert:
-    """What one expert of a layer takes."""
+    """The tokens that one expert of a layer takes."""
 
     share: float
-    """Of all the layer's choices, K for each token; 1 / E is even."""
+    """Of the layer's choices, K for each token; 1 / E is even."""
     kinds: float
-    """Effective number of different tokens: 2 to the entropy, in bits, of what it takes."""
+    """Effective number of different tokens: 2 to the entropy, in bits, of its tokens."""
     typical: list[dict[str, Any]]
-    """Tokens that it takes more than its share of: piece, count, and share of the occurrences it takes."""
+    """Tokens that it takes more often than its share: piece, count, share of the piece's occurrences."""
 
 
 @dataclass
@@ -58,20 +58,19 @@ def inspect(
 ) -> tuple[list[Layer], Layer, list[list[float]]]:
     """Return all layers, the one asked for (None: the most specialised), and their overlaps.
 
-    Takes the head off `model`, whose logits, half of the work in a small model, are not needed.
+    The head is taken off `model`: its logits, half of the work in a small model, are not needed.
     """
     if not (known := layers_of(model)):
         raise ValueError("the model has no experts; tools/upcycle.py makes some of a dense model")
     if layer is not None and layer not in known:
-        raise ValueError(
-            f"layer is {layer}; the model has experts in the layers {', '.join(map(str, known))}"
-        )
+        have = ", ".join(map(str, known))
+        raise ValueError(f"layer is {layer}; the model has experts in the layers {have}")
     if ids.max() >= model.lm_head.out_features:
         raise ValueError(f"the tokenizer is not the model's (token {ids.max():,}); copy in the right one")
 
     def piece(number: int) -> str:
         text = piece_of(number)
-        return repr(text)[1:-1] if text else f"#{number}"  # line breaks escaped
+        return repr(text)[1:-1] if text else f"#{number}"  # repr escapes line breaks
 
     take_off_head(model)
     experts, weights = record_choices(model, ids)
@@ -81,11 +80,8 @@ def inspect(
     return layers, next((each for each in layers if each.index == layer), most), overlaps(experts)
 
 
-# --- the choices --------------------------------------------------------------------------------------------
-
-
 def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Return block index -> the K experts of each token, (N, K) with the first choice first, and weights."""
+    """Return by layer the K experts of each token, (N, K) with the first choice first, and their weights."""
     experts: dict[int, list[np.ndarray]] = {}
     weights: dict[int, list[np.ndarray]] = {}
 
@@ -108,9 +104,6 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
     return joined[0], joined[1]
 
 
-# --- what they say ------------------------------------------------------------------------------------------
-
-
 def entropy(counts: np.ndarray) -> float:
     """Return the entropy, in nats, of the distribution with these counts."""
     p = counts[counts > 0] / counts.sum()
@@ -118,13 +111,13 @@ def entropy(counts: np.ndarray) -> float:
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray, seed: int = 0) -> float:
-    """Return the mutual information of two sequences of small numbers, in nats, minus what chance gives.
+    """Return the mutual information, in nats, of two sequences, minus that of `a` and a shuffled `b`.
 
-    Chance gives that of `a` with `b` shuffled, which is large for many kinds of tokens with few occurrences.
+    The latter, which is due to chance, is large for many different tokens with few occurrences each.
     """
     a, b = (np.unique(kinds, return_inverse=True)[1] for kinds in (a, b))
     shuffled = np.random.default_rng(seed).permutation(b)
-    # the entropies of a and of b are the same for both, so only those of the pairs remain
+    # shuffling does not change the entropies of a and of b, so only those of the pairs differ
     joint, chance = (entropy(np.bincount(a * (b.max() + 1) + other)) for other in (b, shuffled))
     return max(0.0, chance - joint)
 
@@ -138,13 +131,13 @@ def describe_layer(
     flat = np.repeat(kind_N, top_k) * n_expert + experts_NK.ravel()
     counts_TE = np.bincount(flat, minlength=len(kinds) * n_expert).reshape(-1, n_expert)
     load_E = counts_TE.sum(axis=0)
-    spread, told = entropy(load_E), mutual_information(np.repeat(ids, top_k), experts_NK.ravel())
+    spread, shared = entropy(load_E), mutual_information(np.repeat(ids, top_k), experts_NK.ravel())
     return Layer(
         index=index,
         load_imbalance=float(load_E.max() / load_E.mean()),
         load_entropy=spread / np.log(n_expert) if n_expert > 1 else 1.0,
         first_weight=float(weights_NK[:, 0].mean() / weights_NK.sum(axis=1).mean()),
-        token_tells=min(1.0, told / spread) if spread else 0.0,
+        token_tells=min(1.0, shared / spread) if spread else 0.0,
         experts=[
             Expert(
                 share=float(load_E[e] / load_E.sum()),
@@ -159,7 +152,7 @@ def describe_layer(
 def typical_tokens(
     counts_TE: np.ndarray, e: int, kinds: np.ndarray, top_k: int, pieces: Pieces
 ) -> list[dict[str, Any]]:
-    """Return the tokens most typical of expert `e`: those with the largest terms n log(n / expected)."""
+    """Return the tokens most typical of expert `e`, which have the largest n log(n / expected n)."""
     n_T, all_T = counts_TE[:, e].astype(float), counts_TE.sum(axis=1)
     expected_T = all_T * (n_T.sum() / all_T.sum())
     score_T = np.zeros_like(n_T)
@@ -173,7 +166,7 @@ def typical_tokens(
 
 
 def overlaps(experts: dict[int, np.ndarray]) -> list[list[float]]:
-    """Return the overlap of every layer with every layer, by the experts of the first choice."""
+    """Return the matrix of the layers' overlaps, from the experts of the first choice."""
     first = [choices[:, 0] for choices in experts.values()]
     spread = [entropy(np.bincount(choices)) for choices in first]
     values = np.eye(len(first))
@@ -185,7 +178,7 @@ def overlaps(experts: dict[int, np.ndarray]) -> list[list[float]]:
 
 
 def table(layers: list[Layer], shown: Layer) -> str:
-    """Return the figures of all layers, and what each expert of `shown` takes."""
+    """Return two tables as text: the figures of all layers, and the typical tokens of `shown`'s experts."""
     lines = ["layer  max/mean load  entropy of load  first weight  token tells"]
     lines += [
         f"{layer.index:>5}  {layer.load_imbalance:>13.2f}  {layer.load_entropy:>15.3f}"

@@ -1,7 +1,4 @@
-"""The picture of tools/inspect_routing.py: load, overlap, typical tokens, and how much a token tells.
-
-Needs matplotlib, which the extra `report` brings.
-"""
+"""The figure of tools/inspect_routing.py, drawn with matplotlib, which the extra `report` installs."""
 
 from typing import Any
 
@@ -16,7 +13,7 @@ INK, MUTED, ACCENT = "#1f2430", "#6b7280", "#3b6ea8"
 
 
 def draw(title: str, layers: list[Layer], table_LL: list[list[float]], shown: Layer) -> Figure:
-    """Return the picture: load and overlap above, the typical tokens of `shown` and what tells below."""
+    """Return the figure: load and overlap above, typical tokens of `shown` and "token tells" below."""
     n_layer, n_expert = len(layers), len(shown.experts)
     left, above, below = max(6.5, 0.42 * n_expert), max(2.6, 0.42 * n_layer), max(2.6, 0.27 * n_expert)
     style: dict[Any, Any] = {"font.size": 9, "axes.edgecolor": "#c8ccd2", "text.color": INK}
@@ -37,6 +34,12 @@ def _head(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontsize=10, parse_math=False)
 
 
+def _write_cells(axes: Axes, form: str, values: np.ndarray, is_dark: np.ndarray) -> None:
+    for (y, x), value in np.ma.ndenumerate(values):  # which leaves masked cells out
+        ink = "white" if is_dark[y, x] else INK
+        axes.text(x, y, form.format(value), ha="center", va="center", fontsize=7, color=ink)
+
+
 def _draw_load(figure: Figure, axes: Axes, layers: list[Layer]) -> None:
     n_expert = len(layers[0].experts)
     load_LE = np.array([[expert.share * n_expert for expert in layer.experts] for layer in layers])
@@ -48,9 +51,7 @@ def _draw_load(figure: Figure, axes: Axes, layers: list[Layer]) -> None:
     axes.set_yticks(range(len(layers)), [str(layer.index) for layer in layers])
     axes.set_xticks(range(n_expert) if n_expert <= 40 else range(0, n_expert, 8))
     if n_expert <= 40:
-        for (y, x), value in np.ndenumerate(load_LE):
-            ink = "white" if abs(shade_LE[y, x]) > 0.65 * limit else INK
-            axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
+        _write_cells(axes, "{:.1f}", load_LE, abs(shade_LE) > 0.65 * limit)
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=30)
     ticks = [t for t in (-3, -2, -1, 0, 1, 2, 3) if abs(t) <= limit]
     bar.set_ticks(ticks, labels=[f"{2.0**t:g}" for t in ticks])
@@ -59,24 +60,21 @@ def _draw_load(figure: Figure, axes: Axes, layers: list[Layer]) -> None:
 
 def _draw_overlap(figure: Figure, axes: Axes, layers: list[Layer], table_LL: list[list[float]]) -> None:
     values = np.array(table_LL)
-    image = axes.imshow(np.ma.masked_where(np.eye(len(values), dtype=bool), values), cmap="Blues", vmin=0.0)
-    others = values[~np.eye(len(values), dtype=bool)]
-    image.set_clim(0, max(0.2, float(others.max(initial=0))))
+    others = np.ma.masked_where(np.eye(len(values), dtype=bool), values)
+    highest = max(0.2, float(others.filled(0).max()))
+    image = axes.imshow(others, cmap="Blues", vmin=0.0, vmax=highest)
     _head(axes, "Overlap of first choices")
     names = [str(layer.index) for layer in layers]
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="layer")
     if len(names) <= 8:
-        for (y, x), value in np.ndenumerate(values):
-            ink = "white" if value > 0.6 * image.get_clim()[1] else INK
-            if y != x:
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+        _write_cells(axes, "{:.2f}", others, values > 0.6 * highest)
     figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
 
 
 def _draw_tokens(axes: Axes, shown: Layer) -> None:
-    """Write the typical tokens, the more of their occurrences come here the darker."""
+    """Write the typical tokens, darker the larger the share of their occurrences is."""
     _head(axes, f"Layer {shown.index}: most typical tokens of each expert (darker: more of them go there)")
     n_expert = len(shown.experts)
     axes.set(xlim=(0, N_TYPICAL), ylim=(n_expert - 0.5, -0.5), ylabel="expert", xticks=[])

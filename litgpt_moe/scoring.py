@@ -1,9 +1,9 @@
-"""Score a model on text: corpus, windows, nats, and the figures they sum up to.
+"""Score a model on text: loss, perplexity and bits per byte.
 
-How it counts: the tokens, in order, are cut into windows of T inputs (T = block_size), the last one short.
-Every token but the very first is predicted exactly once, from the tokens before it in its window. Loss is
-the mean over those predictions, BOS and EOS among them, in nats per token. Its standard error comes from
-the spread of the windows' means, weighted by length. Bits per byte is all nats over the bytes of the text.
+The tokens, in order, are cut into windows of T inputs (T = block_size), the last one shorter. Every token but
+the very first is predicted exactly once, from the tokens before it in its window. The loss is the mean over
+these predictions, BOS and EOS included, in nats per token. Its standard error comes from the spread of the
+windows' means, weighted by length. Bits per byte is the sum of all nats, in bits, over the bytes of the text.
 """
 
 import math
@@ -43,28 +43,24 @@ class Corpus:
     """A stream of token ids to score."""
 
     read: Callable[[int, int], np.ndarray]
-    """Returns the token ids from start to stop, int64."""
+    """Return the token ids from start to stop, int64."""
     n_tokens: int
     n_bytes: int
-    """UTF-8 bytes of the whole stream's text."""
+    """UTF-8 bytes of the whole text."""
     vocab_size: int
     tokenizer_dir: Path
     identity: dict[str, Any]
-    """What is recorded about the text beside the result."""
-
-
-# --- what to score ------------------------------------------------------------------------------------------
+    """Names and digests of the text, recorded with the result."""
 
 
 def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
-    """Return a prepared split; ValueError where another tokenizer or an older text made it."""
+    """Return a prepared split; ValueError if another tokenizer or an older text made it."""
     manifest = read_manifest(data_dir)
     facts = manifest["tokenizer"]
     if sha256_file(tokenizer_dir / "tokenizer.json") != facts["sha256"]:
-        raise ValueError(
-            f"{data_dir}: tokenized with another tokenizer than the one in {tokenizer_dir}; "
-            f"run prepare_data.py --tokenizer_dir {tokenizer_dir}, or score text files with --text"
-        )
+        way_out = f"run prepare_data.py --tokenizer_dir {tokenizer_dir}, or score text files with --text"
+        other = f"tokenized with another tokenizer than the one in {tokenizer_dir}"
+        raise ValueError(f"{data_dir}: {other}; {way_out}")
     if reasons := stale_reasons(data_dir, tokenizer_dir):
         raise ValueError(f"{data_dir}: {reasons[0]}; run prepare_data.py on that folder again")
     stream = TokenStream(data_dir, split)
@@ -76,7 +72,7 @@ def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
 
 
 def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
-    """Return the stories of plain text files one after another, each BOS ... EOS as in the shards."""
+    """Return the concatenated stories of plain text files, each BOS ... EOS as in the shards."""
     encoder = StoryEncoder(read_tokenizer_facts(tokenizer_dir))
     ids, n_bytes = [], 0
     for path in paths:
@@ -109,14 +105,11 @@ def bytes_of_first(corpus: Corpus, n_tokens: int) -> int:
         return corpus.n_bytes
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer_dir / "tokenizer.json"))
     ids = corpus.read(0, n_tokens)
-    # story by story, because the decoder drops the space that stands for the beginning of a text
+    # each story is decoded alone, because the decoder drops the space before the first word of a text
     stories = np.split(ids, np.flatnonzero(ids == read_tokenizer_facts(corpus.tokenizer_dir).bos_id))
     *whole, last = tokenizer.decode_batch([story.tolist() for story in stories])
     kept = last.rstrip("\ufffd")  # a character cut at the end decodes to one U+FFFD for each of its bytes
     return sum(len(text.encode()) for text in (*whole, kept)) + len(last) - len(kept)
-
-
-# --- the model ----------------------------------------------------------------------------------------------
 
 
 def random_model(config_path: Path, seed: int, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -125,14 +118,14 @@ def random_model(config_path: Path, seed: int, device: torch.device, dtype: torc
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT(config)
-        # of the Fabric it reads only whether the strategy is FSDP (litgpt 0.5.13)
+        # litgpt 0.5.13 reads only whether the Fabric's strategy is FSDP
         fabric: Any = SimpleNamespace(strategy=None)
         initialize_weights(fabric, model, config.n_layer, config.n_embd)
     return model.requires_grad_(False).to(device, dtype).eval()
 
 
 def pick_checkpoint(named: Path | None, default: Path) -> Path | None:
-    """Return the checked checkpoint in `named`, else the one in `default`, None where that has none."""
+    """Return the verified checkpoint in `named`, else the one in `default`, None if that has none."""
     try:
         folder = find_checkpoint(named or default)
     except FileNotFoundError:
@@ -144,7 +137,7 @@ def pick_checkpoint(named: Path | None, default: Path) -> Path | None:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return what identifies a checkpoint: path, step where it is known, hash of the weights."""
+    """Return a checkpoint's path, its step (None if unknown) and the SHA-256 of its weights."""
     path = folder / CHECKPOINT_FILE
     step = read_state(path).get("step_count")
     sha256 = sha256_of(path, path.stat().st_size, path.stat().st_mtime_ns)
@@ -152,24 +145,20 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def pick_window(max_seq_length: int | None, corpus: Corpus, model: GPT) -> int:
-    """Return the inputs per window; ValueError where model and text, or model and flag, do not fit."""
+    """Return the inputs per window. ValueError if tokenizer or --max_seq_length do not fit the model."""
     config = model.config
     if corpus.vocab_size > model.lm_head.out_features:
-        raise ValueError(
-            f"{corpus.tokenizer_dir}: the tokenizer has {corpus.vocab_size} pieces but {config.name} knows "
-            f"{model.lm_head.out_features}; use the tokenizer that the model was made for"
-        )
+        sizes = f"{corpus.vocab_size} pieces but {config.name} knows {model.lm_head.out_features}"
+        way_out = "use the tokenizer that the model was made for"
+        raise ValueError(f"{corpus.tokenizer_dir}: the tokenizer has {sizes}; {way_out}")
     window = max_seq_length or config.block_size
     if window > config.block_size:
         raise ValueError(f"--max_seq_length is {window}; choose at most {config.block_size}, the block_size")
     return window
 
 
-# --- scoring ------------------------------------------------------------------------------------------------
-
-
 def iter_batches(corpus: Corpus, window: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Yield (B, window + 1) ids; a row's last is the next row's first. The last, short window comes alone."""
+    """Yield (B, window + 1) ids; a row's last is the next row's first. A shorter last window comes alone."""
     n_whole = (corpus.n_tokens - 1) // window
     for first in range(0, n_whole, batch_size):
         last = min(first + batch_size, n_whole)
@@ -193,11 +182,11 @@ def take_off_head(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def window_nats(model: GPT, logits: Callable, ids: torch.Tensor, rows: int) -> list[float]:
-    """Return each row's summed cross-entropy, (B, T+1), from the `logits` of `rows` tokens at a time."""
+    """Return the summed cross-entropy of each row of `ids` (B, T+1), with `rows` tokens' logits at a time."""
     hidden, targets = model(ids[:, :-1]), ids[:, 1:]
     parts = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     nats = torch.cat([cross_entropy(logits(x), y, reduction="none") for x, y in parts])
-    # float64: the rounding of ten million float32 additions would show
+    # float64: the rounding errors of ten million float32 additions would be visible
     return nats.view(targets.shape).cpu().double().sum(dim=1).tolist()
 
 
@@ -206,7 +195,7 @@ def score(
 ) -> dict[str, Any]:
     """Return the figures of `summarize`, the speed and the experts' load; takes the head off `model`."""
     vocab, device = model.lm_head.out_features, model.lm_head.weight.device
-    logits, rows = take_off_head(model), chunk_rows(device, vocab)  # all at once they would be gigabytes
+    logits, rows = take_off_head(model), chunk_rows(device, vocab)  # all logits would take gigabytes
     count_expert_load(model, True)
     nats, lengths, start = [], [], time.perf_counter()
     batches = islice(iter_batches(corpus, window, batch_size), max_batches and min(max_batches, sys.maxsize))
@@ -227,13 +216,13 @@ def score(
 
 
 def summarize(nats: np.ndarray, lengths: np.ndarray, n_bytes: int) -> dict[str, Any]:
-    """Return loss, standard error, perplexity and bits per byte of windows with these nats and lengths."""
+    """Return loss, standard error, perplexity and bits per byte from the windows' nats and lengths."""
     total, n_tokens, n_windows = float(nats.sum()), int(lengths.sum()), len(nats)
     loss = total / n_tokens
     if not math.isfinite(loss):
         raise WorkFailed(f"the loss is {loss}: damaged weights, or --precision too narrow; try 32-true")
     stderr = None  # unknown for one window
-    if n_windows > 1:  # of a ratio of two sums: Cochran, Sampling Techniques, eq. 2.39
+    if n_windows > 1:  # standard error of a ratio of two sums: Cochran, Sampling Techniques, eq. 2.39
         deviations = nats - loss * lengths
         stderr = math.sqrt((deviations**2).sum() * n_windows / (n_windows - 1)) / n_tokens
     return {
@@ -242,7 +231,5 @@ def summarize(nats: np.ndarray, lengths: np.ndarray, n_bytes: int) -> dict[str, 
         "perplexity": math.exp(min(loss, 700.0)),  # exp overflows at 709
         "bits_per_byte": total / math.log(2) / n_bytes,
         "total_nats": total,
-        "n_tokens": n_tokens,
-        "n_bytes": n_bytes,
-        "n_windows": n_windows,
+        **{"n_tokens": n_tokens, "n_bytes": n_bytes, "n_windows": n_windows},
     }

@@ -1,4 +1,4 @@
-"""A mapping from a YAML file: no key twice, values as a class annotates them, one sentence a mistake."""
+"""A mapping from a YAML file: unique keys, values typed by a dataclass, one sentence per mistake."""
 
 import contextlib
 import difflib
@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-MAX_YAML_BYTES = 1 << 17  # time and memory of reading grow faster than the file
-TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this order
+MAX_YAML_BYTES = 1 << 17  # reading time and memory grow faster than the file
+TYPE_WORDS = {  # how messages describe a type; in this order
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -21,17 +21,17 @@ TYPE_WORDS = {  # what a wrong value of a YAML file should have been, in this or
     dict: "`key: value` lines",
     list: "a list",
     tuple: "a list",
-    None: "null",  # of an argument without a type, which takes anything
+    None: "null",  # an argument without annotation takes anything
     NoneType: "null",
 }
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice; plain YAML lets the last one win silently."""
+    """A safe YAML loader that refuses duplicate keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping; YAMLError if it has a key twice."""
-        if isinstance(node, yaml.MappingNode):  # else the loader's own message, as for `!!map text`
+        """Return the mapping; YAMLError on a duplicate key."""
+        if isinstance(node, yaml.MappingNode):  # else PyYAML has a message, as for `!!map text`
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := [name for name, times in Counter(names).items() if times > 1]:
                 raise yaml.YAMLError(f"the key {twice[0]} is given twice; keep one of them")
@@ -39,7 +39,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 class ForeignLoader(UniqueKeyLoader):
-    """The loader for files that came with a checkpoint: ten lines of aliases can stand for 10**9 values."""
+    """The loader for files of a checkpoint; it refuses aliases, ten lines of which can mean 10**9 values."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Return the next node; YAMLError if it is an alias."""
@@ -49,37 +49,37 @@ class ForeignLoader(UniqueKeyLoader):
 
 
 def read_mapping(path: Path, is_foreign: bool = False) -> dict[str, Any]:
-    """Return the `key: value` lines of a YAML file, of somebody else's (a checkpoint's) without aliases."""
+    """Return the mapping in a YAML file; in a foreign one (a checkpoint's) aliases are refused."""
     if not path.is_file():
-        way_out = "name one that is there, as those in configs/ are"
-        raise FileNotFoundError(f"{path}: no such configuration file; {way_out}")
+        text = f"{path}: no such configuration file"
+        raise FileNotFoundError(f"{text}; name one that is there, as those in configs/ are")
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), ForeignLoader if is_foreign else UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError) as error:
-        # not only YAMLError: PyYAML lets those of int(), date() and others pass
+        # PyYAML lets errors of int(), date() and others pass
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not readable YAML: {reason[:300]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no `key: value` lines; write some into it")
     if odd := [key for key in values if not isinstance(key, str)]:
-        way_out = "see litgpt.Config or --help for the keys"
-        raise ValueError(f"{path}: the key {odd[0]!r:.80} is no text; {way_out}")
+        text = f"{path}: the key {odd[0]!r:.80} is no text"
+        raise ValueError(f"{text}; see litgpt.Config or --help for the keys")
     return values
 
 
 def typed(values: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
-    """Return `values` as the dataclass `kind` annotates them: plain YAML reads 1e-5 as text.
+    """Return `values` converted to the annotations of the dataclass `kind`; plain YAML reads 1e-5 as text.
 
-    ValueError has one line per unknown key or wrong value, each naming `path`, the key and the way out.
+    ValueError has one line per unknown key or wrong value.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
     types = {item.name: item.type for item in fields(kind) if item.init}
-    # before other values are parsed, which may be anything; and null, which jsonargparse lets pass
+    # jsonargparse takes null for anything; and with an unknown key nothing is parsed
     odd = [key for key, value in values.items() if key not in types or _is_wrongly_null(types[key], value)]
-    with contextlib.suppress(ArgumentError):  # which tells of the first problem only
+    with contextlib.suppress(ArgumentError):  # it names only the first problem
         if not odd:
             parsed = parser.parse_object(values)
             return {key: parsed[key] for key in values}
@@ -104,7 +104,7 @@ def _key_problem(parser: ArgumentParser, types: dict[str, Any], key: str, value:
 
 
 def type_words(kind: Any) -> str:
-    """Return what a value of an annotated type looks like in YAML, as one says it: "a number or null"."""
+    """Return how a message describes an annotated type: "a number or null"."""
     origin, parts = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"

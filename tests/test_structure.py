@@ -16,7 +16,7 @@ SCRIPTS = ("run_train", "prepare_data", "generate", "evaluate", "wandb_dataset")
 # A module may import the rows above its own and, within the row, what stands to its left.
 # The first row imports nothing of ours at all.
 ROWS = (
-    ("kernels", "balance", "cli", "files", "processes", "yaml_files"),
+    ("kernels", "balance", "cli", "files", "processes", "threads", "yaml_files"),
     ("moe_layers",),
     ("config", "loss", "hardware"),
     ("checkpoints", "data", "generation", "planning"),

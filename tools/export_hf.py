@@ -1,10 +1,10 @@
-"""Turn a checkpoint into a folder that Hugging Face Transformers loads, and --gguf into a file for llama.cpp.
+"""Convert a checkpoint to a folder for Hugging Face Transformers, with --gguf also to a file for llama.cpp.
 
 Run: uv run python tools/export_hf.py checkpoints/final exported      (25 s, most of it imports)
 
-Written are model.safetensors, config.json, generation_config.json, the tokenizer and a model card. The class
-is the one whose routing is the same: Mixtral, or Qwen3-MoE for q/k-norm (Llama and Qwen3 without experts);
-what neither can express is refused. Before the folder gets its name, Transformers loads it and must give the
+The folder holds model.safetensors, config.json, generation_config.json, the tokenizer and a model card. The
+class is the one with the same routing: Mixtral, or Qwen3-MoE for q/k-norm (Llama and Qwen3 without experts);
+other models are refused. Before the folder gets its name, Transformers loads it and must give the
 checkpoint's logits and token ids.
 """
 
@@ -15,7 +15,7 @@ from litgpt_moe.cli import FlagParser, run_command, run_script
 
 
 def export(args: argparse.Namespace) -> str:
-    """Do what the flags say and return what to print."""
+    """Export the checkpoint; return the lines to print."""
     from litgpt_moe.checkpoints.layout import find_checkpoint
     from litgpt_moe.checkpoints.reader import load_tokenizer, verify_checkpoint
     from litgpt_moe.files import check_new_folder

@@ -1,11 +1,11 @@
-"""Turn a model of Hugging Face Transformers into a checkpoint that LitGPT and our scripts train on from.
+"""Convert a model of Hugging Face Transformers to a checkpoint that LitGPT and our scripts can train.
 
 Run: uv run python tools/import_hf.py TinyLlama/TinyLlama-1.1B-Chat-v1.0 checkpoints/tinyllama
-(a folder's name instead stays on this machine; 20 s for a small one, most of it imports)
+(20 s for a small one, most of it imports; the name of a folder instead needs no network)
 
-Mixtral, Qwen3-MoE, Llama and Qwen3 are read, from safetensors, where LitGPT computes exactly the same;
-other classes and variants are refused. A repository comes from the hub (HF_ENDPOINT chooses a mirror); an
-interrupted download goes on when the command is run again. No code in it is run.
+Mixtral, Qwen3-MoE, Llama and Qwen3 in safetensors files are converted if LitGPT computes exactly the same;
+other classes and variants are refused. A repository is downloaded from the hub (HF_ENDPOINT chooses a
+mirror); the same command resumes an interrupted download. No code of the repository is run.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
 
 
 def import_checkpoint(args: argparse.Namespace) -> str:
-    """Do what the flags say and return what to print."""
+    """Import the model; return the lines to print."""
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.import_folder import import_model
     from litgpt_moe.interop.upcycle import NEXT, training_command

@@ -1,9 +1,9 @@
-"""Say what a checkpoint directory holds and whether it is whole.
+"""Describe what a checkpoint directory holds and whether it is complete.
 
 Run: uv run python tools/inspect_checkpoint.py checkpoints/final --tensors (20 s, most of it imports)
 
 The weights are memory-mapped and never run code (`weights_only`); only --tensors reads their values.
-Status 0: complete. 1: something is missing or damaged. 2: no checkpoint there.
+Status 0: complete. 1: something is missing or damaged. 2: there is no checkpoint.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from litgpt_moe.cli import FlagParser, fail, run_script
 
 
 def inspect(folder: Path, with_tensors: bool) -> bool:
-    """Print what the checkpoint in `folder` holds and lacks; return whether it lacks something."""
+    """Print what the checkpoint in `folder` holds and lacks; return whether something is missing."""
     from litgpt_moe.checkpoints.reader import verify_checkpoint
     from litgpt_moe.report.checkpoint import describe, describe_files, find_problems
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error, 1)
     except (KeyError, TypeError, AttributeError) as error:
-        # JSON or YAML of another shape than it should have
+        # the structure of a JSON or YAML file is not the expected one
         return fail(f"{folder}: a tokenizer or settings file is damaged ({error!r})", 1)
 
 

@@ -2,7 +2,7 @@
 
 Run: uv run python tools/inspect_routing.py checkpoints/final stories.txt      (25 s, most of it imports)
 
-litgpt_moe/routing.py says what the figures mean.
+litgpt_moe/routing.py defines the figures.
 """
 
 import warnings
@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe import threads
 from litgpt_moe.cli import FlagParser, add_flags, explain, fail, from_flags, run_command, run_script
 from litgpt_moe.files import open_whole, write_json
 
@@ -19,7 +20,7 @@ JSON_NAME, PNG_NAME = "routing.json", "routing.png"
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """How much is read, what is shown, and where it goes."""
+    """How much is read, what is shown, and where the files are written."""
 
     out: Path = Path("routing")
     """Folder for routing.json and routing.png."""
@@ -36,7 +37,7 @@ class InspectSettings:
 
 
 def check(settings: InspectSettings, text: Path) -> None:
-    """Raise ValueError or OSError for what can be refused before the imports."""
+    """Raise ValueError or OSError for mistakes that can be found before the slow imports."""
     if settings.max_tokens < 2:
         raise ValueError(f"max_tokens is {settings.max_tokens}; choose 2 or more")
     if find_spec("matplotlib") is None:
@@ -51,7 +52,7 @@ def check(settings: InspectSettings, text: Path) -> None:
 
 
 def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
-    """Write both files and return what to print. Raises ValueError or OSError with one sentence."""
+    """Write both files; return the lines to print. Raises ValueError or OSError with one sentence."""
     from litgpt_moe.checkpoints.layout import find_checkpoint
     from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
     from litgpt_moe.hardware import pick_device
@@ -76,22 +77,19 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     figure = draw(title, layers, overlap, shown)
     write_json(settings.out / JSON_NAME, content)
     with open_whole(settings.out / PNG_NAME) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a script that the font lacks becomes boxes
+        warnings.simplefilter("ignore", UserWarning)  # about characters that the font lacks
         figure.savefig(file, format="png", facecolor="white")
-    return (
-        f"{table(layers, shown)}\n\n"
-        f"Wrote {settings.out / JSON_NAME} (all layers) and {settings.out / PNG_NAME}\n"
-        "Next: look at the picture; --layer N --overwrite lists the experts of another layer"
-    )
+    wrote = f"Wrote {settings.out / JSON_NAME} (all layers) and {settings.out / PNG_NAME}"
+    hint = "Next: look at the picture; --layer N --overwrite lists the experts of another layer"
+    return f"{table(layers, shown)}\n\n{wrote}\n{hint}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument(
-        "checkpoint", type=Path, help="checkpoint directory, or an out_dir (its final or newest)"
-    )
-    parser.add_argument("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint directory, or an out_dir (its final or newest)")
+    add("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
     add_flags(parser, InspectSettings)
     args = parser.parse_args(argv)
     settings: InspectSettings = from_flags(InspectSettings, args)
@@ -99,9 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         check(settings, args.text)
     except (ValueError, OSError) as error:
         return fail(*explain(error))
+    threads.limit_spinning()
     import litgpt_moe.routing_figure  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
-    return run_command(lambda: run(settings, args.checkpoint, args.text))
+    with threads.watch_load():
+        return run_command(lambda: run(settings, args.checkpoint, args.text))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 Run: uv run python tools/report.py checkpoints     (1 s)
 
-The page needs no network and no other file. A run that is still going can be shown at any time: make the page
-again to see more.
+The page needs no network and no other file. It can be made, and made again, while a run is still going.
 """
 
 from pathlib import Path
@@ -12,9 +11,9 @@ from litgpt_moe.cli import FlagParser, run_command, run_script
 
 
 def report(out: Path, paths: list[Path], overwrite: bool) -> str:
-    """Write the page, and return the line that says what was made."""
+    """Write the page; return the line to print."""
     from litgpt_moe.files import write_whole
-    from litgpt_moe.report.page import is_page, make_page, page_data
+    from litgpt_moe.report.page import is_page, make_page
     from litgpt_moe.report.read import find_run, read_run
 
     if out.is_dir():
@@ -26,7 +25,7 @@ def report(out: Path, paths: list[Path], overwrite: bool) -> str:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders.values()]
     runs = [read_run(folder, name) for folder, name in zip(folders.values(), names, strict=True)]
-    write_whole(out, make_page(page_data(runs)))
+    write_whole(out, make_page(runs))
     size, uri = out.stat().st_size / 1000, out.resolve().as_uri()
     return f"{out} ({size:,.0f} kB) shows {', '.join(names)}; open it in a browser: {uri}"
 

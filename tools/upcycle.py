@@ -1,13 +1,13 @@
-"""Turn a dense checkpoint into a Mixture-of-Experts one, to continue training from.
+"""Convert a dense checkpoint to a Mixture-of-Experts one whose training can be continued.
 
 Run: uv run python tools/upcycle.py checkpoints/dense checkpoints/upcycled --n_expert 8 --n_expert_per_token 2
 (15 s, most of it imports)
 
-Every expert begins as a copy of the dense MLP, so that the new model gives the dense one's logits until it is
-trained (Sparse Upcycling, arxiv.org/abs/2212.05055). With a --moe_intermediate_size of 1/G of the dense width
+Every expert is initialised as a copy of the dense MLP, so that the untrained new model has the dense one's
+logits (Sparse Upcycling, arxiv.org/abs/2212.05055). With a --moe_intermediate_size of 1/G of the dense width
 the MLP is cut into G slices (virtual groups, arxiv.org/abs/2410.07524).
 
-A dense model of Transformers becomes a checkpoint by tools/import_hf.py.
+tools/import_hf.py converts a dense model of Transformers to a checkpoint.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+from litgpt_moe.generation.settings import check_ranges
 
 
 @dataclass(frozen=True)
 class UpcycleSettings:
-    """How the experts are made of the dense MLP."""
+    """How the experts are initialised from the dense MLP."""
 
     moe_intermediate_size: int | None = None
     """Width of an expert (default: of the dense MLP)."""
@@ -31,7 +32,7 @@ class UpcycleSettings:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Write the checkpoint and return lines that say what it is and what to do next."""
+    """Write the checkpoint; return lines that describe it and the next command."""
     import torch
 
     from litgpt_moe.checkpoints.layout import CONFIG_FILE, TOKENIZER_FILES, find_checkpoint, read_files
@@ -47,16 +48,14 @@ def run(args: argparse.Namespace) -> str:
         ("noise", 0 <= args.noise < math.inf, "0 (off) or more; 0.01 is little"),
         ("seed", 0 <= args.seed < 2**63, "0 or more"),
     ]
-    if problems := [f"{name} is {getattr(args, name)}; choose {rule}" for name, ok, rule in rules if not ok]:
-        raise ValueError("\n".join(problems))
+    check_ranges(args, rules)
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)
     check_new_folder(args.out, 0)
     folder = find_checkpoint(args.dense)
     dense = MoEConfig.from_file(folder / CONFIG_FILE)
+    sizes = (args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size)
     try:
-        config = upcycle.moe_config(
-            dense, args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size
-        )
+        config = upcycle.moe_config(dense, *sizes)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     weights = load_model(folder).state_dict()

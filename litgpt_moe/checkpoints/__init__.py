@@ -1,1 +1,1 @@
-"""Checkpoints: their place and names, reading, writing, and what a resume needs."""
+"""Checkpoint directories: names, reading, writing, and the state that a resume needs."""

@@ -1,6 +1,6 @@
-"""Where checkpoints lie: their files, their names, the record that each carries, and which of them are kept.
+"""Names of checkpoints and their files, checkpoint.json, and which checkpoints are kept.
 
-Nothing heavy is imported here: the settings of a run hold `CheckpointArgs`.
+Nothing heavy is imported here, since the settings of a run hold `CheckpointArgs`.
 """
 
 import json
@@ -14,7 +14,7 @@ from litgpt_moe.files import fits, sha256_file, sync_files, write_json
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
 SETTINGS_FILE = "train_config.yaml"
-RECORD_FILE = "checkpoint.json"  # what a whole checkpoint holds: its step, each file's size and SHA-256
+RECORD_FILE = "checkpoint.json"  # the step, and size and SHA-256 of each file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 FINAL = "final"
 RECORD_FORMAT = 1
@@ -25,7 +25,7 @@ STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")  # as `step_name` wr
 
 @dataclass(frozen=True)
 class CheckpointArgs:
-    """Which checkpoints stay, which go to W&B, and what a full disk means."""
+    """Which checkpoints are kept, which go to W&B, and what a full disk does."""
 
     keep_last: int | None = None
     """Newest step-* to keep; older ones are deleted after a save (null: all stay)."""
@@ -37,17 +37,17 @@ class CheckpointArgs:
     """With logger_name wandb, artifacts of: final/; also each step-* that is kept for good; nothing."""
 
     def keeps(self, step: int) -> bool:
-        """Return whether the step-* of `step` is never deleted."""
+        """Return whether the checkpoint of `step` is kept for good."""
         return self.keep_last is None or bool(self.keep_every and step % self.keep_every == 0)
 
 
 def step_name(step: int) -> str:
-    """Return the name of the checkpoint directory of a step, as LitGPT's loop writes it: step-00000100."""
+    """Return the name of a step's checkpoint directory, as LitGPT's loop gives it: step-00000100."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step in the name of a checkpoint directory, in the record of `final/`; None without one."""
+    """Return the step of a checkpoint directory: from its name, or from the record of `final/`; else None."""
     if path.name == FINAL:
         try:
             return read_record(path).get("step")
@@ -58,15 +58,15 @@ def step_of(path: Path) -> int | None:
 
 
 def steps_of(out_dir: Path) -> dict[int, Path]:
-    """Return the step-* directories of a run by their step, whole or not, in ascending order."""
+    """Return the step-* directories of a run by step in ascending order, damaged ones too."""
     steps = {step_of(path): path for path in out_dir.glob("step-*")}
     return {step: steps[step] for step in sorted(step for step in steps if step is not None)}
 
 
 def checkpoints_of(out_dir: Path) -> list[Path]:
-    """Return the checkpoint directories of a run, whole or not, the one of the last step first.
+    """Return the checkpoint directories of a run, damaged ones too, the latest step first.
 
-    Of step-* and `final/` with the same step, step-* comes first; a `final/` without a record comes last.
+    At the same step, step-* precedes `final/`; a `final/` without a record comes last.
     """
     found = [(step, path.name) for step, path in steps_of(out_dir).items()]
     if (final := out_dir / FINAL).is_dir():
@@ -76,18 +76,18 @@ def checkpoints_of(out_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint directory that `path` means: itself, its `final/`, or its newest whole `step-*`.
+    """Return `path` itself if it is a checkpoint, or its `final/`, or its newest undamaged `step-*`.
 
-    If there are checkpoints but none is whole, ValueError says what is wrong with the first.
+    If all of them are damaged, ValueError says what is wrong with the first.
     """
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
     if path.is_file():
-        way_out = f"name a checkpoint directory, which holds {CHECKPOINT_FILE}"
-        raise NotADirectoryError(f"{path} is a file; {way_out}")
+        wanted = f"a checkpoint directory, which holds {CHECKPOINT_FILE}"
+        raise NotADirectoryError(f"{path} is a file; name {wanted}")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
-    if _has_model(path):  # the user named it: verify_checkpoint says what is wrong with it
+    if _has_model(path):  # verify_checkpoint will report its damage
         return path
     problems = []
     for candidate in filter(_has_model, (path / FINAL, *reversed(steps_of(path).values()))):
@@ -107,24 +107,24 @@ def _has_model(folder: Path) -> bool:
 
 
 def read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the content of those files in `folder` that exist."""
+    """Return the content of the files of these names that exist in `folder`."""
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def write_record(
     folder: Path, step: int, files: dict[str, dict[str, Any]], selection_bias: bool = False
 ) -> None:
-    """List every file in `folder` in its checkpoint.json; `files` has the entries that are known already."""
+    """Write checkpoint.json, which lists every file in `folder`; `files` holds the known entries."""
     files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
     for path in sorted(folder.iterdir()):
-        if path.name not in files:  # lit_model.pth was hashed while it was written
+        if path.name not in files:  # lit_model.pth is hashed while it is written
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     write_json(folder / RECORD_FILE, {"format": RECORD_FORMAT, "step": step, **notes, "files": files})
     sync_files(folder)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the checked content of a checkpoint.json, {} without one (as LitGPT's own checkpoints)."""
+    """Return the checked content of checkpoint.json; {} without one, as in LitGPT's own checkpoints."""
     record = folder / RECORD_FILE
     if not record.exists():
         return {}
@@ -145,13 +145,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the files that checkpoint.json lists with their entries, {} without one; sizes are checked."""
+    """Return the files that checkpoint.json lists and their entries, after a check of their sizes."""
     files = read_record(folder).get("files", {})
     for name, entry in files.items():
         path = folder / name
         if re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
-            wrong = f"{name!r}, not a file of its folder"
-            raise ValueError(f"{folder / RECORD_FILE} lists {wrong}; use another checkpoint")
+            text = f"{folder / RECORD_FILE} lists {name!r}, not a file of its folder"
+            raise ValueError(f"{text}; use another checkpoint")
         if not path.is_file():
             refuse_damage(path, f"{RECORD_FILE} lists it and it is not there")
         if (size := path.stat().st_size) != entry["bytes"]:
@@ -160,6 +160,6 @@ def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def refuse_damage(path: Path, reason: str) -> NoReturn:
-    """Raise the ValueError for a damaged file of a checkpoint, in one line."""
+    """Raise the ValueError for a damaged file of a checkpoint."""
     reason = " ".join(reason.split())[:200]
     raise ValueError(f"{path} is damaged or not a checkpoint's ({reason}); use another checkpoint")

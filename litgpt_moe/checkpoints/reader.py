@@ -1,14 +1,13 @@
-"""From a checkpoint directory to a model: every file checked against the record, and no code run.
+"""From a checkpoint directory to a model: every file is checked against the record, and no code is run.
 
-What is promised: weights, configuration and tokenizer of somebody else's checkpoint run no code. The border
-is torch's `weights_only=True` for tensors, a safe loader without aliases for YAML, and JSON for the others.
+A foreign checkpoint cannot run code: its tensors are read with torch's `weights_only=True`, its YAML with
+a safe loader without aliases, and everything else is JSON.
 """
 
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,22 @@ from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
     RECORD_FILE,
+    SETTINGS_FILE,
     recorded_files,
     refuse_damage,
 )
-from litgpt_moe.checkpoints.state import check_state
+from litgpt_moe.checkpoints.state import check_state, tensor_bytes
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import is_outside, sha256_file
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
+from litgpt_moe.yaml_files import read_mapping
 
-MAX_PICKLE_BYTES = 4 << 20  # of what describes the tensors; 400M parameters and AdamW take 0.4 MB
+MAX_PICKLE_BYTES = 4 << 20  # of the tensors' description; 400M parameters with AdamW need 0.4 MB
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raise ValueError unless all that checkpoint.json lists, where there is one, is as recorded."""
+    """Raise ValueError if a file differs from its record, or is a link out of the folder."""
     for path in folder.iterdir():
         if path.is_symlink() and is_outside(path, folder):
             raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
@@ -45,14 +46,14 @@ def verify_checkpoint(folder: Path) -> None:
             refuse_damage(path, f"its content is not what {RECORD_FILE} recorded")
 
 
-@lru_cache  # generate, evaluate and load_model each ask before they use a file
+@lru_cache  # a command verifies the same checkpoint more than once
 def sha256_of(path: Path, size: int, mtime_ns: int) -> str:
-    """Return the SHA-256 of a file's content; size and time say whether it changed since the last call."""
+    """Return the SHA-256 of a file; size and time are the cache's key."""
     return sha256_file(path)
 
 
 def checkpoint_flaw(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed from, None if it is whole; its name is left to the caller."""
+    """Return why a checkpoint cannot be resumed, without its name; None if it can."""
     try:
         read_training_state(folder)
     except (ValueError, OSError) as error:
@@ -61,14 +62,14 @@ def checkpoint_flaw(folder: Path) -> str | None:
 
 
 def flaw_words(error: Exception, folder: Path) -> str:
-    """Return the words of an error of `read_training_state` without the folder's name and the way out."""
+    """Return the message of an error of `read_training_state` without the folder and the advice."""
     reason = str(error).removeprefix(str(folder)).lstrip(f": {os.sep}")
     return re.split("; (?:use|resume from) another", reason)[0]
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint that training can go on from, every file of it checked."""
-    # LitGPT, whose checkpoints have no digests, writes the configuration last
+    """Return the training state in a checkpoint after a check of every file."""
+    # LitGPT's own checkpoints have no digests; it writes the configuration last
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder}: it was not written to its end; use another checkpoint")
     verify_checkpoint(folder)
@@ -78,16 +79,16 @@ def read_training_state(folder: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the content of the file `path`, tensors memory-mapped; never runs code (`weights_only`)."""
+    """Return the content of lit_model.pth, its tensors memory-mapped; runs no code (`weights_only`)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # a view can claim any number of values; factor 2: tied weights are one storage under two names
-        if sum(tensor.nbytes for tensor in _tensors(state)) > 2 * path.stat().st_size:
+        # a small storage can be expanded to any size; factor 2: tied weights share one storage
+        if tensor_bytes(state) > 2 * path.stat().st_size:
             raise ValueError("its tensors claim more values than it holds")
-    # a damaged file raises pickle, zip, runtime, key, memory or (seeking too far) OS errors
+    # a damaged file raises pickle, zip, runtime, key, memory or OS errors (a seek too far)
     except Exception as error:
         if isinstance(error, OSError) and error.filename:
             raise
@@ -95,32 +96,20 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason}); use another one") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no checkpoint; give one that run_train.py or LitGPT wrote")
-    return dict(dict.items(state))  # an OrderedDict's own attributes may hide its methods
+    return dict(dict.items(state))  # attributes of an OrderedDict may shadow its methods
 
 
 def _reason(error: Exception) -> str:
     text = str(error).strip()
-    if isinstance(error, pickle.UnpicklingError):  # torch's first lines say how to load the file all the same
+    if isinstance(error, pickle.UnpicklingError):  # torch's message explains how to load it anyway
         if name := re.search(r"GLOBAL ([\w.]{1,60})", text):
             return f"it asks for {name[1]}, which weights do not need and which may do harm"
         return "it holds more than tensors and plain values"
     return (text.splitlines() or [type(error).__name__])[0][:120]
 
 
-def _tensors(state: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor in nested dicts, lists and tuples; one container is entered once."""
-    todo, seen = [state], set()
-    while todo:
-        node = todo.pop()
-        if isinstance(node, torch.Tensor):
-            yield node
-        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
-            seen.add(id(node))
-            todo.extend(dict.values(node) if isinstance(node, dict) else node)
-
-
 def _check_archive(path: Path) -> None:
-    """Raise ValueError if the file is not as torch.save writes it: nothing packed, no part twice."""
+    """Raise ValueError unless the file is a zip archive as torch.save writes it."""
     with zipfile.ZipFile(path) as archive:
         if len({entry.filename for entry in archive.infolist()}) < len(archive.infolist()):
             raise ValueError("two of its parts have one name")
@@ -135,12 +124,12 @@ def _check_archive(path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the model's state dict in the file `path`, memory-mapped."""
+    """Return the model's state dict in lit_model.pth, memory-mapped."""
     return weights_of(read_state(path), path)
 
 
 def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """Return the model's state dict in `state`, the content of the file `path`; ValueError if it has none."""
+    """Return the model's state dict in `state`, the content of `path`; ValueError if it has none."""
     weights = state.get("model", state)
     if isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in dict.values(weights)):
         return dict(dict.items(weights))
@@ -167,18 +156,17 @@ def check_weights(folder: Path, model: GPT, weights: dict[str, torch.Tensor]) ->
 
 def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
     for name, weight in weights.items():
-        # a finite sum says that all values are, and takes a third of the time of asking each
+        # the sum is finite only if all values are, and takes a third of the time of isfinite()
         total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
         if not total.isfinite() and not weight.isfinite().all():
-            diverged = "values that are not finite (the training diverged); use an earlier checkpoint"
-            raise ValueError(f"{path}: {name} holds {diverged}")
+            text = f"{path}: {name} holds values that are not finite (the training diverged)"
+            raise ValueError(f"{text}; use an earlier checkpoint")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
-    """Return the checkpoint's model in eval mode on `device`, in `dtype` (default: as it was saved).
+    """Return the checkpoint's model in eval mode on `device`, in `dtype` (default: as saved).
 
-    Only the weights are read into memory, not the optimizer state that lies in the same file. On the device
-    `meta` nothing is: names and shapes are checked alone.
+    The optimizer state is not read into memory. On the device `meta` only names and shapes are checked.
     """
     verify_checkpoint(folder)
     config, model = MoEConfig.model_from_file(folder / CONFIG_FILE, is_foreign=True)
@@ -186,8 +174,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     check_weights(folder, model, weights)
     if torch.device(device).type != "meta":
         _check_finite(weights, folder / CHECKPOINT_FILE)
-    # the selection bias stays float32 in every dtype: the choice must be the one that was trained;
-    # copy: the weights leave the memory-mapped file, which a running training may replace
+    # the selection bias stays float32 in every dtype, so that the same experts are chosen as in training;
+    # copy: a run that is still training may replace the memory-mapped file
     weights = {
         name: weight.to(device, torch.float32 if name.endswith(BIAS_NAME) else dtype, copy=True)
         for name, weight in weights.items()
@@ -202,13 +190,19 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     return model.requires_grad_(False).eval()
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that a checkpoint was trained with, {} if it has none."""
+    path = folder / SETTINGS_FILE
+    return read_mapping(path, is_foreign=True) if path.is_file() else {}
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Return the checkpoint's tokenizer; ValueError or FileNotFoundError if it is damaged or not there."""
+    """Return the checkpoint's tokenizer; ValueError if it is damaged, FileNotFoundError if it is missing."""
     way_out = "copy in the files of the tokenizer it was trained with"
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
     try:
         return Tokenizer(folder)
-    # tokenizers raises plain Exception, LitGPT KeyError and others
+    # tokenizers raises plain Exception, LitGPT among others KeyError
     except Exception as error:
         raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights and optimizer: the counters of a run and its random generators."""
+"""What a checkpoint holds beside weights and optimizer: counters and random generators; its checks."""
 
 import contextlib
 import random
@@ -16,7 +16,7 @@ from litgpt_moe.files import fits
 MT19937_WORDS = 624  # of NumPy's generator
 # of torch's optimizers that have a fused step: Adam, AdamW, SGD (and Muon), Adagrad
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
-# what `files.fits` asks of a training state: LitGPT's part, ours, and the random generators
+# forms for `files.fits`: LitGPT's part of a training state, ours, and the random generators
 LOOP_FORM = {"step_count": 0, "iter_num": 0, "model": {}, "optimizer": {}, "train_dataloader": {}}
 RUN_FORM = {
     "time_s": 0.0,
@@ -30,12 +30,12 @@ RNG_FORM = {"python": tuple, "numpy": tuple, "torch": torch.Tensor, "cuda": list
 
 @dataclass
 class RunState:
-    """What a resumed run goes on with. On disk: `run` for all but `rng`, and `rng`, beside LitGPT's keys."""
+    """State of a resumed run. On disk: `run` (all but `rng`) and `rng`, beside LitGPT's keys."""
 
     time_s: float = 0.0
-    """Seconds of training, over all processes that took part one after another."""
+    """Seconds of training, summed over all resumes."""
     guard: dict[str, Any] = field(default_factory=lambda: {"n_skipped": 0, "n_in_a_row": 0, "losses": []})
-    """State dict of the guard: skipped steps, those in a row, the latest losses."""
+    """State dict of the guard: skipped steps, those in a row, recent losses."""
     told_step: int = -1
     """Step of the latest story in logs/stories.csv, -1 before the first."""
     n_rows: int = 0
@@ -44,17 +44,17 @@ class RunState:
     n_stories: int = 0
     """Rows of logs/csv/metrics.csv, and of spikes.csv, expert_load.csv and stories.csv in logs/."""
     router: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    """Of each MoE layer, since the last row of the log and over all ranks: `load` (E,) int64, `sums` (4,)."""
+    """For each MoE layer since the last log row, over all ranks: `load` (E,) int64, `sums` (4,)."""
     rng: dict[str, Any] = field(default_factory=dict)
-    """Random generators, as `rng_state` returns them."""
+    """State of the random generators, from `rng_state`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the two entries of a checkpoint, `run` and `rng`."""
+        """Return the entries `run` and `rng` of a checkpoint."""
         run = {name: value for name, value in vars(self).items() if name != "rng"}
         return {"run": run, "rng": self.rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the entries `run` and `rng` of a checkpoint; ValueError names the one of another kind."""
+        """Load the entries `run` and `rng` of a checkpoint; ValueError names one of a wrong type."""
         run = state.get("run")
         for name, form in RUN_FORM.items():
             value = run.get(name) if isinstance(run, dict) else None
@@ -71,9 +71,9 @@ def _check(name: str, value: Any, form: Any) -> Any:
 
 
 def check_state(state: dict[str, Any], folder: Path) -> None:
-    """Check that training can go on from `state`, the content of a checkpoint file in `folder`.
+    """Raise ValueError if training cannot go on from `state`, the content of a checkpoint file in `folder`.
 
-    Sizes are left to torch and `check_moments`: load the state inside `damage_in`.
+    Shapes are checked later, by torch and `check_moments`: load the state inside `damage_in`.
     """
     if "step_count" not in state:
         raise ValueError(f"{folder} holds weights alone; start from it with --initial_checkpoint_dir")
@@ -82,17 +82,18 @@ def check_state(state: dict[str, Any], folder: Path) -> None:
             _check(name, state.get(name), form)
         for step in (step_of(folder), read_record(folder).get("step")):
             if step is not None and step != state["step_count"]:
-                text = f"step_count is {state['step_count']}, and the checkpoint that of step {step}"
-                raise ValueError(text)
+                raise ValueError(
+                    f"step_count is {state['step_count']}, and the checkpoint that of step {step}"
+                )
         # a checkpoint of LitGPT's own loop has neither
         if "run" in state or "rng" in state or (folder / RECORD_FILE).exists():
             RunState().load_state_dict(state)
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError, naming the moment, unless what an optimizer has loaded is as large as its weights.
+    """Raise ValueError unless the loaded moments of an optimizer have the shapes of its weights.
 
-    torch's `load_state_dict` does not look, and the fused AdamW of torch 2.10 writes beyond smaller moments.
+    torch's `load_state_dict` does not check, and the fused AdamW of torch 2.10 writes out of bounds.
     """
     for group in optimizer.param_groups:
         kept = [set(optimizer.state[weight]) for weight in group["params"] if weight in optimizer.state]
@@ -106,9 +107,8 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
             if name not in (*MOMENTS, "step") or is_plain:
                 continue
             if not isinstance(value, torch.Tensor):
-                raise ValueError(
-                    f"optimizer.state has a {name} that is a {type(value).__name__}, not a tensor"
-                )
+                kind = type(value).__name__
+                raise ValueError(f"optimizer.state has a {name} that is a {kind}, not a tensor")
             if value.shape != shape:
                 shapes = f"{tuple(value.shape)}, its weight is of {tuple(weight.shape)}"
                 raise ValueError(f"optimizer.state has a {name} of {shapes}")
@@ -116,21 +116,43 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def damage_in(folder: Path) -> Iterator[None]:
-    """Turn what torch and others raise for a training state that does not fit into one ValueError."""
+    """Turn the errors of torch and others about a damaged training state into one ValueError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
-            f"{folder}: its training state is damaged: {lines[0][:200]}; resume from another step-*, "
+            f"{folder}: its training state is damaged: {line}; resume from another step-*, "
             f"or start from its weights with --initial_checkpoint_dir {folder}"
         ) from error
 
 
+def tensor_bytes(state: Any) -> int:
+    """Return the bytes of all tensors in nested dicts, lists and tuples, each of which is entered once."""
+    todo, seen, n_bytes = [state], set(), 0
+    while todo:  # no recursion: a foreign file may nest a million lists
+        node = todo.pop()
+        if isinstance(node, torch.Tensor):
+            n_bytes += node.nbytes
+        elif isinstance(node, dict | list | tuple) and id(node) not in seen:
+            seen.add(id(node))
+            todo.extend(dict.values(node) if isinstance(node, dict) else node)
+    return n_bytes
+
+
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (dotted name, tensor) of a nested state of our own."""
+    if isinstance(state, torch.Tensor):
+        yield name.removeprefix("."), state
+    elif isinstance(state, dict | list | tuple):
+        for key, item in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from tensors_of(item, f"{name}.{key}")
+
+
 def rng_state() -> dict[str, Any]:
-    """Return the state of every random generator that a layer or a data module may draw from."""
+    """Return the state of the random generators of Python, NumPy and torch."""
     name, keys, *others = np.random.get_state()
     numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *others)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -138,24 +160,24 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set every generator to a state of `rng_state`; CUDA's only where there are as many devices."""
+    """Restore a state of `rng_state`; CUDA's only if the number of devices is the same."""
     try:
         random.setstate(state["python"])
         name, keys, position, *others = state["numpy"]
-        if not 0 <= position <= MT19937_WORDS:  # NumPy does not check it and would read past its memory
+        if not 0 <= position <= MT19937_WORDS:  # NumPy would read out of bounds
             raise ValueError(f"position {position}")
         np.random.set_state((name, keys.numpy().astype(np.uint32), position, *others))
         torch.set_rng_state(state["torch"])
         if len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda"])
-    # each generator has errors of its own for a state that it does not take
+    # each generator has its own errors for a state that it refuses
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"the state of its random generators cannot be set ({reason})") from error
 
 
 def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int) -> int | None:
-    """Return the tokens trained on over all devices; None where that is not recorded."""
+    """Return the number of training tokens over all devices, None if the checkpoint does not record it."""
     train = settings.get("train") or {}
     steps, batch = state.get("step_count"), train.get("global_batch_size")
     if not isinstance(steps, int) or not isinstance(batch, int):

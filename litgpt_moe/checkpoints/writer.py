@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: written beside their place in the background, flushed, then renamed."""
+"""Atomic checkpoints, written in the background: to a staging folder, flushed, then renamed."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -27,20 +27,21 @@ from litgpt_moe.checkpoints.layout import (
     steps_of,
     write_record,
 )
+from litgpt_moe.checkpoints.state import tensor_bytes, tensors_of
 from litgpt_moe.files import free_name, is_disk_full, new_folder, put_in_place
 from litgpt_moe.processes import note_once
 
-SMALL_FILES_BYTES = 1 << 20  # beside the tensors: the small files and the zip's own lists
-# tokenizer.model: LitGPT reads such a tokenizer too. Not litgpt.utils.copy_config_files: it also copies
-# model_config.yaml and config.json, and a tokenizer folder may hold those of another model
+SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
+# Not by litgpt.utils.copy_config_files: it also copies model_config.yaml and config.json, and a tokenizer
+# folder may hold those of another model. LitGPT can read tokenizer.model too.
 COPIED_FILES = (*TOKENIZER_FILES, "tokenizer.model")
 
 
 class CheckpointWriter:
     """Writes checkpoint directories in the background; training waits only for the copy to host memory.
 
-    A directory named step-* or final is whole at every moment. What a killed process leaves has a name with a
-    leading dot, and `tidy` removes it.
+    A step-* or final directory is complete at any time. A killed process leaves only names with a leading
+    dot, which `tidy` removes.
     """
 
     def __init__(
@@ -48,20 +49,20 @@ class CheckpointWriter:
     ) -> None:
         self.out_dir, self.args, self.tell = out_dir, args, tell
         self.settings_text = settings_text  # content of each checkpoint's train_config.yaml
-        # called with each new checkpoint and its step, in the background thread
+        # called in the background thread with each new checkpoint and its step
         self.on_saved: Callable[[Path, int], None] = lambda folder, step: None
         self.failure: str | None = None  # why the latest save failed
-        self.lasting_s = 0.0  # seconds that the latest save took, writing included
-        self.selection_bias = False  # whether the weights have one, so that stock LitGPT refuses them
+        self.lasting_s = 0.0  # duration of the latest save
+        self.selection_bias = False  # stock LitGPT cannot load such weights
         self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
-        """Copy the state to host memory and begin to write it."""
-        self.wait()  # for the buffers of the save before
+        """Copy the state to host memory and start the thread that writes it."""
+        self.wait()  # the previous save still reads the buffers
         target = checkpoint_file.parent
-        # through Fabric's strategy, which gives the whole state to `hold` on rank 0
+        # Fabric's strategy gathers the state and calls `hold` on rank 0
         fabric.save(_staging(target) / checkpoint_file.name, state)
         if fabric.global_rank == 0:
             config = state["model"].config
@@ -70,7 +71,7 @@ class CheckpointWriter:
             self._thread.start()
 
     def hold(self, checkpoint: dict[str, Any]) -> None:
-        """Copy the tensors to host memory, on CUDA into pinned buffers that all saves share."""
+        """Copy the tensors to host memory; on CUDA into pinned buffers, which all saves share."""
         copies: dict[Any, torch.Tensor] = {}
 
         def copy(value: Any, name: str) -> Any:
@@ -80,7 +81,7 @@ class CheckpointWriter:
                 return type(value)(copy(item, f"{name}.{i}") for i, item in enumerate(value))
             if not isinstance(value, torch.Tensor):
                 return value
-            # tied weights are one tensor under two names, and stay so
+            # tied weights are one tensor under two names, and stay tied
             key = (value.data_ptr(), value.shape, value.dtype) if value.numel() else name
             if key not in copies:
                 copies[key] = self._buffer(name, value).copy_(value.detach(), non_blocking=True)
@@ -98,17 +99,17 @@ class CheckpointWriter:
         return buffer
 
     def wait(self) -> None:
-        """Return when the save in progress, if any, has ended."""
+        """Wait for the save in progress, if there is one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _write(self, target: Path, step: int, config: Config, tokenizer_dir: Path) -> None:
-        """Write the directory and rename it into place, or report why not and leave nothing behind."""
+        """Write the directory and rename it into place; report an error and remove the staging folder."""
         started, staging = time.perf_counter(), _staging(target)
         needed, free = tensor_bytes(self._host) + SMALL_FILES_BYTES, 0
         try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away
+            self.out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have moved it
             free = shutil.disk_usage(self.out_dir).free
             if free < needed:
                 raise OSError(errno.ENOSPC, "known before a byte is written")
@@ -127,7 +128,7 @@ class CheckpointWriter:
             shutil.rmtree(staging, ignore_errors=True)
             reason = str(error)
             if is_disk_full(error):
-                if free >= needed:  # it filled up meanwhile
+                if free >= needed:  # the disk filled up during the write
                     free = shutil.disk_usage(self.out_dir).free
                 reason = f"it needs {needed:,} bytes but {free:,} were free; make room on that disk"
             self.failure = f"{target} could not be saved: {reason}"
@@ -135,12 +136,12 @@ class CheckpointWriter:
             self.tell(f"Warning: {self.failure}{goes_on}")
 
     def _prune(self) -> None:
-        """Delete the step-* that neither keep_last nor keep_every keeps; the newest always stays."""
+        """Delete the step-* that neither keep_last nor keep_every keeps."""
         steps = list(steps_of(self.out_dir).items())
         for step, path in steps[: -self.args.keep_last] if self.args.keep_last else []:
             if not self.args.keeps(step):
-                doomed = _staging(path)  # a kill amid the deletion must not leave half a step-*
-                # on Windows renaming fails while somebody reads it: the next save tries again
+                doomed = _staging(path)  # so that a kill leaves no half-deleted step-*
+                # on Windows renaming fails while a file is open; the next save tries again
                 with contextlib.suppress(OSError):
                     path.rename(doomed)
                     shutil.rmtree(doomed, ignore_errors=True)
@@ -151,7 +152,7 @@ def _staging(target: Path) -> Path:
 
 
 class HashingFile:
-    """A binary file that knows the SHA-256 and the number of bytes of what torch.save wrote to it."""
+    """A binary file that computes the SHA-256 and counts the bytes written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.flush = file, file.flush
@@ -159,7 +160,7 @@ class HashingFile:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write `data`; an OSError is kept in `error`, because torch.save reports it as "unexpected pos"."""
+        """Write `data`; keep an OSError in `error`, since torch.save turns it into "unexpected pos"."""
         self.sha256.update(data)
         self.n_bytes += memoryview(data).nbytes
         try:
@@ -170,11 +171,11 @@ class HashingFile:
 
 
 def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write `state` to `path`, flushed to the disk; return its bytes and SHA-256."""
+    """Write `state` to `path`, flushed to the disk; return its entry for checkpoint.json."""
     with path.open("wb") as raw:
         file = HashingFile(raw)
         try:
-            # torch.save does no more than write and flush
+            # torch.save calls only write and flush
             torch.save(state, cast(IO[bytes], file))
         except RuntimeError as error:
             raise file.error or error from None
@@ -186,7 +187,7 @@ def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
 def write_checkpoint(
     out: Path, weights: dict[str, torch.Tensor], config: Config, files: dict[str, bytes]
 ) -> None:
-    """Write a checkpoint directory of bare weights, and `files`, from which run_train.py and others start."""
+    """Write a checkpoint directory of bare weights with `files`, for --initial_checkpoint_dir and others."""
     with new_folder(out, tensor_bytes(weights)) as staging:
         _fill(staging, 0, {"model": weights}, config, files)
 
@@ -206,30 +207,16 @@ def _fill(
     write_record(folder, step, {CHECKPOINT_FILE: entry}, selection_bias)
 
 
-def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (dotted name, tensor) of a nested state."""
-    if isinstance(state, torch.Tensor):
-        yield name.removeprefix("."), state
-    elif isinstance(state, dict | list | tuple):
-        for key, item in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from tensors_of(item, f"{name}.{key}")
-
-
-def tensor_bytes(state: Any) -> int:
-    """Return the bytes of all tensors in a nested state."""
-    return sum(tensor.nbytes for _, tensor in tensors_of(state))
-
-
 def non_finite(state: dict[str, Any]) -> str | None:
-    """Return the name of the first weight or moment with an infinity or NaN, None if there is none."""
+    """Return the name of the first weight or moment with an infinity or NaN, or None."""
     parts = {key: state[key] for key in ("model", "optimizer") if key in state}
     floats = ((name, tensor) for name, tensor in tensors_of(parts) if tensor.is_floating_point())
     return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
 
 
 def tidy(out_dir: Path, start_step: int) -> None:
-    """Remove what a killed process left half done in `out_dir`, and rename steps after `start_step`."""
-    for aside in out_dir.glob(".*.old"):  # moved away for a new one, which may not have come
+    """Remove staging folders of a killed process from `out_dir`, and rename steps after `start_step`."""
+    for aside in out_dir.glob(".*.old"):  # its replacement may be missing
         target = aside.with_name(aside.name[1:].removesuffix(".old"))
         shutil.rmtree(aside, ignore_errors=True) if target.exists() else aside.rename(target)
     for staging in out_dir.glob(".*.tmp"):
@@ -242,6 +229,6 @@ def tidy(out_dir: Path, start_step: int) -> None:
 
 
 def delete_run(out_dir: Path) -> None:
-    """Remove what an earlier run left in `out_dir`, and nothing else."""
+    """Remove the checkpoints and logs of an earlier run from `out_dir`, and nothing else."""
     for old in (out_dir / FINAL, out_dir / "logs", *out_dir.glob("step-*"), *out_dir.glob("superseded-*")):
         shutil.rmtree(old, ignore_errors=True)

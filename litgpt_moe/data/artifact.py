@@ -1,4 +1,4 @@
-"""A data directory as a Weights & Biases artifact: push, pull, and what a run or checkpoint came from."""
+"""A data directory as a Weights & Biases artifact: push, pull, and the lineage of runs and checkpoints."""
 
 import contextlib
 import json
@@ -12,34 +12,22 @@ from filelock import FileLock
 from wandb.errors import Error
 
 from litgpt_moe.cli import command_line, first_line, train_command, variable
-from litgpt_moe.data.manifest import (
-    MANIFEST,
-    RUN_AGAIN,
-    fingerprint,
-    listed,
-    listed_files,
-    manifest_fingerprint,
-    read_manifest,
-    record_times,
-    verify,
-)
+from litgpt_moe.data import manifest as manifests
+from litgpt_moe.data.manifest import MANIFEST, RUN_AGAIN, manifest_fingerprint, read_manifest
 from litgpt_moe.data.settings import REFERENCE_FORM, WandbSettings
 from litgpt_moe.data.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, find_tokenizer
 from litgpt_moe.files import check_inside, read_json, write_json
 
 LINEAGE = "artifact.json"  # in the data directory: name and fingerprint of the artifact that it equals
-Policy = Literal["mutable", "immutable"]  # whether W&B copies the files before it sends them
-CONNECT_SECONDS = 30  # W&B's own 90 is long to wait for the news that there is no network
-
-
-class TransferError(ConnectionError):
-    """W&B could not be reached, refused the request, or sent something that must not be used."""
+Policy = Literal["mutable", "immutable"]  # "mutable": W&B copies each file before it uploads it
+CONNECT_SECONDS = 30  # W&B waits 90 by default, also where there is no network
 
 
 def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = None) -> str:
-    """Log a data directory as an artifact and return the sentence that says where it is and what is next."""
+    """Log a data directory as an artifact and return its name with the command that uses it."""
     tokenizer_dir = find_tokenizer(data_dir, tokenizer_dir)
-    fingerprint(data_dir)  # hashes every file, so that damaged data is never pushed
+    if problems := manifests.verify(data_dir):
+        raise ValueError(f"{problems[0]}; run prepare_data.py again")
     name = upload.wandb_artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
     try:
         run = wandb.init(
@@ -48,7 +36,7 @@ def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = Non
             name=upload.wandb_run_name,
             tags=upload.wandb_tag,
             job_type="push",
-            # console="off": otherwise W&B would take this command's own output for a training log
+            # console="off": W&B would log the output of this command as that of a training run
             settings=wandb.Settings(console="off", init_timeout=CONNECT_SECONDS),
         )
         try:
@@ -56,7 +44,7 @@ def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = Non
         finally:
             run.finish()
     except (Error, BrokenPipeError) as error:
-        raise TransferError(f"could not push {data_dir} to W&B: {first_line(error)}") from error
+        raise ConnectionError(f"could not push {data_dir} to W&B: {first_line(error)}") from error
 
 
 def log_artifact(
@@ -64,8 +52,8 @@ def log_artifact(
 ) -> str:
     """Log the artifact to an open run and return what `push` returns."""
     if run.disabled:
-        raise TransferError("WANDB_MODE=disabled sends nothing; set it to online or offline")
-    # offline, the files are copied: they may change before `wandb sync` reads them
+        raise ConnectionError("WANDB_MODE=disabled sends nothing; set it to online or offline")
+    # offline W&B copies the files: they may change before `wandb sync` uploads them
     policy: Policy = "mutable" if run.offline else "immutable"
     logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
     if run.offline:
@@ -77,7 +65,7 @@ def log_artifact(
 
 
 def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Policy) -> wandb.Artifact:
-    """Return the artifact of a data directory that `verify` found whole."""
+    """Return the artifact of a prepared data directory."""
     manifest = read_manifest(data_dir, check_shards=False)
     counts = ("n_stories", "n_tokens", "n_bytes")
     metadata = {
@@ -86,11 +74,11 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Polic
         "splits": {name: {key: split[key] for key in counts} for name, split in manifest["splits"].items()},
     }
     artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
-    for entry in listed(manifest, "text"):
-        entry["mtime_ns"] = 0  # so that equal data makes an equal artifact
+    for entry in manifests.listed(manifest, "text"):
+        entry["mtime_ns"] = 0  # equal data then makes an equal artifact
     with artifact.new_file(MANIFEST, encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1, sort_keys=True))
-    for path in sorted(listed_files(manifest)):
+    for path in sorted(manifests.listed_files(manifest)):
         artifact.add_file(str(data_dir / path), name=path, policy=policy)
     for path in filter(Path.is_file, (tokenizer_dir / file for file in TOKENIZER_FILES)):
         artifact.add_file(str(path), name=f"{TOKENIZER_FOLDER}/{path.name}", policy=policy)
@@ -98,15 +86,14 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Polic
 
 
 def remember_artifact(data_dir: Path, artifact: str) -> None:
-    """Record in the data directory that its content, as it is now, equals `artifact`."""
-    manifest = read_manifest(data_dir, check_shards=False)
-    write_json(data_dir / LINEAGE, {"artifact": artifact, "fingerprint": manifest_fingerprint(manifest)})
+    """Record in the data directory that its present content equals `artifact`."""
+    fingerprint = manifest_fingerprint(read_manifest(data_dir, check_shards=False))
+    write_json(data_dir / LINEAGE, {"artifact": artifact, "fingerprint": fingerprint})
 
 
 def lineage(data_dir: Path) -> dict[str, str | None]:
-    """Return a data directory's `fingerprint`, and the `artifact` with that fingerprint, None if none has."""
-    manifest = read_manifest(data_dir, check_shards=False)
-    now = {"artifact": None, "fingerprint": manifest_fingerprint(manifest)}
+    """Return the data directory's `fingerprint` and the `artifact` that has the same one, if any."""
+    now = {"artifact": None, "fingerprint": manifest_fingerprint(read_manifest(data_dir, check_shards=False))}
     with contextlib.suppress(OSError, ValueError, KeyError):  # never pushed or pulled, or a damaged record
         recorded = read_json(data_dir / LINEAGE)
         if recorded["fingerprint"] == now["fingerprint"]:
@@ -115,7 +102,7 @@ def lineage(data_dir: Path) -> dict[str, str | None]:
 
 
 def use_dataset(run: wandb.Run, data_dir: Path, tokenizer_dir: Path) -> None:
-    """Record on W&B that `run` reads the artifact that the data directory equals; no-op if there is none."""
+    """Record on W&B that `run` reads the artifact that equals the data directory; no-op without one."""
     reference = lineage(data_dir)["artifact"]
     if reference is None or run.disabled:
         return
@@ -124,9 +111,9 @@ def use_dataset(run: wandb.Run, data_dir: Path, tokenizer_dir: Path) -> None:
         return
     artifact = build_artifact(data_dir, tokenizer_dir, artifact_name(reference), "immutable")
     if run.offline:
-        # wandb 0.31 refuses use_artifact offline, though its sync knows how; the server keeps equal data once
+        # wandb 0.31 refuses use_artifact offline, but `wandb sync` supports it; W&B stores equal data once
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-    else:  # pushed offline: the name that `wandb sync` gave it is not known here
+    else:  # the data was pushed offline: the name that `wandb sync` gave it is not known here
         run.use_artifact(artifact)
 
 
@@ -134,11 +121,11 @@ def log_checkpoint(run: wandb.Run, folder: Path, name: str, metadata: dict[str, 
     """Log a checkpoint directory as an artifact of `run`; W&B then shows which data it was trained on."""
     artifact = wandb.Artifact(f"{name}-{run.id}", type="model", metadata=metadata)
     for path in sorted(folder.iterdir()):  # not add_dir, which prints a line for each file
-        # immutable: W&B makes no copy of the weights, and refuses a file that changed before its upload
+        # immutable: W&B does not copy the weights, and refuses a file that changed before its upload
         artifact.add_file(str(path), policy="immutable")
     logged = run.log_artifact(artifact, aliases=["latest", folder.name])
     if not run.offline:
-        logged.wait()  # raises what the server refused
+        logged.wait()  # raises an error if the server refused it
 
 
 def artifact_name(reference: str) -> str:
@@ -147,7 +134,7 @@ def artifact_name(reference: str) -> str:
 
 
 def resolve_artifact(reference: str, entity: str | None) -> str:
-    """Return "entity/project/name:alias"; `entity` fills in where the reference has none."""
+    """Return "entity/project/name:alias"; a reference without an entity gets `entity`."""
     parts = reference.split("/")
     if len(parts) == 2 and entity:
         parts = [entity, *parts]
@@ -158,29 +145,28 @@ def resolve_artifact(reference: str, entity: str | None) -> str:
 
 
 def pull(reference: str, artifacts_dir: Path) -> Path:
-    """Return the data directory of `entity/project/name:alias` (WANDB_ENTITY fills in), downloaded once."""
+    """Return the data directory of `entity/project/name:alias`, downloaded unless it is there already."""
     reference = resolve_artifact(reference, variable("WANDB_ENTITY"))
     try:
         return fetch(reference, artifacts_dir)
     except (Error, ValueError, OSError) as error:
-        reason = first_line(error).removesuffix(f"; {RUN_AGAIN}")  # the folder is gone by now
-        raise TransferError(f"could not pull {reference}: {reason}") from error
+        reason = first_line(error).removesuffix(f"; {RUN_AGAIN}")  # the folder was deleted
+        raise ConnectionError(f"could not pull {reference}: {reason}") from error
 
 
 def fetch(reference: str, artifacts_dir: Path) -> Path:
-    """Return the folder of an artifact, downloaded and checked unless its digest is there already."""
+    """Return the folder of an artifact; it is named after the digest, so new content gets a new folder."""
     source = wandb.Api().artifact(reference)
     for path, entry in source.manifest.entries.items():
         check_inside(path)
-        if entry.ref:  # a reference could copy any file of this machine into the folder
+        if entry.ref:  # wandb would copy any file of this machine that a reference names
             raise ValueError(f"the entry {path!r} is a link to {entry.ref}; refusing it")
     digest = re.sub(r"[^0-9A-Za-z]", "", source.digest)[:32]
     target = artifacts_dir / f"{artifact_name(reference)}-{digest}"
     if not target.is_dir():
         artifacts_dir.mkdir(parents=True, exist_ok=True)
-        # beside the target, so that the rename is atomic and half a download is never taken for a whole one
-        part = artifacts_dir / f".part-{target.name}"
-        with FileLock(f"{part}.lock"):  # of a run's several processes the first one downloads
+        part = artifacts_dir / f".part-{target.name}"  # in the same folder, so that the rename is atomic
+        with FileLock(f"{part}.lock"):  # only the first process of a run downloads
             if not target.is_dir():
                 download(source, part, target)
     return target
@@ -188,15 +174,15 @@ def fetch(reference: str, artifacts_dir: Path) -> Path:
 
 def download(source: wandb.Artifact, part: Path, target: Path) -> None:
     """Fetch an artifact into `part`, check it, and rename it to `target`."""
-    shutil.rmtree(part, ignore_errors=True)  # left by a killed process; W&B's cache has what that fetched
+    shutil.rmtree(part, ignore_errors=True)  # a killed process left it; W&B caches the files it downloaded
     try:
         source.download(root=str(part))
         if links := [path for path in part.rglob("*") if path.is_symlink()]:
             raise ValueError(f"the entry {links[0].name!r} is a link; refusing it")
-        if problems := verify(part):
+        if problems := manifests.verify(part):
             raise ValueError(f"{problems[0].removeprefix(str(part))[1:]}; the download is not used")
         find_tokenizer(part, part / TOKENIZER_FOLDER)
-        record_times(part)
+        manifests.record_times(part)
         remember_artifact(part, source.source_qualified_name)
         part.rename(target)
     finally:

@@ -1,4 +1,4 @@
-"""Token shards -> batches of token ids, in an order that a resumed run continues."""
+"""Token shards -> batches of token ids, in an order that a resumed run continues exactly."""
 
 import bisect
 import contextlib
@@ -18,9 +18,9 @@ from litgpt_moe.files import fits
 
 
 def allow_open_files(n_files: int) -> None:
-    """Raise the limit of open files (1,024 on most Linux) if mapping `n_files` shards would exceed it."""
+    """Raise the limit of open files (1,024 on most Linux systems) if `n_files` more could exceed it."""
     with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource  # here, because Windows lacks the module, and the limit
+        import resource  # not at the top: Windows lacks the module, and the limit
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < n_files + 256:
@@ -28,27 +28,27 @@ def allow_open_files(n_files: int) -> None:
 
 
 class TokenStream:
-    """The token ids of a split as one long array, over memory-mapped shards."""
+    """The token ids of a split as one long array over its memory-mapped shards."""
 
     def __init__(self, data_dir: Path, split: str) -> None:
         manifest = read_manifest(data_dir)
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         shards = manifest["splits"][split]["shards"]
         allow_open_files(2 * len(shards))
-        # asarray: slicing a plain array over the mapped file is several times as fast as slicing a memmap
+        # asarray: slicing a plain array over the same memory is several times as fast as slicing a memmap
         self._shards = [np.asarray(np.memmap(data_dir / s["path"], dtype, mode="r")) for s in shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
         self.vocab_size = manifest["tokenizer"]["vocab_size"]
         self.place, self._args = data_dir / split / split, (data_dir, split)
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
-        return TokenStream, self._args  # pickled for a worker process, which maps the files itself
+        return TokenStream, self._args  # a worker process receives the names and maps the files itself
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Return the ids from `start` up to `stop` as int64."""
+        """Return the ids from `start` up to `stop`, exclusive, as int64."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of {len(self)}")
         ids = np.empty(stop - start, dtype=np.int64)
@@ -71,10 +71,10 @@ class TokenStream:
 class TokenBatches(Dataset[torch.Tensor]):
     """Batches of T + 1 token ids: sequence i is tokens i*T to i*T + T, so each token is predicted once.
 
-    With a seed (training): endless epochs, each in a new order. The ranks share the sequences out so that a
-    step has the same ones whatever the number of ranks; a batch may reach into the next epoch. Iteration
-    continues where the last one stopped, or from the position given to `load_state_dict`.
-    Without a seed (validation): in order, once, the same on every rank, because LitGPT logs rank 0's loss.
+    With a seed (training): endless epochs, each in a new order, in which a batch may reach into the next
+    epoch. A step has the same sequences whatever the number of ranks. Iteration continues where the last one
+    stopped, or from the position given to `load_state_dict`.
+    Without a seed (validation): one pass in order, the same on every rank, because LitGPT logs rank 0's loss.
     """
 
     stream: TokenStream
@@ -87,7 +87,7 @@ class TokenBatches(Dataset[torch.Tensor]):
 
     def __post_init__(self) -> None:
         self.n_sequences = max(0, len(self.stream) - 1) // self.block_size
-        self.epoch = self.n_used = 0  # n_used: sequences of this epoch used so far, by all ranks together
+        self.n_taken = 0  # sequences taken so far, by all ranks together and over all epochs
 
     def __len__(self) -> int:
         if self.seed is None:
@@ -95,29 +95,30 @@ class TokenBatches(Dataset[torch.Tensor]):
         return self.n_sequences // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return self._in_order() if self.seed is None else self._endless(self.seed)
-
-    def _in_order(self) -> Iterator[torch.Tensor]:
-        for start in range(0, self.n_sequences, self.batch_size):
-            yield self._checked(self[range(start, min(start + self.batch_size, self.n_sequences))])
-
-    def _endless(self, seed: int) -> Iterator[torch.Tensor]:
-        plan = self._plan(seed, self.epoch * self.n_sequences + self.n_used)
-        for batch in _read_ahead(self, plan) if self.num_workers else map(self.__getitem__, plan):
+        if self.seed is None:
+            for start in range(0, self.n_sequences, self.batch_size):
+                yield self._checked(self[range(start, min(start + self.batch_size, self.n_sequences))])
+            return
+        plan = self._plan(self.seed, self.n_taken)
+        for batch in self._read_ahead(plan) if self.num_workers else map(self.__getitem__, plan):
             # before the yield, so that a checkpoint saved after this batch does not repeat it
-            used = self.n_used + self.batch_size * self.world_size
-            self.epoch, self.n_used = self.epoch + used // self.n_sequences, used % self.n_sequences
+            self.n_taken += self.batch_size * self.world_size
             yield self._checked(batch)
 
+    def _read_ahead(self, plan: Iterator[list[int]]) -> Iterator[torch.Tensor]:
+        # A DataLoader draws a seed: from a generator of its own, to leave the run's random state as it is.
+        own = torch.Generator().manual_seed(0)
+        return iter(DataLoader(self, None, sampler=plan, num_workers=self.num_workers, generator=own))
+
     def _checked(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the batch; OSError if a token is beyond the vocabulary: the model could not look it up."""
+        """Return the batch; OSError if a token is not in the vocabulary, for which the model has no row."""
         if (highest := int(batch.max())) >= self.stream.vocab_size:
             place, size = self.stream.place, self.stream.vocab_size
             raise OSError(f"{place}: damaged: token {highest} of a vocabulary of {size}; {RUN_AGAIN}")
         return batch
 
     def _plan(self, seed: int, start: int) -> Iterator[list[int]]:
-        """Yield this rank's sequences for each batch; `start` counts the sequences before, of all epochs."""
+        """Yield this rank's sequences for each batch, from sequence `start` on, counted over all epochs."""
         epoch, order = -1, np.empty(0, dtype=np.int64)
         while True:
             first = start + self.rank * self.batch_size
@@ -138,27 +139,17 @@ class TokenBatches(Dataset[torch.Tensor]):
         return torch.from_numpy(ids)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position; it holds for another batch size or number of ranks too."""
-        return {"epoch": self.epoch, "n_used": self.n_used, "n_sequences": self.n_sequences}
+        """Return the position; it stays valid for another batch size or number of ranks."""
+        epoch, n_used = divmod(self.n_taken, self.n_sequences)
+        return {"epoch": epoch, "n_used": n_used, "n_sequences": self.n_sequences}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position; with other data or block size, from the start of the next epoch.
-
-        Raises:
-            ValueError: it is no position.
-        """
+        """Continue from a position; with other data or block size, from the start of the next epoch."""
         form = {"epoch": 0, "n_used": 0, "n_sequences": 1}
         if not fits(state, form) or state["n_used"] >= state["n_sequences"]:
             raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
-        self.epoch, self.n_used = state["epoch"], state["n_used"]
+        epoch, n_used = state["epoch"], state["n_used"]
         if state["n_sequences"] != self.n_sequences:
             note(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: new epoch")
-            self.epoch, self.n_used = self.epoch + 1, 0
-
-
-def _read_ahead(batches: TokenBatches, plan: Iterator[list[int]]) -> Iterator[torch.Tensor]:
-    """Return an iterator over the batches of `plan`, read ahead by worker processes."""
-    # its own generator: a DataLoader draws a seed, and the run's random state must not depend on num_workers
-    generator = torch.Generator().manual_seed(0)
-    workers = batches.num_workers
-    return iter(DataLoader(batches, batch_size=None, sampler=plan, num_workers=workers, generator=generator))
+            epoch, n_used = epoch + 1, 0
+        self.n_taken = epoch * self.n_sequences + n_used

@@ -17,7 +17,7 @@ GRAMMAR = CONFIGS / "demo_stories.yaml"
 
 
 class StoryTeller:
-    """Generates stories by a grammar file; the same seed gives the same stories."""
+    """Generates stories from a grammar file; equal seeds give equal stories."""
 
     SLOT = re.compile(r"\{(\w+)\}")
 
@@ -33,18 +33,17 @@ class StoryTeller:
         """Return one story, with the same characters and things from start to end."""
         number = self._random.randrange(len(self.arcs))
         self._bound = self._cast_of(number)
-        told = (
-            [self._fill(self._random.choice(lines.strip().split("\n"))) for lines in part]
-            for part in self.arcs[number]
-        )
-        text = "\n".join(" ".join(filter(None, sentences)) for sentences in told)
-        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+        parts = []
+        for part in self.arcs[number]:
+            sentences = [self._fill(self._random.choice(lines.strip().split("\n"))) for lines in part]
+            parts.append(" ".join(filter(None, sentences)))
+        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", "\n".join(parts))
 
     def _cast_of(self, number: int) -> dict[str, str]:
         """Return the characters' names, kinds and pronouns, always the same ones for an arc.
 
-        A small model learns which story has which heroes within the demo's thousand steps; to carry any name
-        from the first line to the last takes it several times as many.
+        A small model learns within the demo's thousand steps which heroes a story has; it needs several times
+        as many to copy any name from the first line to the last.
         """
         choose = random.Random(number).choice
         hero_is, friend_is = choose(("girl", "boy")), choose(("girl", "boy"))
@@ -78,23 +77,22 @@ class StoryTeller:
         return value
 
 
-def write_demo_corpus(
-    data_dir: Path, n_stories: int = PrepareSettings.demo_stories, seed: int = 42, overwrite: bool = False
-) -> Path:
-    """Return the path of train/demo.txt, after writing `n_stories` to it unless they are there already."""
-    path, about = data_dir / "train" / "demo.txt", data_dir / "train" / "demo.json"
-    refuse_other_text(data_dir, "demo", {"train": path.name})
+def write_demo_corpus(settings: PrepareSettings) -> Path:
+    """Return the path of train/demo.txt, written anew unless it holds these stories already."""
+    folder, n_stories, seed = settings.data_dir / "train", settings.demo_stories, settings.seed
+    path, about = folder / "demo.txt", folder / "demo.json"
+    refuse_other_text(settings.data_dir, "demo", {"train": path.name})
     asked = {"n_stories": n_stories, "seed": seed, "grammar_sha256": sha256_file(GRAMMAR)}
     if path.is_file():
         written, sha256 = read_json(about), sha256_file(path)
         if written == asked | {"sha256": sha256}:
             return path
-        if written.get("sha256") != sha256 and not overwrite:
+        if written.get("sha256") != sha256 and not settings.overwrite:
             raise ValueError(f"{path}: edited since it was written; --overwrite writes the demo stories anew")
     note(f"writing {n_stories:,} stories to {path}")
     teller = StoryTeller(GRAMMAR, seed)
     text = "".join(f"{teller.story()}\n<|endoftext|>\n" for _ in range(n_stories))
-    # in this order a run that is killed between two of these lines leaves nothing that looks edited
+    # in this order a process that is killed between two of these lines leaves nothing that looks edited
     path.unlink(missing_ok=True)
     write_json(about, asked | {"sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()})
     write_whole(path, text)

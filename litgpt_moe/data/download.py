@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: the TinyStories text, and any one file of a repository."""
+"""Files of the Hugging Face hub: the TinyStories text, and single files of any repository."""
 
 import contextlib
 import errno
@@ -10,16 +10,16 @@ from litgpt_moe.data.text import refuse_other_text
 
 
 def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
-    """Fetch a file of a hub repository into `folder`; an interrupted download goes on where it stopped."""
-    import httpx  # here: no worker process downloads, and each would need 0.1 s and 15 MB more
-    from huggingface_hub import constants, hf_hub_download  # as httpx
+    """Fetch a file of a hub repository into `folder`; an interrupted download is continued."""
+    import httpx  # not at the top: each worker process, which downloads nothing, would need 15 MB more
+    from huggingface_hub import constants, hf_hub_download  # likewise
 
     note(f"downloading {name} of {repo} to {folder}")
     part = folder / ".download"
     try:
         path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        if not any(part.rglob("*.incomplete")):  # else the next call goes on from there
+        if not any(part.rglob("*.incomplete")):  # the next call would continue from such a file
             shutil.rmtree(part, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()  # fails unless it is empty

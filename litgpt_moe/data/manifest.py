@@ -1,4 +1,4 @@
-"""manifest.json, which says what made the shards of a data directory: its one reader, checks, fingerprint."""
+"""manifest.json records what the shards of a data directory were made from: reading, checks, fingerprint."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 RUN_AGAIN = "run prepare_data.py on that folder"
 
 Manifest = dict[str, Any]  # parsed JSON
-# what `files.fits` asks of it
+# the forms that `files.fits` checks
 SHARD_FORM = {"path": str, "sha256": str, "n_tokens": 0, "n_stories": 0, "n_bytes": 0}
 SPLIT_FORM = {
     **dict.fromkeys(("n_stories", "n_tokens", "n_bytes", "n_duplicates", "n_replaced_bytes"), 0),
@@ -88,61 +88,53 @@ def _check_sizes(data_dir: Path, manifest: Manifest) -> None:
 
 
 def record_times(data_dir: Path) -> Manifest:
-    """Return the manifest, after recording new time stamps of texts, so that they are hashed only once."""
+    """Return the manifest, with new time stamps of the texts recorded: their next check needs no hashing."""
     manifest = read_manifest(data_dir)
-    before = [entry["mtime_ns"] for entry in listed(manifest, "text")]
     for entry in listed(manifest, "text"):
         entry["mtime_ns"] = (data_dir / entry["path"]).stat().st_mtime_ns
-    if before != [entry["mtime_ns"] for entry in listed(manifest, "text")]:
+    if manifest != read_manifest(data_dir, check_shards=False):
         write_json(data_dir / MANIFEST, manifest)
     return manifest
 
 
 def altered_shards(data_dir: Path, manifest: Manifest) -> list[str]:
-    """Return a sentence for each shard whose content is not what the manifest records, by its SHA-256."""
-    width, entries = np.dtype(manifest["dtype"]).itemsize, listed(manifest, "shards")
-    total = width * sum(entry["n_tokens"] for entry in entries)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="checking shards", disable=None, delay=1)
-    reasons = []
-    # threads are enough: hashlib and reading release the GIL; one core hashes 1 GB in 0.6 to 0.9 s
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar as progress:
-        found = pool.map(lambda entry: sha256_file(data_dir / entry["path"]), entries)
-        for entry, sha256 in zip(entries, found, strict=True):
-            progress.update(width * entry["n_tokens"])
-            if sha256 != entry["sha256"]:
-                reasons.append(f"{data_dir / entry['path']}: altered since it was made; {RUN_AGAIN}")
-    return reasons
+    """Return a sentence for each shard whose SHA-256 is not the recorded one."""
+    shards = {data_dir / entry["path"]: entry["sha256"] for entry in listed(manifest, "shards")}
+    return [f"{path}: altered since it was made; {RUN_AGAIN}" for path in _altered(shards)]
+
+
+def _altered(digests: dict[Path, str]) -> list[Path]:
+    """Return the files whose SHA-256 is not the given one."""
+    # threads suffice: hashlib and reading release the GIL; one core hashes 1 GB in 0.6 to 0.9 s
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = tqdm(
+            pool.map(sha256_file, digests), "checking", len(digests), unit="file", delay=1, disable=None
+        )
+        return [path for path, digest in zip(digests, found, strict=True) if digest != digests[path]]
 
 
 def verify(data_dir: Path) -> list[str]:
-    """Return a sentence for each text or shard that is missing, new or not as recorded; [] if all agree."""
-    files = listed_files(read_manifest(data_dir, check_shards=False))
+    """Return a sentence for each text or shard that is missing, new or not as recorded."""
+    listed = listed_files(read_manifest(data_dir, check_shards=False))
+    files = {data_dir / name: digest for name, digest in sorted(listed.items())}
     texts = sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")])
-    new = [path for path in texts if path.relative_to(data_dir).as_posix() not in files]
-    problems = [f"{path}: there but not listed in {MANIFEST}" for path in new]
-    for name, expected in tqdm(sorted(files.items()), "checking", unit="file", delay=1, disable=None):
-        path = data_dir / name
+    problems = [f"{path}: there but not listed in {MANIFEST}" for path in texts if path not in files]
+    for path in list(files):
         if not path.is_file():
             problems.append(f"{path}: listed in {MANIFEST} but not there")
         elif is_outside(path, data_dir):
             problems.append(f"{path}: a link out of its folder")
-        elif sha256_file(path) != expected:
-            problems.append(f"{path}: its content is not what {MANIFEST} recorded")
-    return problems
+        else:
+            continue
+        del files[path]
+    return problems + [f"{path}: its content is not what {MANIFEST} recorded" for path in _altered(files)]
 
 
 def manifest_fingerprint(manifest: Manifest) -> str:
-    """Return the fingerprint from the hashes that the manifest records, without reading the data."""
-    # Not in it: times, counts and options. Contents imply the counts, and an option that changed no shard
-    # made the same data set. The tokenizer is in it because ids mean nothing without it.
+    """Return a SHA-256 over the recorded digests of a data directory: equal for equal data everywhere."""
+    # Time stamps, counts and options are left out: the contents imply the counts, and an option that changed
+    # no shard made the same data. The tokenizer is included: it gives the ids their meaning.
     facts = {key: manifest[key] for key in ("format_version", "dtype")}
     facts["tokenizer"] = manifest["tokenizer"]["sha256"]
     facts["files"] = sorted(listed_files(manifest).items())
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(data_dir: Path) -> str:
-    """Return the SHA-256 over a data directory's contents, equal everywhere; ValueError if one is damaged."""
-    if problems := verify(data_dir):
-        raise ValueError(f"{problems[0]}; run prepare_data.py again")
-    return manifest_fingerprint(read_manifest(data_dir, check_shards=False))

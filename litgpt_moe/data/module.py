@@ -1,4 +1,4 @@
-"""TextShards: the data module through which LitGPT's training loop reads our token shards."""
+"""TextShards: the LitGPT data module that reads our token shards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from litgpt_moe.processes import is_first_on_machine
 
 
 class ShardLoader(DataLoader[torch.Tensor]):
-    """A DataLoader over `TokenBatches` whose position LitGPT saves in its checkpoints and restores."""
+    """A DataLoader over `TokenBatches`, whose position LitGPT saves in checkpoints and restores."""
 
     def __init__(self, batches: TokenBatches) -> None:
-        # Fabric gives any other data set a distributed sampler; an iterable one, empty here, it leaves alone
+        # an iterable data set, though empty: Fabric gives any other a distributed sampler
         super().__init__(ChainDataset([]), batch_size=None)
         self.batches = batches
-        # LitGPT asks a loader for them when it saves and when it resumes
+        # LitGPT calls these two when it saves and when it resumes
         self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
 
     def __iter__(self) -> Iterator[torch.Tensor]:  # type: ignore[override]
-        # not DataLoader's own iterator, which draws from the global random state and takes 50 us a batch
+        # DataLoader's own iterator would draw from the global random state and take 50 us a batch
         return iter(self.batches)
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class TextShards(TextFiles):
     seed: int = 42
     """Seed of the order of the training sequences."""
     num_workers: int = 0
-    """Processes that read ahead. 0 is fastest on a local disk: reading costs less than the hand-over."""
+    """Processes that read ahead. 0 is fastest on a local disk: reading takes less time than the transfer."""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
     """Folder of the tokenizer that the shards must have been made with."""
 
@@ -60,17 +60,17 @@ class TextShards(TextFiles):
 
     def prepare_data(self) -> None:
         """Make stale shards again; LitGPT calls this in every process, and run_train.py before that."""
-        # their contents are hashed once in a run, by one process of each machine
+        # one process of each machine hashes the contents, once in a run
         is_to_hash = not self.is_checked and is_first_on_machine()
         refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
         self.is_checked = True
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of the training split: endless, shuffled by `seed`, dealt out to the ranks."""
+        """Return the loader of the training split: endless, shuffled by `seed`, shared among the ranks."""
         return self._loader("train", self.seed)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the loader of the validation split: in order, the whole of it on every rank."""
+        """Return the loader of the validation split: all of it in order on every rank."""
         return self._loader("val", None)
 
     def _loader(self, split: str, seed: int | None) -> ShardLoader:
@@ -93,5 +93,5 @@ def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-# YAML files and checkpoints name the class so; prepare_data.py gives it under this name
+# the name in YAML files and checkpoints, under which prepare_data.py exports the class
 TextShards.__module__ = "prepare_data"

@@ -1,4 +1,4 @@
-"""Make the shards of a data directory match its text, tokenizer and options, doing only what is missing."""
+"""Make the shards of a data directory match its text, tokenizer and options."""
 
 import contextlib
 import importlib.metadata
@@ -21,39 +21,39 @@ from litgpt_moe.data.manifest import (
     record_times,
 )
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
-from litgpt_moe.data.shards import clean, shard_folders, write_splits
+from litgpt_moe.data.shards import clean, write_splits
 from litgpt_moe.data.text import list_text
 from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer_facts
 from litgpt_moe.files import locked_folder, read_json, sha256_file, write_json
 
-# the settings on which the shards of a text depend, and what of its tokenizer the manifest records
+# the settings on which the shards depend, and the facts of the tokenizer that the manifest records
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")
 TOKENIZER_KEYS = ("sha256", "vocab_size", "bos_id", "eos_id")
+WAIT = "wait for it to end, then run again"
 
 
 def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
-    """Return the manifest of a data directory whose shards match its text, tokenizer and options.
+    """Return the manifest of a data directory after making what is missing: text, tokenizer, stale shards.
 
-    Makes only what is missing: text (demo, tinystories), tokenizer, stale shards. If it fails, the shards
-    and the manifest of before are still there. `wait` for another process that prepares the same folder, or
-    raise FolderInUse.
+    If that fails, the earlier shards and manifest remain. FolderInUse if another process prepares the folder,
+    unless told to `wait` for it.
     """
     check_settings(settings)
     if settings.dataset == "custom":
-        list_text(settings.data_dir)  # before the lock makes a folder of a mistyped name
-    with lock_data(settings.data_dir, wait):
+        list_text(settings.data_dir)  # the lock below would create a folder with a mistyped name
+    with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
         try:
             return _prepare(settings)
         finally:
-            for folder in shard_folders(settings.data_dir):
+            for split in SPLITS:
                 with contextlib.suppress(OSError):
-                    folder.rmdir()  # fails unless it is empty
+                    (settings.data_dir / split / split).rmdir()  # fails unless it is empty
 
 
 def _prepare(settings: PrepareSettings) -> Manifest:
     data_dir = settings.data_dir
     if settings.dataset == "demo":
-        write_demo_corpus(data_dir, settings.demo_stories, settings.seed, settings.overwrite)
+        write_demo_corpus(settings)
     elif settings.dataset == "tinystories":
         download_tinystories(data_dir)
     text = list_text(data_dir)
@@ -71,7 +71,7 @@ def _prepare(settings: PrepareSettings) -> Manifest:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
         raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
-    # recorded alone: another version makes no shard stale
+    # for information only: another version makes no shard stale
     versions = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -86,19 +86,13 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     return manifest
 
 
-def lock_data(data_dir: Path, wait: bool = False) -> contextlib.AbstractContextManager[None]:
-    """Return the lock that keeps a second preparation out of a data directory."""
-    way_out = "wait for it to end, then run again"
-    return locked_folder(data_dir, "prepare", "prepare_data.py is at work", way_out, wait)
-
-
 def stale_reasons(
     data_dir: Path, tokenizer_dir: Path, options: dict[str, Any] | None = None, contents: bool = True
 ) -> list[str]:
-    """Return why the shards no longer match text, tokenizer, options or format; [] if they do.
+    """Return why the shards no longer match text, tokenizer, options (None: any) or format; [] if they do.
 
-    `options` None accepts any. `contents`: also hash the shards; False where another process of the run does
-    that. If no text is left (deleted to save space), the shards still count as fresh.
+    `contents`: also hash the shards; False where another process of the run does. Shards whose text was
+    deleted altogether, to save space, still match.
     """
     try:
         manifest = read_manifest(data_dir)
@@ -124,14 +118,14 @@ def stale_reasons(
 
 
 def has_changed(path: Path, recorded: dict[str, Any]) -> bool:
-    """Return whether a text is not as recorded; it is hashed only if its time stamp alone differs."""
+    """Return whether a text differs from its record; it is hashed if only its time stamp differs."""
     stat = path.stat()
     is_touched = stat.st_mtime_ns != recorded["mtime_ns"]
     return stat.st_size != recorded["size"] or (is_touched and sha256_file(path) != recorded["sha256"])
 
 
 def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
-    """Make stale shards again with their old options; arguments as of `stale_reasons` and `prepare`."""
+    """Make stale shards again with their recorded options; see `stale_reasons` and `prepare`."""
     reasons = stale_reasons(data_dir, tokenizer_dir, contents=contents)
     if not reasons:
         return
@@ -139,7 +133,7 @@ def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bo
         reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
         raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
     options: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # the manifest is not there or damaged
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
         before = read_json(data_dir / MANIFEST)["options"]
         options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
     prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)

@@ -1,4 +1,4 @@
-"""What a preparation and an upload are told. Imports nothing heavy: the scripts make their flags of it."""
+"""The settings of a preparation and of an upload; imports nothing heavy, for the sake of `--help`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ DEMO_MODEL = CONFIGS / "demo_model.yaml"
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What one run prepares; the flags of prepare_data.py are these fields."""
+    """The flags of prepare_data.py."""
 
     data_dir: Path = DEFAULT_DATA_DIR
     """folder with train/*.txt and, if wanted, val/*.txt; shards and manifest.json go there too"""
@@ -48,7 +48,7 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """Where and as what an upload goes to Weights & Biases; a flag wins over its environment variable."""
+    """Where an upload goes on Weights & Biases; a flag has precedence over its environment variable."""
 
     wandb_project: str | None = field(default_factory=lambda: variable("WANDB_PROJECT"))
     """W&B project (WANDB_PROJECT; default litgpt-moe)"""
@@ -65,7 +65,7 @@ class WandbSettings:
 
 
 def check_settings(settings: PrepareSettings) -> None:
-    """Raise ValueError with all that is wrong with the settings, before anything is written."""
+    """Raise ValueError with every problem of the settings, before anything is written."""
     s, vocab = settings, settings.train_tokenizer
     rules = (
         ("dataset", s.dataset in ("custom", "tinystories", "demo"), "one of custom, tinystories, demo"),

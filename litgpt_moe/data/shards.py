@@ -1,6 +1,6 @@
-"""Stories -> token shards, made by worker processes; whole ones of an interrupted run are used again.
+"""Stories -> token shards, made by worker processes; an interrupted run's finished shards are used again.
 
-A worker imports this module and tokenizer.py: no torch, so that it is small and starts fast.
+A worker process imports this module: it needs no torch, so that it is small and starts fast.
 """
 
 import contextlib
@@ -28,11 +28,10 @@ from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_f
 
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
-# only files of these names are ever deleted
-OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")
+OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # no other files are deleted
 
-Entry = dict[str, Any]  # of a shard, as the manifest lists it
-encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one
+Entry = dict[str, Any]  # a shard's entry in the manifest
+encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one encoder
 
 
 def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: TokenizerFacts) -> Entry:
@@ -51,10 +50,10 @@ def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: Tokenize
 
 
 def finished_shards(data_dir: Path, width: int) -> dict[str, Entry]:
-    """Return the entries of whole shards by key: the manifest's, and an interrupted run's journal's."""
+    """Return the entries of whole shards by key, from the manifest and an interrupted run's journal."""
     found = {}
     for path in (data_dir / MANIFEST, *data_dir.glob("*/*/*.json")):
-        # a damaged entry, or a file that is not ours: the shard is made again
+        # the shard of a damaged entry is made again
         with contextlib.suppress(ValueError, KeyError, TypeError):
             content = read_json(path)
             for entry in listed(content, "shards") if path.name == MANIFEST else [content]:
@@ -67,9 +66,9 @@ def finished_shards(data_dir: Path, width: int) -> dict[str, Entry]:
 
 
 def start_worker() -> None:
-    """Make a worker process leave Ctrl-C to its parent, and end when the parent has ended, even if killed."""
+    """Make a worker process ignore Ctrl-C, which its parent handles, and end when its parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process per core already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -81,14 +80,13 @@ def start_worker() -> None:
 
 
 def start_pool(workers: int) -> Executor:
-    """Return a pool of worker processes; for a single worker a thread, which starts at once."""
-    # spawn: all that Windows has, and safe where the parent has threads
-    spawn = multiprocessing.get_context("spawn")
+    """Return a pool of worker processes, or of one thread, which starts at once, for a single worker."""
+    spawn = multiprocessing.get_context("spawn")  # safe where the parent has threads; Windows has no other
     return ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn, start_worker)
 
 
 class SplitWriter:
-    """Assigns stories to the splits, without duplicates, and has a shard made whenever there are enough."""
+    """Assigns stories to the splits, without duplicates, and submits a shard whenever there are enough."""
 
     def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int, val_every: int | None) -> None:
         self.data_dir, self.facts, self.workers, self.val_every = data_dir, facts, workers, val_every
@@ -96,13 +94,13 @@ class SplitWriter:
         self.n_new = self.n_reused_bytes = 0
         self._seen = SeenStories()
         self._finished = finished_shards(data_dir, facts.dtype.itemsize)
-        # stories that are in no shard yet, each with its hash
+        # stories that belong to no shard yet, each with its hash
         self._waiting: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in SPLITS}
         self._shards: dict[str, list[Entry | Future[Entry]]] = {split: [] for split in SPLITS}
         self._submitted: list[Future[Entry]] = []
 
     def add(self, split: str, stories: list[str], pool: Executor) -> None:
-        """Take stories read from the text of one split."""
+        """Add stories from the text of one split."""
         encoded = [story.encode("utf-8") for story in stories]
         hashes = [hashlib.blake2b(story, digest_size=8).digest() for story in encoded]
         is_new = self._seen.add(np.frombuffer(b"".join(hashes), dtype="<u8")).tolist()
@@ -117,7 +115,7 @@ class SplitWriter:
                 self._flush(name, pool)
 
     def finish(self, pool: Executor) -> dict[str, list[Entry]]:
-        """Make the last shards, wait until all are written, and return the entries of each split."""
+        """Submit the last shards, wait until all are written, and return the entries of each split."""
         for split, waiting in self._waiting.items():
             if waiting:
                 self._flush(split, pool)
@@ -125,7 +123,7 @@ class SplitWriter:
         return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
 
     def _flush(self, split: str, pool: Executor) -> None:
-        """Have the next shard made, unless one was made of the same stories by the same tokenizer."""
+        """Submit the next shard, unless the same tokenizer has made one of the same stories."""
         stories, hashes = map(list, zip(*self._waiting[split], strict=True))
         self._waiting[split] = []
         facts, shards = self.facts, self._shards[split]
@@ -136,9 +134,9 @@ class SplitWriter:
             shards.append(made)
             self.n_reused_bytes += made["n_bytes"]
             return
-        if len(self._submitted) >= self.workers:  # hold no more text in memory than the workers work on
+        if len(self._submitted) >= self.workers:  # memory holds no more text than the workers work on
             self._submitted[-self.workers].result()
-        # the name has the key, so that a new shard never overwrites one that the present manifest lists
+        # with the key in its name a new shard never overwrites one that the present manifest lists
         name = f"{split}/{split}/{len(shards):05d}-{key}.bin"
         self._submitted.append(pool.submit(write_shard, self.data_dir, name, stories, facts))
         shards.append(self._submitted[-1])
@@ -147,10 +145,10 @@ class SplitWriter:
 def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: TokenizerFacts) -> Manifest:
     """Write the shards of both splits and return the manifest's entry of each split."""
     data_dir, reading = settings.data_dir, (settings.separator, settings.on_bad_utf8)
-    # val first: a story that is in both is then a duplicate in train
+    # val first: a story of both splits then counts as a duplicate in train
     readers = {split: [TextReader(path, *reading) for path in text[split]] for split in reversed(SPLITS)}
     total = sum(reader.stat.st_size for some in readers.values() for reader in some)
-    # one worker per two shards: to start a process takes as long as tokenizing some megabytes
+    # one worker per two shards: starting a process takes as long as tokenizing some megabytes
     workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
     val_every = None if text["val"] else max(2, round(1 / settings.val_fraction))
     writer = SplitWriter(data_dir, facts, workers, val_every)
@@ -187,18 +185,13 @@ def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> 
 
 
 def clean(data_dir: Path) -> None:
-    """Delete our own files that the manifest does not list: old shards, journals, parts of killed runs."""
+    """Delete our own files that the manifest does not list: old shards, journals, temporary files."""
     keep: set[Path] = set()
     with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
         keep = {data_dir / entry["path"] for entry in listed(read_json(data_dir / MANIFEST), "shards")}
-    for folder in shard_folders(data_dir):
+    for folder in (data_dir / split / split for split in SPLITS):
         for path in folder.glob("*"):
             if OWN_FILE.fullmatch(path.name) and path not in keep:
                 # Windows refuses while a training run has the file mapped; the next preparation deletes it
                 with contextlib.suppress(OSError):
                     path.unlink()
-
-
-def shard_folders(data_dir: Path) -> list[Path]:
-    """Return the folder of each split's shards."""
-    return [data_dir / split / split for split in SPLITS]

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ from litgpt_moe.cli import note
 from litgpt_moe.data.settings import SPLITS
 
 BLOCK_BYTES = 4 << 20  # text read at once
-# a longer story is cut; whole, it may not fit in memory
-MAX_STORY_CHARS = 1 << 20
-CUTS = ("\n\n", "\n", " ")  # at a paragraph, a line or a word if it has any
-MAX_REPORTS = 10  # lines with bad UTF-8 reported of one file
+MAX_STORY_CHARS = 1 << 20  # a longer story is cut: whole, it may not fit in memory
+CUTS = ("\n\n", "\n", " ")  # where it is cut: at a paragraph, else at a line, else at a word
+MAX_REPORTS = 10  # lines with bad UTF-8 that are reported of one file
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
 def list_text(data_dir: Path) -> dict[str, list[Path]]:
-    """Return the text files of both splits; FileNotFoundError or ValueError if they are of no use."""
+    """Return the text files of both splits; FileNotFoundError or ValueError if they cannot be used."""
     text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
     train = data_dir / "train"
     if not text["train"]:
@@ -43,7 +42,7 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
 
 
 def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
-    """Raise ValueError if the folders of a named data set hold other text, which would be mixed with it."""
+    """Raise ValueError if other text in the folders of a named data set would be mixed with it."""
     text = [path for split in SPLITS for path in sorted((data_dir / split).glob("*.txt"))]
     if other := next((path for path in text if path.name != own.get(path.parent.name)), None):
         raise ValueError(
@@ -53,12 +52,11 @@ def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None
 
 
 class TextReader:
-    """Reads a text file in blocks and gives lists of whole stories; counts what it had to mend."""
+    """Reads a text file in blocks and yields lists of whole stories; counts the bytes it replaced."""
 
-    def __init__(
-        self, path: Path, separator: str, on_bad_utf8: str, report: Callable[[str], None] = note
-    ) -> None:
-        self.path, self.on_bad_utf8, self.report = path, on_bad_utf8, report
+    def __init__(self, path: Path, separator: str, on_bad_utf8: str, is_quiet: bool = False) -> None:
+        self.path, self.on_bad_utf8 = path, on_bad_utf8
+        self.report = (lambda _: None) if is_quiet else note
         line = re.escape(separator) + r"[ \t]*" if separator else ""
         self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
         self.stat = path.stat()
@@ -81,11 +79,11 @@ class TextReader:
         if self.n_bad_lines > MAX_REPORTS:
             self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
         if self.n_cuts:
-            times = f"were cut {self.n_cuts} times"
-            self.report(f"{self.path}: stories of over {MAX_STORY_CHARS:,} characters {times}")
+            cut = f"stories of over {MAX_STORY_CHARS:,} characters were cut {self.n_cuts} times"
+            self.report(f"{self.path}: {cut}")
 
     def record(self, data_dir: Path) -> dict[str, Any]:
-        """Return the manifest's entry of the file; ValueError if it was written to while it was read."""
+        """Return the manifest's entry of the file; ValueError if it changed while it was read."""
         stat, now = self.stat, self.path.stat()
         if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
@@ -93,7 +91,7 @@ class TextReader:
         return {"path": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
 
     def _blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
-        # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps what is not UTF-8
+        # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps bytes that are no UTF-8
         decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
         n_lines = 0
@@ -111,7 +109,7 @@ class TextReader:
 
     def _mend(self, text: str, first_line: int) -> str:
         with contextlib.suppress(UnicodeEncodeError):
-            text.encode("utf-8")  # fails if there are escaped bytes; much faster than a search for them
+            text.encode("utf-8")  # fails on escaped bytes; much faster than a search for them
             return text
         for number, line in enumerate(text.split("\n"), first_line):
             if not (n_bytes := sum(map(len, BAD_BYTES.findall(line)))):
@@ -130,7 +128,7 @@ class SeenStories:
     """The 64-bit hashes of all stories so far: two of 2 million are equal by chance once in 10^7."""
 
     def __init__(self) -> None:
-        # sorted arrays, each at least twice as long as the next: few to search, and cheap to merge
+        # sorted arrays, each at least twice as long as the next: few to search and cheap to merge
         self._runs: list[np.ndarray[Any, Any]] = []
 
     def add(self, hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

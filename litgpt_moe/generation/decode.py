@@ -12,11 +12,7 @@ from litgpt_moe.generation.settings import Sampling
 
 
 class Diverged(WorkFailed):
-    """The model's logits are no numbers."""
-
-    def __init__(self) -> None:
-        way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
-        super().__init__(f"the model's logits are NaN or infinite; {way_out}")
+    """The model's logits are NaN or infinite."""
 
 
 def room_for(prompt_ids: Sequence[int], max_tokens: int, block_size: int) -> int:
@@ -24,10 +20,8 @@ def room_for(prompt_ids: Sequence[int], max_tokens: int, block_size: int) -> int
     if not prompt_ids:
         raise ValueError("the prompt holds no token and this tokenizer has no BOS; give a --prompt with text")
     if len(prompt_ids) >= block_size:
-        raise ValueError(
-            f"the prompt has {len(prompt_ids):,} tokens but the model's block_size is {block_size:,}; "
-            f"shorten it to {block_size - 1:,} tokens or fewer"
-        )
+        sizes = f"{len(prompt_ids):,} tokens but the model's block_size is {block_size:,}"
+        raise ValueError(f"the prompt has {sizes}; shorten it to {block_size - 1:,} tokens or fewer")
     return min(max_tokens, block_size - len(prompt_ids))
 
 
@@ -41,7 +35,7 @@ def generate(
 ) -> Generator[int]:
     """Yield up to `max_tokens` new token ids, stopping before `eos_id` and when the context is full.
 
-    Several such iterators can take turns on one model: each puts its own KV cache in place for its steps.
+    Several of these iterators can alternate on one model: each sets its own KV cache before each step.
     """
     sampling = sampling or Sampling()
     count = room_for(prompt_ids, max_tokens, model.max_seq_length)
@@ -57,14 +51,15 @@ def generate(
             model.mask_cache = mask
             for attention, cache in zip(attentions, caches, strict=True):
                 attention.kv_cache = cache
-            # entered for each token: between two steps the caller's gradient mode must be the caller's own
+            # entered for each token, so that the caller's gradient mode is unchanged between two steps
             with torch.inference_mode():
                 seen[ids] = True
                 # only the last row is needed, and `end` lets attention skip the empty part of the cache
                 logits = model(ids, position, input_pos_maxp1=end)[0, -1]
-                # a token of probability 0 has -inf, but not all of them
+                # -inf is allowed, it is a token of probability 0; the maximum is -inf only if all of them are
                 if not logits.max().isfinite():
-                    raise Diverged
+                    way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
+                    raise Diverged(f"the model's logits are NaN or infinite; {way_out}")
                 token = sample(logits, sampling, generator, seen)
             if token == eos_id:
                 return
@@ -75,10 +70,10 @@ def generate(
 
 
 def lay_out_for_decoding(model: GPT) -> None:
-    """Reorder the weights in memory for one-token steps on a CPU; shapes, values and names stay.
+    """Transpose the weights in memory for one-token steps on a CPU; shapes, values and names do not change.
 
-    A step is bound by reading the weights. As (in, out) in memory MKL reads them at 17 to 26 GB/s on an AMD
-    EPYC core, as (out, in) at 10 (torch 2.10, tools/benchmarks/generate.py).
+    The speed of a step is that of reading the weights. MKL reads the layout (in, out) at 17 to 26 GB/s on an
+    AMD EPYC core and (out, in) at 10 (torch 2.10, tools/benchmarks/generate.py).
     """
     for layer in layers_of(model).values():
         layer.pack_for_decoding()

@@ -1,4 +1,4 @@
-"""From logits to a token: what may be drawn, and the draw."""
+"""From logits to a token: the candidates with their probabilities, and the random draw."""
 
 import torch
 
@@ -27,7 +27,7 @@ def candidates(
     if sampling.top_p < 1:
         if ids is None:
             probs, ids = _most_probable(probs, sampling.top_p)
-        # a token stays while those before it fall short of top_p: the first always does
+        # a token is kept if the tokens before it sum to less than top_p, so the first one always is
         probs = probs.where(probs.cumsum(-1) - probs < sampling.top_p, 0.0)
     if sampling.min_p > 0:
         probs = probs.where(probs >= sampling.min_p * probs.max(), 0.0)
@@ -35,8 +35,8 @@ def candidates(
 
 
 def _most_probable(probs: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the highest probabilities, in falling order, that sum to `mass` or more, and their ids."""
-    # the first 1,024 nearly always do, and sorting all 32,000 words costs more than twice as much
+    """Return the highest probabilities, in descending order, that sum to `mass` or more, and their ids."""
+    # the first 1,024 nearly always suffice, and sorting all 32,000 costs more than twice as much
     values, ids = probs.topk(min(1024, probs.size(0)))
     return (values, ids) if values.sum() >= mass else probs.sort(descending=True)
 

@@ -9,7 +9,7 @@ MAX_CHOICES = 8  # samples that a server makes at a time for one request; each h
 
 
 def check_ranges(settings: object, rules: list[tuple[str, bool, str]]) -> None:
-    """Raise a ValueError with one line for each broken rule: the field, whether it holds, what to choose."""
+    """Raise a ValueError with one line for each broken rule, given as (field, whether it holds, choices)."""
     broken = [(name, getattr(settings, name), rule) for name, holds, rule in rules if not holds]
     if broken:
         raise ValueError("\n".join(f"{name} is {value}; choose {rule}" for name, value, rule in broken))

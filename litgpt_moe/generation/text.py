@@ -1,14 +1,13 @@
-"""Between text and tokens: prompts in, finished text out while the model goes on."""
+"""From a prompt to tokens, and from tokens to text that is written while the model computes the next ones."""
 
 import errno
 import queue
-import re
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
-from typing import Any, Self, TextIO
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, TextIO
 
 import tokenizers
 import torch
@@ -18,12 +17,12 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
 from litgpt_moe.cli import WorkFailed, note, silence_stdout
+from litgpt_moe.data.tokenizer import BYTE_PIECES
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.hardware import pick_device
 
-REPLACEMENT = "\ufffd"  # what decoders show for bytes that are no (or not yet a whole) character
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
 
 
 def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
@@ -69,7 +68,7 @@ def tell_story(
 
 
 class TextDecoder:
-    """Token ids in, finished text out; the pieces joined are the tokenizer's decoding of the whole.
+    """Decode one token at a time; the returned pieces, joined, are the tokenizer's decoding of all tokens.
 
     `tokenizers.decoders.DecodeStream` is not used: as of tokenizers 0.23 it raises "Invalid prefix" when
     bytes that follow a finished emoji are invalid (the whole run of byte pieces is then shown as U+FFFD),
@@ -77,22 +76,22 @@ class TextDecoder:
     """
 
     CONTEXT = 4  # tokens kept before the new ones: a character has at most four bytes
-    LONGEST = 16  # a window this long is cut although its end looks unfinished: it is text of U+FFFD
+    LONGEST = 16  # a longer window is cut although it ends in U+FFFD, which is then part of the text
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         self._window: list[int] = []
-        self._shown = 0  # characters of the window's text that were returned already
+        self._shown = 0  # characters of the window's text that have been returned already
 
     def put(self, token_id: int) -> str:
-        """Return the text that this token finished, perhaps none."""
+        """Return the text that this token completes, which may be empty."""
         piece = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
-        # special and unknown ids have no text, nor do they count as the first token, whose space is stripped
+        # special and unknown ids have no text and must not be the first token, whose space is stripped
         if piece is None:
             return ""
         self._window.append(token_id)
-        if BYTE_PIECE.fullmatch(piece):
+        if piece in BYTE_PIECES:
             return ""  # one invalid byte changes the text of the whole run of bytes: wait for its end
         text = self._tokenizer.decode(self._window)
         stable = text.removesuffix(REPLACEMENT)
@@ -103,15 +102,15 @@ class TextDecoder:
         return new
 
     def end(self) -> str:
-        """Return what was kept back; bytes that never became a character are U+FFFD."""
+        """Return the text that is still held back; an incomplete character becomes U+FFFD."""
         return self._tokenizer.decode(self._window)[self._shown :]
 
 
-class AsyncTokenStreamer:
-    """Write tokens as text from a thread of its own, so that the model never waits for the terminal.
+class AsyncTokenStreamer(AbstractContextManager):
+    """Write tokens as text in a background thread, so that the model never waits for the terminal.
 
-    Use it as a context manager: leaving it, by Ctrl-C too, writes what is queued and kept back. An error of
-    the thread (a closed pipe, a full disk) is raised by the next `put` or `end`.
+    It is a context manager, which flushes the queue at its end, after Ctrl-C too. An error of the thread (a
+    closed pipe, a full disk) is raised by the next `put` or `end`.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, out: TextIO | None = None) -> None:
@@ -128,17 +127,14 @@ class AsyncTokenStreamer:
         self._queue.put(token_id)
 
     def end(self) -> None:
-        """Write everything that is left and wait until it is out; further calls do nothing."""
+        """Flush: write all queued tokens and wait for the thread to end; further calls are no-ops."""
         self._queue.put(None)
         self._thread.join()
         if self._error is not None:
             raise self._error
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: object, *_: Any) -> None:
-        # an error on the way here is the one to report, not the one of the writing thread
+        # an error inside the block is reported rather than one of the writing thread
         with suppress(OSError) if kind else nullcontext():
             self.end()
 
@@ -152,7 +148,7 @@ class AsyncTokenStreamer:
 
 
 def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
-    """Write the samples that the flags ask for, one after the other, each from the next seed."""
+    """Write --num_samples texts one after the other; their seeds are consecutive numbers."""
     model, tokenizer = load(settings)
     prompt_ids = encode_prompt(model, tokenizer, prompt, settings.max_tokens)
     generator = torch.Generator(model.lm_head.weight.device)
@@ -160,7 +156,7 @@ def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -
     for number in range(settings.num_samples):
         if number:
             print("<|endoftext|>", flush=True)
-        # a seed each, so that --seed repeats any one of them alone, and a server makes them side by side
+        # a seed for each, so that --seed repeats any of them alone and the server can interleave them
         generator.manual_seed(seed + number)
         if sampling.temperature > 0:
             note(f"seed {seed + number}")
@@ -171,7 +167,7 @@ def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -
 
 
 def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: Iterator[int]) -> int:
-    """Write prompt and continuation as they come, and the speed to stderr; return how many tokens are new."""
+    """Write prompt and continuation token by token, and the speed to stderr; return the new tokens' count."""
     started, first_s, count = time.perf_counter(), 0.0, 0
     try:
         with streamer:

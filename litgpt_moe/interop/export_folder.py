@@ -1,7 +1,4 @@
-"""A checkpoint becomes a folder that Transformers loads, with a model card.
-
-It is compared with LitGPT before it gets its name.
-"""
+"""Export a checkpoint to a folder for Transformers, with a model card, and compare it with LitGPT."""
 
 import re
 from importlib import import_module
@@ -13,32 +10,26 @@ import torch
 from litgpt.tokenizer import Tokenizer
 from safetensors.torch import save_file
 
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, SETTINGS_FILE
-from litgpt_moe.checkpoints.reader import load_model, read_state
-from litgpt_moe.checkpoints.state import tokens_seen
-from litgpt_moe.checkpoints.writer import tensor_bytes
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE
+from litgpt_moe.checkpoints.reader import load_model, read_settings, read_state
+from litgpt_moe.checkpoints.state import tensor_bytes, tokens_seen
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.files import new_folder, read_json, sync_files, write_json
 from litgpt_moe.interop import tokenizer_files, transformers
 from litgpt_moe.interop.families import family_of
-from litgpt_moe.yaml_files import read_mapping
 
 Rows = list[tuple[str, str]]
 PROMPT = "Once upon a time"
 WEIGHTS_FILE = "model.safetensors"
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order differ by about 1e-6
 N_CHECKED = 64  # tokens whose logits are compared
-TEXTS = (
-    f"{PROMPT}, there was a cat.",
-    '"No!" she said.\n\nThen  two spaces.',
-    "caf\u00e9 \U0001f431 42",
-)
+TEXTS = (f"{PROMPT}, a cat.", '"No!" she said.\n\nThen  two spaces.', "caf\u00e9 \U0001f431 42")
 
 
 def check_packages(with_gguf: bool, is_checked: bool) -> None:
-    """Raise ValueError if a package that the flags need is not installed."""
+    """Raise ValueError if the flags need a package that is not installed."""
     for name, is_needed in (("transformers", is_checked), ("gguf", with_gguf)):
         if is_needed and find_spec(name) is None:
             other = ", or add --no_check" if name == "transformers" else ""
@@ -46,10 +37,10 @@ def check_packages(with_gguf: bool, is_checked: bool) -> None:
 
 
 def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is_checked: bool) -> list[str]:
-    """Write the checkpoint in `folder` to `out`, or nothing; return lines that say what was written."""
+    """Write the checkpoint in `folder` to `out`, or nothing; return lines that report what was written."""
     config = MoEConfig.from_file(folder / CONFIG_FILE)
     family = family_of(config)
-    gguf = import_module("litgpt_moe.interop.gguf") if with_gguf else None  # needs an optional package
+    gguf = import_module("litgpt_moe.interop.gguf") if with_gguf else None  # an optional package
     if gguf:
         gguf.check_gguf(config, folder)
     model = load_model(folder)
@@ -68,7 +59,7 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
             write_json(staging / file, content)
         (staging / "README.md").write_text(card, encoding="utf-8")
         save_file({k: w.contiguous() for k, w in renamed.items()}, staging / WEIGHTS_FILE, {"format": "pt"})
-        # safetensors 0.8 writes a file that others may not read
+        # safetensors 0.8 creates a file that other users may not read
         (staging / WEIGHTS_FILE).chmod((staging / "README.md").stat().st_mode)
         if gguf and gguf_name:
             gguf.write_gguf(staging / gguf_name, config, renamed, staging)
@@ -80,20 +71,19 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
 
 
 def check_folder(out: Path, folder: Path, dtype: torch.dtype) -> str:
-    """Return a line that says how near Transformers comes to LitGPT; WorkFailed if it is not near.
+    """Return a line on the difference between Transformers and LitGPT; WorkFailed if it is too large.
 
     Both compute in float32, with the weights rounded to `dtype`.
     """
-    import transformers  # not everybody installs it, and it takes seconds
+    import transformers  # optional, and its import takes seconds
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     theirs, ours = transformers.AutoTokenizer.from_pretrained(out, local_files_only=True), Tokenizer(folder)
     for text in TEXTS:
         if theirs(text).input_ids != ours.encode(text).tolist():
-            raise WorkFailed(
-                f"{folder}: AutoTokenizer gives other ids than LitGPT for {text!r}; nothing was written"
-            )
+            differ = f"{folder}: AutoTokenizer gives other ids than LitGPT for {text!r}"
+            raise WorkFailed(f"{differ}; nothing was written")
     model = load_model(folder, dtype=dtype).float()
     load = transformers.AutoModelForCausalLM.from_pretrained
     copy = load(out, dtype=torch.float32, local_files_only=True).eval()
@@ -111,8 +101,7 @@ def check_folder(out: Path, folder: Path, dtype: torch.dtype) -> str:
 
 def model_card(folder: Path, config: MoEConfig, architecture: str, gguf_name: str | None, dtype: str) -> str:
     """Return the README.md for the checkpoint in `folder`."""
-    path = folder / SETTINGS_FILE
-    settings = read_mapping(path, is_foreign=True) if path.is_file() else {}
+    settings = read_settings(folder)
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- litgpt"]
     header += ["- mixture-of-experts"] if config.n_expert else []
     sections = [
@@ -170,7 +159,7 @@ def _shape_rows(config: MoEConfig, architecture: str, dtype: str) -> Rows:
 
 
 def _training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) -> Rows:
-    """Return rows on the run that made the checkpoint, as far as its files say."""
+    """Return rows about the run that made the checkpoint, as far as its files have them."""
     state = read_state(folder / CHECKPOINT_FILE)
     optimizer, train = settings.get("optimizer") or {}, settings.get("train") or {}
     rows = []
@@ -192,7 +181,7 @@ def _training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) ->
 
 
 def _describe_data(settings: dict[str, Any]) -> str | None:
-    """Return what is known of the training text: its folder by name, without the path to it."""
+    """Return what is known of the training text; of its folder only the name, not the path."""
     given = ((settings.get("data") or {}).get("init_args") or {}).get("train_data_path")
     if not isinstance(given, str):
         return None
@@ -201,6 +190,6 @@ def _describe_data(settings: dict[str, Any]) -> str | None:
         split = read_json(folder / MANIFEST)["splits"]["train"]
         files = [Path(entry["path"]).name for entry in split["text"]]
         counts = f"{split['n_stories']:,} texts, {split['n_tokens']:,} tokens"
-    except (OSError, ValueError, KeyError, TypeError):  # the data have moved: the name is what is left
+    except (OSError, ValueError, KeyError, TypeError):  # the data have moved, only the name is known
         return f"`{folder.name}`"
     return f"`{folder.name}` ({', '.join(files[:3])}{' ...' if len(files) > 3 else ''}): {counts}"

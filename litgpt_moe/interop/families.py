@@ -1,4 +1,4 @@
-"""Which class of Transformers computes what a configuration of LitGPT says, to the last rounding.
+"""Find the class of Transformers that computes exactly what a configuration of LitGPT describes.
 
 Mixtral and Qwen3-MoE take a softmax over all experts and divide the K largest by their sum; LitGPT takes a
 softmax over the K largest logits, which is the same.
@@ -9,7 +9,7 @@ softmax over the K largest logits, which is the same.
     LLaMAMLP                        LlamaForCausalLM
     LLaMAMLP, norm_qk               Qwen3ForCausalLM
 
-Everything without an exact counterpart is refused.
+Configurations without an exact counterpart are refused.
 """
 
 import re
@@ -35,8 +35,8 @@ FAMILIES = (
     Family("Qwen3ForCausalLM", "qwen3", is_moe=False, norm_qk=True),
 )
 
-# Config keys that config.json holds too, or that the computation does not depend on. Any other key must have
-# the value that all four classes are built with: that of PLAIN, or else LitGPT's default.
+# Config keys that have a counterpart in config.json or do not change the computation. Any other key must have
+# the value that all four classes assume, which is that of PLAIN or else LitGPT's default.
 FREE_KEYS = {
     *("name", "hf_config", "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple"),
     *("padded_vocab_size", "norm_eps", "norm_qk", "n_head", "head_size", "n_query_groups", "rope_base"),
@@ -65,7 +65,7 @@ ROPE_TYPES = {  # LitGPT's rope_adjustments -> rope_type of Transformers, by the
 
 
 def family_of(config: MoEConfig) -> Family:
-    """Return the class that computes what `config` says. ValueError, in one sentence, if there is none."""
+    """Return the class that computes what `config` describes; ValueError if there is none."""
     is_moe = config.mlp_class_name == "LLaMAMoE"
     family = next(f for f in FAMILIES if (f.is_moe, f.norm_qk) == (is_moe, config.norm_qk))
     for field in fields(config):
@@ -97,7 +97,5 @@ def rope_type(family: Family, adjustments: dict[str, Any] | None) -> str:
 
 def refuse(family: Family, what: str) -> NoReturn:
     """Raise ValueError: no class of Transformers computes `what`."""
-    raise ValueError(
-        f"{what}, which {family.architecture}, the nearest class of Transformers, cannot express; "
-        "LitGPT and generate.py read the checkpoint as it is"
-    )
+    cannot = f"which {family.architecture}, the nearest class of Transformers, cannot express"
+    raise ValueError(f"{what}, {cannot}; LitGPT and generate.py read the checkpoint as it is")

@@ -1,8 +1,8 @@
-"""An exported folder as one GGUF file for llama.cpp, written with the `gguf` package.
+"""Write an exported folder as one GGUF file for llama.cpp, with the `gguf` package.
 
 llama.cpp computes Mixtral as `llama` with experts and Qwen3-MoE as `qwen3moe`: softmax over all experts,
-the K largest divided by their sum. Its `llama` turns neighbouring columns where Transformers turns halves of
-a head, so the rows of q and k change places.
+the K largest divided by their sum. Its `llama` rotates neighbouring columns of a head where Transformers
+rotates the two halves, so the rows of q and k are permuted.
 """
 
 import json
@@ -16,12 +16,12 @@ from gguf import GGUFWriter
 from tqdm import tqdm
 
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.tokenizer import BYTE_PIECES
 from litgpt_moe.interop.families import FAMILIES, family_of
 from litgpt_moe.interop.transformers import Weights
 
 ARCHITECTURES = dict(zip(FAMILIES, ("llama", "qwen3moe", "llama", "qwen3"), strict=True))
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)\.weight")
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
 KINDS = {  # dtype -> GGUF's names of a tensor and of a file
     "float32": ("F32", "ALL_F32"),
@@ -40,10 +40,9 @@ def check_gguf(config: MoEConfig, folder: Path) -> None:
         raise ValueError(f"{key}; llama.cpp's qwen3moe has no dense layers; {instead}")
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer_kind(spec) is None:
-        raise ValueError(
-            f"{folder / 'tokenizer.json'} is neither a Llama-style nor a GPT-2-style BPE, the "
-            f"kinds of tokenizer that can be told llama.cpp exactly; {instead}"
-        )
+        only = "the kinds of tokenizer that can be told llama.cpp exactly"
+        neither = "is neither a Llama-style nor a GPT-2-style BPE"
+        raise ValueError(f"{folder / 'tokenizer.json'} {neither}, {only}; {instead}")
 
 
 def tokenizer_kind(spec: dict[str, Any]) -> str | None:
@@ -73,10 +72,10 @@ def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: P
         _add_tokenizer(writer, config, tokenizer_dir)
         for name, weight in tqdm(_stacked(weights), unit="tensor", desc="GGUF", disable=None):
             if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
-                # rows that turn together become neighbours in each head
+                # rows of a head that are rotated together become neighbours
                 halves = weight.view(-1, 2, config.head_size // 2, weight.size(1))
                 weight = halves.transpose(1, 2).reshape(weight.shape)
-            # llama.cpp wants norms and router in float32 always
+            # llama.cpp requires float32 for norms and router
             is_exact = weight.dim() == 1 or name.endswith(".gate.weight")
             kind = gguf.GGMLQuantizationType[KINDS["float32" if is_exact else dtype][0]]
             gguf_name = names.get_name(name, try_suffixes=(".weight",))
@@ -126,7 +125,7 @@ def _add_settings(writer: GGUFWriter, config: MoEConfig, dtype: str) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, config: MoEConfig, folder: Path) -> None:
-    """Add the pieces, their order of merging and the special ids; rows that only pad the model are UNUSED."""
+    """Add the pieces, the merges and the special ids; padded rows of the embedding are UNUSED pieces."""
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     kind, vocabulary = tokenizer_kind(spec), dict(spec["model"]["vocab"])
@@ -142,7 +141,7 @@ def _add_tokenizer(writer: GGUFWriter, config: MoEConfig, folder: Path) -> None:
     writer.add_token_list([pieces.get(i, f"[PAD{i}]") for i in ids])
     writer.add_token_types([types.get(i, gguf.TokenType.UNUSED) for i in ids])
     if kind == "llama":
-        # llama.cpp merges the pair whose result has the highest score, so the first merge gets the highest
+        # llama.cpp first merges the pair whose result has the highest score
         scores = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges, 1)))}
         writer.add_token_scores([scores.get(pieces.get(i), 0.0) for i in ids])
         writer.add_add_space_prefix("Prepend" in json.dumps(spec["normalizer"]))
@@ -162,4 +161,4 @@ def _type_of(piece: str, unknown: str | None, added: dict[str, dict[str, Any]], 
         return types.UNKNOWN
     if piece in added:
         return types.CONTROL if added[piece].get("special") else types.USER_DEFINED
-    return types.BYTE if kind == "llama" and BYTE_PIECE.fullmatch(piece) else types.NORMAL
+    return types.BYTE if kind == "llama" and piece in BYTE_PIECES else types.NORMAL

@@ -1,4 +1,4 @@
-"""A model of Transformers, from a folder or from the hub, becomes a checkpoint of LitGPT's."""
+"""Import a model of Transformers, from a folder or from the hub, as a checkpoint of LitGPT's."""
 
 import errno
 import re
@@ -26,7 +26,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetch(repository: str, folder: Path) -> None:
-    """Bring the files of a hub repository that are needed into `folder`; what is there already stays."""
+    """Download the needed files of a hub repository to `folder`; existing files are kept."""
     _download(repository, folder, ["config.json", SINGLE, INDEX, *TOKENIZER_FILES])
     weights = SINGLE if (folder / SINGLE).is_file() else INDEX
     _check_arrived(repository, folder, ["config.json", weights])
@@ -36,7 +36,7 @@ def fetch(repository: str, folder: Path) -> None:
 
 
 def _download(repository: str, folder: Path, names: list[str]) -> None:
-    """Bring those of `names` that the repository has."""
+    """Download the files in `names`, as far as the repository has them."""
     try:
         snapshot_download(repository, local_dir=folder, allow_patterns=names)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
@@ -47,7 +47,7 @@ def _download(repository: str, folder: Path, names: list[str]) -> None:
 
 
 def _check_arrived(repository: str, folder: Path, names: list[str]) -> None:
-    # without a connection snapshot_download returns a folder that is there, whatever it lacks
+    # without a connection snapshot_download returns an existing folder although files are missing
     if missing := [name for name in names if not (folder / name).is_file()]:
         reason = "it has no such file, or there is no connection to it"
         raise ConnectionError(_not_downloaded(missing[0], repository, reason))
@@ -79,9 +79,8 @@ def read_weights(folder: Path) -> Weights:
     weights: Weights = {}
     for name in tqdm(shard_names(folder), unit="file", desc="reading", disable=None):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing, {INDEX} names it; get the whole folder again"
-            )
+            way_out = "get the whole folder again"
+            raise FileNotFoundError(f"{folder / name} is missing, {INDEX} names it; {way_out}")
         try:
             weights |= load_file(folder / name)
         except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -89,37 +88,34 @@ def read_weights(folder: Path) -> Weights:
             raise ValueError(f"{folder / name} is damaged or no safetensors file ({reason})") from None
     kinds = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
     if odd := sorted(kinds - {"float32", "bfloat16", "float16"}):
-        raise ValueError(
-            f"{folder}: the weights are in {odd[0]}; float32, bfloat16 or float16 can be trained on"
-        )
+        trainable = "float32, bfloat16 or float16 can be trained on"
+        raise ValueError(f"{folder}: the weights are in {odd[0]}; {trainable}")
     return weights
 
 
 def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
-    """Write the checkpoint; return a line that says what it is, and whether it has experts."""
+    """Write the checkpoint; return a line that describes it, and whether it has experts."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; name a folder that Transformers saved")
     files, n_pieces = to_lit_tokenizer(folder)
     saved_name = read_json(folder / "config.json").get("_name_or_path")
     if isinstance(saved_name, str) and saved_name.strip("./\\ "):
         name = Path(saved_name).name
-    # LitGPT takes another norm for these names
+    # for these names LitGPT uses another norm
     config = to_lit_config(folder / "config.json", re.sub("(?i)gemma|olmo", "model", name), n_pieces)
     weights = to_lit_weights(config, read_weights(folder))
     write_checkpoint(out, weights, config, files)
     facts = model_facts(config)
     kind = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
     active = f", {facts.active_params:,} active per token" if config.n_expert else ""
-    return (
-        f"Wrote {out}: {config.name}, {facts.total_params:,} parameters{active}, in {kind}",
-        config.n_expert > 0,
-    )
+    line = f"Wrote {out}: {config.name}, {facts.total_params:,} parameters{active}, in {kind}"
+    return line, config.n_expert > 0
 
 
 def import_model(source: str, out: Path) -> tuple[str, bool]:
     """Write the checkpoint of a folder, or of OWNER/NAME on the hub; return what `import_folder` does.
 
-    A download that was interrupted is kept beside `out`, and goes on when this is called again.
+    An interrupted download is kept beside `out`, and the next call resumes it.
     """
     folder = Path(source)
     download = out.absolute().with_name(f".{out.absolute().name}.download")

@@ -1,4 +1,4 @@
-"""A tokenizer's files as Transformers reads them, and as LitGPT does: the same text gives the same ids."""
+"""Convert a tokenizer's files between Transformers and LitGPT, so that a text has the same ids in both."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from litgpt_moe.files import read_json
 def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Return the content of the tokenizer's files, and its `bos_token_id` and `eos_token_id`.
 
-    LitGPT puts BOS before a text if tokenizer_config.json says so; here tokenizer.json itself does, and the
-    class is the one that takes it as it is. (`LlamaTokenizer` would build a pipeline of its own from it.)
+    LitGPT prepends BOS if tokenizer_config.json says so; Transformers if the post-processor of tokenizer.json
+    does. `PreTrainedTokenizerFast` uses that file unchanged (`LlamaTokenizer` would build another pipeline).
     """
     tokenizer = Tokenizer(folder)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -38,23 +38,20 @@ def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, 
 def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     """Return the tokenizer's files as LitGPT reads them, and the number of its pieces.
 
-    LitGPT puts BOS before a text if `add_bos_token` says so, and removes one otherwise; where the key is
-    missing it guesses by the names of class and folder. So the key is always written.
+    LitGPT prepends BOS if `add_bos_token` is true and removes one if it is false. Without the key it guesses
+    by the names of class and folder, so the key is always written.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no tokenizer.json; AutoTokenizer's save_pretrained writes one"
-        )
+        way_out = "AutoTokenizer's save_pretrained writes one"
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
     try:
         tokenizer = FastTokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
         raise ValueError(f"{path} is not readable ({str(error)[:100]})") from None
     files = read_files(folder, TOKENIZER_FILES)
-    settings, ids, model = (
-        read_json(folder / name)  # {} for a file that is not there
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-    )
+    names = ("tokenizer_config.json", "generation_config.json", "config.json")
+    settings, ids, model = (read_json(folder / name) for name in names)
     for kind in ("bos", "eos"):
         token, key = f"{kind}_token", f"{kind}_token_id"
         given = settings.get(token)

@@ -1,6 +1,6 @@
-"""LitGPT's configuration and weights under the names of Transformers, and back; see families.py.
+"""Convert configuration and weights between LitGPT and Transformers, for the classes in families.py.
 
-The weights are renamed by LitGPT's own converters.
+LitGPT's own converters rename the weights.
 """
 
 import copy
@@ -16,7 +16,7 @@ from litgpt_moe.files import read_json
 from litgpt_moe.interop.families import FAMILIES, PLAIN, ROPE_TYPES, Family, family_of, refuse, rope_type
 
 Weights = dict[str, torch.Tensor]
-KEYS = {  # LitGPT's -> those of config.json
+KEYS = {  # LitGPT's key -> key of config.json
     "padded_vocab_size": "vocab_size",
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -26,7 +26,7 @@ KEYS = {  # LitGPT's -> those of config.json
     "block_size": "max_position_embeddings",
     "intermediate_size": "intermediate_size",
 }
-# keys of a config.json -> the values that LitGPT computes, None for a key that is missing, and why no others
+# key of config.json -> the values that LitGPT can compute (None: a missing key), and why not others
 COMPUTED = {
     "hidden_act": ((None, "silu", "swish"), "LitGPT's MLP has SiLU"),
     "attention_bias": ((None, False), "LitGPT has no bias on the attention's output alone"),
@@ -43,8 +43,8 @@ COMPUTED_QWEN = {
 def to_hf_config(config: MoEConfig, tied: bool, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
     """Return the config.json of a checkpoint; `ids` has `bos_token_id` and `eos_token_id`.
 
-    Both spellings of the rotary settings are given: Transformers 4 reads `rope_theta` and `rope_scaling`,
-    Transformers 5 `rope_parameters`, and each would take a default in silence where its own is missing.
+    The rotary settings are written twice: Transformers 4 reads `rope_theta` and `rope_scaling`, Transformers
+    5 `rope_parameters`, and each silently uses a default if its own key is missing.
     """
     family = family_of(config)
     rope: dict[str, Any] = {"rope_type": rope_type(family, config.rope_adjustments)}
@@ -80,9 +80,9 @@ def to_hf_config(config: MoEConfig, tied: bool, dtype: str, ids: dict[str, Any])
 
 
 def to_hf_weights(config: MoEConfig, weights: Weights) -> Weights:
-    """Return LitGPT's weights under the names of Transformers; tied ones once.
+    """Return LitGPT's weights under the names of Transformers, a tied head left out.
 
-    ValueError if the class has no place for one of them, such as a selection bias.
+    ValueError if the class has no weight of that kind, such as a selection bias.
     """
     family, converter, tied = family_of(config), convert_lit_checkpoint, is_tied(weights)
     rename = converter.copy_weights_qwen_3 if config.norm_qk else converter.copy_weights_llama
@@ -97,7 +97,7 @@ def to_hf_weights(config: MoEConfig, weights: Weights) -> Weights:
 
 
 def is_tied(weights: Weights) -> bool:
-    """Return whether head and word embeddings are the same values."""
+    """Return whether head and word embeddings have the same values."""
     head, words = weights["lm_head.weight"], weights["transformer.wte.weight"]
     return head.data_ptr() == words.data_ptr() or head.equal(words)
 
@@ -105,7 +105,7 @@ def is_tied(weights: Weights) -> bool:
 def _by_kind(config: MoEConfig, weights: Weights, layer: str) -> list[tuple[MoEConfig, Weights]]:
     """Return the weights of the dense layers that come first, if any, and the others, each with a config.
 
-    LitGPT's converters (0.5.13) name the weights of one kind of MLP at a time.
+    LitGPT's converters (0.5.13) rename the weights of only one kind of MLP per call.
     """
     dense = copy.copy(config)
     dense.mlp_class_name = "LLaMAMLP"
@@ -121,7 +121,7 @@ def _by_kind(config: MoEConfig, weights: Weights, layer: str) -> list[tuple[MoEC
 def to_lit_config(path: Path, name: str, vocab_size: int) -> MoEConfig:
     """Return the configuration that a config.json describes, with the tokenizer's `vocab_size`.
 
-    ValueError if it is damaged, of another class, or of a variant that LitGPT would compute otherwise.
+    ValueError if it is damaged, of another class, or of a variant that LitGPT would compute differently.
     """
     source = read_json(path)
     family = next((f for f in FAMILIES if f.model_type == source.get("model_type")), None)
@@ -139,14 +139,14 @@ def to_lit_config(path: Path, name: str, vocab_size: int) -> MoEConfig:
     values["vocab_size"] = min(vocab_size, values["padded_vocab_size"])
     try:
         config = MoEConfig(name=name, **values)
-        meta_model(config)  # takes no memory, and fails for values that no check of ours knows
+        meta_model(config)  # takes no memory; LitGPT's layers check values that we do not
         return config
     except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split()) or 'LitGPT refuses its values'}") from None
 
 
 def _variants(source: dict[str, Any], family: Family) -> list[tuple[str, str]]:
-    """Return each key of a config.json with a value that LitGPT does not compute, and why."""
+    """Return each key of a config.json with a value that LitGPT cannot compute, and the reason."""
     rules = COMPUTED | (COMPUTED_QWEN if family.model_type == "qwen3_moe" else {})
     found = [(key, why) for key, (values, why) in rules.items() if source.get(key) not in values]
     window = source.get("use_sliding_window", True) and source.get("sliding_window")
@@ -196,17 +196,16 @@ def to_lit_weights(config: MoEConfig, weights: Weights) -> Weights:
         raise ValueError("the weights lack model.embed_tokens.weight; get the whole folder again")
     converter = convert_hf_checkpoint
     rename = converter.copy_weights_qwen_3 if config.norm_qk else converter.copy_weights_hf_llama
-    # a tied head has no weight of its own: the converter makes it of the word embeddings
+    # the converter copies a tied head, which has no weight in the file, from the word embeddings
     renamed: Weights = {"transformer.wte.weight": weights["model.embed_tokens.weight"]}
     for part, some in _by_kind(config, weights, r"model\.layers\.(\d+)\."):
-        waiting: dict[int, Any] = {}  # q, k and v for one another
+        waiting: dict[int, Any] = {}  # q, k and v until all three are there
         for name, weight in some.items():
             try:
                 rename(part, waiting, renamed, {name: weight})
             except KeyError:
-                raise ValueError(
-                    f"the weights hold {name:.80}, which LitGPT's model has no place for"
-                ) from None
+                lacks = "which LitGPT's model has no place for"
+                raise ValueError(f"the weights hold {name:.80}, {lacks}") from None
     expected = meta_model(config).state_dict()
     for name in [*expected, *renamed]:
         if name not in renamed:

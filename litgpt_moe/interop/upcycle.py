@@ -1,10 +1,9 @@
-"""A dense model becomes a Mixture-of-Experts one that gives the same logits until it is trained.
+"""Convert a dense model to a Mixture-of-Experts one that has the same logits until it is trained.
 
-Every expert begins as a copy of the dense MLP and the router at random (Sparse Upcycling,
-arxiv.org/abs/2212.05055); a token's weights sum to one, so the logits stay. With a width of 1/G of the dense
-one the MLP is cut into G slices, and each G experts that together are one MLP share a router row, so that a
-token visits all slices or none (virtual groups, Upcycling Large Language Models into Mixture of Experts,
-arxiv.org/abs/2410.07524).
+Every expert is initialised as a copy of the dense MLP and the router at random (Sparse Upcycling,
+arxiv.org/abs/2212.05055); the weights of a token's experts sum to one, so the logits do not change. With a
+width of 1/G of the dense one the MLP is cut into G slices. The G experts that make up one MLP have the same
+router row, so that a token visits all slices or none (virtual groups, arxiv.org/abs/2410.07524).
 """
 
 import math
@@ -25,29 +24,24 @@ NEXT = "Next (training reads data/custom_text, or what --dataset_dir names):"
 
 
 def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -> MoEConfig:
-    """Return the configuration of `dense` with `n_expert` experts of `width` (None: the dense width).
-
-    ValueError, in one sentence, if that does not go together.
-    """
+    """Return `dense` with `n_expert` experts of `width` (None: the dense width); ValueError if impossible."""
     if dense.mlp_class_name == "LLaMAMoE":
         raise ValueError(f"the model has {dense.n_expert} experts already; upcycling starts from a dense one")
     if dense.mlp_class_name != "LLaMAMLP":
-        raise ValueError(
-            f"mlp_class_name is {dense.mlp_class_name}; only LLaMAMLP has the shape of an expert"
-        )
+        only = "only LLaMAMLP has the shape of an expert"
+        raise ValueError(f"mlp_class_name is {dense.mlp_class_name}; {only}")
     assert dense.intermediate_size  # LitGPT's Config computes it
-    width = dense.intermediate_size if width is None else width
-    if width < 1 or dense.intermediate_size % width:
-        raise ValueError(
-            f"moe_intermediate_size is {width}; choose a divisor of the dense width {dense.intermediate_size}"
-        )
-    slices = dense.intermediate_size // width
+    dense_width = dense.intermediate_size
+    width = dense_width if width is None else width
+    if width < 1 or dense_width % width:
+        way_out = f"choose a divisor of the dense width {dense_width}"
+        raise ValueError(f"moe_intermediate_size is {width}; {way_out}")
+    slices = dense_width // width
     for name, count in (("n_expert", n_expert), ("n_expert_per_token", top_k)):
         if count % slices:
-            raise ValueError(
-                f"{name} is {count}, not a multiple of {slices}: --moe_intermediate_size {width} cuts the "
-                f"width {dense.intermediate_size} into {slices} slices, and a token must meet all of them"
-            )
+            cut = f"--moe_intermediate_size {width} cuts the width {dense_width} into {slices} slices"
+            must = f"not a multiple of {slices}: {cut}, and a token must meet all of them"
+            raise ValueError(f"{name} is {count}, {must}")
     experts = {"n_expert": n_expert, "n_expert_per_token": top_k, "moe_intermediate_size": width}
     config = replace(dense, mlp_class_name="LLaMAMoE", **experts)
     return replace(config, name=f"MoE-{model_facts(config).total_params / 1e6:.3g}M")
@@ -56,9 +50,9 @@ def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -
 def upcycle(
     weights: dict[str, torch.Tensor], config: MoEConfig, noise: float, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Return the weights of `config` made of the dense ones, each expert's matrices with noise added.
+    """Return the weights of `config`, made of the dense ones.
 
-    `noise` is its standard deviation, as a fraction of that of the matrix; 0.0 leaves the copies equal.
+    `noise` is added to the experts' matrices; it is relative to the standard deviation of each matrix.
     """
     new = {name: weight for name, weight in weights.items() if ".mlp." not in name}
     width = config.moe_intermediate_size
@@ -67,8 +61,7 @@ def upcycle(
     for layer in tqdm(range(config.n_layer), unit="layer", desc="experts", disable=None):
         mlp = f"transformer.h.{layer}.mlp."
         dense = {name.removeprefix(mlp): weight for name, weight in weights.items() if name.startswith(mlp)}
-        # the experts that together are one dense MLP have the same row of the router; the variance is what
-        # LitGPT gives every nn.Linear (litgpt.pretrain.initialize_weights)
+        # the variance is that of LitGPT's nn.Linear (litgpt.pretrain.initialize_weights)
         rows = torch.randn(config.n_expert // slices, config.n_embd, generator=generator)
         gate = rows.mul_(math.sqrt(2.0 / 5 / config.n_embd)).repeat_interleave(slices, dim=0)
         new[f"{mlp}gate.weight"] = gate.to(dense["proj.weight"].dtype)
@@ -83,12 +76,12 @@ def upcycle(
 
 
 def _slice_of(weight: torch.Tensor, name: str, start: int, width: int) -> torch.Tensor:
-    """Return a copy of the part of a dense MLP's tensor that an expert gets."""
+    """Return a copy of an expert's part of a dense MLP's tensor."""
     if name.startswith("fc_"):
         return weight[start : start + width].clone()
     if name == "proj.bias":
-        return weight.clone()  # its K copies are weighted by numbers that sum to one
-    # each slice is weighted by 1 / G of what the whole MLP would be
+        return weight.clone()  # the K copies are summed with weights that sum to one
+    # the router's weight of a slice is 1 / G of the weight of a whole MLP
     return weight[:, start : start + width].mul(weight.size(1) // width)
 
 
@@ -102,10 +95,7 @@ def largest_difference(dense_dir: Path, moe_dir: Path) -> float:
 
 
 def training_command(checkpoint: Path, like: Path | None = None) -> str:
-    """Return the command that trains from `checkpoint`, with the data and settings of the run `like`.
-
-    `like` is a checkpoint of that run. Without it, or where run_train.py did not make it, the defaults hold.
-    """
+    """Return the command that trains from `checkpoint`, with the settings of the checkpoint `like` if any."""
     given = ("--config", like / SETTINGS_FILE) if like and (like / SETTINGS_FILE).is_file() else ()
     start = ("--initial_checkpoint_dir", checkpoint, "--tokenizer_dir", checkpoint)
     model = ("--model_config", checkpoint / CONFIG_FILE)

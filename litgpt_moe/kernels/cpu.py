@@ -4,7 +4,8 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -77,9 +78,9 @@ def max_padded_rows(x: torch.Tensor, n_rows: int, n_expert: int) -> int:
 def for_each_expert(run_expert: Callable[[int], None], sizes: list[int], matrix: torch.Tensor) -> None:
     """Call `run_expert` for every expert; on a CPU in several threads, each of which runs one at a time.
 
-    Two threads on the few hundred rows of one expert wait for each other more than they gain, above all when
-    other programs run: the layer of MoE-30M, forward and backward, takes 0.27 s on two busy cores, and 1.16 s
-    with the threads inside each product (AMD EPYC, 2,048 tokens, float32, medians at a load of 6).
+    Two threads inside the products of one expert, a few hundred rows, wait for each other more than they
+    gain, above all when other programs run: the layer of MoE-30M, forward and backward, takes 31 ms so and
+    27 ms here, beside one busy process 148 ms and 54 ms (AMD EPYC, two cores, 2,048 tokens, float32).
 
     Args:
         run_expert: runs the expert of this index.
@@ -92,19 +93,32 @@ def for_each_expert(run_expert: Callable[[int], None], sizes: list[int], matrix:
         for e in by_size:
             run_expert(e)
         return
-    # modes and the number of torch's own threads are each thread's own
+    experts = iter(by_size)
+    # each thread has modes of its own
     is_inference = torch.is_inference_mode_enabled()
 
-    def run_in_thread(e: int) -> None:
+    def run_experts() -> None:
         with torch.inference_mode(is_inference), torch.no_grad():
-            run_expert(e)
+            for e in experts:
+                run_expert(e)
 
+    # the caller is one of the threads: inside an expert it multiplies alone, as the helpers do
+    torch.set_num_threads(1)
+    helpers = [_helper_threads(n_threads - 1).submit(run_experts) for _ in range(n_threads - 1)]
     try:
-        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(run_in_thread, by_size))
+        run_experts()
     finally:
-        # the last call in any thread says what threads yet to begin get
+        wait(helpers)
+        # the last call in any thread also says what threads yet to begin get
         torch.set_num_threads(n_threads)
+    for helper in helpers:
+        helper.result()
+
+
+@cache
+def _helper_threads(n: int) -> ThreadPoolExecutor:
+    """Return threads that live as long as the process: to begin new ones costs 5 ms a layer of MoE-30M."""
+    return ThreadPoolExecutor(n, "experts", torch.set_num_threads, (1,))
 
 
 def _is_worth_threads(sizes: list[int], n_threads: int, matrix: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, as lines of text, and what it lacks."""
+"""Describe what a checkpoint directory holds and lacks, as lines of text."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, RECORD_FILE, SETTINGS_FILE
-from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_state, weights_of
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_settings, read_state, weights_of
 from litgpt_moe.checkpoints.state import tokens_seen
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.files import read_json
-from litgpt_moe.yaml_files import read_mapping
 
 NEEDED = {
     CHECKPOINT_FILE: "the weights",
@@ -32,8 +31,7 @@ def describe(folder: Path, with_tensors: bool) -> dict[str, list[str]]:
     config = MoEConfig.from_file(folder / CONFIG_FILE)
     state = read_state(folder / CHECKPOINT_FILE)
     weights = weights_of(state, folder / CHECKPOINT_FILE)
-    path = folder / SETTINGS_FILE
-    settings = read_mapping(path, is_foreign=True) if path.is_file() else {}
+    settings = read_settings(folder)
     given = [key for key in SETTINGS if settings.get(key) is not None]
     given += [key for key in ("train", "optimizer", "data") if settings.get(key)]
     tokenizer = "none"
@@ -50,7 +48,7 @@ def describe(folder: Path, with_tensors: bool) -> dict[str, list[str]]:
 
 
 def describe_files(folder: Path) -> list[str]:
-    """Return a line per expected or present file, with its size or that it is missing, and one on digests."""
+    """Return a line with the size, or MISSING, for each expected or present file, and one about digests."""
     known = {**NEEDED, **KEPT}
     others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in known)
     lines = []
@@ -92,20 +90,16 @@ def _describe_tensors(weights: dict[str, torch.Tensor]) -> list[str]:
     lines = [f"  {'name':<{width}} {'shape':>16} {'dtype':>9} {'mean':>11} {'std':>10}  not finite"]
     for name, weight in weights.items():
         values = weight.double()  # one tensor at a time: the file may be larger than the memory
-        bad = int((~values.isfinite()).sum())
-        spread = values.std(unbiased=False).item()
+        mean, std, bad = values.mean(), values.std(unbiased=False), int((~values.isfinite()).sum())
         shape, dtype = "x".join(map(str, weight.shape)), str(weight.dtype).removeprefix("torch.")
-        lines.append(
-            f"  {name:<{width}} {shape:>16} {dtype:>9}"
-            f" {values.mean().item():>11.3e} {spread:>10.3e}  {bad or '-'}"
-        )
+        lines.append(f"  {name:<{width}} {shape:>16} {dtype:>9} {mean:>11.3e} {std:>10.3e}  {bad or '-'}")
     return lines
 
 
 def find_problems(folder: Path) -> list[str]:
-    """Return what generate and evaluate would miss, one sentence each; [] for a complete directory."""
+    """Return one sentence for each thing that generate and evaluate need and that is missing."""
     problems = [f"{name} is missing ({why})" for name, why in NEEDED.items() if not (folder / name).is_file()]
-    # names and shapes against the configuration, no memory
+    # on meta: compares names and shapes with the configuration, and takes no memory
     room = load_model(folder, device="meta").config.padded_vocab_size or 0
     if problems:
         return problems

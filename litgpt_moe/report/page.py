@@ -14,12 +14,7 @@ from litgpt_moe.report.read import AXES, MAX_TEXT, Columns, RunLog
 MAX_POINTS = 600  # of a curve: about one for each pixel of a chart
 TEMPLATE = Path(__file__).with_name("report.html")
 MARK = '<meta name="generator" content="tools/report.py">'
-HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # count up, or matter at their worst
-
-
-def page_data(runs: list[RunLog]) -> dict[str, Any]:
-    """Return what the page's script draws."""
-    return {"made": time.strftime("%Y-%m-%d %H:%M"), "runs": [_run_data(run) for run in runs]}
+HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # thinned by maximum, the others by mean
 
 
 def _run_data(run: RunLog) -> dict[str, Any]:
@@ -34,8 +29,9 @@ def _run_data(run: RunLog) -> dict[str, Any]:
     }
 
 
-def make_page(content: dict[str, Any]) -> str:
-    """Return the whole page; what users wrote is in it as data, which its script shows as text alone."""
+def make_page(runs: list[RunLog]) -> str:
+    """Return the whole page; its script shows names and stories as plain text, never as HTML."""
+    content = {"made": time.strftime("%Y-%m-%d %H:%M"), "runs": [_run_data(run) for run in runs]}
     data = json.dumps(content, ensure_ascii=False, allow_nan=False)
     # inside <script> only "<" can end or comment out the data
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA_HERE", data.replace("<", "\\u003c"), 1)
@@ -48,7 +44,7 @@ def is_page(path: Path) -> bool:
 
 
 def thin(columns: Columns, most: int) -> Columns:
-    """Return `columns` with at most `most` rows: means, or the highest for what counts up; and extremes."""
+    """Return `columns` with at most `most` rows, each a mean (for HIGHEST a maximum), and their extremes."""
     n = len(next(iter(columns.values()), ()))
     if n <= most:
         return columns
@@ -69,7 +65,7 @@ def thin(columns: Columns, most: int) -> Columns:
 
 
 def as_json(columns: Columns) -> dict[str, list[float | None]]:
-    """Return columns of numbers of six digits; null for what is no number."""
+    """Return columns of numbers with six digits, None for NaN and infinity."""
     return {
         name: [float(f"{v:.6g}") if ok else None for v, ok in zip(values, np.isfinite(values), strict=True)]
         for name, values in columns.items()

@@ -1,7 +1,7 @@
-"""What the logs of a run say: metrics, load of the experts, stories, spikes, settings.
+"""Read the logs of a run: metrics, load of the experts, stories, spikes, settings.
 
-A log may be older than this code, still be written, or be damaged: what it lacks is left out, and what cannot
-be read ends in one sentence.
+A log may be older than this code, incomplete because the run still writes it, or damaged: missing parts are
+left out, and an unreadable file is one sentence.
 """
 
 import base64
@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,19 @@ CURVES = {
     "epoch": "epoch",
 }
 VALIDATION = {"val_loss": "loss", "val_ppl": "ppl"}
-LAYERS = {"load_imbalance": ("imbalance", max), "dead_experts": ("dead", sum)}  # over the layers of a row
+LAYERS = {"load_imbalance": ("imbalance", np.max), "dead_experts": ("dead", np.sum)}  # over a row's layers
 
 Columns = dict[str, np.ndarray]
-Places = dict[str, tuple[list[int], Callable[[Iterator[float]], float]]]
-"""A column of the page -> columns of the log, and how their numbers become one."""
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """What the logs of one run say; arrays have one entry for a row."""
+    """The logs of one run; arrays have one entry per row."""
 
     name: str
     folder: Path
     train: Columns
-    """By the short names of AXES, CURVES and LAYERS; NaN where a row or an old run says nothing."""
+    """By the short names of AXES, CURVES and LAYERS; NaN where a row has no value."""
     val: Columns
     heat: dict[str, Any] | None
     stories: list[dict[str, Any]]
@@ -72,21 +70,20 @@ def find_run(path: Path) -> Path:
     for folder in (path, path.absolute().parent):
         if (folder / METRICS).is_file():
             return folder
-    # a run writes run.json as it starts, and metrics.csv with its first row
+    # a run writes run.json when it starts, and metrics.csv with its first row
     has_begun = (path / FACTS).is_file()
     way_out = "wait for the run's first row" if has_begun else "name the out_dir of a run"
     raise FileNotFoundError(f"{path}: no {METRICS} in it; {way_out}")
 
 
 def read_run(folder: Path, name: str) -> RunLog:
-    """Return what the run's logs say. Raises ValueError or OSError with one sentence."""
+    """Return the run's logs. Raises ValueError or OSError with one sentence."""
     train, val = read_metrics(folder / METRICS)
     if "loss" not in train or not len(train["loss"]):
-        raise ValueError(
-            f"{folder / METRICS} has no row yet; wait for the run's first one (train.log_interval)"
-        )
+        way_out = "wait for the run's first one (train.log_interval)"
+        raise ValueError(f"{folder / METRICS} has no row yet; {way_out}")
     heat = read_heat(folder / "logs/expert_load.csv", len(train["loss"]))
-    # where the last step has a validation by the interval, the final one writes its story again
+    # if the last step is also a step of eval.interval, the final validation writes its story twice
     last_stories = {row.get("step"): row for row in read_dicts(folder / "logs/stories.csv")}
     stories = spread(list(last_stories.values()), MAX_STORIES)
     spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
@@ -94,7 +91,7 @@ def read_run(folder: Path, name: str) -> RunLog:
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a log that may be written just now: the last one counts once it has its end."""
+    """Yield the complete lines of a log; the run may still be writing the last one."""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         for line in file:
             if line.endswith("\n"):
@@ -102,7 +99,7 @@ def whole_lines(path: Path) -> Iterator[str]:
 
 
 def read_rows(path: Path) -> Iterator[list[str]]:
-    """Yield the header and the whole rows of a CSV log. ValueError, naming the file, where it is no CSV."""
+    """Yield the header and the complete rows of a CSV log. ValueError if it is no CSV."""
     try:
         rows = csv.reader(whole_lines(path))
         yield (header := next(rows, []))
@@ -122,27 +119,23 @@ def read_dicts(path: Path) -> list[dict[str, str]]:
 def read_metrics(path: Path) -> tuple[Columns, Columns]:
     """Return the columns of the training rows and of the validation rows of a metrics.csv."""
     rows = read_rows(path)
-    at = {name: i for i, name in enumerate(next(rows, []))}
-    train_places, val_places = _places(at, CURVES), _places(at, VALIDATION)
+    header = next(rows, [])
+    at = {name: i for i, name in enumerate(header)}
+    losses = at.get("loss"), at.get("val_loss")
+    numbers, filled = [], []
+    for row in rows:
+        numbers.append(np.fromiter(map(_number, row), float, len(row)))
+        filled.append([i is not None and row[i] != "" for i in losses])
+    table = np.array(numbers).reshape(len(numbers), len(header))
+    is_train, is_val = np.array(filled, bool).reshape(len(filled), 2).T
+    train, val = (
+        {short: table[part, at[name]] for name, short in (AXES | names).items() if name in at}
+        for part, names in ((is_train, CURVES), (is_val, VALIDATION))
+    )
     for name, (short, reduce) in LAYERS.items():
         if places := [i for column, i in at.items() if column.startswith(f"moe/{name}/layer_")]:
-            train_places[short] = (places, reduce)
-    train: list[list[float]] = []
-    val: list[list[float]] = []
-    for row in rows:
-        if "loss" in at and row[at["loss"]]:
-            train.append(_numbers(row, train_places))
-        if "val_loss" in at and row[at["val_loss"]]:
-            val.append(_numbers(row, val_places))
-    return _as_columns(train_places, train), _as_columns(val_places, val)
-
-
-def _places(at: dict[str, int], names: dict[str, str]) -> Places:
-    return {short: ([at[name]], next) for name, short in (AXES | names).items() if name in at}
-
-
-def _numbers(row: list[str], places: Places) -> list[float]:
-    return [reduce(_number(row[i]) for i in some) for some, reduce in places.values()]
+            train[short] = reduce(table[is_train][:, places], axis=1)
+    return train, val
 
 
 def _number(text: str) -> float:
@@ -150,10 +143,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return float("nan")
-
-
-def _as_columns(places: Places, rows: list[list[float]]) -> Columns:
-    return dict(zip(places, np.array(rows).reshape(len(rows), len(places)).T, strict=True))
 
 
 def read_heat(path: Path, n_rows: int) -> dict[str, Any] | None:
@@ -189,7 +178,7 @@ def read_loads(path: Path, stride: int) -> tuple[dict[int, dict[int, list[int]]]
     lines = whole_lines(path)
     n_expert = next(lines, "").count(",") - 1
     loads: dict[int, dict[int, list[int]]] = {}
-    # whole numbers alone: no need of csv, which takes its time on a hundred thousand steps
+    # csv is not needed for whole numbers, and is slow on a hundred thousand steps
     steps = itertools.groupby(lines, key=lambda line: line.partition(",")[0])
     for _, rows in itertools.islice(steps, 0, None, stride):
         for row in rows:
@@ -210,7 +199,7 @@ def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:
         try:
             return read_mapping(path, is_foreign=True) if path else {}
         except (ValueError, OSError):
-            return {}  # the curves do not depend on them
+            return {}  # the curves can be shown without them
 
     def fact(name: str, kind: type) -> Any:
         value = facts.get(name)

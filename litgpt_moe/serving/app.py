@@ -1,8 +1,8 @@
-"""The web application: the page, /v1/models and /v1/completions as OpenAI has them, and the server under it.
+"""The web application: the page, OpenAI's /v1/models and /v1/completions, and the server that runs it.
 
-Beside OpenAI's parameters these are taken: top_k, min_p, repetition_penalty, and `"routing": true`, with
-which each choice lists the tokens that the model has read so far: `[{"text", "experts": by layer, "probs": by
-layer, in 1/1000}]`.
+The parameters beyond OpenAI's are top_k, min_p, repetition_penalty, and `"routing": true`, with which each
+choice lists the tokens that the model has read: `[{"text", "experts": by layer, "probs": by layer, in
+1/1000}]`.
 """
 
 import asyncio
@@ -34,26 +34,30 @@ from litgpt_moe.cli import note
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt, load
 from litgpt_moe.serving.engine import Engine, Piece
-from litgpt_moe.serving.errors import UNKNOWN, ApiError, error_response
-from litgpt_moe.serving.requests import CompletionRequest, Served, read_body, read_request
+from litgpt_moe.serving.requests import (
+    UNKNOWN,
+    ApiError,
+    CompletionRequest,
+    Served,
+    error_response,
+    read_body,
+    read_request,
+)
 
 PAGE = Path(__file__).with_name("playground.html")
-# the page's own script and style, requests to this server, and nothing else
+# only the page's inline script and style and requests to this server are allowed
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-PATIENCE_S = 30  # for a client to read
-
-
-# --- answers ------------------------------------------------------------------------------------------------
+PATIENCE_S = 30  # a client that reads nothing for so long is disconnected
 
 
 class CompletionResponse(StreamingResponse):
-    """The answer to a request: server-sent events, or one JSON object.
+    """The response to a request: server-sent events, or one JSON object.
 
-    `StreamingResponse` cancels the work when the client disconnects, and the slot is free at once. So it is
-    when a client reads nothing for `PATIENCE_S`.
+    The work is cancelled, which frees its slot, when the client disconnects (by `StreamingResponse`) or reads
+    nothing for `PATIENCE_S`.
     """
 
     def __init__(self, engine: Engine, request: CompletionRequest) -> None:
@@ -63,13 +67,13 @@ class CompletionResponse(StreamingResponse):
         self._head |= {"created": int(time.time()), "model": engine.served.name, "seed": request.body.seed}
 
     async def stream_response(self, send: Send) -> None:
-        """Do the work in a slot of the engine, and send what comes of it."""
+        """Generate in a slot of the engine, and send the result."""
 
         async def patient_send(message: Any) -> None:
             async with asyncio.timeout(PATIENCE_S):
                 await send(message)
 
-        with suppress(TimeoutError):  # uvicorn closes the connection when nothing more is sent
+        with suppress(TimeoutError):  # uvicorn closes a connection whose response is incomplete
             try:
                 async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
                     if self._request.body.stream:
@@ -126,42 +130,24 @@ def event(content: dict[str, Any]) -> str:
 
 
 def describe_model(served: Served) -> dict[str, Any]:
-    """Return /v1/models' entry: OpenAI's keys, and what the page needs to know."""
+    """Return the entry of /v1/models: OpenAI's keys, and the defaults and sizes that the page shows."""
     layers = list(layers_of(served.model))
     config, settings, context = served.model.config, served.settings, served.model.max_seq_length
-    routing = {
-        "layers": layers,
-        "n_expert": config.n_expert,
-        "n_expert_per_token": config.n_expert_per_token,
-        "scores": "sigmoid" if config.n_expert_groups else "softmax",
-    }
-    defaults = {
-        "prompt": settings.prompt,
-        "max_tokens": min(settings.max_tokens, context),
-        "num_samples": settings.num_samples,
-        "seed": settings.seed,
-    }
-    return {
-        "id": served.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "litgpt-moe",
-        "max_model_len": context,
-        "defaults": defaults | asdict(served.sampling),
-        "folder": str(settings.ckpt_dir),
-        "routing": routing if layers else None,
-    }
-
-
-# --- the application ----------------------------------------------------------------------------------------
+    routing = {name: getattr(config, name) for name in ("n_expert", "n_expert_per_token")}
+    routing |= {"layers": layers, "scores": "sigmoid" if config.n_expert_groups else "softmax"}
+    defaults = {name: getattr(settings, name) for name in ("prompt", "num_samples", "seed")}
+    defaults |= {"max_tokens": min(settings.max_tokens, context), **asdict(served.sampling)}
+    entry = {"id": served.name, "object": "model", "created": int(time.time()), "owned_by": "litgpt-moe"}
+    entry |= {"max_model_len": context, "defaults": defaults, "folder": str(settings.ckpt_dir)}
+    return entry | {"routing": routing if layers else None}
 
 
 def own_hosts(host: str) -> list[str]:
-    """Return the names and addresses by which a request may call this machine (patterns of starlette's).
+    """Return the host names and addresses that requests may name, as patterns for starlette.
 
-    A page elsewhere can make its own name point to this machine and read the answers (DNS rebinding), so
-    other names are refused. Every IPv4 address is accepted: nobody can make one point elsewhere, and behind
-    NAT the machine does not know all of its own. No name ends in a number (WHATWG URL, section 3.5).
+    Other names are refused because a foreign page can let its own name point to this machine and then read
+    the responses (DNS rebinding). Every IPv4 address is accepted: addresses cannot be rebound, and behind NAT
+    the machine does not know all of its own. No name ends in a number (WHATWG URL, section 3.5).
     """
     addresses = [a.address.partition("%")[0] for nic in psutil.net_if_addrs().values() for a in nic]
     six = [f"[{address}]" for address in (*addresses, "::1") if address.count(":") > 1]
@@ -204,29 +190,18 @@ async def refuse(_: Request, error: Exception) -> Response:
     return error_response(error if isinstance(error, ApiError) else UNKNOWN)
 
 
-# --- the server ---------------------------------------------------------------------------------------------
-
-
 def make_server(engine: Engine, host: str) -> uvicorn.Server:
-    """Return the server, which ends what its engine is doing when it is told to stop."""
-    config = uvicorn.Config(
-        make_app(engine, host),
-        ws="none",
-        lifespan="off",
-        log_level="error",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        limit_concurrency=100,
-        timeout_graceful_shutdown=3,
-    )
-    server = uvicorn.Server(config)
-    engine.is_stopping = lambda: server.should_exit  # a story in progress would keep the server waiting
+    """Return the server; when it stops, it ends the requests that its engine is working on."""
+    options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_level": "error", "access_log": False}
+    options |= {"proxy_headers": False, "server_header": False}
+    options |= {"limit_concurrency": 100, "timeout_graceful_shutdown": 3}
+    server = uvicorn.Server(uvicorn.Config(make_app(engine, host), **options))
+    engine.is_stopping = lambda: server.should_exit  # a story in progress would delay the shutdown
     return server
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """Return a listening socket; OSError with one sentence where there is none to be had."""
+    """Return a listening socket. OSError says in one sentence why the port cannot be opened."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
@@ -236,10 +211,10 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def serve(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
-    """Serve the checkpoint until Ctrl-C. ValueError and OSError say why it cannot be."""
+    """Serve the checkpoint until Ctrl-C; ValueError or OSError if it cannot be served."""
     with open_port(settings.host, settings.port) as listener:
         model, tokenizer = load(settings)
-        encode_prompt(model, tokenizer, prompt, settings.max_tokens)  # the page begins with it: does it fit?
+        encode_prompt(model, tokenizer, prompt, settings.max_tokens)  # raises if the prompt is too long
         served = Served(model, tokenizer, replace(settings, prompt=prompt, prompt_file=None), sampling)
         server = make_server(Engine(served), settings.host)
         address, port, *_ = listener.getsockname()

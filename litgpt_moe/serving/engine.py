@@ -1,4 +1,4 @@
-"""The engine: one model that several requests take turns on, token by token."""
+"""The engine: one model on which several requests alternate, token by token."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -13,19 +13,18 @@ from litgpt.model import GPT
 from litgpt_moe.balance import layers_of
 from litgpt_moe.generation.decode import Diverged, generate, room_for
 from litgpt_moe.generation.text import TextDecoder
-from litgpt_moe.serving.errors import ApiError
-from litgpt_moe.serving.requests import CompletionRequest, Served
+from litgpt_moe.serving.requests import ApiError, CompletionRequest, Served
 
 
 class StopText:
-    """Text in, text out up to the first of the stop sequences; what may be the beginning of one is held."""
+    """Pass text on up to the first stop sequence; text that may be the beginning of one is held back."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops, self._held = stops, ""
         self.found = False
 
     def put(self, text: str) -> str:
-        """Return the text that certainly comes before any stop sequence; nothing once one was found."""
+        """Return the text that is certainly before any stop sequence; "" after one was found."""
         self._held += "" if self.found else text
         ends = [end for stop in self._stops if (end := self._held.find(stop)) >= 0]
         self.found = self.found or bool(ends)
@@ -36,16 +35,16 @@ class StopText:
         return sure
 
     def end(self) -> str:
-        """Return what was held."""
+        """Return the text that was held back."""
         return self._held
 
 
 def next_with_routing(
     model: GPT, ids: Iterator[int], texts: Sequence[str]
 ) -> tuple[int | None, list[dict[str, Any]]]:
-    """Return the next token, and how each token that the model reads for it, with these texts, is routed.
+    """Return the next token and the routing of each token, with these texts, that the model reads for it.
 
-    That is, by layer, its experts and the probabilities of all experts in 1/1000.
+    The routing is, for each layer, the token's experts and the probabilities of all experts in 1/1000.
     """
     records: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -69,7 +68,7 @@ def next_with_routing(
 
 @dataclass
 class Piece:
-    """What one step of a continuation brings: finished text, and the tokens that the model read for it."""
+    """The result of one step of a continuation: finished text, and the tokens that the model read for it."""
 
     text: str
     read: list[dict[str, Any]]
@@ -81,9 +80,9 @@ class Piece:
 
 
 def continuation(served: Served, request: CompletionRequest, number: int) -> Generator[Piece]:
-    """Yield what each token of a choice brings; the last piece has a finish_reason.
+    """Yield the piece of each token of a choice; the last piece has a finish_reason.
 
-    Run and closed in the engine's thread. Closing frees the memory of the KV cache.
+    It runs and is closed in the engine's thread. Closing it frees the memory of the KV cache.
     """
     model, tokenizer, body = served.model, served.tokenizer, request.body
     prompt_ids, context = request.prompts[number // body.n], model.max_seq_length
@@ -94,7 +93,7 @@ def continuation(served: Served, request: CompletionRequest, number: int) -> Gen
     decoder, stop = TextDecoder(tokenizer.processor), StopText(body.stop)
     unread = [decoder.put(token_id) for token_id in prompt_ids]
     echo = "".join(unread) if body.echo else ""
-    # the decoder may keep the prompt's last character back until the next token: that is no new text
+    # the decoder may hold back the prompt's last character until the next token: that is not new text
     whole = "" if body.echo else tokenizer.processor.decode(prompt_ids)
     skip = max(0, len(whole) - sum(map(len, unread)))
     reason = ending = None
@@ -124,17 +123,17 @@ def continuation(served: Served, request: CompletionRequest, number: int) -> Gen
 
 
 class Engine:
-    """One model that several requests take turns on, token by token, in one thread of its own."""
+    """One model on which several requests alternate, token by token, in a thread of the engine's own."""
 
     RUNNING = 4  # requests at a time
     WAITING = 16  # requests in the queue; more are refused
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        self.is_stopping: Callable[[], bool] = lambda: False  # the server's; requests that run then fail
+        self.is_stopping: Callable[[], bool] = lambda: False  # set by the server; ends running requests
         self.n_waiting, self.n_running = 0, 0
         self._slots = asyncio.Semaphore(self.RUNNING)
-        # first come, first served: each request has one step in the queue, so they alternate
+        # the executor's queue is first in, first out and holds one step of each request, so they alternate
         self._thread = ThreadPoolExecutor(1, "model")
 
     @asynccontextmanager
@@ -155,7 +154,7 @@ class Engine:
             self._slots.release()
 
     async def run(self, request: CompletionRequest) -> AsyncGenerator[tuple[int, Piece]]:
-        """Yield (choice, piece) of the request's samples in turn, until all have ended. Needs a slot."""
+        """Yield (choice, piece) of the request's samples in turn until all have ended, inside `slot`."""
         loop, count = asyncio.get_running_loop(), len(request.prompts) * request.body.n
         live = {number: continuation(self.served, request, number) for number in range(count)}
         try:
@@ -170,6 +169,6 @@ class Engine:
         except (Diverged, torch.OutOfMemoryError) as error:
             raise ApiError(500, str(error)) from None
         finally:
-            # reached when the client disconnects, too; a step that runs then ends before `close` is called
+            # also reached when the client disconnects; `close` is queued behind a step that still runs
             for choice in live.values():
                 self._thread.submit(choice.close)

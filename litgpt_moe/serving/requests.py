@@ -1,4 +1,4 @@
-"""Requests to /v1/completions: their JSON is read, checked, and completed by the server's defaults."""
+"""Requests to /v1/completions: read the JSON, check it, and add the server's defaults; OpenAI's errors."""
 
 import asyncio
 import json
@@ -11,18 +11,37 @@ from litgpt.tokenizer import Tokenizer
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from litgpt_moe.generation.settings import MAX_CHOICES, GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt
-from litgpt_moe.serving.errors import ApiError
 
-MAX_BODY_BYTES = 1 << 18  # of a request; a context of 1,024 tokens is about 5,000
-ARRIVAL_S = 30  # for a request to arrive
+MAX_BODY_BYTES = 1 << 18  # a context of 1,024 tokens is about 5,000
+ARRIVAL_S = 30  # limit of time for the body of a request to arrive
+
+
+class ApiError(Exception):
+    """An HTTP status, one sentence, and the parameter that it is about."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+UNKNOWN = ApiError(500, "an error in the server; its log says more")
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Return the error as OpenAI's clients read it."""
+    headers = {"retry-after": "5"} if error.status == 503 else None
+    return JSONResponse(error.body, error.status, headers)
 
 
 @dataclass(frozen=True)
 class Served:
-    """The model that a server has, and the values that a request may leave out."""
+    """A server's model, and the defaults of its requests."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -33,9 +52,6 @@ class Served:
     def name(self) -> str:
         """Return the model's name."""
         return self.model.config.name or "model"
-
-
-# --- what a client may send ---------------------------------------------------------------------------------
 
 
 def _as_list(value: Any) -> Any:
@@ -54,13 +70,13 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class StreamOptions(BaseModel, strict=True, extra="forbid"):
-    """What a stream ends with."""
+    """OpenAI's options of a stream."""
 
     include_usage: bool | None = False
 
 
 class CompletionBody(BaseModel, strict=True, extra="forbid"):
-    """OpenAI's parameters, and those that other servers of open models have, with the server's defaults."""
+    """The parameters of OpenAI and of other servers of open models; `read_request` adds the defaults."""
 
     prompt: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1, max_length=MAX_CHOICES)]
     model: str
@@ -75,14 +91,14 @@ class CompletionBody(BaseModel, strict=True, extra="forbid"):
     routing: bool = False
     """Ask for the experts and the router's probabilities of each token that the model reads."""
 
-    # the sampling, whose ranges `Sampling` checks
+    # `Sampling` checks their ranges
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     repetition_penalty: float
 
-    # OpenAI's, accepted only with the value that changes nothing; `user` only names the one who asks
+    # OpenAI's, accepted only with the value that is a no-op; `user` is ignored
     best_of: Literal[1] = 1
     frequency_penalty: Literal[0] = 0
     logit_bias: dict[str, float] = Field({}, max_length=0)
@@ -102,18 +118,15 @@ class CompletionRequest:
     sampling: Sampling
 
 
-# --- the checks ---------------------------------------------------------------------------------------------
-
-
 def read_request(body: Any, served: Served) -> CompletionRequest:
-    """Return the checked request; what it leaves out is as on the server's command line. Raises ApiError."""
+    """Return the checked request, with the server's flags as defaults. Raises ApiError."""
     if not isinstance(body, dict):
         raise ApiError(400, "the request must be a JSON object")
     settings, context = served.settings, served.model.max_seq_length
     seed = secrets.randbits(32) if settings.seed is None else settings.seed
     defaults = {"prompt": None, "model": served.name, "max_tokens": min(settings.max_tokens, context)}
     defaults |= {"n": settings.num_samples, "seed": seed, **asdict(served.sampling)}
-    # null stands for a parameter that is left out
+    # null means that a parameter is left out
     asked = check_types(defaults | {name: value for name, value in body.items() if value is not None})
     if asked.model != served.name:
         message = f"no model {asked.model!r:.80} is here; this server has {served.name!r}"
@@ -121,8 +134,8 @@ def read_request(body: Any, served: Served) -> CompletionRequest:
     if (n_prompts := len(asked.prompt)) * asked.n > MAX_CHOICES:
         message = f"{n_prompts} prompts times n {asked.n} is over {MAX_CHOICES}; ask for fewer at once"
         raise ApiError(400, message, "n")
-    # As from OpenAI. Up to there it is an upper bound: clients send 256 or so unasked, and a story may end
-    # before. One that fills the context ends with finish_reason `length`, and `ending` says so.
+    # OpenAI refuses this too. Up to the context max_tokens is an upper bound, since clients send about 256 by
+    # default and a story may end earlier; one that fills the context has the finish_reason `length`.
     if asked.max_tokens > context:
         holds = f"the model's context holds {context} tokens with the prompt"
         message = f"max_tokens is {asked.max_tokens!r:.80}, but {holds}; ask for {context} or fewer"
@@ -139,12 +152,12 @@ def read_request(body: Any, served: Served) -> CompletionRequest:
 
 
 def check_types(body: dict[str, Any]) -> CompletionBody:
-    """Return the parameters, each of the right type. Raises ApiError about the first that is not."""
+    """Return the parameters, each of the right type. Raises ApiError about the first one that is not."""
     try:
         return CompletionBody.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        # the name of an unknown parameter may hold half a surrogate pair, which JSON cannot carry back
+        # the name of an unknown parameter may hold half a surrogate pair, which JSON cannot represent
         names = [ascii(part).strip("'")[:80] for part in first["loc"] or (first["input"],)]
         if first["type"] in ("extra_forbidden", "string_unicode"):
             raise ApiError(400, f"unknown parameter {'.'.join(names)}; leave it out", names[-1]) from None
@@ -153,8 +166,8 @@ def check_types(body: dict[str, Any]) -> CompletionBody:
 
 
 async def read_body(request: Request) -> Any:
-    """Return the request's JSON. Raises ApiError when it is none, too large or does not arrive."""
-    # any page may send text or a form to any address; for JSON a browser asks the server first, which refuses
+    """Return the request's JSON. Raises ApiError if it is not JSON, too large or does not arrive in time."""
+    # any page may send text or forms to any address; JSON needs a preflight request first, which is refused
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the request as Content-Type: application/json")
     body = bytearray()

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
-from litgpt_moe.hardware import has_cuda, keep_freed_memory, will_compile
+from litgpt_moe.hardware import avoid_wrong_gradients, has_cuda, keep_freed_memory, will_compile
 from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.hooks import LoopHooks
@@ -129,6 +129,8 @@ def set_up_torch(settings: Settings, device: torch.device) -> tuple[bool, str]:
     is_compiled, why = will_compile(settings.compile, settings.accelerator)
     # `replaced_functions` keeps the model from being compiled, this keeps functions of optimizers from it
     torch.compiler.set_stance("default" if is_compiled else "force_eager")
+    if is_compiled:
+        avoid_wrong_gradients()
     if device.type == "cuda":
         # on CUDA alone: elsewhere it brings no speed and may round differently
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)

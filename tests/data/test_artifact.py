@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.data import REFERENCE, write_data
+from helpers.data import REFERENCE, fingerprint, write_data
 
 from litgpt_moe.data.artifact import build_artifact, lineage, pull, resolve_artifact
-from litgpt_moe.data.manifest import fingerprint, read_manifest
+from litgpt_moe.data.manifest import read_manifest
 from wandb_dataset import main
 
 

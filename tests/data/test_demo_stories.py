@@ -13,9 +13,16 @@ from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.text import list_text
 
 
+def write_corpus(data_dir: Path, n_stories: int, seed: int, overwrite: bool = False) -> Path:
+    """Write the demo corpus and return its path."""
+    return write_demo_corpus(
+        PrepareSettings(data_dir, demo_stories=n_stories, seed=seed, overwrite=overwrite)
+    )
+
+
 def test_the_demo_corpus_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
     one, two, other = (
-        write_demo_corpus(tmp_path / name, 50, seed).read_bytes()
+        write_corpus(tmp_path / name, 50, seed).read_bytes()
         for name, seed in (("one", 1), ("two", 1), ("other", 2))
     )
     assert one == two != other
@@ -42,17 +49,17 @@ def test_the_demo_corpus_keeps_off_other_text(settings: PrepareSettings) -> None
 
 
 def test_an_edited_demo_corpus_is_only_replaced_on_request(tmp_path: Path) -> None:
-    path = write_demo_corpus(tmp_path, 20, 1)
-    assert write_demo_corpus(tmp_path, 30, 1).read_text(encoding="utf-8").count("<|end") == 30
+    path = write_corpus(tmp_path, 20, 1)
+    assert write_corpus(tmp_path, 30, 1).read_text(encoding="utf-8").count("<|end") == 30
     path.write_text("my own story", encoding="utf-8")
     with pytest.raises(ValueError, match=r"demo\.txt: edited since it was written"):
-        write_demo_corpus(tmp_path, 20, 1)
-    write_demo_corpus(tmp_path, 20, 1, overwrite=True)
+        write_corpus(tmp_path, 20, 1)
+    write_corpus(tmp_path, 20, 1, overwrite=True)
     assert path.read_text(encoding="utf-8").count("<|end") == 20
 
 
 def test_own_text_is_not_mixed_with_the_demo_corpus(tmp_path: Path) -> None:
-    write_demo_corpus(tmp_path, 20, 1)
+    write_corpus(tmp_path, 20, 1)
     write_text(tmp_path / "train" / "own.txt", make_text(5))
     with pytest.raises(ValueError, match=r"demo corpus .* is beside other text"):
         list_text(tmp_path)
@@ -61,14 +68,14 @@ def test_own_text_is_not_mixed_with_the_demo_corpus(tmp_path: Path) -> None:
 def test_a_killed_run_is_not_taken_for_an_edited_demo_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_demo_corpus(tmp_path, 20, 1)
+    write_corpus(tmp_path, 20, 1)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("litgpt_moe.data.demo_stories.write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_demo_corpus(tmp_path, 30, 1)
+        write_corpus(tmp_path, 30, 1)
     monkeypatch.undo()
-    path = write_demo_corpus(tmp_path, 30, 1)
+    path = write_corpus(tmp_path, 30, 1)
     assert path.read_text(encoding="utf-8").count("<|end") == 30

@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
-from helpers.data import write_data
+from helpers.data import fingerprint, write_data
 
-from litgpt_moe.data.manifest import fingerprint, verify
+from litgpt_moe.data.artifact import push
+from litgpt_moe.data.manifest import verify
+from litgpt_moe.data.settings import WandbSettings
 
 
 def test_fingerprint_ignores_place_and_time_stamps(data_dir, tmp_path):
@@ -28,10 +30,10 @@ def test_fingerprint_changes_with_one_byte_of_text(data_dir, tmp_path):
     assert fingerprint(other) != fingerprint(data_dir)
 
 
-def test_fingerprint_refuses_a_file_that_is_not_as_recorded(data_dir):
+def test_a_damaged_data_directory_is_never_pushed(data_dir):
     (data_dir / "train" / "a.txt").write_bytes(b"Other words.")
     with pytest.raises(ValueError, match=r"a\.txt: its content is not what manifest\.json recorded"):
-        fingerprint(data_dir)
+        push(data_dir, WandbSettings())
 
 
 def test_verify_names_a_missing_and_a_changed_file(data_dir):

@@ -11,8 +11,9 @@ from helpers.data import change_tokenizer, error_of, make_text, stories_of, writ
 
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import read_manifest
-from litgpt_moe.data.prepare import lock_data, prepare
+from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.files import locked_folder
 
 
 def test_shards_hold_every_story_once_between_bos_and_eos(settings: PrepareSettings) -> None:
@@ -120,7 +121,7 @@ def test_a_second_prepare_in_one_folder_is_refused(
     settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--data_dir", settings.data_dir, "--tokenizer_dir", settings.tokenizer_dir)
-    with lock_data(settings.data_dir):
+    with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", "wait for it"):
         status, line = error_of(capsys, *flags)
     me = f"text: prepare_data.py is at work there (process {os.getpid()} on "
     assert status == 2 and me in line and "wait for it" in line

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-from helpers.data import REFERENCE
+from helpers.data import REFERENCE, fingerprint
 
 import wandb_dataset
 from litgpt_moe.cli import normalize_flags
-from litgpt_moe.data.manifest import fingerprint
 from wandb_dataset import main
 
 

@@ -11,6 +11,7 @@ from litgpt import Tokenizer
 
 import prepare_data
 from litgpt_moe.data.batches import TokenStream
+from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.files import sha256_file
 
 SEPARATOR = "<|endoftext|>"
@@ -78,6 +79,11 @@ def change_tokenizer(source: Path, target: Path, **changes: object) -> Path:
     spec["model"] |= changes.pop("model", {})
     (target / "tokenizer.json").write_text(json.dumps(spec | changes), encoding="utf-8")
     return target
+
+
+def fingerprint(data_dir: Path) -> str:
+    """Return the fingerprint of a data directory."""
+    return manifest_fingerprint(read_manifest(data_dir, check_shards=False))
 
 
 def snapshot(data_dir: Path) -> dict[str, tuple[int, bytes]]:

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import run_train
-from litgpt_moe.checkpoints.writer import tensors_of
+from litgpt_moe.checkpoints.state import tensors_of
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
 from litgpt_moe.training.run import set_up

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from litgpt_moe.generation.settings import MAX_CHOICES
-from litgpt_moe.serving.errors import ApiError, error_response
-from litgpt_moe.serving.requests import MAX_BODY_BYTES, read_request
+from litgpt_moe.serving.requests import MAX_BODY_BYTES, ApiError, error_response, read_request
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -10,11 +10,12 @@ import torch
 from helpers.runs import run
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from litgpt import pretrain
+from torch._inductor import config as inductor
 
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
 from litgpt_moe.training.hooks import LoopHooks
-from litgpt_moe.training.loop import make_fabric, replaced_functions
+from litgpt_moe.training.loop import make_fabric, replaced_functions, set_up_torch
 from litgpt_moe.training.run import set_up, to_litgpt
 from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.sharding import ShardedStrategy
@@ -37,6 +38,14 @@ def test_the_replaced_functions_are_back_afterwards_even_after_an_error() -> Non
         assert all(one is not other for one, other in zip(before, during, strict=True))
         raise RuntimeError("in the loop")
     assert [getattr(pretrain, name) for name in REPLACED] + [torch.compile] == before
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_a_compiled_run_goes_without_the_fusion_that_gives_wrong_gradients(compile: str) -> None:
+    settings = set_up(["--config=train_config.yaml", f"--compile={compile}"]).settings
+    with inductor.patch({"triton.mix_order_reduction": True}):
+        set_up_torch(settings, torch.device("cpu"))
+        assert inductor.triton.mix_order_reduction == (compile == "off")
 
 
 def test_only_the_model_is_left_uncompiled() -> None:

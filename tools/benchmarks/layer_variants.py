@@ -15,6 +15,7 @@ import torch
 from litgpt.model import LLaMAMLP, LLaMAMoE
 
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.hardware import avoid_wrong_gradients
 from litgpt_moe.kernels.choice import choose_way
 from litgpt_moe.kernels.triton import has_triton
 from moe_layers import MoE
@@ -61,6 +62,7 @@ def our_layers(case: Case) -> dict[str, Any]:
     if has_triton(device.type, dtype):
         fast.add("triton")
     layers |= {f"ours {way}": ours(way) for way in sorted(fast | {"loop"})}
+    avoid_wrong_gradients()
     for way in sorted(fast):  # layers of their own: their eager twins must not share their gradients
         layers[f"ours {way} compiled"] = torch.compile(ours(way), fullgraph=True, dynamic=False)
     return layers

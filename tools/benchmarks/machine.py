@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe.cli import FlagParser, add_flags, from_flags
+from litgpt_moe.threads import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,6 +20,7 @@ def parse(description: str | None, kind: type, argv: list[str] | None) -> Any:
     add_flags(parser, kind)
     settings = from_flags(kind, parser.parse_args(argv))
     check_counts(parser, settings)
+    limit_spinning()
     return settings
 
 

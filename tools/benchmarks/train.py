@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+from litgpt_moe.threads import limit_spinning
 from tools.benchmarks.machine import check_counts, machine
 from tools.benchmarks.train_settings import TrainBenchmark
 
@@ -137,6 +138,7 @@ def run(settings: TrainBenchmark, override: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Return 0; 2 after a message on a bad setting."""
     settings, override = parse(argv)
+    limit_spinning()
     return run_command(lambda: run(settings, override))
 
 

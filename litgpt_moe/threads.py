@@ -1,0 +1,132 @@
+"""How long OpenMP's threads spin while they wait for each other, by what other programs do on this machine.
+
+Between two parallel loops libgomp's threads spin for about 3 ms before they sleep. On an idle machine that
+saves the time to wake them. Beside another program it takes the core that the slowest thread needs, and
+training slows down tenfold. The time is fixed when torch is imported, with one exception: while a process
+has more OpenMP threads than cores, libgomp lets all of them sleep nearly at once. So a second, idle team of
+threads is kept for as long as other programs are busy. The number of threads that compute stays the same,
+and with it every sum.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# Half a millisecond. Spinning beyond that competes with the threads that run experts (kernels/cpu.py).
+SPINS = "50000"
+# libgomp's manual, "OMP_WAIT_POLICY" and "GOMP_SPINCOUNT"
+OWN_CHOICE = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+STAT = Path("/proc/stat")
+
+
+def limit_spinning() -> None:
+    """Bound the spinning, unless the user has: libgomp reads the environment once, when torch is imported.
+
+    On Windows and macOS torch comes with another OpenMP.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in OWN_CHOICE):
+        # processes that this one starts inherit it
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+@contextlib.contextmanager
+def watch_load() -> Iterator[None]:
+    """In the block, end spinning while other programs need the cores, if `limit_spinning` bounded it.
+
+    Entered by the main thread, after torch is imported and its number of threads is set.
+    """
+    import torch  # not sooner: limit_spinning() is called before
+
+    if os.environ.get("GOMP_SPINCOUNT") != SPINS or (n_threads := torch.get_num_threads()) == 1:
+        yield
+        return
+    end = threading.Event()
+    watch = threading.Thread(target=_watch, args=(n_threads, end), name="load")
+    watch.start()
+    try:
+        yield
+    finally:
+        end.set()
+        watch.join()
+
+
+def _watch(n_threads: int, end: threading.Event) -> None:
+    team = IdleTeam()
+    # without /proc nobody knows what other programs do
+    with contextlib.suppress(OSError):
+        load = Load(n_threads)
+        while not end.wait(1):
+            # at a tenth of a core less, lest it goes back and forth
+            is_short = load.missing_cores() > (0.4 if team.is_there else 0.5)
+            if is_short and not team.is_there:
+                team.form()
+            elif not is_short:
+                team.leave()
+    team.leave()
+
+
+class Load:
+    """What the cores that this process may use have done since the last question."""
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads, self.cores = n_threads, os.sched_getaffinity(0)
+        self.last = self._now()
+
+    def missing_cores(self) -> float:
+        """Return how many cores more than there are this process and all others would use on average."""
+        before, self.last = self.last, self._now()
+        elapsed, idle, own = (new - old for old, new in zip(before, self.last, strict=True))
+        others = len(self.cores) * elapsed - idle - own
+        return others / elapsed + self.n_threads - len(self.cores)
+
+    def _now(self) -> tuple[float, float, float]:
+        """Return the time, how long the cores have idled, and how long this process has computed, in s."""
+        names = {f"cpu{core}" for core in self.cores}
+        fields = (line.split() for line in STAT.read_text(encoding="ascii").splitlines())
+        # proc(5): user, nice, system, idle, iowait
+        ticks = sum(int(line[4]) + int(line[5]) for line in fields if line[0] in names)
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+class IdleTeam:
+    """OpenMP threads that only wait, so that libgomp counts more threads than cores."""
+
+    def __init__(self) -> None:
+        self._end: threading.Event | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Return whether the team waits."""
+        return self._end is not None
+
+    def form(self) -> None:
+        """Have the team form in a thread of its own, where it stays. It may fail: `is_there` says so."""
+        asked, end = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._wait, args=(asked, end), name="idle team")
+        self._thread.start()
+        asked.wait()
+
+    def leave(self) -> None:
+        """End the thread, and the team with it."""
+        if self._end is not None:
+            self._end.set()
+            self._thread.join()
+        self._end = None
+
+    def _wait(self, asked: threading.Event, end: threading.Event) -> None:
+        import torch  # see watch_load
+
+        try:
+            # a thread that begins while others run experts (kernels/cpu.py) may have no threads but itself
+            if torch.get_num_threads() > 1:
+                # more numbers than torch adds in one thread
+                torch.ones(1 << 20).add_(1)
+                self._end = end
+        finally:
+            asked.set()
+        if self._end is end:
+            end.wait()
