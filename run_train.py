@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
 from litgpt_moe.processes import is_main_process, launcher_problems
+from litgpt_moe.training.output import lasting_output
 from litgpt_moe.training.settings import Settings
 
 CONFIG_FLAGS = ("--config", "--train_config", "--model_config")
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         # segments that cannot grow, the allocator keeps a block for each size, and memory fragments.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     threads.limit_spinning()
-    # the lock of out_dir, until the end of the run
-    with contextlib.ExitStack() as held:
+    # held gets the lock of out_dir, until the end of the run
+    with lasting_output(), contextlib.ExitStack() as held:
         try:
             run = set_up(argv, started, held)
         except KeyboardInterrupt:
@@ -95,9 +96,6 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
             print(report(hooks, resume_command(argv)), flush=True)
     except KeyboardInterrupt:
         return cli.fail(f"stopped; the model is in {out_dir / 'final'}", cli.INTERRUPTED)
-    except BrokenPipeError:
-        # the reader of the report has closed its pipe; the model is saved
-        cli.silence_stdout()
     except (OSError, RuntimeError) as error:
         if (sentence := failure(error, out_dir)) is None:
             raise
