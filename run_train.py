@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
 from litgpt_moe.processes import is_main_process, launcher_problems
+from litgpt_moe.training.output import lasting_output
 from litgpt_moe.training.settings import Settings
 
 CONFIG_FLAGS = ("--config", "--train_config", "--model_config")
@@ -42,16 +43,18 @@ def main(argv: list[str] | None = None) -> int:
         # segments that cannot grow, the allocator keeps a block for each size, and memory fragments.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     threads.limit_spinning()
-    try:
-        run = set_up(argv, started)
-    except KeyboardInterrupt:
-        return cli.fail("stopped before training began; the same command goes on", cli.INTERRUPTED)
-    except (ValueError, OSError) as error:
-        return cli.fail(*cli.explain(error))
-    return train_and_report(run, argv)
+    # held gets the lock of out_dir, until the end of the run
+    with lasting_output(), contextlib.ExitStack() as held:
+        try:
+            run = set_up(argv, started, held)
+        except KeyboardInterrupt:
+            return cli.fail("stopped before training began; the same command goes on", cli.INTERRUPTED)
+        except (ValueError, OSError) as error:
+            return cli.fail(*cli.explain(error))
+        return train_and_report(run, argv)
 
 
-def set_up(argv: list[str], started: float) -> "Run":
+def set_up(argv: list[str], started: float, held: contextlib.ExitStack) -> "Run":
     """Return the checked run, its data on disk; ValueError and OSError say what is wrong, and the way out."""
     # checked before the import of Lightning, which fails on these variables
     if problems := launcher_problems():
@@ -61,7 +64,7 @@ def set_up(argv: list[str], started: float) -> "Run":
     from litgpt_moe.training.batches import prepare_data_of
 
     cli.hear_ctrl_c()
-    run = dataclasses.replace(runs.set_up(argv), started=started)
+    run = dataclasses.replace(runs.set_up(argv, held), started=started)
     # the other processes wait for rank 0 when the process group forms
     if is_main_process():
         prepare_data_of(run)
@@ -81,23 +84,18 @@ def refuse_missing_files(argv: list[str]) -> None:
 
 def train_and_report(run: "Run", argv: list[str]) -> int:
     """Train, print the report, and return the exit status."""
-    from litgpt_moe.training.checks import run_lock
     from litgpt_moe.training.parse import resume_command
     from litgpt_moe.training.steps import StopSignals
     from litgpt_moe.training.summary import failure, report
 
     out_dir = run.settings.out_dir
     try:
-        with run_lock(out_dir) if is_main_process() else contextlib.nullcontext():
-            with StopSignals() as stops:
-                hooks = train(run, stops)
-            if is_main_process():
-                print(report(hooks, resume_command(argv)), flush=True)
+        with StopSignals() as stops:
+            hooks = train(run, stops)
+        if is_main_process():
+            print(report(hooks, resume_command(argv)), flush=True)
     except KeyboardInterrupt:
         return cli.fail(f"stopped; the model is in {out_dir / 'final'}", cli.INTERRUPTED)
-    except BrokenPipeError:
-        # the reader of the report has closed its pipe; the model is saved
-        cli.silence_stdout()
     except (OSError, RuntimeError) as error:
         if (sentence := failure(error, out_dir)) is None:
             raise
@@ -119,7 +117,7 @@ def train(run: "Run", stops: "StopSignals") -> "LoopHooks":
     hooks = LoopHooks(run, stops, train_args)
     fabric, is_compiled = launch(run, hooks)
     try:
-        with threads.watch_load(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
+        with threads.sleep_when_busy(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
             pretrain.main(
                 fabric=fabric,
                 devices=run.devices,

@@ -108,7 +108,7 @@ def _(x: Any, *_: Any) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _attach_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _attach_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # the counters on ctx: a saved tensor must not change before backward, and another micro-batch may add
     _, loss, tokens_per_expert, means, ctx.counters, ctx.scale = inputs
     ctx.loss_dtype = loss.dtype
@@ -123,7 +123,7 @@ def _attach_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return grad, loss_grad, None, None, [None] * len(ctx.counters), None
 
 
-_attach_loss.register_autograd(_attach_backward, setup_context=_attach_keep)
+_attach_loss.register_autograd(_attach_backward, setup_context=_attach_setup_context)
 
 
 def set_balance(

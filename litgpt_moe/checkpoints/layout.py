@@ -87,11 +87,21 @@ def checkpoints_of(out_dir: Path) -> list[Path]:
     return [out_dir / name for _, name in sorted(found, reverse=True)]
 
 
+def check_utf8(path: Path) -> None:
+    """Raise ValueError if the libraries that read and write weights and tokenizers cannot open `path`."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        only = "torch, safetensors and tokenizers open UTF-8 names only"
+        raise ValueError(f"{str(path)!a}: the name is not UTF-8; {only}, so rename it") from None
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return `path` itself if it is a checkpoint, or its `final/`, or its newest undamaged `step-*`.
 
     If all of them are damaged, ValueError says what is wrong with the first.
     """
+    check_utf8(path)
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
     if path.is_file():

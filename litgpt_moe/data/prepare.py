@@ -43,14 +43,14 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
         list_text(settings.data_dir)  # the lock below would create a folder with a mistyped name
     with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
         try:
-            return _prepare(settings)
+            return _prepare(settings, wait)
         finally:
             for split in SPLITS:
                 with contextlib.suppress(OSError):
                     (settings.data_dir / split / split).rmdir()  # fails unless it is empty
 
 
-def _prepare(settings: PrepareSettings) -> Manifest:
+def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     data_dir = settings.data_dir
     written = [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
     if settings.dataset != "custom":
@@ -60,7 +60,8 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     elif settings.dataset == "tinystories":
         download_tinystories(data_dir)
     text = list_text(data_dir)
-    facts = ensure_tokenizer(settings, text["train"])
+    with lock_tokenizer(settings, wait):
+        facts = ensure_tokenizer(settings, text["train"])
     options = {name: getattr(settings, name) for name in OPTIONS}
     options |= {"val_fraction": None} if text["val"] else {}
     reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
@@ -88,6 +89,14 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
     return manifest
+
+
+def lock_tokenizer(settings: PrepareSettings, wait: bool) -> contextlib.AbstractContextManager[None]:
+    """Return the lock of a tokenizer folder for the time in which a tokenizer may be made there."""
+    folder = settings.tokenizer_dir
+    if (folder / "tokenizer.json").is_file() and settings.train_tokenizer is None:
+        return contextlib.nullcontext()
+    return locked_folder(folder, "tokenizer", "another command makes a tokenizer", WAIT, wait)
 
 
 def stale_reasons(

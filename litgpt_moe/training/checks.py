@@ -14,7 +14,7 @@ import torch
 from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import check_no_links, locked_folder
+from litgpt_moe.files import check_no_links, existing_parent, locked_folder
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
@@ -158,8 +158,16 @@ def check_memory(run: "Run") -> None:
         )
 
 
+def check_writable(out_dir: Path) -> None:
+    """Raise ValueError if `out_dir` cannot be written, or cannot be created."""
+    # the first that exists may be a file: no folder can be made below it
+    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
+
+
 def check_out_dir(run: "Run") -> None:
-    """Raise ValueError if out_dir holds another run, cannot be written, or has no room for a checkpoint."""
+    """Raise ValueError if out_dir holds another run, or has no room for a checkpoint."""
     settings, out_dir = run.settings, run.settings.out_dir
     if run.initial and settings.overwrite and out_dir.resolve() in run.initial.file.resolve().parents:
         raise ValueError(
@@ -173,13 +181,9 @@ def check_out_dir(run: "Run") -> None:
             f"{out_dir} already holds a run ({earlier[0].name}); {way_on}, "
             "choose another --out_dir, or delete it with --overwrite"
         )
-    # it may be a file: no folder can be made below it
-    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
     check_no_links(logs := out_dir / "logs")
     check_no_links(*logs.rglob("*"))
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(existing_parent(out_dir)).free
     if free < run.checkpoint_bytes:
         raise ValueError(
             f"{out_dir}: a checkpoint needs {run.checkpoint_bytes:,} bytes but {free:,} are free; "

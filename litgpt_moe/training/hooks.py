@@ -17,6 +17,7 @@ from litgpt_moe import balance
 from litgpt_moe.checkpoints.layout import checkpoints_of
 from litgpt_moe.checkpoints.state import RunState, rng_state, set_rng_state
 from litgpt_moe.checkpoints.writer import CheckpointWriter
+from litgpt_moe.cli import first_line
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.training.batches import TrainLoader
@@ -186,5 +187,13 @@ class LoopHooks:
     def close(self, fabric: Fabric) -> None:
         """Wait for the save in progress, and finish the loggers."""
         self.writer.wait()
-        for logger in fabric.loggers:
-            logger.finalize("finished")
+        try:
+            for logger in fabric.loggers:
+                logger.finalize("finished")
+        except OSError as error:
+            self.lose_logger(fabric, error)
+
+    def lose_logger(self, fabric: Fabric, error: OSError) -> None:
+        """Go on without TensorBoard, whose thread ends with its first error. Our loggers raise none."""
+        del fabric.loggers[1:]
+        self.metrics.print(f"Warning: TensorBoard's log is lost ({first_line(error)}); metrics.csv has all")

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from litgpt import Config
 from tqdm import tqdm
 
 from litgpt_moe.balance import STATISTICS
-from litgpt_moe.cli import command_line
+from litgpt_moe.cli import command_line, note
 from litgpt_moe.files import open_no_link, write_whole
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
@@ -41,13 +41,14 @@ def metric_columns(config: Config) -> list[str]:
 class CsvLog:
     """A CSV file with given columns. Only rank 0 writes; callers need not check.
 
-    Lightning's CSVLogger opens a new file at each resume, and loses the last rows of a run.
+    Rows that cannot be written (a full disk; on Windows, a spreadsheet that locks the file) wait for the next
+    row. Lightning's CSVLogger opens a new file at each resume, and loses the last rows of a run.
     """
 
     def __init__(self, path: Path, columns: list[str]) -> None:
         self.path, self.columns, self.n_rows = path, columns, 0
-        # rows not yet written, because another program (on Windows, a spreadsheet) has the file locked
         self._waiting: list[dict[str, Any]] = []
+        self.has_failed = False
 
     def keep(self, n_rows: int) -> None:
         """Keep the first `n_rows` rows, those of the checkpoint; the resumed run writes the later ones again.
@@ -71,12 +72,34 @@ class CsvLog:
             return
         self._waiting.append(row)
         self.n_rows += 1
-        with contextlib.suppress(PermissionError):
-            if not self.path.is_file():
-                self._rewrite([])
+        with self._failure_is_reported():
+            self._append()
+
+    def _append(self) -> None:
+        if not self.path.is_file():
+            self._rewrite([])
+        size = self.path.stat().st_size
+        try:
             with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_link) as file:
                 csv.DictWriter(file, self.columns).writerows(self._waiting)
-            self._waiting.clear()
+        except OSError:
+            # a part of the rows may be in the file, and all are written again later
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        self._waiting.clear()
+
+    @contextlib.contextmanager
+    def _failure_is_reported(self) -> Iterator[None]:
+        """Report an error of the file instead of raising it: once, until the log can be written again."""
+        try:
+            yield
+            self.has_failed = False
+        except OSError as error:
+            if not self.has_failed:
+                reason = error.strerror or error
+                note(f"Warning: {self.path} cannot be written ({reason}); training goes on, its rows wait")
+            self.has_failed = True
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO(newline="")
@@ -87,10 +110,15 @@ class CsvLog:
         write_whole(self.path, text.getvalue())
 
     def sync(self) -> None:
-        """Flush the rows to the disk, before a checkpoint counts on them."""
-        if self.path.is_file() and is_main_process():
-            with self.path.open("rb+") as file:
-                os.fsync(file.fileno())
+        """Write the rows that wait and flush the file to the disk, before a checkpoint counts on them."""
+        if not is_main_process():
+            return
+        with self._failure_is_reported():
+            if self._waiting:
+                self._append()
+            if self.path.is_file():
+                with self.path.open("rb+") as file:
+                    os.fsync(file.fileno())
 
 
 class RunLogs:
@@ -248,6 +276,7 @@ class MetricLog:
             print(line, file=sys.stderr, flush=True)
 
     def finalize(self, status: str) -> None:
-        """Finish the bar."""
+        """Write the rows that wait, and finish the bar."""
+        self.logs.sync()
         if self.bar is not None:
             self.bar.close()

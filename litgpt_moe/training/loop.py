@@ -80,7 +80,11 @@ class TrainingFabric(L.Fabric):
 
     def log_dict(self, metrics: Any, step: int | None = None) -> None:
         """Log the row that the hooks make of the loop's metrics."""
-        super().log_dict(self.hooks.complete(dict(metrics)), step)
+        row = self.hooks.complete(dict(metrics))
+        try:
+            super().log_dict(row, step)
+        except OSError as error:
+            self.hooks.lose_logger(self, error)
 
     def print(self, *texts: Any, **_: Any) -> None:
         """Print the loop's lines through the metric log, which knows the bar."""

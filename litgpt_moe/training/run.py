@@ -1,5 +1,6 @@
 """From a command line to a Run: all is decided and checked before the first file is written."""
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
-from litgpt_moe.training.parse import load_settings
+from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import OpenCheckpoint, check_resume, find_initial, find_resume
 from litgpt_moe.training.settings import Settings
 
@@ -92,14 +93,25 @@ def to_litgpt(settings: Settings) -> tuple[litgpt_args.TrainArgs, litgpt_args.Ev
     return litgpt_args.TrainArgs(**asdict(settings.train)), litgpt_args.EvalArgs(**evaluation)
 
 
-def set_up(argv: list[str]) -> Run:
+def set_up(argv: list[str], held: contextlib.ExitStack | None = None) -> Run:
     """Return the checked run of a command line, whose data may still have to be prepared.
+
+    `held` gets the lock of the run's folder. It is taken before the checks, whose results hold only while no
+    other run works there; without `held` it is released again.
 
     ValueError has one line per problem, with its place and the way out; OSError says which file cannot be
     read, that W&B cannot be reached, or that another run is live in the folder. Call `launcher_problems()`
     before this module is imported: Lightning's import fails on the variables that it checks.
     """
     parsed = load_settings(argv)
+    parsed.attempt(checks.check_writable, out_dir := parsed.settings.out_dir)
+    with contextlib.ExitStack() as own:
+        if is_main_process() and not parsed.problems:
+            (own if held is None else held).enter_context(checks.run_lock(out_dir))
+        return _checked_run(parsed)
+
+
+def _checked_run(parsed: Parsed) -> Run:
     settings = with_dataset(parsed.settings)
     built: Any = parsed.attempt(MoEConfig.model_from_file, settings.model_config) or (None, None)
     config, model = built
@@ -110,9 +122,6 @@ def set_up(argv: list[str]) -> Run:
     parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
     data = parsed.attempt(build_data, settings)
     optimizer = parsed.attempt(optimizer_spec, settings)
-    if is_main_process() and settings.out_dir.is_dir():
-        with checks.run_lock(settings.out_dir):
-            pass  # while another run is live in the folder, its checkpoints change: no check is meaningful
     resume = parsed.attempt(find_resume, settings)
     parsed.raise_all()
     facts = model_facts(config, settings.train.max_seq_length, model)

@@ -26,8 +26,8 @@ class RunFailed(WorkFailed):
 class StopSignals:
     """While active, a first signal asks the run to end after this step, and a second one ends it at once."""
 
-    # from Ctrl-C; Slurm and systemd; Slurm; Ctrl-Break
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+    # from Ctrl-C; Slurm and systemd; Slurm; Ctrl-Break; a terminal or connection that is closed
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK", "SIGHUP")
 
     def __init__(self) -> None:
         self.reason = ""
@@ -37,7 +37,9 @@ class StopSignals:
         for name in self.NAMES:
             if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
                 number = getattr(signal, name)
-                self._before[number] = signal.signal(number, self._handle)
+                # nohup has SIGHUP ignored, and so it stays
+                if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,13 +47,18 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self.reason:
-            # safe at any time: a checkpoint gets its name only when it is whole
-            os._exit(128 + number)
-        self.reason = signal.Signals(number).name
-        text = f"\n{self.reason}: finishing this step and saving; once more leaves at once.\n"
-        # print is not reentrant: the signal may have interrupted it
-        os.write(2, text.encode())
+            # a closed terminal sends SIGHUP several times
+            if name != "SIGHUP":
+                # safe at any time: a checkpoint gets its name only when it is whole
+                os._exit(128 + number)
+            return
+        self.reason = name
+        text = f"\n{name}: finishing this step and saving; once more leaves at once.\n"
+        # print is not reentrant: the signal may have interrupted it; the terminal may be gone
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
 
 
 class Clock:

@@ -12,7 +12,7 @@ from litgpt_moe.cli import command_line
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import FolderInUse, is_disk_full, write_json
 from litgpt_moe.hardware import has_cuda, peak_memory_gb
-from litgpt_moe.kernels.choice import experts_path
+from litgpt_moe.kernels.choice import describe_kernel
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import plain_settings
@@ -31,7 +31,7 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
         f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
-        f"Experts {experts_path(run.config, device, dtype)}\n"
+        f"Experts {describe_kernel(run.config, device, dtype)}\n"
         f"Run     {run.n_steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
     )
 
