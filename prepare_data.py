@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = cli.from_flags(PrepareSettings, args)
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.prepare import prepare
-    from litgpt_moe.files import FolderInUse
+    from litgpt_moe.locks import FolderInUse
 
     def work() -> str | None:
         start, start_ns = time.perf_counter(), time.time_ns()

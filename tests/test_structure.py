@@ -17,7 +17,7 @@ SCRIPTS = ("run_train", "prepare_data", "generate", "evaluate", "wandb_dataset")
 # The first row imports nothing of ours at all.
 ROWS = (
     ("kernels", "balance", "cli", "files", "processes", "threads", "yaml_files"),
-    ("moe_layers",),
+    ("moe_layers", "locks"),
     ("config", "loss", "hardware"),
     ("checkpoints", "data", "generation", "planning"),
     ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),

@@ -35,6 +35,7 @@ from litgpt_moe.files import (
     is_disk_full,
     make_staging,
     new_folder,
+    no_room,
     put_in_place,
     remove,
     staging_for,
@@ -42,6 +43,8 @@ from litgpt_moe.files import (
 from litgpt_moe.processes import note_once
 
 SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
+# what a save needs beside weights and moments; 64 KiB: random generators and counters
+BESIDE_BYTES = SMALL_FILES_BYTES + (1 << 16)
 # Not by litgpt.utils.copy_config_files: it also copies model_config.yaml and config.json, and a tokenizer
 # folder may hold those of another model. LitGPT can read tokenizer.model too.
 COPIED_FILES = (*TOKENIZER_FILES, "tokenizer.model")
@@ -117,11 +120,10 @@ class CheckpointWriter:
     def _write(self, target: Path, step: int, config: Config, tokenizer_dir: Path) -> None:
         """Write the directory and rename it into place; report an error and remove the staging folder."""
         started = time.perf_counter()
-        needed, free = tensor_bytes(self._host) + SMALL_FILES_BYTES, 0
+        needed = tensor_bytes(self._host) + SMALL_FILES_BYTES
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have moved it
-            free = shutil.disk_usage(self.out_dir).free
-            if free < needed:
+            if shutil.disk_usage(self.out_dir).free < needed:
                 raise OSError(errno.ENOSPC, "known before a byte is written")
             staging = make_staging(target)
             if name := non_finite(self._host):
@@ -138,9 +140,7 @@ class CheckpointWriter:
             remove(staging_for(target))
             reason = str(error)
             if is_disk_full(error):
-                if free >= needed:  # the disk filled up during the write
-                    free = shutil.disk_usage(self.out_dir).free
-                reason = f"it needs {needed:,} bytes but {free:,} were free; make room on that disk"
+                reason = no_room(self.out_dir, needed)
             self.failure = f"{target} could not be saved: {reason}"
             goes_on = "; training goes on" if self.args.on_full_disk == "continue" else ""
             self.tell(f"Warning: {self.failure}{goes_on}")

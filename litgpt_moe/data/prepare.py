@@ -24,7 +24,8 @@ from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import clean, write_splits
 from litgpt_moe.data.text import list_text
 from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer_facts
-from litgpt_moe.files import check_no_links, locked_folder, read_json, sha256_file, write_json
+from litgpt_moe.files import check_no_links, read_json, sha256_file, write_json
+from litgpt_moe.locks import locked_folder
 
 # the settings on which the shards depend, and the facts of the tokenizer that the manifest records
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")
