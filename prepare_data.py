@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             manifest = prepare(settings)
             is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
-            print(summary(manifest, settings, time.perf_counter() - start if is_new else None), flush=True)
+            seconds = time.perf_counter() - start if is_new else None
+            print(cli.printable(summary(manifest, settings, seconds)), flush=True)
         except (FileNotFoundError, NotADirectoryError, FolderInUse, ConnectionError):
             raise
         except OSError as error:

@@ -4,13 +4,13 @@ import contextlib
 import errno
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from litgpt_moe.cli import note
 from litgpt_moe.files import read_json, remove, write_json
 
 
@@ -72,5 +72,5 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
     path.unlink(missing_ok=True)
     soft = SoftFileLock(path.with_suffix(".claim"))
     soft.acquire(timeout=timeout)
-    print(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out", file=sys.stderr)
+    note(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out")
     return soft
