@@ -87,6 +87,7 @@ def test_a_script_has_the_house_main_and_says_how_to_run_it(script: Path) -> Non
     assert ast.unparse(main.returns) == "int"
     assert ast.unparse(tree.body[-1]).replace("cli.", "") in (
         "if __name__ == '__main__':\n    raise SystemExit(run_script(main))",
+        "if __name__ == '__main__':\n    raise SystemExit(cli.run_script(main))",
         "if __name__ == '__main__':\n    raise SystemExit(main())",  # what imports nothing of ours
     )
     assert f"uv run python {relative(script)}" in (ast.get_docstring(tree) or "")

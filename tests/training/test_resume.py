@@ -303,7 +303,7 @@ def test_a_tokenizer_of_the_same_size_that_is_another_is_not_resumed_with(
 def test_a_run_is_not_resumed_with_a_tokenizer_that_is_not_there(tiny_tokenizer_dir: Path) -> None:
     shutil.copytree(tiny_tokenizer_dir, save("out/step-00000004", 4), dirs_exist_ok=True)
     told = refused("--resume", "auto", "--tokenizer_dir", "othr")
-    assert "othr" in told and "tokenizer.json" in told and not Path("othr").exists()
+    assert "othr/tokenizer.json: not found" in told.replace("\\", "/") and not Path("othr").exists()
 
 
 def test_embeddings_that_are_tied_now_and_were_not_are_told_as_such() -> None:
