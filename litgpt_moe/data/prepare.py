@@ -27,7 +27,8 @@ from litgpt_moe.data.shards import clean, write_splits
 from litgpt_moe.data.text import list_text
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-from litgpt_moe.files import check_no_links, locked_folder, read_json, sha256_file, write_json
+from litgpt_moe.files import check_no_links, read_json, sha256_file, write_json
+from litgpt_moe.locks import locked_folder
 
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
 WAIT = "wait for it to end, then run again"

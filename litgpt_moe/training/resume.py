@@ -16,6 +16,7 @@ from litgpt_moe.checkpoints.layout import (
     SETTINGS_FILE,
     checkpoints_of,
     find_checkpoint,
+    is_read_error,
 )
 from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.config import MoEConfig
@@ -72,6 +73,11 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
         try:
             return OpenCheckpoint(folder, reader.read_training_state(folder))
         except (ValueError, OSError) as error:
+            if is_read_error(error):
+                raise OSError(
+                    f"{reader.flaw_words(error, folder)}: {folder} could not be read, which is no sign of "
+                    "damage; try again, or name another checkpoint with --resume PATH"
+                ) from error
             note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
         raise FileNotFoundError(
@@ -88,6 +94,7 @@ def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
     reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
     opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     reader.check_weights(folder, model, opened.weights)
+    reader.check_finite({"model": opened.weights}, opened.file)
     for text in changed_meaning(folder, settings, cast(MoEConfig, model.config)):
         note_once(f"Warning: {folder}: {text}; the weights were trained with what it was.")
     return opened
