@@ -252,7 +252,7 @@ def show(browser: Browser, page: Path, width: int = 1280, scheme: str = "light")
 
 @pytest.fixture
 def two_runs(run_dir: Path, tmp_path: Path) -> Path:
-    """The page of the run and of a copy with a hostile name and story, another setting, and a spike."""
+    """The page of the run and of a copy with hostile names and story, another setting, a spike, a result."""
     other = Path(shutil.copytree(run_dir, tmp_path / "<img src=x>"))
     facts = json.loads((other / "logs/run.json").read_text(encoding="utf-8"))
     facts["settings"]["seed"] = 43
@@ -261,6 +261,7 @@ def two_runs(run_dir: Path, tmp_path: Path) -> Path:
         csv.writer(file).writerow([8, 2048, "Once", STORY])
     spike = "step,loss,mean,sigma,grad_norm,first_sequence\n5,6.5,5.5,0.1,3.0,16\n"
     (other / "logs/spikes.csv").write_text(spike, encoding="utf-8")
+    (other / "results.jsonl").write_text(result(other / "final", data={"data_dir": STORY}), encoding="utf-8")
     make(run_dir, other, out=tmp_path / "report.html")
     return tmp_path / "report.html"
 
@@ -288,6 +289,9 @@ def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path
     assert browser.js("document.images.length") == 0 and browser.problems == []
     assert browser.js("document.querySelectorAll('.columns > div')[1].textContent").count(STORY) == 1
     assert browser.js("document.title") == "first, <img src=x>: training report"
+    cells = browser.js("[...document.querySelectorAll('#results td')].map((e) => e.textContent)")
+    loss = ["1.5000", "4.5", "0.5000", "2026-01-01 00:00"]
+    assert cells == ["<img src=x>", "final", f"{STORY} None", "99", *loss]
 
 
 @in_browser
