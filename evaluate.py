@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     import litgpt_moe.scoring  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
     interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
-    with threads.watch_load():
+    with threads.sleep_when_busy():
         return cli.run_command(lambda: run(settings), interrupted)
 
 

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     threads.limit_spinning()
     import litgpt_moe.routing_figure  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
-    with threads.watch_load():
+    with threads.sleep_when_busy():
         return cli.run_command(lambda: run(settings, args.checkpoint, args.text))
 
 

@@ -36,13 +36,19 @@ def check_packages(with_gguf: bool, is_checked: bool) -> None:
             raise ValueError(f"the package {name} is not installed; run uv sync --extra export{other}")
 
 
-def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is_checked: bool) -> list[str]:
-    """Write the checkpoint in `folder` to `out`, or nothing; return lines that report what was written."""
+def write_folder(
+    folder: Path, out: Path, dtype: str | None, gguf_dtype: str | None, is_checked: bool
+) -> list[str]:
+    """Write the checkpoint in `folder` to `out`, or nothing; return lines that report what was written.
+
+    `dtype` is that of safetensors (None: as saved), `gguf_dtype` a key of gguf.KINDS, "same" for `dtype`, or
+    None for no GGUF file.
+    """
     config = MoEConfig.from_file(folder / CONFIG_FILE)
     family = family_of(config)
-    gguf = import_module("litgpt_moe.interop.gguf") if with_gguf else None  # an optional package
+    gguf = import_module("litgpt_moe.interop.gguf") if gguf_dtype else None  # an optional package
     if gguf:
-        gguf.check_gguf(config, folder)
+        gguf.check_gguf(config, folder, gguf_dtype)
     model = load_model(folder)
     weights = {k: w.to(getattr(torch, dtype)) if dtype else w for k, w in model.state_dict().items()}
     kind = next(iter(weights.values())).dtype
@@ -50,7 +56,8 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
     files, ids = tokenizer_files.to_hf_tokenizer(folder, config.block_size)
     files["config.json"] = transformers.to_hf_config(config, transformers.is_tied(weights), name, ids)
     renamed = transformers.to_hf_weights(config, weights)
-    gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{name}.gguf") if gguf else None
+    gguf_dtype = name if gguf_dtype == "same" else gguf_dtype
+    gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{gguf_dtype}.gguf") if gguf else None
     usage = _usage(gguf_name, files["tokenizer_config.json"]["add_bos_token"])
     card = model_card(folder, config, family.architecture, name, usage)
     size = tensor_bytes(renamed)
@@ -63,7 +70,7 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
         # safetensors 0.8 creates a file that other users may not read
         (staging / WEIGHTS_FILE).chmod((staging / "README.md").stat().st_mode)
         if gguf and gguf_name:
-            gguf.write_gguf(staging / gguf_name, config, renamed, staging)
+            gguf.write_gguf(staging / gguf_name, config, renamed, staging, gguf_dtype)
             lines.append(f"GGUF    {out / gguf_name}")
         if is_checked:
             lines.append(check_folder(staging, folder, kind))
