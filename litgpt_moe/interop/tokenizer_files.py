@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files
 from litgpt_moe.files import read_json
+from litgpt_moe.generation.text import as_value_error
 
 
 def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -22,7 +23,7 @@ def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     bos, eos = (None if i is None else tokenizer.processor.id_to_token(i) for i in ids.values())
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    whole["post_processor"] = None
+    whole |= {"post_processor": None, "truncation": None, "padding": None}
     if tokenizer.use_bos:
         single, pair = f"{bos}:0 $A:0", f"{bos}:0 $A:0 {bos}:1 $B:1"
         tokenizer.processor.post_processor = TemplateProcessing(single, pair, [(bos, tokenizer.bos_id)])
@@ -47,6 +48,7 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
     try:
         tokenizer = FastTokenizer.from_file(str(path))
+        tokenizer.no_truncation()
     except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
         raise ValueError(f"{path} is not readable ({str(error)[:100]})") from None
     files = read_files(folder, TOKENIZER_FILES)
@@ -61,11 +63,12 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
             several = ids.get(key, model.get(key))
             number = several[0] if isinstance(several, list) and several else several
             settings.pop(token, None)
-            if isinstance(number, int) and number >= 0 and (piece := tokenizer.id_to_token(number)):
+            if isinstance(number, int) and 0 <= number < 2**31 and (piece := tokenizer.id_to_token(number)):
                 settings[token] = piece
         ids[key] = number
     if "add_bos_token" not in settings:
-        settings["add_bos_token"] = tokenizer.encode("a").ids[:1] == [ids["bos_token_id"]]
+        with as_value_error(f"{path}: it fails on the text 'a'", "get it again"):
+            settings["add_bos_token"] = tokenizer.encode("a").ids[:1] == [ids["bos_token_id"]]
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     for name, content in (("tokenizer_config.json", settings), ("generation_config.json", ids)):
         files[name] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
