@@ -27,13 +27,15 @@ from tqdm import tqdm
 from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoint
+from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
 from litgpt_moe.cli import WorkFailed, command_line
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.text import TextReader
-from litgpt_moe.data.tokenizer import StoryEncoder, find_tokenizer, read_tokenizer_facts
+from litgpt_moe.data.tokenizer import StoryEncoder, read_tokenizer_facts
+from litgpt_moe.data.tokenizer_folder import find_tokenizer
 from litgpt_moe.files import sha256_file
 from litgpt_moe.generation.text import as_value_error
 from litgpt_moe.loss import chunk_rows
@@ -58,7 +60,7 @@ def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
     """Return a prepared split; ValueError if another tokenizer or an older text made it."""
     manifest = read_manifest(data_dir)
     facts = manifest["tokenizer"]
-    if sha256_file(tokenizer_dir / "tokenizer.json") != facts["sha256"]:
+    if not is_tokenizer((tokenizer_dir / "tokenizer.json").read_bytes(), facts["sha256"]):
         command = command_line("prepare_data.py", "--tokenizer_dir", tokenizer_dir)
         way_out = f"run {command}, or score text files with --text"
         other = f"tokenized with another tokenizer than the one in {tokenizer_dir}"

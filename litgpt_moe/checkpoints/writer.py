@@ -23,13 +23,12 @@ from litgpt_moe.checkpoints.layout import (
     LEFT_OVER,
     SETTINGS_FILE,
     SUPERSEDED,
-    TOKENIZER_FILES,
     CheckpointArgs,
-    read_files,
     steps_of,
     write_record,
 )
 from litgpt_moe.checkpoints.state import tensor_bytes, tensors_of
+from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files
 from litgpt_moe.files import (
     free_name,
     is_disk_full,
@@ -42,9 +41,6 @@ from litgpt_moe.files import (
 from litgpt_moe.processes import note_once
 
 SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
-# Not by litgpt.utils.copy_config_files: it also copies model_config.yaml and config.json, and a tokenizer
-# folder may hold those of another model. LitGPT can read tokenizer.model too.
-COPIED_FILES = (*TOKENIZER_FILES, "tokenizer.model")
 
 
 class CheckpointWriter:
@@ -127,7 +123,7 @@ class CheckpointWriter:
             if name := non_finite(self._host):
                 raise ValueError(f"{name} holds values that are no numbers")
             files = {SETTINGS_FILE: self.settings_text.encode("utf-8")}
-            files |= read_files(tokenizer_dir, COPIED_FILES)
+            files |= read_tokenizer_files(tokenizer_dir)
             _fill(staging, step, self._host, config, files, self.selection_bias)
             put_in_place(staging, target)
             self.failure, self.lasting_s = None, time.perf_counter() - started
