@@ -182,4 +182,5 @@ def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int
     train = settings.get("train")
     train = train if isinstance(train, dict) else {}
     sizes = state.get("step_count"), train.get("global_batch_size"), train.get("max_seq_length") or block_size
-    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+    known = [size for size in sizes if isinstance(size, int)]
+    return math.prod(known) if len(known) == len(sizes) else None

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.tokenizer import Tokenizer
-from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files
+from litgpt_moe.checkpoints.tokenizer_files import without_truncation
+from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
 from litgpt_moe.files import read_json
-from litgpt_moe.generation.text import as_value_error
 
 
 def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -46,12 +46,9 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     if not path.is_file():
         way_out = "AutoTokenizer's save_pretrained writes one"
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
-    try:
-        tokenizer = FastTokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
-        raise ValueError(f"{path} is not readable ({str(error)[:100]})") from None
     files = read_files(folder, TOKENIZER_FILES)
+    tokenizer = load_for_encoding(files["tokenizer.json"], path)
+    files["tokenizer.json"] = without_truncation(files["tokenizer.json"])
     names = ("tokenizer_config.json", "generation_config.json", "config.json")
     settings, ids, model = (read_json(folder / name) for name in names)
     for kind in ("bos", "eos"):
@@ -67,7 +64,7 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
                 settings[token] = piece
         ids[key] = number
     if "add_bos_token" not in settings:
-        with as_value_error(f"{path}: it fails on the text 'a'", "get it again"):
+        with as_value_error(path, "it fails on the text 'a'", "get it again"):
             settings["add_bos_token"] = tokenizer.encode("a").ids[:1] == [ids["bos_token_id"]]
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     for name, content in (("tokenizer_config.json", settings), ("generation_config.json", ids)):

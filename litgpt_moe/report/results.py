@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ def append(result: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         check_no_links(path)  # which, in a folder of somebody else's, may lead to any file of the user's
-        with open(path, "a", encoding="utf-8", opener=open_no_link) as file:
-            file.write(json.dumps(result) + "\n")
+        with open(path, "ab+", opener=open_no_link) as file:
+            # a row that a full disk cut off must not spoil this one
+            is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+            file.write(b"\n" * is_torn + json.dumps(result).encode() + b"\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WorkFailed(f"{path}: not recorded ({reason}); name another --results_file") from error

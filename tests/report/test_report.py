@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,35 @@ def test_facts_of_another_shape_are_left_out(tmp_path: Path) -> None:
     (run,) = make(odd, out=tmp_path / "report.html")
     assert (run["settings"], run["versions"], run["command"]) == ({}, {}, "")
     assert run["heat"]["steps"] == [20] and run["train"]["loss"] == [3.5]
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "null", "7", '"x"', "{", '{"settings": ' * 900 + "1" + "}" * 900, '{"a": ' * 99_999]
+)
+def test_facts_that_cannot_be_read_are_left_out_with_a_note(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = write_log(tmp_path / "odd", "step,loss\n10,3.5\n")
+    (odd / "logs/run.json").write_text(text, encoding="utf-8")
+    (run,) = make(odd, out=tmp_path / "report.html")
+    assert run["command"] == "" and run["train"]["loss"] == [3.5]
+    assert "900" in text or text.startswith('{"settings"') or "run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["train: [{2020-01-01: 1}]\n", 'train: "\\ud800"\n', "train: !!set {x}\n"])
+def test_settings_of_any_type_are_shown(text: str, tmp_path: Path) -> None:
+    odd = write_log(tmp_path / "odd", "step,loss\n10,3.5\n")
+    (odd / "final").mkdir()
+    (odd / "final/train_config.yaml").write_text(text, encoding="utf-8")
+    (run,) = make(odd, out=tmp_path / "report.html")
+    assert any(key.startswith("train") for key in run["settings"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_run_whose_name_is_not_utf8_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = write_log(tmp_path / os.fsdecode(b"caf\xe9"), "step,loss\n10,3.5\n")
+    (run,) = make(odd, out=tmp_path / "report.html")
+    assert run["name"] == "caf?" and r"shows caf\udce9" in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown_is_said_in_a_sentence(
