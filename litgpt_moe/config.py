@@ -22,6 +22,9 @@ class MoEConfig(Config):
     """
 
     def __post_init__(self) -> None:
+        if self.mlp_class_name == "LLaMAMoE" and self.moe_intermediate_size is None:
+            # as LitGPT's layer does; its Mixtral configurations say it so
+            self.moe_intermediate_size = self.intermediate_size
         if problems := config_problems(self):
             raise ValueError("\n".join(problems))
         super().__post_init__()
@@ -32,11 +35,17 @@ class MoEConfig(Config):
 
         `is_foreign`: the file came with a checkpoint, and is refused if it holds YAML aliases.
         """
+        return cls.model_from_file(path, is_foreign, **overrides)[0]
+
+    @classmethod
+    def model_from_file(
+        cls, path: str | Path, is_foreign: bool = False, **overrides: Any
+    ) -> tuple["MoEConfig", GPT]:
+        """Return what `from_file` does, and the configuration's model on the meta device."""
         values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
         try:
             config = cls(**values)
-            meta_model(config)  # trips over the values that no check of ours knows
-            return config
+            return config, meta_model(config)  # trips over the values that no check of ours knows
         except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
             lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
             raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
@@ -143,14 +152,16 @@ def meta_model(config: Config) -> GPT:
         return GPT(config)
 
 
-def model_facts(config: Config, block_size: int | None = None) -> ModelFacts:
+def model_facts(config: Config, block_size: int | None = None, model: GPT | None = None) -> ModelFacts:
     """Return the facts of a model, at a context of `block_size` tokens (default: the configuration's own).
+
+    `model` is the configuration's model, where it has been built already.
 
     FLOPs: PaLM, appendix B (arxiv.org/abs/2204.02311), 6 N + 12 L H Q T a token. N are the weights that
     multiply one token: matrices of active experts, attention, router and head, not the token embedding, which
     is looked up, nor norms and biases. Attention is counted without its causal half, as MFU is quoted.
     """
-    model = meta_model(config)
+    model = model or meta_model(config)
     everything = list(model.parameters())
     layers = [module for module in model.modules() if isinstance(module, LLaMAMoE)]
     in_experts = [weight for layer in layers for weight in layer.experts.parameters()]

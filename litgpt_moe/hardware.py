@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
+from torch.torch_version import TorchVersion
 
 from litgpt_moe.kernels.matmul import matmul
 
@@ -89,6 +90,18 @@ def will_compile(compile: str, accelerator: str) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed (on Windows: triton-windows)"
     return True, "CUDA and Triton"
+
+
+def avoid_wrong_gradients() -> None:
+    """Switch off a fusion of Inductor with which the gradients of an RMSNorm are silently wrong.
+
+    Called before anything is compiled. `mix_order_reduction` came with torch 2.10 (pytorch issues 193061, and
+    190796: NaN in bf16 on an RTX 5090); the correction (pull request 193103) is in 2.14.
+    """
+    if TorchVersion(torch.__version__) < "2.14":
+        from torch._inductor import config  # not at the top: it takes a second, which eager runs do not need
+
+        config.triton.mix_order_reduction = False
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

@@ -54,7 +54,8 @@ class _LinearCrossEntropy(Function):
         has_backward: bool,
     ) -> torch.Tensor:
         is_kept_N1 = (targets_N != IGNORED_TOKEN)[:, None]
-        targets_N1 = targets_N.clamp_min(0)[:, None]
+        # any other id outside the vocabulary makes `gather` raise, as it makes torch's cross-entropy
+        targets_N1 = targets_N[:, None].masked_fill(~is_kept_N1, 0)
         n_kept = is_kept_N1.sum().clamp_min(1)
         x_NC, w_VC, exact = hidden_NC.to(dtype), weight_VC.to(dtype), accumulation_dtype(hidden_NC)
         loss = torch.zeros((), dtype=exact, device=x_NC.device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY_CONFIG
+from litgpt.config import Config
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe.config import ModelFacts, MoEConfig, meta_model, model_facts
@@ -50,6 +51,14 @@ def test_all_bad_values_are_told_at_once(tmp_path: Path) -> None:
 def test_one_expert_per_token_without_router_gradient_is_refused() -> None:
     with pytest.raises(ValueError, match="router gets no gradient"):
         MoEConfig(**{**TINY_CONFIG, "n_expert_per_token": 1})
+
+
+def test_the_width_of_an_expert_is_that_of_the_mlp_where_a_mixtral_configuration_says_no_other() -> None:
+    values = {**TINY_CONFIG, "moe_intermediate_size": None, "intermediate_size": 24}
+    ours, stock = (meta_model(kind(**values)).state_dict() for kind in (MoEConfig, Config))
+    assert {name: value.shape for name, value in ours.items()} == {n: v.shape for n, v in stock.items()}
+    assert ours["transformer.h.0.mlp.experts.3.fc_1.weight"].shape == (24, 16)
+    assert MoEConfig(**values, n_shared_expert=2).moe_intermediate_size == 24
 
 
 def test_a_number_that_plain_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def test_loss_and_gradients_are_those_of_pytorch(monkeypatch, rows: int, ignored
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("target", [-1, -101, 13])
+def test_a_target_outside_the_vocabulary_raises_as_in_pytorch(target: int) -> None:
+    hidden, weight, targets = torch.randn(4, 5), torch.randn(13, 5), torch.tensor([3, target, 0, 12])
+    with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+        F.cross_entropy(hidden @ weight.t(), targets)
+    with pytest.raises(RuntimeError, match=f"index {target} is out of bounds"):
+        linear_cross_entropy(hidden, weight, targets)
+
+
 @pytest.mark.parametrize("library", ["oneDNN", "MKL"])
 def test_either_library_gives_pytorch_s_loss_and_the_least_likely_word_stays_finite(monkeypatch, library):
     monkeypatch.setattr(matmul, "_is_amd_with_avx512", lambda: library == "oneDNN")

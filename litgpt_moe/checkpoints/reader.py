@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
@@ -28,7 +27,7 @@ from litgpt_moe.checkpoints.layout import (
     refuse_damage,
 )
 from litgpt_moe.checkpoints.state import check_state, tensor_bytes
-from litgpt_moe.config import MoEConfig, meta_model
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import is_outside, sha256_file
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
@@ -138,13 +137,12 @@ def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{path} holds no model weights; give a checkpoint that run_train.py or LitGPT wrote")
 
 
-def check_weights(folder: Path, config: Config, weights: dict[str, torch.Tensor]) -> GPT:
-    """Return the model of `config` on the meta device; ValueError if the weights do not fit it."""
-    model = meta_model(config)
+def check_weights(folder: Path, model: GPT, weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless `weights`, from `folder`, fit the model, which takes over a selection bias."""
     if has_selection_bias(weights):
         use_selection_bias(model)
     expected = model.state_dict()
-    where = f"{folder}: the weights do not fit the model config {config.name}:"
+    where = f"{folder}: the weights do not fit the model config {model.config.name}:"
     if missing := [name for name in expected if name not in weights]:
         raise ValueError(f"{where} they lack {missing[0]} ({len(missing)} missing)")
     if extra := [name for name in weights if name not in expected]:
@@ -155,7 +153,6 @@ def check_weights(folder: Path, config: Config, weights: dict[str, torch.Tensor]
             raise ValueError(f"{where} {name} is {tuple(shape)}, the config wants {tuple(tensor.shape)}")
         if dtype not in (*DTYPES.values(), torch.float64):
             raise ValueError(f"{where} {name} is of {dtype}, not of float32, bfloat16 or float16")
-    return model
 
 
 def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -173,9 +170,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     The optimizer state is not read into memory. On the device `meta` only names and shapes are checked.
     """
     verify_checkpoint(folder)
-    config = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
+    config, model = MoEConfig.model_from_file(folder / CONFIG_FILE, is_foreign=True)
     weights = read_weights(folder / CHECKPOINT_FILE)
-    model = check_weights(folder, config, weights)
+    check_weights(folder, model, weights)
     if torch.device(device).type != "meta":
         _check_finite(weights, folder / CHECKPOINT_FILE)
     # the selection bias stays float32 in every dtype, so that the same experts are chosen as in training;
@@ -210,9 +207,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         # litgpt 0.5.13 reads tokenizer_class as the last thing, and GPT-2's folder has none
         with contextlib.suppress(KeyError, TypeError):
             tokenizer.__init__(folder)
-        tokenizer.processor.no_truncation()
-        tokenizer.processor.no_padding()
-        return tokenizer
     # tokenizers raises plain Exception, LitGPT among others KeyError
     except Exception as error:
         raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
+    tokenizer.processor.no_truncation()  # which would cut a text
+    tokenizer.processor.no_padding()
+    for name in ("bos_id", "eos_id"):
+        if (number := getattr(tokenizer, name)) is not None and not _is_piece(tokenizer, number):
+            raise ValueError(
+                f"{folder}: the tokenizer's {name} is {number!r:.80}, no id of a piece; {way_out}"
+            )
+    if tokenizer.use_bos and tokenizer.bos_id is None:
+        raise ValueError(f"{folder}: the tokenizer adds BOS (add_bos_token) but has none; {way_out}")
+    return tokenizer
+
+
+def _is_piece(tokenizer: Tokenizer, number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**31 and tokenizer.processor.id_to_token(number) is not None

@@ -27,7 +27,7 @@ from litgpt_moe.data.shards import check_stories, clean, write_splits
 from litgpt_moe.data.text import list_text, not_read
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-from litgpt_moe.files import locked_folder, read_json, sha256_file, write_json
+from litgpt_moe.files import check_no_links, locked_folder, read_json, sha256_file, write_json
 
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
 WAIT = "wait for it to end, then run again"
@@ -49,15 +49,18 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
         settings = replace(settings, tokenizer_dir=folder)
     with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
         try:
-            return _prepare(settings)
+            return _prepare(settings, wait)
         finally:
             for split in SPLITS:
                 with contextlib.suppress(OSError):
                     (settings.data_dir / split / split).rmdir()  # fails unless it is empty
 
 
-def _prepare(settings: PrepareSettings) -> Manifest:
+def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     data_dir = settings.data_dir
+    written = [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
+    if settings.dataset != "custom":
+        check_no_links(*written)
     if settings.dataset == "demo":
         write_demo_corpus(settings)
     elif settings.dataset == "tinystories":
@@ -65,9 +68,10 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     text = list_text(data_dir)
     for sentence in not_read(data_dir):
         note(sentence)
-    if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
-        check_stories(settings, text)
-    facts = ensure_tokenizer(settings, text["train"])
+    with lock_tokenizer(settings, wait):
+        if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
+            check_stories(settings, text)
+        facts = ensure_tokenizer(settings, text["train"])
     options = {name: getattr(settings, name) for name in OPTIONS}
     options |= {"val_fraction": None} if text["val"] else {}
     reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
@@ -77,6 +81,7 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     if (data_dir / MANIFEST).exists():  # a first preparation needs no reason
         for reason in reasons:
             note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
+    check_no_links(*written)
     check_stories(settings, text)
     try:
         splits = write_splits(settings, text, facts)
@@ -95,6 +100,14 @@ def _prepare(settings: PrepareSettings) -> Manifest:
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
     return manifest
+
+
+def lock_tokenizer(settings: PrepareSettings, wait: bool) -> contextlib.AbstractContextManager[None]:
+    """Return the lock of a tokenizer folder for the time in which a tokenizer may be made there."""
+    folder = settings.tokenizer_dir
+    if (folder / "tokenizer.json").is_file() and settings.train_tokenizer is None:
+        return contextlib.nullcontext()
+    return locked_folder(folder, "tokenizer", "another command makes a tokenizer", WAIT, wait)
 
 
 def stale_reasons(

@@ -1,4 +1,4 @@
-"""The data on disk before training begins, and the training batches with their position for checkpoints."""
+"""Preparing the data before training begins, and the training batches with a position to resume from."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from litgpt_moe.checkpoints.reader import load_tokenizer
-from litgpt_moe.data.module import TextShards
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import fits
@@ -23,17 +22,17 @@ DEMO_VOCAB = 2048
 
 
 class TrainLoader:
-    """LitGPT's training batches: their position for checkpoints, and the place between steps to end at."""
+    """LitGPT's training batches, with their position for checkpoints; ends the run between two steps."""
 
     def __init__(
         self, loader: Any, seed: int, is_finished: Callable[[], bool], ending: Callable[[], str]
     ) -> None:
         self.loader, self.seed = loader, seed
         self.is_finished, self.ending = is_finished, ending
-        # below Fabric's wrapper: a loader of ours knows its position itself
+        # without Fabric's wrapper; our own loader knows its position
         self.inner = getattr(loader, "_dataloader", loader)
         self.has_state = hasattr(self.inner, "state_dict")
-        # the position in a loader without a state of its own
+        # the position in a loader that has no state_dict
         self.epoch = self.n_batches = 0
 
     def __len__(self) -> int:
@@ -44,20 +43,20 @@ class TrainLoader:
             return
         for batch in self.loader if self.has_state else self._replayed():
             yield batch
-            # litgpt 0.5.13 would take one more batch, which final/ would then lack
+            # litgpt 0.5.13 takes one more batch, which a run that goes on from final/ would then miss
             if self.is_finished():
                 return
             if reason := self.ending():
                 raise Ending(reason)
 
     def _replayed(self) -> Iterator[Any]:
-        """Yield the rest of an epoch drawn from its own seed, so that a resumed run can draw it again."""
+        """Yield the batches left in the epoch, shuffled by its own seed so that a resume can repeat it."""
         # what Fabric sets a distributed sampler's epoch to
         self.loader._num_iter_calls = self.epoch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + self.epoch)
             batches = iter(self.loader)
-            # samplers draw when the first batch is asked for
+            # samplers draw their random numbers at the first batch
             first = list(itertools.islice(batches, 1))
         for batch in itertools.islice(itertools.chain(first, batches), self.n_batches, None):
             self.n_batches += 1
@@ -65,33 +64,30 @@ class TrainLoader:
         self.epoch, self.n_batches = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, with at least the epoch where the loader has one."""
+        """Return the position, of a loader with its own state_dict in the form of that."""
         if self.has_state:
             return self.inner.state_dict()
         return {"epoch": self.epoch, "n_batches": self.n_batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         if self.has_state:
-            self.inner.load_state_dict(state)
-        else:
-            if not fits(state, {"epoch": 0, "n_batches": 0}):
-                raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
-            self.epoch, self.n_batches = state["epoch"], state["n_batches"]
+            return self.inner.load_state_dict(state)
+        if not fits(state, {"epoch": 0, "n_batches": 0}):
+            raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
+        self.epoch, self.n_batches = state["epoch"], state["n_batches"]
 
 
 def prepare_data_of(run: Run) -> None:
-    """Put the data on disk, up to date; raises ValueError if it is too short for the run."""
-    if isinstance(run.data, TextShards):
-        _prepare_text(run)
-    is_new = not (run.resume or run.initial)
-    if is_new and (n_rows := run.config.padded_vocab_size):
-        warn_of_unused_rows(run.settings, n_rows)
+    """Prepare the data on disk; ValueError if there is too little for the run."""
+    if run.data_dir is not None:
+        _prepare_text(run, run.data_dir)
+    if not (run.resume or run.initial):
+        warn_of_unused_rows(run)
 
 
-def _prepare_text(run: Run) -> None:
+def _prepare_text(run: Run, folder: Path) -> None:
     settings = run.settings
-    folder = Path(run.data.train_data_path).parent
     needed = PrepareSettings(data_dir=folder, tokenizer_dir=settings.tokenizer_dir)
     has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
     if not has_tokenizer and (run.demo_data or run.config.padded_vocab_size == DEMO_VOCAB):
@@ -104,7 +100,7 @@ def _prepare_text(run: Run) -> None:
         prepare(replace(needed, dataset="demo"))
     elif not has_tokenizer:
         prepare(needed)
-    # LitGPT asks for the loaders again; asking here reports too little text before the model is built
+    # LitGPT builds its own loaders later; here they report too little text before the model is built
     run.data.connect(load_tokenizer(settings.tokenizer_dir), settings.train.micro_batch_size, run.block_size)
     run.data.prepare_data()
     run.data.train_dataloader()

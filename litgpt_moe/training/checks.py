@@ -1,4 +1,4 @@
-"""What is known to be wrong with a run before its first file is written: one sentence a problem."""
+"""The checks of a run before its first file is written: one sentence for each problem."""
 
 import contextlib
 import functools
@@ -7,60 +7,39 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
+from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.config import ModelFacts
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import existing_parent, locked_folder
+from litgpt_moe.files import check_no_links, existing_parent, locked_folder
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
-from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
 
-# the lowest value that makes sense; 0 switches off where it is allowed
+if TYPE_CHECKING:
+    from litgpt_moe.training.run import Run
+
+# keys by the lowest value that makes sense; where 0 is allowed, it switches something off
 LOWEST = {
-    "train.global_batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.max_tokens": 1,
-    "train.max_seq_length": 1,
-    "train.log_interval": 1,
-    "train.save_interval": 1,
-    "train.lr_warmup_steps": 0,
-    "train.lr_warmup_fraction": 0,
-    "train.min_lr": 0,
-    "train.max_norm": 0,
-    "train.max_time": 1,
-    "moe.aux_loss_coef": 0,
-    "moe.z_loss_coef": 0,
-    "moe.bias_update_rate": 0,
-    "schedule.warmup_tokens": 0,
-    "schedule.decay_fraction": 0,
-    "checkpoints.keep_last": 1,
-    "checkpoints.keep_every": 1,
-    "guard.max_skipped_steps": 1,
-    "guard.spike_sigma": 0,
-    "eval.interval": 1,
-    "eval.max_iters": 1,
-    "eval.max_new_tokens": 0,
-    "num_nodes": 1,
-    "seed": 0,
+    1: "num_nodes train.global_batch_size train.micro_batch_size train.max_tokens train.max_seq_length "
+    "train.log_interval train.save_interval train.max_time checkpoints.keep_last checkpoints.keep_every "
+    "guard.max_skipped_steps eval.interval eval.max_iters",
+    0: "seed train.lr_warmup_steps train.lr_warmup_fraction train.min_lr train.max_norm moe.aux_loss_coef "
+    "moe.z_loss_coef moe.bias_update_rate schedule.warmup_tokens schedule.decay_fraction guard.spike_sigma "
+    "eval.max_new_tokens",
 }
 
 
 def run_lock(out_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """Return what keeps a second run out of `out_dir`."""
+    """Return the lock that keeps a second run out of `out_dir`."""
     return locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
 
 
-# --- settings among themselves ------------------------------------------------------------------------------
-
-
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
-    """Return one sentence per training setting that is out of range, ignored by LitGPT, or does not fit.
+    """Return a sentence for each setting that is out of range, that LitGPT ignores, or that does not fit.
 
     `block_size` is the model's, None where its configuration has problems of its own.
     """
@@ -71,7 +50,7 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
 
 
 def _value_problems(settings: Settings) -> Iterator[str]:
-    for key, lowest in LOWEST.items():
+    for key, lowest in ((key, lowest) for lowest, keys in LOWEST.items() for key in keys.split()):
         value: Any = functools.reduce(getattr, key.split("."), settings)
         highest = 2**32 - 1 if key == "seed" else 10**15
         if value is not None and not lowest <= value <= highest and value != float("inf"):
@@ -92,7 +71,7 @@ def _value_problems(settings: Settings) -> Iterator[str]:
 
 
 def _ignored_problems(settings: Settings) -> Iterator[str]:
-    # LitGPT takes them and never reads them in pretraining
+    # LitGPT accepts these and never reads them in pretraining
     for key, value in (("epochs", settings.train.epochs), ("max_steps", settings.train.max_steps)):
         if value is not None:
             yield f"train.{key} is {value}, which LitGPT ignores in pretraining; use train.max_tokens"
@@ -134,92 +113,87 @@ def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -
         )
 
 
-# --- settings and the machine -------------------------------------------------------------------------------
-
-
-def check_tokenizer(settings: Settings, n_rows: int) -> None:
-    """Raise ValueError if the tokenizer in place cannot be used by a model of `n_rows` vocabulary rows."""
-    folder = settings.tokenizer_dir
+def check_tokenizer(run: "Run") -> None:
+    """Raise ValueError if the tokenizer has more pieces than the model has vocabulary rows."""
+    folder, n_rows = run.settings.tokenizer_dir, run.config.padded_vocab_size or 0
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json")
     size = vocabulary_size(folder)
     if size is not None and size > n_rows:
         raise ValueError(
-            f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {settings.model_config} "
+            f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} "
             f"is {n_rows}; "
             "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
         )
 
 
-def warn_of_unused_rows(settings: Settings, n_rows: int) -> None:
+def warn_of_unused_rows(run: "Run") -> None:
     """Warn of a model with more than twice as many vocabulary rows as the tokenizer has pieces."""
-    size = vocabulary_size(settings.tokenizer_dir)
+    folder, n_rows = run.settings.tokenizer_dir, run.config.padded_vocab_size or 0
+    size = vocabulary_size(folder)
     if size is not None and 2 * size < n_rows:
         note_once(
-            f"Warning: {settings.tokenizer_dir}: the tokenizer has {size} pieces but padded_vocab_size in "
-            f"{settings.model_config} is {n_rows}: the other rows take memory and time in each step and "
+            f"Warning: {folder}: the tokenizer has {size} pieces but padded_vocab_size in "
+            f"{run.settings.model_config} is {n_rows}: the other rows take memory and time in each step and "
             f"are never used; set that and vocab_size to {size}."
         )
 
 
 def vocabulary_size(tokenizer_dir: Path) -> int | None:
-    """Return how many pieces a tokenizer has, None if there is none yet (preparing the data gets one)."""
-    is_there = (tokenizer_dir / "tokenizer.json").is_file()
-    return read_tokenizer_facts(tokenizer_dir).vocab_size if is_there else None
+    """Return the number of pieces of the tokenizer, None until preparing the data has got one."""
+    if not (tokenizer_dir / "tokenizer.json").is_file():
+        return None
+    return read_tokenizer_facts(tokenizer_dir).vocab_size
 
 
-def check_memory(settings: Settings, facts: ModelFacts, precision: str, world_size: int) -> None:
-    """Raise ValueError if the weights and their gradients alone are more than the machine's memory."""
-    needed = 2 * facts.total_params * (2 if precision.endswith("16-true") else 4)
-    has = memory_bytes()
-    if has_cuda() and settings.accelerator in ("auto", "cuda", "gpu"):
-        has = torch.cuda.mem_get_info()[1] * world_size
+def check_memory(run: "Run") -> None:
+    """Raise ValueError if the weights and their gradients alone need more memory than the machine has."""
+    needed, has = 2 * run.weight_bytes, memory_bytes()
+    if has_cuda() and run.settings.accelerator in ("auto", "cuda", "gpu"):
+        has = torch.cuda.mem_get_info()[1] * run.world_size
     if needed > has:
         raise ValueError(
-            f"{settings.model_config}: {facts.total_params:,} parameters and their gradients need "
+            f"{run.settings.model_config}: {run.facts.total_params:,} parameters and their gradients need "
             f"{needed / 1e9:.4g} GB of memory but there are {has / 1e9:.4g}; choose a smaller model"
         )
 
 
-def check_out_dir(
-    settings: Settings,
-    resume: OpenCheckpoint | None,
-    initial: OpenCheckpoint | None,
-    checkpoint_bytes: int,
-    n_steps_left: int,
-) -> None:
-    """Raise ValueError if the output directory holds another run, cannot be written, or has no room."""
-    out_dir = settings.out_dir
-    if initial and settings.overwrite and out_dir.resolve() in initial.file.resolve().parents:
+def check_writable(out_dir: Path) -> None:
+    """Raise ValueError if `out_dir` cannot be written, or cannot be created."""
+    # the first that exists may be a file: no folder can be made below it
+    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
+
+
+def check_out_dir(run: "Run") -> None:
+    """Raise ValueError if out_dir holds another run, or has no room for a checkpoint."""
+    settings, out_dir = run.settings, run.settings.out_dir
+    if run.initial and settings.overwrite and out_dir.resolve() in run.initial.file.resolve().parents:
         raise ValueError(
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
         )
-    earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
-    if earlier and resume is None and not settings.overwrite:
+    earlier = [path for path in (out_dir / FINAL, *steps_of(out_dir).values()) if path.exists()]
+    if earlier and run.resume is None and not settings.overwrite:
         is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))
         way_on = "continue it with --resume auto" if is_whole else "none of it can be continued"
         raise ValueError(
             f"{out_dir} already holds a run ({earlier[0].name}); {way_on}, "
             "choose another --out_dir, or delete it with --overwrite"
         )
-    # a file above out_dir counts too: nothing can lie in it
-    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
-    _check_disk(settings, checkpoint_bytes, n_steps_left)
-
-
-def _check_disk(settings: Settings, checkpoint_bytes: int, n_steps_left: int) -> None:
-    out_dir = settings.out_dir
+    check_no_links(logs := out_dir / "logs")
+    check_no_links(*logs.rglob("*"))
     free = shutil.disk_usage(existing_parent(out_dir)).free
-    if free < checkpoint_bytes:
+    if free < run.checkpoint_bytes:
         raise ValueError(
-            f"{out_dir}: a checkpoint needs {checkpoint_bytes:,} bytes but {free:,} are free; make room there"
+            f"{out_dir}: a checkpoint needs {run.checkpoint_bytes:,} bytes but {free:,} are free; "
+            "make room there"
         )
-    n_saves = 1 + n_steps_left // (settings.train.save_interval or n_steps_left or 1)
-    # the one that is being written, and final/
+    n_steps = run.n_steps - run.start_step
+    n_saves = 1 + n_steps // (settings.train.save_interval or n_steps or 1)
+    # 2: the checkpoint that is being written, and final/
     n_at_once = min(n_saves, (settings.checkpoints.keep_last or n_saves) + 2)
-    if free < (whole := checkpoint_bytes * n_at_once):
+    if free < (whole := run.checkpoint_bytes * n_at_once):
         note_once(
             f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
             "set checkpoints.keep_last, raise train.save_interval or make room."

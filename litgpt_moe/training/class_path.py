@@ -1,4 +1,4 @@
-"""Objects from `class_path` and `init_args`, as LitGPT's YAML files name them, typed by jsonargparse."""
+"""Objects from `class_path` and `init_args` in LitGPT's YAML files, typed by jsonargparse."""
 
 import contextlib
 import difflib
@@ -14,7 +14,7 @@ from litgpt.data import DataModule
 from litgpt_moe.processes import note_once
 from litgpt_moe.yaml_files import type_words
 
-# keys whose value is a class: its base, the package of a bare name, and the usual class
+# keys whose value names a class: its base class, the package of a name without dots, the usual class
 CLASS_KEYS: dict[str, tuple[type, str, str]] = {
     "data": (DataModule, "litgpt.data", "prepare_data.TextShards"),
     "optimizer": (torch.optim.Optimizer, "torch.optim", "torch.optim.AdamW"),
@@ -30,7 +30,7 @@ class BadClass(ValueError):
 
 
 def build(key: str, spec: dict[str, Any], *args: Any) -> Any:
-    """Return the object that `spec` describes, made with `args` before its init_args, or raise BadClass."""
+    """Return the object that `spec` describes, built from `args` and its init_args; or raise BadClass."""
     kind = find_class(key, spec)
     init_args = typed_arguments(key, kind, spec)
     try:
@@ -43,14 +43,14 @@ def build(key: str, spec: dict[str, Any], *args: Any) -> Any:
 
 
 def find_class(key: str, spec: dict[str, Any]) -> type:
-    """Return the class that the class_path of `spec` names; BadClass if `key` cannot take it."""
+    """Return the class that the class_path of `spec` names; BadClass unless it is a class for `key`."""
     base, package, usual = CLASS_KEYS[key]
     path, at = spec.get("class_path"), [f"{key}.class_path"]
     if not path or not isinstance(path, str):
         raise BadClass(f"{key}.class_path is {path!r}; name a class, such as {usual}", at)
     module_name, _, name = (path if "." in path else f"{package}.{path}").rpartition(".")
     try:
-        # importing some of Python's own modules does things
+        # importing some modules of the standard library has side effects
         if module_name.partition(".")[0] in sys.stdlib_module_names:
             raise TypeError(f"Python's own modules hold no {base.__name__}")
         kind = getattr(importlib.import_module(module_name), name)
@@ -63,7 +63,7 @@ def find_class(key: str, spec: dict[str, Any]) -> type:
 
 
 def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the init_args of `spec` as `kind` annotates them: plain YAML reads 1e-5 as text."""
+    """Return the init_args of `spec`, typed as `kind` annotates them: plain YAML reads 1e-5 as text."""
     parser, words = arguments_of(kind)
     typed = {}
     for name, value in (spec.get("init_args") or {}).items():
@@ -78,9 +78,9 @@ def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any
 
 
 def arguments_of(kind: type) -> tuple[ArgumentParser, dict[str, str]]:
-    """Return a parser of a class's arguments, and what a value of each looks like: "a number or null"."""
+    """Return a parser of a class's arguments, and the words for each one's type: "a number or null"."""
     parser = ArgumentParser(exit_on_error=False)
-    # the weights come from the model
+    # params, an optimizer's weights, come from the model
     parser.add_class_arguments(kind, skip={"params"} if issubclass(kind, torch.optim.Optimizer) else set())
     kinds = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
     return parser, {name: type_words(kind) for name, kind in kinds.items()}
@@ -97,10 +97,10 @@ def _wrong_argument(class_path: str, name: str, value: Any, words: dict[str, str
 
 
 def without_foreign_arguments(given: dict[str, tuple[Any, str]], config: str) -> dict[str, tuple[Any, str]]:
-    """Leave out init_args of the YAML file `config` that a class named by a flag does not have, and say so.
+    """Return `given` without init_args of the YAML file `config` that a class named by a flag does not take.
 
-    `given` has the value of each dotted key, and the file, variable or flag that gave it.
-    They were written for the YAML's class. What both classes have (lr, weight_decay) stays, and so do flags.
+    They were written for the YAML's own class; those that both classes take (lr, weight_decay) stay. `given`
+    holds the value of each dotted key and the place that gave it. A note says what was left out.
     """
     for key in CLASS_KEYS:
         class_path, place = given.get(f"{key}.class_path", (None, config))
@@ -108,7 +108,7 @@ def without_foreign_arguments(given: dict[str, tuple[Any, str]], config: str) ->
             continue
         prefix = f"{key}.init_args."
         written = [name for name, (_, place) in given.items() if place == config and name.startswith(prefix)]
-        # a class that cannot be used is reported where it is built
+        # a class that cannot be used is reported when it is built
         with contextlib.suppress(BadClass):
             known = arguments_of(find_class(key, {"class_path": class_path}))[1]
             foreign = [name for name in written if name.removeprefix(prefix) not in known]

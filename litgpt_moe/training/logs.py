@@ -7,18 +7,17 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.fabric.loggers.logger import Logger
 from litgpt import Config
 from tqdm import tqdm
 
 from litgpt_moe.balance import STATISTICS
-from litgpt_moe.cli import command_line
-from litgpt_moe.files import write_whole
+from litgpt_moe.cli import command_line, note
+from litgpt_moe.files import open_no_link, write_whole
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
 from litgpt_moe.training.guard import Spike
@@ -26,49 +25,35 @@ from litgpt_moe.training.run import Run
 
 METRICS_FILE = Path("csv/metrics.csv")
 STEP_COLUMNS = (
-    "step",
-    "total_tokens",
-    "time_s",
-    "iter",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "skipped_steps",
-    "tokens_per_s",
-    "mfu",
-    "flops",
-    "iter_time",
-    "remaining_time",
-    "peak_memory_gb",
+    "step total_tokens time_s iter epoch loss learning_rate grad_norm skipped_steps "
+    "tokens_per_s mfu flops iter_time remaining_time peak_memory_gb"
 )
 
 
 def metric_columns(config: Config) -> list[str]:
     """Return the columns of metrics.csv: of the step, of each MoE layer's router, of a validation."""
     has_experts = config.mlp_class_name == "LLaMAMoE"
-    # as litgpt.model.Block decides it
     blocks = range(config.first_k_dense_replace or 0, config.n_layer) if has_experts else []
     router = [f"moe/{name}/layer_{layer:02d}" for layer in blocks for name in STATISTICS]
-    return [*STEP_COLUMNS, *router, "val_loss", "val_ppl"]
+    return [*STEP_COLUMNS.split(), *router, "val_loss", "val_ppl"]
 
 
 class CsvLog:
     """A CSV file with given columns. Only rank 0 writes; callers need not check.
 
-    Lightning's CSVLogger opens a new file at each resume, and loses the last rows of a run.
+    Rows that cannot be written (a full disk; on Windows, a spreadsheet that locks the file) wait for the next
+    row. Lightning's CSVLogger opens a new file at each resume, and loses the last rows of a run.
     """
 
     def __init__(self, path: Path, columns: list[str]) -> None:
-        self.path, self.columns = path, columns
-        self.n_rows = 0
-        # rows that wait while another program (Windows, a spreadsheet) has the file locked
+        self.path, self.columns, self.n_rows = path, columns, 0
         self._waiting: list[dict[str, Any]] = []
+        self.has_failed = False
 
     def keep(self, n_rows: int) -> None:
-        """Keep the first rows, which were there when the checkpoint was made; later ones are written again.
+        """Keep the first `n_rows` rows, those of the checkpoint; the resumed run writes the later ones again.
 
-        The file is rewritten whole with this log's columns, and behind them those that only the file has.
+        The file is rewritten whole with this log's columns, followed by those that only the file has.
         """
         if not self.path.is_file() or not is_main_process():
             return
@@ -87,12 +72,34 @@ class CsvLog:
             return
         self._waiting.append(row)
         self.n_rows += 1
-        with contextlib.suppress(PermissionError):
-            if not self.path.is_file():
-                self._rewrite([])
-            with self.path.open("a", encoding="utf-8", newline="") as file:
+        with self._failure_is_reported():
+            self._append()
+
+    def _append(self) -> None:
+        if not self.path.is_file():
+            self._rewrite([])
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_link) as file:
                 csv.DictWriter(file, self.columns).writerows(self._waiting)
-            self._waiting.clear()
+        except OSError:
+            # a part of the rows may be in the file, and all are written again later
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        self._waiting.clear()
+
+    @contextlib.contextmanager
+    def _failure_is_reported(self) -> Iterator[None]:
+        """Report an error of the file instead of raising it: once, until the log can be written again."""
+        try:
+            yield
+            self.has_failed = False
+        except OSError as error:
+            if not self.has_failed:
+                reason = error.strerror or error
+                note(f"Warning: {self.path} cannot be written ({reason}); training goes on, its rows wait")
+            self.has_failed = True
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         text = io.StringIO(newline="")
@@ -103,14 +110,19 @@ class CsvLog:
         write_whole(self.path, text.getvalue())
 
     def sync(self) -> None:
-        """Flush the rows to the disk, before a checkpoint counts on them."""
-        if self.path.is_file() and is_main_process():
-            with self.path.open("rb+") as file:
-                os.fsync(file.fileno())
+        """Write the rows that wait and flush the file to the disk, before a checkpoint counts on them."""
+        if not is_main_process():
+            return
+        with self._failure_is_reported():
+            if self._waiting:
+                self._append()
+            if self.path.is_file():
+                with self.path.open("rb+") as file:
+                    os.fsync(file.fileno())
 
 
 class RunLogs:
-    """The CSV files of a run; a checkpoint holds their lengths, so that a resumed run goes on behind them."""
+    """The CSV files of a run; a checkpoint holds their lengths, after which a resumed run goes on writing."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         experts = [f"e{expert}" for expert in range(config.n_expert or 0)]
@@ -127,14 +139,14 @@ class RunLogs:
         return {key: log.n_rows for key, log in self._by_key.items()}
 
     def keep(self, lengths: dict[str, int]) -> None:
-        """Keep the rows that were there when the checkpoint with these lengths was made; {} keeps none."""
+        """Keep as many rows as `lengths`, of a checkpoint, says; {} keeps none."""
         for key, log in self._by_key.items():
             log.keep(lengths.get(key, 0))
 
     def write_loads(self, step: int, layers: Iterable[int], counts: list[list[float]]) -> None:
-        """Write the tokens that each expert of each layer got, from the rows of router_statistics."""
+        """Write the tokens of each expert in each layer, from the rows of `balance.router_statistics`."""
         for layer, numbers in zip(layers, counts, strict=True):
-            # behind the experts stand the sums of four statistics
+            # the last four numbers are sums of other statistics
             load = {f"e{expert}": int(n) for expert, n in enumerate(numbers[:-4])}
             self.loads.write({"step": step, "layer": layer, **load})
 
@@ -145,7 +157,7 @@ class RunLogs:
 
 
 class StepFigures(NamedTuple):
-    """What is known of the latest step, on the host and over all ranks."""
+    """The figures of the latest step, on the host and over all ranks."""
 
     loss: float = math.nan
     grad_norm: float = math.nan
@@ -167,9 +179,9 @@ def metric_row(
     peak_flops: float,
     from_litgpt: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the row of a step in place of LitGPT's: its loss is rank 0's, its rates count validations in.
+    """Return the row of a step, without the routers' statistics, the epoch and the skipped steps.
 
-    The router's statistics, the epoch and the skipped steps are for the caller to add.
+    It replaces LitGPT's, whose loss is rank 0's and whose rates include the validations.
     """
     tokens, rate = step * run.tokens_per_step, steps_per_s * run.tokens_per_step
     return {
@@ -178,7 +190,7 @@ def metric_row(
         "time_s": seconds,
         **figures._asdict(),
         "tokens_per_s": rate,
-        # model FLOPs utilization: the share of what the devices could do at most
+        # model FLOPs utilization: the share of the devices' peak
         "mfu": rate * run.facts.flops_per_token / peak_flops,
         "flops": tokens * run.facts.flops_per_token,
         "peak_memory_gb": peak_memory_gb(),
@@ -187,7 +199,7 @@ def metric_row(
 
 
 def metric_line(row: dict[str, Any], n_steps: int, val_loss: float | None) -> str:
-    """Return a row of metrics as a line for a person."""
+    """Return a row of metrics as the line on the terminal."""
     parts = (
         f"step {row['step']:,}/{n_steps:,}",
         f"epoch {row['epoch'] + 1}",
@@ -202,7 +214,6 @@ def metric_line(row: dict[str, Any], n_steps: int, val_loss: float | None) -> st
 
 
 def _worst_layer(row: dict[str, Any]) -> list[str]:
-    """Return what the line says of the layer whose fullest expert is furthest above the mean."""
     prefix = "moe/load_imbalance/layer_"
     loads = [(value, key.removeprefix(prefix)) for key, value in row.items() if key.startswith(prefix)]
     if not loads:
@@ -212,12 +223,8 @@ def _worst_layer(row: dict[str, Any]) -> list[str]:
     return [f"load x{value:.2f} in layer {int(layer)}" + (f", {dead} dead" if dead else "")]
 
 
-class MetricLog(Logger):
-    """The logger of every run: metrics.csv, and on the terminal a live bar or else a line for each row."""
-
-    # Lightning asks for both; one log holds all resumes of a run, so it has no version
-    name = property(lambda self: "csv")
-    version = property(lambda self: None)
+class MetricLog:
+    """Fabric's logger in every run: metrics.csv, and on the terminal a live bar or a line for each row."""
 
     def __init__(self, run: Run, logs: RunLogs) -> None:
         self.run, self.logs = run, logs
@@ -225,9 +232,6 @@ class MetricLog(Logger):
         self.bar: tqdm | None = None
         # loss and val_loss
         self.latest: dict[str, float] = {}
-
-    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
-        """Do nothing: the settings are in run.json and in every checkpoint."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Write a row and show it."""
@@ -241,7 +245,7 @@ class MetricLog(Logger):
             self.print(metric_line(metrics, self.run.n_steps, self.latest.get("val_loss")))
 
     def report_spike(self, step: int, figures: StepFigures, spike: Spike) -> None:
-        """Write down where the batch of a loss spike lies, so that it can be looked at."""
+        """Log a loss spike with the place of its batch in the data, for tools/show_batch.py."""
         first = (step - 1) * self.run.settings.train.global_batch_size
         row = {"step": step, "loss": figures.loss, "grad_norm": figures.grad_norm, **spike._asdict()}
         self.logs.spikes.write({**row, "first_sequence": first})
@@ -252,7 +256,7 @@ class MetricLog(Logger):
         )
 
     def advance(self, step: int) -> None:
-        """Move the bar on after a step; the first one makes it."""
+        """Move the bar on after a step; the first step creates it."""
         n_tokens = self.run.tokens_per_step
         if self.bar is None and self.is_live:
             total, done = self.run.n_steps * n_tokens, (step - 1) * n_tokens
@@ -261,9 +265,9 @@ class MetricLog(Logger):
             self.bar.update(n_tokens)
 
     def print(self, *texts: Any, **_: Any) -> None:
-        """Print a line on stderr, except LitGPT's own that the bar, our lines and our summary replace."""
+        """Print a line on stderr, except for LitGPT's own metrics and summary, which ours replace."""
         line = " ".join(map(str, texts))
-        # litgpt 0.5.13's summary divides by a clock reading; its epoch begins at 1 again after a resume
+        # litgpt 0.5.13's summary divides by a clock reading, and its epochs restart at 1 after a resume
         if line.startswith(("| ", "-----", "Epoch ")) or not is_main_process():
             return
         if self.bar is not None:
@@ -272,6 +276,7 @@ class MetricLog(Logger):
             print(line, file=sys.stderr, flush=True)
 
     def finalize(self, status: str) -> None:
-        """Finish the bar."""
+        """Write the rows that wait, and finish the bar."""
+        self.logs.sync()
         if self.bar is not None:
             self.bar.close()

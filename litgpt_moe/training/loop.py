@@ -1,6 +1,6 @@
-"""The ways into LitGPT's training loop: a Fabric subclass, and replaced functions of litgpt.pretrain.
+"""How we hook into LitGPT's training loop: a Fabric subclass, and replaced functions of litgpt.pretrain.
 
-All was checked against litgpt 0.5.13; tests/training/test_litgpt_contract.py says where another differs.
+It was checked against litgpt 0.5.13; tests/training/test_litgpt_contract.py fails where another differs.
 """
 
 import contextlib
@@ -13,35 +13,36 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from litgpt import GPT, pretrain
+from litgpt.utils import choose_logger
 from torch.optim import Optimizer
 
 from litgpt_moe.checkpoints.state import check_moments, damage_in
-from litgpt_moe.checkpoints.writer import CheckpointWriter
-from litgpt_moe.hardware import has_cuda, keep_freed_memory, will_compile
+from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
+from litgpt_moe.hardware import avoid_wrong_gradients, has_cuda, keep_freed_memory, will_compile
 from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.optimizer import clone_state, make_optimizer
 from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.run import Run
-from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.settings import Settings, plain_settings
 from litgpt_moe.training.sharding import ShardedStrategy
 from litgpt_moe.training.steps import RunFailed
+from litgpt_moe.training.summary import describe, write_run_facts
 
 
 class TrainingFabric(L.Fabric):
-    """Fabric whose calls in LitGPT's loop reach the hooks: what the loop offers between its own lines."""
+    """Fabric whose methods, which LitGPT's loop calls, call the hooks too."""
 
     def __init__(self, hooks: LoopHooks, **options: Any) -> None:
         super().__init__(callbacks=[hooks], **options)
         self.hooks = hooks
 
     def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
-        """Return the loaders, the one for training with a position that a checkpoint can hold."""
-        hooks = self.hooks
-        train, *others = super().setup_dataloaders(*loaders, **options)
-        seed = hooks.run.settings.seed
-        hooks.loader = TrainLoader(train, seed, hooks.is_finished, lambda: hooks.ending)
+        """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
+        hooks, (train, *others) = self.hooks, super().setup_dataloaders(*loaders, **options)
+        n_steps, seed = hooks.run.n_steps, hooks.run.settings.seed
+        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, lambda: hooks.ending)
         return [hooks.loader, *others]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -57,10 +58,10 @@ class TrainingFabric(L.Fabric):
         return norm
 
     def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
-        """Load a checkpoint; if into the loop's own state, with all that a resumed run needs besides."""
+        """Load a checkpoint; into the loop's own state, with everything else that a resumed run needs."""
         if "iter_num" not in (state or {}):
             return super().load(path, state, strict=strict, weights_only=True)
-        # out of Fabric's wrapper
+        # without Fabric's wrapper
         optimizer: Optimizer = state["optimizer"].optimizer
         own = [{k: value for k, value in group.items() if k != "params"} for group in optimizer.param_groups]
         try:
@@ -70,7 +71,7 @@ class TrainingFabric(L.Fabric):
                 self.hooks.resume(state, left_over)
         except ValueError as error:
             raise RunFailed(str(error)) from error
-        # the run's own settings hold: the checkpoint has those of before, such as another weight_decay
+        # this run's settings hold, not the checkpoint's: weight_decay may have changed
         for group, settings in zip(optimizer.param_groups, own, strict=True):
             group.update(settings)
         clone_state(optimizer)
@@ -78,27 +79,31 @@ class TrainingFabric(L.Fabric):
         return {}
 
     def log_dict(self, metrics: Any, step: int | None = None) -> None:
-        """Log what the hooks make of the loop's metrics."""
-        super().log_dict(self.hooks.complete(dict(metrics)), step)
+        """Log the row that the hooks make of the loop's metrics."""
+        row = self.hooks.complete(dict(metrics))
+        try:
+            super().log_dict(row, step)
+        except OSError as error:
+            self.hooks.lose_logger(self, error)
 
     def print(self, *texts: Any, **_: Any) -> None:
-        """Print what the loop has to say beside the bar, less what our own lines replace."""
+        """Print the loop's lines through the metric log, which knows the bar."""
         self.hooks.metrics.print(*texts)
 
 
 class BackgroundIO(TorchCheckpointIO):
-    """Lightning's plugin that gets the whole state on rank 0, which the writer saves in the background."""
+    """Lightning's plugin that receives the whole state on rank 0; the writer saves it in the background."""
 
     def __init__(self, writer: CheckpointWriter, opened: OpenCheckpoint | None) -> None:
         super().__init__()
         self._writer, self._opened = writer, opened
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Copy the state to host memory; the writer's thread does the rest."""
+        """Copy the state to host memory; the writer's thread writes it to disk."""
         self._writer.hold(checkpoint)
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        """Return the content of the checkpoint that the run has checked, and has open since."""
+        """Return the content of the checkpoint that the run has opened and checked."""
         assert self._opened is not None and self._opened.file == Path(path)
         return self._opened.state
 
@@ -106,14 +111,16 @@ class BackgroundIO(TorchCheckpointIO):
 def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabric:
     """Return the Fabric that LitGPT's loop runs on: one device, DDP on CPUs, FSDP on GPUs."""
     settings, opened = run.settings, run.resume or run.initial
-    # litgpt.pretrain.setup has FSDP alone, which CPUs lack
+    # Fabric's own choice, "auto", takes a Mac's MPS, on which nothing of this has been tried
+    accelerators = {"gpu": "cuda", "auto": "cuda" if has_cuda() else "cpu"}
+    # litgpt.pretrain.setup always takes FSDP, which needs GPUs
     strategy: Any = "ddp" if run.world_size > 1 else "auto"
     plugins = [BackgroundIO(hooks.writer, opened)]
     if run.world_size > 1 and settings.accelerator != "cpu" and has_cuda():
         strategy, plugins = ShardedStrategy(hooks.writer, opened), []
     return TrainingFabric(
         hooks,
-        accelerator="cuda" if settings.accelerator == "gpu" else settings.accelerator,
+        accelerator=accelerators.get(settings.accelerator, settings.accelerator),
         devices=run.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,
@@ -126,25 +133,61 @@ def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabri
 def set_up_torch(settings: Settings, device: torch.device) -> tuple[bool, str]:
     """Set torch up for the whole process; return whether the model is compiled, and why."""
     is_compiled, why = will_compile(settings.compile, settings.accelerator)
-    # replaced_functions is for the model, this for what an optimizer compiles, at import or in its step
+    # `replaced_functions` keeps the model from being compiled, this keeps functions of optimizers from it
     torch.compiler.set_stance("default" if is_compiled else "force_eager")
+    if is_compiled:
+        avoid_wrong_gradients()
     if device.type == "cuda":
-        # only there: elsewhere it may round differently and brings no speed
+        # on CUDA alone: elsewhere it brings no speed and may round differently
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     elif device.type == "cpu":
         keep_freed_memory()
     return is_compiled, why
 
 
+def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
+    """Return the Fabric to train on, its processes running, and whether the model is compiled."""
+    loggers = other_loggers(run, hooks)
+    fabric = make_fabric(run, hooks, [hooks.metrics, *loggers])
+    is_compiled, why = set_up_torch(run.settings, fabric.device)
+    fabric.launch()
+    if fabric.is_global_zero:
+        if run.settings.overwrite:
+            delete_run(run.settings.out_dir)
+        # what is not part of this run's history
+        tidy(run.settings.out_dir, run.start_step)
+        if run.resume is None:
+            hooks.logs.keep({})
+        write_run_facts(run)
+    for logger in loggers:
+        logger.log_hyperparams(plain_settings(run.settings))
+    fabric.print(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
+    return fabric, is_compiled
+
+
+def other_loggers(run: Run, hooks: LoopHooks) -> list[Any]:
+    """Return the loggers beside metrics.csv: none, TensorBoard's or W&B's."""
+    if run.settings.logger_name == "tensorboard":
+        return [choose_logger("tensorboard", run.settings.out_dir, f"pretrain-{run.config.name}")]
+    if run.settings.logger_name == "wandb":
+        # its import takes a second
+        from litgpt_moe.training.wandb_log import WandbLog
+
+        wandb = WandbLog(run, hooks.metrics.print)
+        hooks.writer.on_saved = wandb.log_checkpoint
+        return [wandb]
+    return []
+
+
 @contextlib.contextmanager
 def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
-    """Replace functions that litgpt.pretrain calls and has no argument for; checked against 0.5.13."""
+    """Replace functions that litgpt.pretrain calls and takes no argument for; checked against 0.5.13."""
     replacements: dict[tuple[Any, str], Callable[..., Any]] = {
         # writes the weights in place, and re-parses sys.argv, which exits on our flags
         (pretrain, "save_checkpoint"): hooks.save,
-        # is silent about a loss that is not finite, and fit fails on one over 709
+        # ignores a loss that is not finite, and `fit` fails on one over 709
         (pretrain, "validate"): functools.partial(hooks.validate, pretrain.validate),
-        # has one group for all weights, and its own idea of `fused`
+        # puts all weights into one group, and sets `fused` by the device alone
         (pretrain, "instantiate_torch_optimizer"): lambda spec, *_, **__: make_optimizer(
             hooks.run.settings, hooks.gpt, spec
         ),
@@ -165,7 +208,7 @@ def _loss(
     hooks: LoopHooks, cross_entropy: Callable[..., torch.Tensor], output: Any, targets: Any, **options: Any
 ) -> torch.Tensor:
     head = hooks.head
-    # chunk_size=0 marks the model whose FLOPs are counted, which has logits
+    # `fit` passes chunk_size=0 for the model that counts FLOPs, whose output are logits
     if head is None or options.get("chunk_size") == 0:
         return cross_entropy(output, targets, **options)
     # autocast does not reach into a custom autograd function

@@ -13,7 +13,7 @@ from litgpt_moe.training.settings import Settings
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a parameter has in the model itself, without those of FSDP's wrappers."""
+    """Return a parameter's name in the model itself, without the names of FSDP's wrappers."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
@@ -22,10 +22,10 @@ def sort_parameters(model: GPT) -> tuple[list[nn.Parameter], list[nn.Parameter],
     named = dict(model.named_parameters())
     n_dims = {name: weight.ndim for name, weight in named.items()}
     if any(name != plain_name(name) for name in named):
-        # FSDP flattens what it shards: the shapes are those of the model before that
+        # FSDP flattens the parameters; their shapes are those of the model before
         with torch.device("meta"):
             n_dims = {name: weight.ndim for name, weight in GPT(model.config).named_parameters()}
-    # the head too, where the two are tied
+    # with tied embeddings this is the head too
     embedding = model.get_submodule("transformer.wte").weight
     matrices, head, others = [], [], []
     for name, weight in named.items():
@@ -40,15 +40,15 @@ def sort_parameters(model: GPT) -> tuple[list[nn.Parameter], list[nn.Parameter],
 class MuonWithAdamW(Optimizer):
     """Muon (kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW for all other weights.
 
-    Muon works on each matrix by itself, so on each expert by itself. One learning rate serves both, for
-    Muon's updates are scaled to the RMS of AdamW's (arxiv.org/abs/2502.16982, section 2.2) unless init_args
-    name another adjust_lr_fn.
+    Muon updates each matrix, so each expert, by itself. One learning rate serves both: Muon's updates are
+    scaled to the RMS of AdamW's (arxiv.org/abs/2502.16982, section 2.2), unless init_args name another
+    adjust_lr_fn.
     """
 
     def __init__(self, matrices: list[nn.Parameter], others: list[dict[str, Any]], **init_args: Any) -> None:
         init_args.setdefault("adjust_lr_fn", "match_rms_adamw")
         shared = {key: init_args[key] for key in ("lr", "weight_decay") if key in init_args}
-        # betas: 0.95 for the second moment, as usual for AdamW beside Muon
+        # 0.95 for the second moment is usual for AdamW beside Muon
         adamw = AdamW(others, **shared, betas=(0.9, 0.95), fused=True)
         self.parts: list[Optimizer] = [Muon(matrices, **init_args), adamw]
         groups = [group for part in self.parts for group in part.param_groups]
@@ -56,14 +56,14 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both parts work on this optimizer's groups and state, which are what is saved and loaded."""
+        """Let both parts use this optimizer's groups and state, which checkpoints save and load."""
         n_muon = len(self.parts[0].param_groups)
         parts_groups = (self.param_groups[:n_muon], self.param_groups[n_muon:])
         for part, groups in zip(self.parts, parts_groups, strict=True):
             part.param_groups, part.state = groups, self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the groups and state, which torch replaces by new objects, and share these again."""
+        """Load the groups and state; torch replaces the objects, so share the new ones."""
         super().load_state_dict(state_dict)
         self._share()
 
@@ -74,7 +74,7 @@ class MuonWithAdamW(Optimizer):
 
 
 def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Optimizer:
-    """Return the optimizer that `spec` (class_path and init_args) describes, with decay where it belongs."""
+    """Return the optimizer that `spec` describes, its weights grouped by `weight_decay_on`."""
     kind, init_args = find_class("optimizer", spec), dict(spec["init_args"])
     parameters = inspect.signature(kind).parameters
     matrices, head, others = sort_parameters(model)
@@ -83,14 +83,14 @@ def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Opti
         without_decay["weight_decay"] = 0.0
     if kind is Muon:
         return MuonWithAdamW(matrices, [{"params": head}, without_decay], **init_args)
-    # one kernel over all weights: on two CPU cores a seventh of the time of one call per weight
+    # one kernel for all weights: on two CPU cores it takes a seventh of the time of one call per weight
     if "fused" in parameters and not {"fused", "foreach"} & set(init_args):
         init_args["fused"] = True
     return kind([{"params": matrices + head}, without_decay], **init_args)
 
 
 def clone_state(optimizer: Optimizer) -> None:
-    """Clone what a memory-mapped load left in the checkpoint file: its disk space would stay in use."""
+    """Clone the optimizer's state: after a memory-mapped load it keeps the checkpoint file in use."""
     for moments in optimizer.state.values():
         for name, value in moments.items():
             if isinstance(value, torch.Tensor) and value.device.type == "cpu":

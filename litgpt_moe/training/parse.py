@@ -28,15 +28,16 @@ FLAG_TO_KEY = {
     "train_config": "config",
     "wandb_dataset_artifact": "wandb_dataset",
 }
-# each of these flags may be an environment variable instead, in upper case
-FLAGS_OF_VARIABLES = ("resume", "wandb_artifacts_dir", "dataset_dir", *FLAG_TO_KEY)
-VARIABLES = [name.upper() for name in FLAGS_OF_VARIABLES if name != "train_config"]
-# fields that are dataclasses: `key: value` lines under them in YAML
+# environment variables, each named as its flag in upper case
+VARIABLES = [name.upper() for name in FLAG_TO_KEY if name != "train_config"]
+VARIABLES += ["RESUME", "WANDB_ARTIFACTS_DIR", "DATASET_DIR"]
+# fields that are dataclasses: in YAML they have `key: value` lines of their own
 GROUPS = {f.name: f.type for f in fields(Settings) if isinstance(f.type, type) and is_dataclass(f.type)}
 SWITCHES = {f.name for f in fields(Settings) if f.type is bool} | {
     f"{group}.{f.name}" for group, kind in GROUPS.items() for f in fields(kind) if f.type is bool
 }
-# names of files that belong together when they lie in one folder: a checkpoint's own, and the demo's
+SWITCH_FLAGS = {f"--{name}" for name in SWITCHES}
+# file names that belong together when they lie in one folder: a checkpoint's, and the demo's
 PAIRS = (("train_config.yaml", "model_config.yaml"), ("demo_train.yaml", "demo_model.yaml"))
 
 Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, variable or flag that gave it)
@@ -44,7 +45,7 @@ Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, va
 
 @dataclass
 class Parsed:
-    """Typed settings, where each value came from, and all that is wrong with them, to be read at once."""
+    """Typed settings, the place each value came from, and their problems, reported all at once."""
 
     settings: Settings
     places: dict[str, str]
@@ -52,14 +53,14 @@ class Parsed:
     problems: list[str] = field(default_factory=list)
 
     def add(self, problems: list[str]) -> None:
-        """Add problems, each behind the places of the keys that it calls by name ("KEY is VALUE")."""
+        """Add problems, each prefixed with the places of the keys that it names ("KEY is VALUE")."""
         for problem in problems:
             named = re.findall(r"(?:^|and |but )([\w.]+)(?= is )", problem)
             keys = [key for key in named if key in self.places]
             self.problems.append(f"{self._places_of(keys)}: {problem}" if keys else problem)
 
     def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`, or None once its error is added."""
+        """Return `function(*args)`, or add its error and return None."""
         try:
             return function(*args)
         except BadClass as error:
@@ -84,7 +85,7 @@ def load_settings(argv: list[str]) -> Parsed:
     ValueError has one line per problem, naming the place, the key, the value and the way out.
     """
     given = {**read_variables(), **read_flags(argv)}
-    if "config" in given:  # it may name the model's file
+    if "config" in given:  # its model_config may name the model's file
         given = {**read_settings_file(Path(given["config"][0])), **given}
     config, model_config = choose_configs(given)
     if "config" not in given:
@@ -94,14 +95,10 @@ def load_settings(argv: list[str]) -> Parsed:
     return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
 
 
-# --- where values come from ---------------------------------------------------------------------------------
-
-
 def read_flags(argv: list[str]) -> Given:
-    """Return what `--key value`, `--key=value`, `--switch` and `--no_switch` give."""
-    tokens = iter(join_switches(argv, {f"--{name}" for name in SWITCHES}))
+    """Return the values of `--key value`, `--key=value`, `--switch` and `--no_switch`."""
     given: Given = {}
-    for token in tokens:
+    for token in (tokens := iter(join_switches(argv, SWITCH_FLAGS))):
         if not re.fullmatch(r"--\w+(\.\w+)*(=.*)?", token, re.DOTALL):
             raise ValueError(f"{token!r} is not a flag; write --key value (see --help)")
         name, equals, value = token[2:].partition("=")
@@ -124,13 +121,13 @@ def read_flags(argv: list[str]) -> Given:
 
 
 def read_variables() -> Given:
-    """Return what the environment variables give that are set and not empty."""
+    """Return the values of the environment variables that are set and not empty."""
     present = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     return {FLAG_TO_KEY.get(n.lower(), n.lower()): (value, f"${n}") for n, value in present.items()}
 
 
 def read_yaml(path: Path, is_foreign: bool = False) -> Given:
-    """Return what a train_config.yaml gives; `is_foreign`: of somebody else's, it may hold no aliases."""
+    """Return the values in a train_config.yaml; with `is_foreign` (a checkpoint's) aliases are refused."""
     must_be_groups = (*(f"{key}.init_args" for key in CLASS_KEYS), *GROUPS)
     given: Given = {}
 
@@ -151,7 +148,7 @@ def read_yaml(path: Path, is_foreign: bool = False) -> Given:
 
 
 def read_settings_file(path: Path) -> Given:
-    """Return what a run's own train_config.yaml gives, whose model_config may name the model's file."""
+    """Return the values in the train_config.yaml of a run, whose model_config may name the model's file."""
     given = read_yaml(path)
     config, model_config = (given.pop(key, (None, ""))[0] for key in ("config", "model_config"))
     if config is not None:
@@ -166,36 +163,33 @@ def read_settings_file(path: Path) -> Given:
     return given if model_config is None else {**given, "model_config": (model_config, str(path))}
 
 
-# --- the two files ------------------------------------------------------------------------------------------
-
-
 def choose_configs(given: Given) -> tuple[Path, Path]:
-    """Return the YAML files of the settings and of the model, and say on stderr which were taken and why.
+    """Return the YAML files of the settings and of the model; a note on stderr says which, and why.
 
-    Where one alone is named, the other is the one of the standard name beside it (PAIRS), else the default:
-    train_config.yaml, and model_config.yaml or without CUDA the demo's.
+    If only one is named, the other is its partner in PAIRS, if that lies in the same folder, or the default:
+    train_config.yaml, and model_config.yaml (without CUDA, the demo's).
     """
     named = {key: Path(given[key][0]) for key in ("config", "model_config") if key in given}
     config, model_config = named.get("config"), named.get("model_config")
-    # the file of the settings has been read already
-    if model_config and not model_config.is_file():
-        raise FileNotFoundError(
-            f"{model_config}: no such configuration file; name one that is there, as those in configs/ are"
-        )
     why_config = why_model = ""
     if config and not model_config and (model_config := _partner(config)):
         why_model = " (beside it; another: --model_config PATH)"
     elif model_config and not config and (config := _partner(model_config)):
         why_config = " (beside the model's; another: --config PATH)"
     if model_config is None:
-        model_config = _default_model()
+        model_config = ROOT / (PAIRS[0][1] if has_cuda() else f"configs/{PAIRS[1][1]}")
+        if not has_cuda():
+            note_once(
+                "No CUDA and no model config named: training the small demo model on the CPU "
+                "(MoE-200M all the same: --model_config model_config.yaml)."
+            )
         config = config or _partner(model_config)
         why_model = " (the default; another: --model_config PATH)" if named else ""
     if config is None:
         config = ROOT / PAIRS[0][0]
         why_config = " (the default; another: --config PATH)" if named else ""
     here = Path.cwd()
-    # what lies in this folder is named as a user would type it
+    # files below this folder are named by their relative path, as a user types it
     config, model_config = (
         path.relative_to(here) if path.is_relative_to(here) else path for path in (config, model_config)
     )
@@ -208,26 +202,13 @@ def _partner(path: Path) -> Path | None:
     return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
 
 
-def _default_model() -> Path:
-    if has_cuda():
-        return ROOT / PAIRS[0][1]
-    note_once(
-        "No CUDA and no model config named: training the small demo model on the CPU "
-        "(MoE-200M all the same: --model_config model_config.yaml)."
-    )
-    return ROOT / "configs" / PAIRS[1][1]
-
-
-# --- types --------------------------------------------------------------------------------------------------
-
-
 def typed_settings(given: Given) -> Settings:
     """Return the settings with each value as its field annotates it; ValueError has a line per problem."""
     parser, words = arguments_of(Settings)
     values, problems = Namespace(), []
     for key, (value, place) in given.items():
         try:
-            # the arguments of classes are typed where these are known, in class_path
+            # init_args are typed in class_path.py, where their class is known
             values[key] = value if key.split(".")[0] in CLASS_KEYS else _typed(parser, words, key, value)
         except ArgumentError:
             problems.append(f"{place}: {_wrong(key, value, words)}")
@@ -238,10 +219,10 @@ def typed_settings(given: Given) -> Settings:
 
 
 def _typed(parser: ArgumentParser, words: dict[str, str], key: str, value: Any) -> Any:
-    # jsonargparse lets three things pass: an unknown key with the value {}, null, and "" for a path
+    # jsonargparse accepts three wrong things: an unknown key with the value {}, null, and "" for a path
     if key not in words:
         raise ArgumentError(None, "unknown")
-    # a group as a whole needs its defaults; a key without them is typed in a fortieth of the time
+    # only a whole group needs the defaults; without them parsing takes a fortieth of the time
     typed = parser.parse_object(Namespace({key: value}).as_dict(), defaults=key in GROUPS)[key]
     if (value is None and "null" not in words[key]) or (value == "" and "a path" in words[key]):
         raise ArgumentError(None, words[key])
@@ -256,16 +237,16 @@ def _wrong(key: str, value: Any, words: dict[str, str]) -> str:
     if key in MoEConfig.__dataclass_fields__:
         return f"unknown key {key}; it describes the model: set it in the file of --model_config"
     near = difflib.get_close_matches(key, words, n=1)
-    # train.min_lr is near, and never meant
+    # the nearest key is train.min_lr, which is not what the user means
     if key.rpartition(".")[2] in ("lr", "learning_rate"):
         near = ["optimizer.init_args.lr"]
     return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
 
 
 def resume_command(argv: list[str]) -> str:
-    """Return the command that goes on with the run that `argv` began."""
-    kept, flags = [], iter(join_switches(argv, {f"--{name}" for name in SWITCHES}))
-    for flag in flags:
+    """Return the command that resumes the run that `argv` started."""
+    kept = []
+    for flag in (flags := iter(join_switches(argv, SWITCH_FLAGS))):
         name, equals, _ = flag.partition("=")
         if name in ("--resume", "--initial_checkpoint_dir"):
             _ = equals or next(flags, None)

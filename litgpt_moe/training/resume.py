@@ -1,29 +1,48 @@
-"""The checkpoint that a run continues, or whose weights it starts from: found, checked, opened once."""
+"""The checkpoint that a run resumes, or whose weights it starts from: found, checked and opened once."""
 
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from litgpt import Config
+from litgpt import GPT
 
 from litgpt_moe.balance import has_selection_bias
 from litgpt_moe.checkpoints import reader
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints_of, find_checkpoint
+from litgpt_moe.checkpoints.layout import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    SETTINGS_FILE,
+    checkpoints_of,
+    find_checkpoint,
+)
 from litgpt_moe.checkpoints.state import check_state
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
-from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.settings import Settings, plain_settings
+
+# keys of a model's configuration that do not change what it computes (padded_vocab_size does)
+SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
+# settings whose change on a resume is told
+TOLD = (
+    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "dataset_dir", "wandb_dataset", "precision"),
+    *("devices", "num_nodes", "accelerator", "seed", "train.micro_batch_size", "train.max_tokens"),
+    *("train.lr_warmup", "train.min_lr", "train.max_norm"),
+)
 
 
 class OpenCheckpoint:
-    """A checkpoint whose file was read once. Its tensors are memory-mapped: values are read when used."""
+    """A checkpoint whose file is read once. Its tensors are memory-mapped: values are read when used."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        """Open the checkpoint in `folder`, whose file holds `state`; ValueError without weights."""
+        """Take the checkpoint in `folder`, whose file holds `state`; ValueError if it has no weights."""
         self.folder, self.file = folder, folder / CHECKPOINT_FILE
-        # whoever loads it empties it: a mapped file keeps its disk space while in use
+        # emptied once it is loaded: a memory-mapped file keeps its disk space in use
         self.state = state
-        # a state dict of weights with nothing around it
+        # the file holds the model's state dict alone
         self.is_bare = "model" not in state
         self.has_selection_bias = has_selection_bias(reader.weights_of(state, self.file))
 
@@ -46,7 +65,7 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     newest_first = checkpoints_of(out_dir)
     if out_dir is not settings.out_dir and not newest_first:
         reader.verify_checkpoint(folder := find_checkpoint(out_dir))
-        # whether it holds more than weights is for check_resume to say, once the settings are right
+        # check_resume, which runs when the settings are right, says whether it holds more than weights
         return OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     for folder in newest_first:
         try:
@@ -54,7 +73,6 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
         except (ValueError, OSError) as error:
             note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
-        # somebody counts on a checkpoint that is not there
         raise FileNotFoundError(
             f"resume is {resume} but {out_dir} holds no whole step-* or final; use resume: auto"
         )
@@ -62,37 +80,44 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     return None
 
 
-def find_initial(settings: Settings, config: Config) -> OpenCheckpoint | None:
-    """Return the checkpoint whose weights to start from, which must fit the model, or None."""
+def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
+    """Return the checkpoint whose weights to start from, or None; ValueError if they do not fit the model."""
     if settings.initial_checkpoint_dir is None:
         return None
     reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
     opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
-    reader.check_weights(folder, config, opened.weights)
+    reader.check_weights(folder, model, opened.weights)
+    for text in changed_meaning(folder, settings, cast(MoEConfig, model.config)):
+        note_once(f"Warning: {folder}: {text}; the weights were trained with what it was.")
     return opened
 
 
 def check_resume(
-    opened: OpenCheckpoint, settings: Settings, config: Config, optimizer: str, tokens_per_step: int
+    opened: OpenCheckpoint, settings: Settings, model: GPT, optimizer: str, tokens_per_step: int
 ) -> int:
-    """Return the steps done in a checkpoint, or raise ValueError if these settings cannot continue it."""
+    """Return the steps done in a checkpoint; ValueError if these settings cannot continue it."""
     check_state(opened.state, opened.folder)
     folder, step = opened.folder, opened.state["step_count"]
-    reader.check_weights(folder, config, opened.weights)
+    reader.check_weights(folder, model, opened.weights)
     if settings.moe.bias_update_rate and not opened.has_selection_bias:
         raise ValueError(
             f"{folder} was trained without a selection bias; drop moe.bias_update_rate, or start "
             "from its weights with --initial_checkpoint_dir"
         )
     before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE, is_foreign=True).items()}
-    _check_unchanged(folder, before, settings, optimizer)
+    if changes := [
+        *changed_meaning(folder, settings, cast(MoEConfig, model.config)),
+        *_changed_run(before, settings, optimizer),
+    ]:
+        raise ValueError("\n".join(f"{folder}: {text}; resume with what it was" for text in changes))
+    _say_what_changed(folder, before, settings)
     n_steps = (settings.train.max_tokens or 0) // tokens_per_step
     if step > n_steps:
         raise ValueError(f"{folder} is past the {n_steps} steps of train.max_tokens; raise that")
     if step == n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
     total = before.get("train.max_tokens")
-    # LitGPT's own checkpoints may have anything there
+    # LitGPT's own checkpoints may hold another type
     n_before = total // tokens_per_step if isinstance(total, int) else n_steps
     if n_before != n_steps and settings.schedule.name != "constant":
         note_once(
@@ -102,14 +127,59 @@ def check_resume(
     return step
 
 
-def _check_unchanged(folder: Path, before: dict[str, Any], settings: Settings, optimizer: str) -> None:
+def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
+    """Yield what makes the weights of a checkpoint compute something else now: model keys, the tokenizer."""
+    # an object has the defaults, with which the model was trained, of keys that an old file lacks
+    before = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
+    for key in (item.name for item in fields(MoEConfig) if item.name not in SAME_FUNCTION):
+        if (was := getattr(before, key)) != (value := getattr(config, key)):
+            yield f"{CONFIG_FILE}: {key} was {was}, now {value}"
+    # litgpt 0.5.13 computes the norm of models with these words in their name in another way
+    if any((word in before.name) != (word in config.name) for word in ("Gemma", "OLMo")):
+        yield f"{CONFIG_FILE}: name was {before.name}, now {config.name}"
+    if not (folder / "tokenizer.json").is_file():
+        return  # LitGPT's converters may write none
+    named = settings.tokenizer_dir
+    if not (named / "tokenizer.json").is_file():
+        yield f"tokenizer_dir is {named}, but {named} holds no tokenizer.json"
+    elif _tokenizer_key(folder) != _tokenizer_key(named):
+        yield f"its tokenizer is not the one in {named} (tokenizer_dir)"
+
+
+def _tokenizer_key(folder: Path) -> tuple[str, int, int]:
+    facts = read_tokenizer_facts(folder)
+    return facts.sha256, facts.bos_id, facts.eos_id
+
+
+def _changed_run(before: dict[str, Any], settings: Settings, optimizer: str) -> Iterator[str]:
+    """Yield the settings with which the training state does not fit any more."""
     for key, value in (
         ("train.global_batch_size", settings.train.global_batch_size),
         ("train.max_seq_length", settings.train.max_seq_length),
+        ("train.tie_embeddings", settings.train.tie_embeddings),
         ("optimizer.class_path", optimizer),
         ("weight_decay_on", settings.weight_decay_on),
     ):
-        # a class has several paths: torch.optim.AdamW is torch.optim.adamw.AdamW too
-        names = [str(text).rpartition(".")[2] for text in (before.get(key, value), value)]
+        # a class has several paths: torch.optim.AdamW is also torch.optim.adamw.AdamW
+        names = [str(text or None).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
-            raise ValueError(f"{folder}: {key} was {before[key]}, now {value}; resume with what it was")
+            yield f"{key} was {before[key]}, now {value}"
+
+
+def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
+    now, default = (dict(_flat(plain_settings(some))) for some in (settings, Settings()))
+    changes = [
+        f"{key} {was} -> {value}"
+        for key, value in now.items()
+        if (was := before.get(key, default.get(key))) != value and key.startswith(TOLD)
+    ]
+    if changes:
+        note_once(f"Changed since {folder}: {'; '.join(changes)}.")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

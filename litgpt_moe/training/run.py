@@ -1,5 +1,6 @@
-"""From a command line to a Run: everything is decided and checked before the first file is written."""
+"""From a command line to a Run: all is decided and checked before the first file is written."""
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,21 +18,21 @@ from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
-from litgpt_moe.training.parse import load_settings
+from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import OpenCheckpoint, check_resume, find_initial, find_resume
 from litgpt_moe.training.settings import Settings
 
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run. Its settings are as they run and are saved: whole steps, the device's own precision."""
+    """A checked run. Its settings are saved as they run: whole steps, the precision of the device."""
 
     settings: Settings
     config: MoEConfig
     facts: ModelFacts
     data: Any  # a LitGPT data module, of whatever class the settings name
     optimizer: dict[str, Any]
-    """class_path and init_args, typed and tried out."""
+    """class_path and init_args, typed and tried."""
     precision: str
     devices: int
     """Devices on this machine."""
@@ -40,9 +41,9 @@ class Run:
     start_step: int = 0
     """Steps done before this process."""
     demo_data: bool = False
-    """Whether there was no text at all yet, so that the demo stories are written."""
+    """Whether the demo stories are written, because there is no text yet."""
     started: float = field(default_factory=time.monotonic)
-    """When the command began, on the clock of time.monotonic; train.max_time counts from there."""
+    """time.monotonic() at the start of the command, from which train.max_time counts."""
 
     @property
     def block_size(self) -> int:
@@ -56,45 +57,65 @@ class Run:
 
     @property
     def n_steps(self) -> int:
-        """Steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return (self.settings.train.max_tokens or 0) // self.tokens_per_step
 
     @property
     def world_size(self) -> int:
-        """Processes of the run, one a device."""
+        """Processes of the run, one per device."""
         return self.devices * self.settings.num_nodes
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of one device in a step."""
+        """Gradient accumulation: micro-batches of one device in a step."""
         train = self.settings.train
         return train.global_batch_size // self.world_size // train.micro_batch_size
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the weights."""
+        return self.facts.total_params * (2 if self.precision.endswith("16-true") else 4)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint: the weights and AdamW's two moments."""
-        return 3 * self.facts.total_params * (2 if self.precision.endswith("16-true") else 4)
+        return 3 * self.weight_bytes
+
+    @property
+    def data_dir(self) -> Path | None:
+        """The data folder of TextShards; None with another data module."""
+        return Path(self.data.train_data_path).parent if isinstance(self.data, TextShards) else None
 
 
 def to_litgpt(settings: Settings) -> tuple[litgpt_args.TrainArgs, litgpt_args.EvalArgs]:
     """Return new objects of LitGPT's classes for pretrain.main; changing them changes no settings."""
-    # the story at a validation is ours: LitGPT's check refuses max_new_tokens in pretraining
-    evaluation = replace(settings.eval, max_new_tokens=None)
-    return litgpt_args.TrainArgs(**asdict(settings.train)), litgpt_args.EvalArgs(**asdict(evaluation))
+    # LitGPT refuses max_new_tokens in pretraining; the story at a validation is ours
+    evaluation = asdict(replace(settings.eval, max_new_tokens=None))
+    return litgpt_args.TrainArgs(**asdict(settings.train)), litgpt_args.EvalArgs(**evaluation)
 
 
-def set_up(argv: list[str]) -> Run:
+def set_up(argv: list[str], held: contextlib.ExitStack | None = None) -> Run:
     """Return the checked run of a command line, whose data may still have to be prepared.
 
-    Ask `launcher_problems()` before importing this module: Lightning trips over the variables it is about.
+    `held` gets the lock of the run's folder. It is taken before the checks, whose results hold only while no
+    other run works there; without `held` it is released again.
 
-    Raises:
-        ValueError: every problem at once, one line each, with its place and the way out.
-        OSError: a file cannot be read, W&B cannot be reached, or another run is live in the folder.
+    ValueError has one line per problem, with its place and the way out; OSError says which file cannot be
+    read, that W&B cannot be reached, or that another run is live in the folder. Call `launcher_problems()`
+    before this module is imported: Lightning's import fails on the variables that it checks.
     """
     parsed = load_settings(argv)
+    parsed.attempt(checks.check_writable, out_dir := parsed.settings.out_dir)
+    with contextlib.ExitStack() as own:
+        if is_main_process() and not parsed.problems:
+            (own if held is None else held).enter_context(checks.run_lock(out_dir))
+        return _checked_run(parsed)
+
+
+def _checked_run(parsed: Parsed) -> Run:
     settings = with_dataset(parsed.settings)
-    config = parsed.attempt(MoEConfig.from_file, settings.model_config)
+    built: Any = parsed.attempt(MoEConfig.model_from_file, settings.model_config) or (None, None)
+    config, model = built
     wanted = (settings.accelerator, settings.devices, settings.num_nodes, settings.precision)
     precision, devices = parsed.attempt(training_device, *wanted) or ("", 1)
     world_size = devices * settings.num_nodes
@@ -103,28 +124,24 @@ def set_up(argv: list[str]) -> Run:
     data = parsed.attempt(build_data, settings)
     settings = parsed.attempt(with_tokenizer, settings, data) or settings
     optimizer = parsed.attempt(optimizer_spec, settings)
-    if is_main_process() and settings.out_dir.is_dir():
-        with checks.run_lock(settings.out_dir):
-            pass  # of a folder that a live run is changing nothing can be said
     resume = parsed.attempt(find_resume, settings)
     parsed.raise_all()
-    initial = parsed.attempt(find_initial, settings, config)
-    facts = model_facts(config, settings.train.max_seq_length)
+    facts = model_facts(config, settings.train.max_seq_length, model)
+    initial = parsed.attempt(find_initial, settings, model)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
-    run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(settings, data))
-    parsed.attempt(checks.check_tokenizer, settings, config.padded_vocab_size)
-    parsed.attempt(checks.check_memory, settings, facts, precision, world_size)
+    run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(run))
+    parsed.attempt(checks.check_tokenizer, run)
+    parsed.attempt(checks.check_memory, run)
     if resume:
-        checked = (resume, settings, config, optimizer["class_path"], run.tokens_per_step)
+        checked = (resume, run.settings, model, optimizer["class_path"], run.tokens_per_step)
         run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
-    room = (run.checkpoint_bytes, run.n_steps - run.start_step)
-    parsed.attempt(checks.check_out_dir, settings, resume, initial, *room)
+    parsed.attempt(checks.check_out_dir, run)
     parsed.raise_all()
     return run
 
 
 def with_dataset(settings: Settings) -> Settings:
-    """Return the settings with the folder of the W&B data set, once it is here, and its own tokenizer."""
+    """Return the settings with the downloaded W&B data set, and the tokenizer in the data folder, if any."""
     if settings.wandb_dataset:
         folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
         settings = replace(settings, dataset_dir=folder)
@@ -142,15 +159,15 @@ def with_tokenizer(settings: Settings, data: Any) -> Settings:
 
 
 def _as_run(run: Run) -> Settings:
-    # whole steps, a logged one at least
-    max_tokens = run.n_steps * run.tokens_per_step
-    log_interval = min(run.settings.train.log_interval, run.n_steps)
-    train = replace(run.settings.train, max_tokens=max_tokens, log_interval=log_interval)
+    # max_tokens in whole steps, and log_interval so that at least one step is logged
+    train = run.settings.train
+    log_interval = min(train.log_interval, run.n_steps)
+    train = replace(train, max_tokens=run.n_steps * run.tokens_per_step, log_interval=log_interval)
     return replace(run.settings, train=train, precision=run.precision, devices=run.devices)
 
 
 def build_data(settings: Settings) -> Any:
-    """Return the data module, ours with the run's tokenizer and seed; ValueError if it cannot be made."""
+    """Return the data module (TextShards with the run's tokenizer and seed), or raise ValueError."""
     init_args = dict(settings.data.get("init_args") or {})
     if settings.dataset_dir:
         init_args |= {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
@@ -165,18 +182,18 @@ def build_data(settings: Settings) -> Any:
     return data
 
 
-def _wants_demo_data(settings: Settings, data: Any) -> bool:
-    """Return whether there is no text, where nobody named a folder: a mistyped one is not to be filled."""
-    if not isinstance(data, TextShards) or settings.dataset_dir is not None:
+def _wants_demo_data(run: Run) -> bool:
+    # in the default folder alone: a mistyped folder must not be filled with stories
+    if run.settings.dataset_dir is not None or run.data_dir != DEFAULT_DATA_DIR:
         return False
-    folder = Path(data.train_data_path)
-    has_text = (folder.parent / MANIFEST).is_file() or any(folder.glob("*.txt"))
-    return folder.parent == DEFAULT_DATA_DIR and not has_text
+    return not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not any(
+        Path(run.data.train_data_path).glob("*.txt")
+    )
 
 
 def optimizer_spec(settings: Settings) -> dict[str, Any]:
     """Return the optimizer's class_path and init_args, typed; BadClass if torch refuses them."""
-    # tried on one weight (a matrix, for Muon), so that a value it refuses is known before anything is written
+    # torch checks the values when an optimizer is built: try it on one weight (a matrix, which Muon needs)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     kind = type(class_path.build("optimizer", settings.optimizer, [weight]))
     init_args = class_path.typed_arguments("optimizer", kind, settings.optimizer)

@@ -1,8 +1,27 @@
-"""The learning rate of each optimizer step: pure functions of the progress of a run."""
+"""The learning rate of each optimizer step: pure functions of the progress of a run, set on its optimizer."""
 
 import math
+from collections.abc import Callable
 
+from torch.optim import Optimizer
+
+from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import ScheduleArgs, TrainArgs
+
+
+def set_learning_rate(
+    optimizer: Optimizer, run: Run, step: int, batches_in_epoch: Callable[[], int]
+) -> float:
+    """Set the learning rate of optimizer step `step`, and return it."""
+    settings, train = run.settings, run.settings.train
+    # the loader of an endless stream has no length: it is asked for only where it is needed
+    steps_in_epoch = batches_in_epoch() / run.accumulation if train.lr_warmup_fraction else 0.0
+    warmup = warmup_steps(settings.schedule, train, run.n_steps, run.tokens_per_step, steps_in_epoch)
+    peak = float(optimizer.defaults["lr"])
+    lr = learning_rate(settings.schedule, step, run.n_steps, warmup, peak, train.min_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
 
 
 def learning_rate(
@@ -10,8 +29,7 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of optimizer step 1 <= `step` <= `n_steps`; a decay ends at `lowest`.
 
-    It counts optimizer steps and not, as litgpt 0.5.13 does, micro-batches, so that neither the number of
-    devices nor micro_batch_size changes it.
+    litgpt 0.5.13 counts micro-batches instead, so that its rate changes with devices and micro_batch_size.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps

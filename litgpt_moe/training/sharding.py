@@ -1,10 +1,11 @@
-"""FSDP: weights sharded over GPUs, in checkpoints that are those of one process."""
+"""FSDP: weights sharded over GPUs, with checkpoints as one process writes them."""
 
 import contextlib
 from typing import Any
 
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.fsdp import FSDPStrategy
+from lightning.fabric.utilities.load import _move_state_into
 from litgpt.model import Block
 from litgpt.utils import reset_parameters
 from torch import nn
@@ -22,10 +23,10 @@ def is_sharded(fabric: Fabric) -> bool:
 
 
 class ShardedStrategy(FSDPStrategy):
-    """FSDP as litgpt.pretrain.setup configures it, with the first weights and checkpoints of one process.
+    """FSDP as litgpt.pretrain.setup configures it, with the initial weights and checkpoints of one process.
 
-    Fabric's own makes training wait for the file, and orders the optimizer's state as the model's parameters
-    are, not as the optimizer's groups are.
+    Fabric's own save blocks training until the file is written, and it orders the optimizer's state by the
+    model's parameters instead of by the optimizer's groups.
     """
 
     def __init__(self, writer: CheckpointWriter, opened: OpenCheckpoint | None) -> None:
@@ -33,7 +34,7 @@ class ShardedStrategy(FSDPStrategy):
         self._writer, self._opened = writer, opened
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Initialise the whole model, then shard it: Fabric's order is another, and it unties weights."""
+        """Initialise the whole model, then shard it: Fabric initialises shards, and unties tied weights."""
         embedding, head = module.get_submodule("transformer.wte"), module.get_submodule("lm_head")
         is_tied = embedding.weight is head.weight
         module.to_empty(device=self.root_device)
@@ -43,7 +44,7 @@ class ShardedStrategy(FSDPStrategy):
         return super().setup_module(module)
 
     def save_checkpoint(self, path: Any, state: dict[str, Any], *_: Any, **__: Any) -> None:
-        """Gather the whole state on rank 0, and give it to the writer instead of writing it here."""
+        """Gather the whole state on rank 0 and pass it to the writer, which saves it in the background."""
         with whole_tensors(state["model"], rank0_only=True):
             optimizer_state = gather_optimizer_state(state.pop("optimizer"), state["model"])
             whole = self._convert_stateful_objects_in_state(state, filter={})
@@ -51,7 +52,7 @@ class ShardedStrategy(FSDPStrategy):
             self._writer.hold({**whole, "optimizer": optimizer_state})
 
     def load_checkpoint(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
-        """Shard what is in the open checkpoint into `state`; return what is left over."""
+        """Load the open checkpoint, sharded, into `state`; return the entries that `state` lacks."""
         assert self._opened is not None
         saved = self._opened.state
         if not isinstance(state, dict):  # Fabric.load_raw: a file of bare weights
@@ -60,17 +61,12 @@ class ShardedStrategy(FSDPStrategy):
             state["model"].load_state_dict(saved.pop("model"), strict=strict)
             if "optimizer" in state:
                 scatter_optimizer_state(state["optimizer"], state["model"], saved.pop("optimizer"))
-        for key in state.keys() & saved.keys():
-            value = saved.pop(key)
-            if hasattr(state[key], "load_state_dict"):
-                state[key].load_state_dict(value)
-            else:
-                state[key] = value
+        _move_state_into(saved, state, keys=set(state))
         return saved
 
 
 def whole_tensors(module: Any, rank0_only: bool) -> contextlib.AbstractContextManager[Any]:
-    """Let FSDP's state dicts hold whole tensors, in host memory, gathered from all processes."""
+    """Return a context in which FSDP's state dicts hold whole tensors, gathered in host memory."""
     return FSDP.state_dict_type(
         module,
         fsdp.StateDictType.FULL_STATE_DICT,
@@ -80,7 +76,7 @@ def whole_tensors(module: Any, rank0_only: bool) -> contextlib.AbstractContextMa
 
 
 def gather_optimizer_state(optimizer: Any, module: Any) -> dict[str, Any]:
-    """Return on rank 0 the state dict that the optimizer would have in one process."""
+    """Return, on rank 0, the state dict that the optimizer would have in a single process."""
     moments = FSDP.optim_state_dict(module, optimizer).get("state", {})
     names = _parameter_names(optimizer, module)
     return {
@@ -90,7 +86,7 @@ def gather_optimizer_state(optimizer: Any, module: Any) -> dict[str, Any]:
 
 
 def scatter_optimizer_state(optimizer: Any, module: Any, saved: dict[str, Any]) -> None:
-    """Give each process its part of what `gather_optimizer_state` or one process saved."""
+    """Load each process's shard of an optimizer state that `gather_optimizer_state` or one process saved."""
     names = _parameter_names(optimizer, module)
     groups = [{**group, "params": [names[n] for n in group["params"]]} for group in saved["param_groups"]]
     named = {"state": {names[n]: moments for n, moments in saved["state"].items()}, "param_groups": groups}
@@ -98,6 +94,6 @@ def scatter_optimizer_state(optimizer: Any, module: Any, saved: dict[str, Any]) 
 
 
 def _parameter_names(optimizer: Any, module: Any) -> list[str]:
-    """Return the names of the optimizer's parameters, at the numbers that its state dict gives them."""
+    """Return the names of the optimizer's parameters, in the order in which its state dict numbers them."""
     names = {id(weight): plain_name(name) for name, weight in module.named_parameters()}
     return [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]

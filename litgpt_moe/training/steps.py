@@ -1,4 +1,4 @@
-"""What is decided at each optimizer step (does it count, does the run go on), and how long steps take."""
+"""Decisions at each optimizer step (does it count, does the run go on), and how long steps take."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from litgpt_moe.training.settings import Settings
 
 
 class Ending(Exception):
-    """Raised between two steps, when everything is saved, to leave LitGPT's loop."""
+    """Leaves LitGPT's loop between two steps, once everything is saved."""
 
 
 class RunFailed(WorkFailed):
@@ -24,10 +24,10 @@ class RunFailed(WorkFailed):
 
 
 class StopSignals:
-    """While active: the first signal asks for an end after this step, a second one leaves at once."""
+    """While active, a first signal asks the run to end after this step, and a second one ends it at once."""
 
-    # Ctrl-C, Slurm and systemd, Slurm, Ctrl-Break
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+    # from Ctrl-C; Slurm and systemd; Slurm; Ctrl-Break; a terminal or connection that is closed
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK", "SIGHUP")
 
     def __init__(self) -> None:
         self.reason = ""
@@ -37,7 +37,9 @@ class StopSignals:
         for name in self.NAMES:
             if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
                 number = getattr(signal, name)
-                self._before[number] = signal.signal(number, self._handle)
+                # nohup has SIGHUP ignored, and so it stays
+                if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,21 +47,26 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self.reason:
-            # checkpoints are renamed when they are whole: there is nothing to break
-            os._exit(128 + number)
-        self.reason = signal.Signals(number).name
-        text = f"\n{self.reason}: finishing this step and saving; once more leaves at once.\n"
-        # not print, which the signal may have interrupted
-        os.write(2, text.encode())
+            # a closed terminal sends SIGHUP several times
+            if name != "SIGHUP":
+                # safe at any time: a checkpoint gets its name only when it is whole
+                os._exit(128 + number)
+            return
+        self.reason = name
+        text = f"\n{name}: finishing this step and saving; once more leaves at once.\n"
+        # print is not reentrant: the signal may have interrupted it; the terminal may be gone
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
 
 
 class Clock:
-    """The time that training takes, over all processes that one run has had."""
+    """The time that training takes, summed over the processes of a run that resumed each other."""
 
     def __init__(self, start_step: int) -> None:
         self.start_step, self.began = start_step, time.perf_counter()
-        # of the processes that this one resumes
+        # seconds of the processes before this one
         self.earlier_s = 0.0
         self.longest_step_s = 0.0
         self.first_step_at = self.last_step_at = 0.0
@@ -68,11 +75,11 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, with validation and saving."""
+        """Seconds of training so far, including validation and saving."""
         return self.earlier_s + time.perf_counter() - self.began
 
     def resume(self, earlier_s: float) -> None:
-        """Go on from the seconds that a checkpoint holds."""
+        """Continue from the seconds in a checkpoint."""
         self.earlier_s = self._row_s = earlier_s
 
     def end_step(self) -> None:
@@ -84,13 +91,13 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave a validation out of the rate of the next row."""
+        """Exclude a validation from the rate of the next row."""
         started = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - started
 
     def steps_per_s(self, step: int, seconds: float) -> float:
-        """Return the steps per second since the last call, validation left out; nan if no time has passed."""
+        """Return the steps per second since the last call, without validation; nan if no time has passed."""
         n_steps, elapsed = step - self._row_step, seconds - self._row_s - self._paused_s
         self._row_step, self._row_s, self._paused_s = step, seconds, 0.0
         return n_steps / elapsed if elapsed > 0 else math.nan
@@ -102,21 +109,21 @@ class Clock:
 
 
 class Verdict(NamedTuple):
-    """What becomes of a step; every rank comes to the same."""
+    """What becomes of a step; it is the same on every rank."""
 
     fail: str = ""
-    """Why the run ends at once, with what was saved before."""
+    """Why the run fails at once, with its earlier checkpoints."""
     end: str = ""
-    """Why the run ends after this step: it saves, and can go on later."""
+    """Why the run saves and ends after this step, to be resumed later."""
     skip: bool = False
-    """The loss or gradient is not finite: the weights must stay as they are."""
+    """The loss or gradient is not finite: the weights must not change."""
     give_up: bool = False
-    """So many steps in a row were skipped that the run fails."""
+    """Too many steps in a row were skipped: the run fails."""
     spike: Spike | None = None
 
 
 class Judge:
-    """Decides what becomes of each step, from its figures and from what asks the run to end."""
+    """Decides what becomes of each step by its loss and gradient, signals, time limit and failed saves."""
 
     def __init__(self, settings: Settings, began: float, stops: StopSignals, world_size: int) -> None:
         self.settings, self.began, self.stops, self.world_size = settings, began, stops, world_size
@@ -128,20 +135,20 @@ class Judge:
         `now` is on the clock of `began`; the longest step took `step_s` seconds, a save takes `save_s`;
         `failed_save` says why the latest save failed.
         """
-        # weights that are not finite cannot be saved later either
+        # weights that are not finite will not be finite at the next save either
         must_save = self.settings.checkpoints.on_full_disk == "stop"
         if failed_save is not None and (must_save or "no numbers" in failed_save):
-            # more than all ranks that ask for an end
+            # more than the votes of all ranks for an end
             return self.world_size + 1
         limit_s = self.settings.train.max_time
-        # half a step more: the longest so far need not be the longest there is
+        # 1.5: a step may take longer than the longest so far
         ends_at = now - self.began + 1.5 * step_s + save_s
         if limit_s is not None and ends_at >= limit_s and not self.stops.reason:
             self.stops.reason = f"train.max_time of {limit_s:g} s"
         return int(bool(self.stops.reason))
 
     def verdict(self, loss: float, norm: float, votes: int, failed_save: str | None) -> Verdict:
-        """Return what becomes of the step with this loss and gradient norm, which the guard remembers."""
+        """Return what becomes of the step with this loss and gradient norm; the guard remembers both."""
         if votes > self.world_size:
             reason = failed_save or "another process could not save"
             return Verdict(fail=f"{reason}; continue with --resume auto")

@@ -1,4 +1,4 @@
-"""The story that a model tells at each validation, and at the end of its training."""
+"""The stories that a model writes at each validation and at the end of its training."""
 
 import functools
 from pathlib import Path
@@ -14,14 +14,14 @@ from litgpt_moe.training.logs import CsvLog
 from litgpt_moe.training.run import Run
 
 PROMPT = "Once upon a time"
-# the same seed each time, so that stories of one run differ by what the model has learned
+# fixed, so that the stories of a run differ only by what the model has learned
 SEED = 1
 FINAL_NEW_TOKENS = 300
 SAMPLING = Sampling(temperature=0.7, top_k=0, top_p=0.9)
 
 
 class StoryLog:
-    """Writes what a model in training makes of PROMPT to logs/stories.csv, once a step at most."""
+    """Writes a continuation of PROMPT by the model in training to logs/stories.csv, one per step at most."""
 
     def __init__(self, log: CsvLog, run: Run) -> None:
         self.log, self.tokenizer_dir = log, run.settings.tokenizer_dir
@@ -31,12 +31,12 @@ class StoryLog:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer; it is there once rank 0 has prepared the data."""
+        """The run's tokenizer, loaded at first use: it exists once rank 0 has prepared the data."""
         return load_tokenizer(self.tokenizer_dir)
 
     def tell(self, model: GPT, head: LossHead | None, step: int) -> None:
-        """Write a story; the model and training's random numbers are left as they were."""
-        # the final validation may follow that of the last step
+        """Write a story, without a change to the model or to training's random generators."""
+        # the final validation may come right after the one of the last step
         if not self.max_new_tokens or self.last_step == step or not is_main_process():
             return
         self.last_step = step
@@ -50,6 +50,6 @@ class StoryLog:
 
 
 def final_story(checkpoint_dir: Path) -> str:
-    """Return a story that the saved checkpoint tells."""
+    """Return a story by the model in a checkpoint."""
     model, tokenizer = load_model(checkpoint_dir), load_tokenizer(checkpoint_dir)
     return tell_story(model, tokenizer, PROMPT, FINAL_NEW_TOKENS, SAMPLING, SEED)

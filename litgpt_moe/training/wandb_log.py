@@ -1,4 +1,4 @@
-"""The run on W&B. What fails there is reported, and training goes on."""
+"""The run on W&B. A failure there is reported, and training goes on."""
 
 import os
 import queue
@@ -10,48 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.fabric.loggers.logger import Logger
 from litgpt.utils import choose_logger
 from wandb import errors
 
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.artifact import CONNECT_SECONDS, lineage, log_checkpoint, use_dataset
-from litgpt_moe.data.module import TextShards
 from litgpt_moe.files import write_whole
 from litgpt_moe.processes import is_main_process
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.steps import RunFailed
 
-# at the end, for data and checkpoints, then for the metrics; `wandb sync` sends what is left
+# longest wait at the end: for the artifacts, then for the metrics; `wandb sync` sends what is left
 PATIENCE_S = 150
 
 
-class WandbLog(Logger):
-    """Lightning's W&B logger behind a guard, and a thread for artifacts.
+class WandbLog:
+    """Fabric's logger for W&B: Lightning's, whose errors are caught, and a thread that sends artifacts.
 
-    Data and checkpoints have their own thread because W&B, without a network, tries each again for minutes.
+    The artifacts have their own thread because W&B retries each for minutes when there is no network.
     """
 
-    # Lightning asks for both; one log holds all resumes of a run, so it has no version
-    name = property(lambda self: "wandb")
-    version = property(lambda self: None)
-
-    def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
-        self.run, self.tell = run, tell
-        self.logger: Any = connect(run, tell) if is_main_process() else None
-        """Lightning's logger; None on other ranks, and once W&B is lost."""
+    def __init__(self, run: Run, warn: Callable[[str], None]) -> None:
+        self.run, self.warn = run, warn
+        self.logger: Any = connect(run, warn) if is_main_process() else None
+        """Lightning's logger; None on other ranks, and after W&B's first error."""
         self.latest: dict[str, float] = {}
         self.lineage: dict[str, str | None] = {}
-        self._uploads: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._uploads: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._uploader = threading.Thread(target=self._upload, name="wandb", daemon=True)
         self._uploader.start()
-        if self.logger is not None and isinstance(run.data, TextShards):
-            data_dir = Path(run.data.train_data_path).parent
-            self.lineage = lineage(data_dir)
+        if self.logger is not None and run.data_dir is not None:
+            self.lineage = lineage(run.data_dir)
             self.logger.experiment.config.update({"dataset": self.lineage}, allow_val_change=True)
-            self._send(use_dataset, data_dir, run.settings.tokenizer_dir)
+            self._uploads.put((use_dataset, run.data_dir, run.settings.tokenizer_dir))
 
-    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
         """Record the settings."""
         self._guarded(lambda: self.logger.log_hyperparams(params))
 
@@ -61,15 +54,16 @@ class WandbLog(Logger):
         self._guarded(lambda: self.logger.log_metrics(metrics, step))
 
     def log_checkpoint(self, folder: Path, step: int) -> None:
-        """Send a saved checkpoint as an artifact, if the settings want it."""
+        """Send a saved checkpoint as an artifact, if `checkpoints.to_wandb` asks for it."""
         args, is_final = self.run.settings.checkpoints, folder.name == "final"
         if args.to_wandb == "none" or not (is_final or (args.to_wandb == "kept" and args.keeps(step))):
             return
-        reached = {"step": step, "tokens": step * self.run.tokens_per_step, **self.latest}
-        self._send(log_checkpoint, folder, self.run.config.name, {**reached, "dataset": self.lineage})
+        reached: dict[str, Any] = {"step": step, "tokens": step * self.run.tokens_per_step, **self.latest}
+        reached["dataset"] = self.lineage
+        self._uploads.put((log_checkpoint, folder, self.run.config.name, reached))
 
     def finalize(self, status: str) -> None:
-        """Wait, within bounds, until W&B has everything."""
+        """Wait for the artifacts and for the metrics, PATIENCE_S for each at most."""
         if self.logger is not None:
             self._uploads.put(None)
             self._uploader.join(PATIENCE_S)
@@ -79,61 +73,53 @@ class WandbLog(Logger):
         try:
             if self.logger is not None:
                 call()
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises is not worth the training
+        except Exception as error:  # noqa: BLE001 - no error of W&B may end the training
             self.logger = None
-            self.tell(
+            self.warn(
                 f"Warning: W&B is lost ({first_line(error)}); training goes on, "
                 f"{self.run.settings.out_dir}/logs has all"
             )
 
-    def _send(self, function: Callable[..., None], subject: Path, *args: Any) -> None:
-        def upload() -> None:
+    def _upload(self) -> None:
+        while (job := self._uploads.get()) is not None:
+            function, subject, *args = job
             try:
                 if self.logger is not None:
                     function(self.logger.experiment, subject, *args)
             except Exception as error:  # noqa: BLE001 - as above
                 reason = f"is not recorded on W&B: {first_line(error)}; training goes on"
-                self.tell(f"Warning: {subject} {reason}")
-
-        self._uploads.put(upload)
-
-    def _upload(self) -> None:
-        while (upload := self._uploads.get()) is not None:
-            upload()
+                self.warn(f"Warning: {subject} {reason}")
 
 
-def connect(run: Run, tell: Callable[[str], None]) -> Any:
-    """Return Lightning's logger with the run begun, offline without a network; RunFailed without a login."""
+def connect(run: Run, warn: Callable[[str], None]) -> Any:
+    """Return Lightning's logger, connected; offline without a network. RunFailed without a login."""
     try:
         return _connect(run)
     except (errors.UsageError, errors.AuthenticationError) as error:
         raise RunFailed(f"W&B: {first_line(error)}; WANDB_MODE=offline trains without a login") from error
     except errors.Error as error:
         logger = _connect(run, mode="offline")
-        tell(f"Warning: no W&B ({first_line(error)}): recording offline, for wandb sync")
+        warn(f"Warning: no W&B ({first_line(error)}): recording offline, for wandb sync")
         return logger
 
 
 def _connect(run: Run, **options: Any) -> Any:
-    settings = run.settings
     options["settings"] = wandb.Settings(init_timeout=CONNECT_SECONDS, finish_timeout=PATIENCE_S)
-    options["log_args"] = {key: value for key, value in asdict(settings.log).items() if value is not None}
-    options |= {"id": run_id(run), "resume": "allow"}
-    # Lightning's logger does not look at the variable
-    options["save_dir"] = os.environ.get("WANDB_DIR") or "."
-    logger = choose_logger("wandb", settings.out_dir, f"pretrain-{run.config.name}", **options)
+    options["log_args"] = {key: value for key, value in asdict(run.settings.log).items() if value is not None}
+    # Lightning's logger ignores the variable
+    options |= {"id": run_id(run), "resume": "allow", "save_dir": os.environ.get("WANDB_DIR") or "."}
+    logger = choose_logger("wandb", run.settings.out_dir, f"pretrain-{run.config.name}", **options)
     # the first access connects
     _ = logger.experiment
     return logger
 
 
 def run_id(run: Run) -> str:
-    """Return the id of this run on W&B, the same over all its resumes."""
+    """Return the W&B id of this run, the same over all its resumes."""
     path = run.settings.out_dir / ".wandb_run_id"
     if run.resume and path.is_file():
         return path.read_text(encoding="utf-8").strip()
-    # eight characters, as W&B's own
+    # eight characters, as in W&B's own ids
     new_id = secrets.token_hex(4)
-    if is_main_process():
-        write_whole(path, new_id)
+    write_whole(path, new_id)
     return new_id

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from helpers.data import change_tokenizer, error_of, make_text, stories_of, write_text
 
+import litgpt_moe.data.prepare as prepare_module
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.files import locked_folder
+from litgpt_moe.files import FolderInUse, locked_folder
 
 
 def test_shards_hold_every_story_once_between_bos_and_eos(settings: PrepareSettings) -> None:
@@ -128,6 +129,28 @@ def test_a_second_prepare_in_one_folder_is_refused(
     assert not (settings.data_dir / "manifest.json").exists()
     prepare(settings)
     assert not (settings.data_dir / ".prepare.json").exists()
+
+
+def test_two_data_folders_do_not_train_one_tokenizer_at_once(
+    settings: PrepareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = dataclasses.replace(settings, tokenizer_dir=tmp_path / "tokenizer", train_tokenizer=400)
+    other = dataclasses.replace(one, data_dir=tmp_path / "other")
+    write_text(other.data_dir / "train" / "a.txt", make_text(50, seed=2))
+    ensure_tokenizer, refused = prepare_module.ensure_tokenizer, []
+
+    def train_for_long(*args: object) -> object:
+        monkeypatch.setattr(prepare_module, "ensure_tokenizer", ensure_tokenizer)
+        with pytest.raises(FolderInUse, match="tokenizer: another command makes a tokenizer there") as raised:
+            prepare(other)
+        refused.append(raised.value)
+        return ensure_tokenizer(*args)
+
+    monkeypatch.setattr(prepare_module, "ensure_tokenizer", train_for_long)
+    prepare(one)
+    assert len(refused) == 1 and not (other.data_dir / "manifest.json").exists()
+    prepare(dataclasses.replace(other, train_tokenizer=None))
+    assert sorted(path.suffix for path in one.tokenizer_dir.iterdir()) == [".json"] * 3
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere")

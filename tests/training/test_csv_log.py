@@ -8,6 +8,7 @@ import pytest
 from conftest import TINY_CONFIG
 
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.training import logs
 from litgpt_moe.training.logs import CsvLog, RunLogs, metric_columns
 
 
@@ -74,15 +75,12 @@ def test_a_torn_last_row_is_dropped_or_read_as_far_as_it_goes(tmp_path: Path) ->
 @contextmanager
 def locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let opening the file fail, as on Windows while a spreadsheet has it open."""
-    open_ = Path.open
 
-    def refuse(self: Path, *args: object, **options: object) -> object:
-        if self == path:
-            raise PermissionError(13, "it is in use", str(path))
-        return open_(self, *args, **options)
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "it is in use", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", refuse)
+        patched.setattr(logs, "open_no_link", refuse)
         yield
 
 
@@ -97,6 +95,57 @@ def test_rows_wait_while_another_program_has_the_file_locked(
     assert lines(log) == ["step", "1"] and log.n_rows == 3
     log.write({"step": 4})
     assert lines(log) == ["step", "1", "2", "3", "4"]
+
+
+def test_rows_wait_while_the_disk_is_full_and_the_log_goes_on_with_its_header(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, later = (CsvLog(small_disk / name, ["step", "text"]) for name in ("first.csv", "later.csv"))
+    log.write({"step": 1, "text": "x"})
+    filler = small_disk / "filler"
+    with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            assert file.write(b"\0" * 4096)
+    long = "y" * 10_000
+    for step in (2, 3):
+        log.write({"step": step, "text": long})
+    later.write({"step": 3, "text": long})
+    log.sync()
+    told = capsys.readouterr().err
+    assert told.count("cannot be written") == 2 and "No space left on device" in told
+    assert "first.csv" in told and "later.csv" in told and told.count("training goes on, its rows wait") == 2
+    # of a row that did not fit nothing is left
+    assert lines(log) == ["step,text", "1,x"]
+    filler.unlink()
+    log.write({"step": 4, "text": "z"})
+    later.sync()
+    assert lines(log) == ["step,text", "1,x", f"2,{long}", f"3,{long}", "4,z"] and log.n_rows == 4
+    assert lines(later) == ["step,text", f"3,{long}"]
+
+
+def test_a_log_that_was_deleted_begins_again_with_its_header(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "logs/metrics.csv", ["step"])
+    log.write({"step": 1})
+    log.path.unlink()
+    log.write({"step": 2})
+    assert lines(log) == ["step", "2"]
+    (tmp_path / "logs").rename(tmp_path / "moved")
+    log.write({"step": 3})
+    assert lines(log) == ["step", "3"]
+
+
+def test_a_folder_in_the_place_of_a_log_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step"])
+    log.path.mkdir()
+    for step in (1, 2):
+        log.write({"step": step})
+        log.sync()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    log.path.rmdir()
+    log.write({"step": 3})
+    assert lines(log) == ["step", "1", "2", "3"]
 
 
 def test_only_the_first_process_writes_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The ways into LitGPT's loop: what is replaced and put back, which Fabric, and what a step costs."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from helpers.runs import run
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from litgpt import pretrain
+from torch._inductor import config as inductor
 
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
 from litgpt_moe.training.hooks import LoopHooks
-from litgpt_moe.training.loop import make_fabric, replaced_functions
+from litgpt_moe.training.loop import make_fabric, replaced_functions, set_up_torch
 from litgpt_moe.training.run import set_up, to_litgpt
 from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.sharding import ShardedStrategy
 from litgpt_moe.training.steps import StopSignals
+from litgpt_moe.training.summary import describe
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -37,6 +40,14 @@ def test_the_replaced_functions_are_back_afterwards_even_after_an_error() -> Non
         assert all(one is not other for one, other in zip(before, during, strict=True))
         raise RuntimeError("in the loop")
     assert [getattr(pretrain, name) for name in REPLACED] + [torch.compile] == before
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_a_compiled_run_goes_without_the_fusion_that_gives_wrong_gradients(compile: str) -> None:
+    settings = set_up(["--config=train_config.yaml", f"--compile={compile}"]).settings
+    with inductor.patch({"triton.mix_order_reduction": True}):
+        set_up_torch(settings, torch.device("cpu"))
+        assert inductor.triton.mix_order_reduction == (compile == "off")
 
 
 def test_only_the_model_is_left_uncompiled() -> None:
@@ -71,7 +82,28 @@ def test_one_device_trains_alone_cpus_by_ddp_and_gpus_by_fsdp(
     assert made["devices"] == hooks.run.devices
 
 
-def test_a_time_limit_costs_no_model_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("accelerator", "cuda", "expected"),
+    [("auto", False, "cpu"), ("auto", True, "cuda"), ("mps", False, "mps"), ("gpu", True, "cuda")],
+)
+def test_on_a_mac_only_who_asks_for_mps_gets_it(
+    accelerator: str, cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    hooks = hooks_of()
+    settings = dataclasses.replace(hooks.run.settings, accelerator=accelerator)
+    monkeypatch.setattr(loop, "has_cuda", lambda: cuda)
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
+    make_fabric(dataclasses.replace(hooks.run, settings=settings), hooks, [])
+    assert made["accelerator"] == expected
+    said = describe(hooks.run, torch.device(expected), "eager", "compile: off")
+    assert ("try it by --accelerator mps" in said) == (expected == "cpu")
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An item for each model that is built."""
     built, init = [], litgpt.model.GPT.__init__
 
     def counted(self: Any, *args: Any, **options: Any) -> None:
@@ -79,6 +111,29 @@ def test_a_time_limit_costs_no_model_a_step(monkeypatch: pytest.MonkeyPatch) -> 
         init(self, *args, **options)
 
     monkeypatch.setattr(litgpt.model.GPT, "__init__", counted)
+    return built
+
+
+def test_a_resumed_run_builds_one_model_in_its_set_up_and_one_for_its_story(built: list[int]) -> None:
+    assert run("--max_tokens", 4 * 256) == 0
+    built.clear()
+    set_up(["--config", "train_config.yaml", "--resume", "auto"])
+    assert len(built) == 1
+    built.clear()
+    assert run("--resume", "auto") == 0
+    # one for both, and two in LitGPT's loop: the one that is trained, and the one whose FLOPs are counted
+    assert len(built) == 1 + 2 + 1
+
+
+def test_a_run_from_the_weights_of_another_builds_one_model_in_its_set_up(built: list[int]) -> None:
+    assert run("--max_tokens", 4 * 256) == 0
+    built.clear()
+    flags = ["--initial_checkpoint_dir", "out/final", "--out_dir", "next"]
+    assert set_up(["--config", "train_config.yaml", *flags]).initial is not None
+    assert len(built) == 1
+
+
+def test_a_time_limit_costs_no_model_a_step(built: list[int]) -> None:
     assert run("--out_dir", "no_limit", "--train.save_interval", 100) == 0
     n_without = len(built)
     assert run("--out_dir", "limit", "--train.save_interval", 100, "--train.max_time", 10**6) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import assert_same_run, run, weights
+from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints import writer
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
@@ -191,13 +191,33 @@ def test_a_full_disk_ends_the_run_where_the_option_says_so(
     assert sum(path.name.startswith("step-") for path in Path("out").iterdir()) == 1
 
 
+def test_a_full_disk_ends_no_run_and_loses_no_row(
+    small_disk: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(b"\0" * 4096):
+                pass
+
+    at_step(5, fill)
+    at_step(10, filler.unlink)
+    out = str(small_disk / "out")
+    assert run("--out_dir", out, "--max_tokens", 12 * 256, "--train.log_interval", 1, *BALANCED) == 0
+    assert "step-00000008 could not be saved: it needs" in capsys.readouterr().err
+    assert [row["step"] for row in rows(out) if row["loss"]] == [str(step) for step in range(1, 13)]
+    assert (small_disk / "out/logs/expert_load.csv").read_text(encoding="utf-8").count("\n") == 1 + 2 * 12
+    assert checkpoint_flaw(small_disk / "out/final") is None
+
+
 def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_checkpoints_whole(
     small_disk: Path, at_step: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filler, write_state = small_disk / "filler", writer.write_state
 
     def write(state: dict, path: Path) -> dict:  # another process takes the room after it was looked for
-        if path.parent.name == ".step-00000008.tmp":
+        if path.parent.name.startswith(".step-00000008."):
             filler.write_bytes(b"\0" * (shutil.disk_usage(small_disk).free - 150_000))
         return write_state(state, path)
 

@@ -12,27 +12,36 @@ from litgpt_moe.files import FolderInUse
 from litgpt_moe.training import summary
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.steps import RunFailed
-from litgpt_moe.training.summary import Result, failure, report
-
-RESULT: dict[str, Any] = {
-    "step": 8,
-    "ending": "",
-    "loss": 3.14159,
-    "val_loss": 2.5,
-    "n_skipped": 0,
-    "tokens_per_s": 1234.5,
-    "log": Path("out/logs/csv/metrics.csv"),
-}
+from litgpt_moe.training.summary import failure, report
 
 
-def a_run(**values: Any) -> Any:
+def finished(
+    start_step: int = 0,
+    step: int = 8,
+    ending: str = "",
+    loss: float = 3.14159,
+    latest: dict[str, float] | None = None,
+    n_skipped: int = 0,
+    rate: float | None = 4.82226,
+) -> Any:
+    """The hooks of a run of 8 steps of 256 tokens."""
     settings = Settings(out_dir=Path("out"))
-    facts = {"settings": settings, "data": None, "start_step": 0, "n_steps": 8, "tokens_per_step": 256}
-    return SimpleNamespace(**{**facts, "demo_data": False, **values})
+    run = SimpleNamespace(settings=settings, data_dir=None, start_step=start_step, demo_data=False)
+    run.n_steps, run.tokens_per_step = 8, 256
+    return SimpleNamespace(
+        run=run,
+        step=step,
+        ending=ending,
+        figures=SimpleNamespace(loss=loss),
+        metrics=SimpleNamespace(latest={"val_loss": 2.5} if latest is None else latest),
+        judge=SimpleNamespace(guard=SimpleNamespace(n_skipped=n_skipped)),
+        clock=SimpleNamespace(overall_steps_per_s=lambda step: rate),
+        logs=SimpleNamespace(metrics=SimpleNamespace(path=Path("out/logs/csv/metrics.csv"))),
+    )
 
 
 def test_the_report_has_the_figures_of_this_process_and_the_next_commands() -> None:
-    text = report(a_run(start_step=4), Result(**RESULT), "unused").replace("\\", "/")
+    text = report(finished(start_step=4), "unused").replace("\\", "/")
     assert "Trained    1,024 tokens in 4 steps, 1,234 tokens/s with validation and saving\n" in text
     assert "Loss       3.142 in training, 2.500 in validation\n" in text
     assert "Checkpoint out/final\nLog        out/logs/csv/metrics.csv\n" in text
@@ -41,15 +50,14 @@ def test_the_report_has_the_figures_of_this_process_and_the_next_commands() -> N
 
 
 def test_the_report_leaves_out_what_there_was_not() -> None:
-    none = {"loss": math.nan, "val_loss": None, "tokens_per_s": None, "n_skipped": 2}
-    text = report(a_run(start_step=8), Result(**RESULT | none), "unused")
+    text = report(finished(start_step=8, loss=math.nan, latest={}, rate=None, n_skipped=2), "unused")
     assert "Trained    0 tokens in 0 steps\n" in text and "Loss" not in text
     assert "Skipped    2 steps without a finite gradient" in text
 
 
 def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "final_story", lambda _: pytest.fail("there is no final/"))
-    text = report(a_run(), Result(**RESULT | {"step": 5, "ending": "SIGTERM"}), "run_train.py --resume auto")
+    text = report(finished(step=5, ending="SIGTERM"), "run_train.py --resume auto")
     assert text == "Stopped after step 5 of 8 (SIGTERM). To go on:\n  run_train.py --resume auto"
 
 

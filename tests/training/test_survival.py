@@ -14,7 +14,9 @@ from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
+from litgpt_moe.training import batches
 from litgpt_moe.training.checks import run_lock
+from litgpt_moe.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -93,6 +95,31 @@ def test_the_refusal_of_a_second_run_says_nothing_of_what_lies_in_the_folder(
         assert run("--resume", "auto", "--max_tokens", 1024) == 2  # fewer tokens than it has been trained on
     (told,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Settings from")]
     assert told.startswith("error: out: a run is live there")
+
+
+def test_a_folder_is_locked_before_its_checks_and_the_preparation_of_the_data(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, statuses = batches.prepare_data_of, []
+
+    def prepare_for_long(first: Run) -> None:
+        monkeypatch.setattr(batches, "prepare_data_of", prepare)
+        # a second run that would be finished before the first begins to train
+        statuses.append(run("--max_tokens", 256))
+        prepare(first)
+
+    monkeypatch.setattr(batches, "prepare_data_of", prepare_for_long)
+    assert run("--max_tokens", 1024) == 0
+    assert statuses == [2]
+    assert f"error: out: a run is live there (process {os.getpid()} on " in capsys.readouterr().err
+    assert [row["step"] for row in rows() if row["loss"]] == ["1", "2", "3", "4"]
+
+
+def test_a_run_that_is_refused_leaves_no_folder_and_no_lock() -> None:
+    assert run("--out_dir", "some/where", "--seed", -1) == 2
+    assert not Path("some/where").exists()
+    assert run("--max_tokens", 256) == 0
+    assert not Path("out/.run.lock").exists() and not Path("out/.run.json").exists()
 
 
 def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:

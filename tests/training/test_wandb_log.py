@@ -44,7 +44,7 @@ def a_run(out_dir: Path, resume: object = None, **settings: Any) -> Any:
     config = SimpleNamespace(name="MoE-tiny")
     return SimpleNamespace(
         settings=Settings(out_dir=out_dir, **settings),
-        data=None,
+        data_dir=None,
         config=config,
         resume=resume,
         tokens_per_step=256,
