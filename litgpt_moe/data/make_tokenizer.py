@@ -64,8 +64,8 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, paths: list[Path
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
     config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", TRAINED_BY_US: vocab_size}
     folder = settings.tokenizer_dir
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     write_whole(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
 
 
@@ -91,10 +91,13 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
     """Return the facts of the tokenizer in tokenizer_dir, trained or downloaded unless it is there."""
     folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
     is_there = (folder / "tokenizer.json").is_file()
-    if wanted is not None and (settings.overwrite or not is_there):
+    is_empty = not any((folder / name).exists() for name in TOKENIZER_FILES)
+    # a killed training leaves our own configuration without a tokenizer.json
+    is_free = is_empty or _trained_size(folder) is not None
+    if wanted is not None and (settings.overwrite or (is_free and not is_there)):
         note(f"training a tokenizer of {wanted:,} pieces into {folder}")
         train_tokenizer(settings, wanted, paths)
-    elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
+    elif wanted is not None and _trained_size(folder) != wanted:
         raise ValueError(
             f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names another "
             "folder, and without --train_tokenizer it is used"
@@ -106,3 +109,7 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
         for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: a folder that has it counts as complete
             download(TOKENIZER_REPO, "model", name, folder, way_out)
     return read_tokenizer_facts(folder)
+
+
+def _trained_size(folder: Path) -> int | None:
+    return read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US)

@@ -131,3 +131,21 @@ def test_no_tokenizer_is_trained_for_a_text_without_enough_stories(
     with pytest.raises(ValueError, match="no story for the train split"):
         prepare(dataclasses.replace(settings, tokenizer_dir=tmp_path / "new", train_tokenizer=330))
     assert not (tmp_path / "new").exists()
+
+
+def test_training_replaces_no_configuration_of_somebody_else(
+    settings: PrepareSettings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    wanted = dataclasses.replace(settings, tokenizer_dir=folder, train_tokenizer=330)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text('{"eos_token_id": 7}', encoding="utf-8")
+        before = snapshot(folder)
+        with pytest.raises(ValueError, match="there is another tokenizer; --overwrite replaces it"):
+            prepare(wanted)
+        assert snapshot(folder) == before
+        (folder / name).unlink()
+    # what a killed training leaves
+    (folder / "tokenizer_config.json").write_text('{"trained_vocab_size": 999}', encoding="utf-8")
+    assert prepare(wanted)["tokenizer"]["vocab_size"] == 330
