@@ -129,9 +129,7 @@ class LoopHooks:
         elif self.in_progress.must_drop():
             self.ending = self.judge.stops.reason or "the request of another process"
             left_s, out_dir = self.in_progress.seconds_left(), self.run.settings.out_dir
-            self.metrics.print(
-                f"Step {self.step + 1} would take {left_s:.0f} s more: a resumed run repeats it."
-            )
+            self.metrics.print(f"Step {self.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
             if self.saved_step != self.step and self.in_progress.roll_back():
                 state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
                 state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}

@@ -83,7 +83,7 @@ def test_a_signal_amid_a_long_step_drops_it_and_resume_gives_the_run_that_never_
     capsys.readouterr()
     assert run("--out_dir", "parts", *common) == 0
     output = capsys.readouterr()
-    assert "Step 7 would take " in output.err and "Stopped after step 6 of 12 (SIGTERM)" in output.out
+    assert "Step 7 takes " in output.err and "Stopped after step 6 of 12 (SIGTERM)" in output.out
     assert checkpoint_flaw(Path("parts/step-00000006")) is None and not Path("parts/final").exists()
     assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
     assert_same_run("parts", "whole")
