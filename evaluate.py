@@ -2,7 +2,8 @@
 
 Run: uv run python evaluate.py --ckpt_dir checkpoints      (20 s after the demo run on two CPU cores)
 
-litgpt_moe/scoring.py defines the figures. Each result is also appended to results.jsonl as one line of JSON.
+litgpt_moe/scoring.py defines the figures. Each result is also appended, as a line of JSON with the path and
+digest of the checkpoint, to results.jsonl in the current folder; tools/report.py shows the results of a run.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litgpt_moe import cli, threads
-from litgpt_moe.cli import WorkFailed, note
+from litgpt_moe.cli import note, run_script
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -49,8 +50,8 @@ class EvaluateSettings:
     """Seed of the random weights."""
     json: bool = False
     """Print JSON, with the load of every expert."""
-    results_file: str | None = None
-    """Append the JSON here, none = nowhere (default: results.jsonl beside the checkpoint's folder)."""
+    results_file: str = "results.jsonl"
+    """Append the JSON here, none = nowhere, beside = results.jsonl beside the checkpoint's folder."""
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("max_seq_length", "batch_size", "max_batches")}
@@ -101,7 +102,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 def report(result: dict[str, Any]) -> str:
     """Return the result as readable lines."""
     checkpoint, data = result["checkpoint"], result["data"]
-    model = f"{checkpoint['path']}, step {checkpoint['step']}" if checkpoint else "random weights"
+    model = f"{shorter(checkpoint['path'])}, step {checkpoint['step']}" if checkpoint else "random weights"
     text = ", ".join(file["path"] for file in data["text"]) if "text" in data else None
     stderr = result["loss_stderr"]
     lines = [
@@ -121,6 +122,11 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shorter(path: str) -> str:
+    """Return a path relative to the current folder if it is inside."""
+    return str(Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else path)
+
+
 def load_row(layer: int, tokens_E: list[int]) -> str:
     """Return one layer's line of the expert load table."""
     share_E = [tokens / sum(tokens_E) for tokens in tokens_E]
@@ -128,31 +134,21 @@ def load_row(layer: int, tokens_E: list[int]) -> str:
     return f"  {layer:>5}  {max(share_E) * len(share_E):8.2f}  {least:<16}  {most}"
 
 
-def record(result: dict[str, Any], results_file: str | None) -> None:
-    """Append the result as one line to the results file, and say so on stderr."""
-    if results_file == "none":
-        return
-    checkpoint = result["checkpoint"]
-    beside = Path(checkpoint["path"]).parent if checkpoint else CHECKPOINTS
-    path = Path(results_file or beside / "results.jsonl")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-    except OSError as error:
-        reason = error.strerror or error
-        raise WorkFailed(f"{path}: not recorded ({reason}); name another --results_file") from error
-    note(f"appended to {path}")
-
-
 def run(settings: EvaluateSettings) -> None:
     """Score, print and record."""
+    from litgpt_moe.report.results import RESULTS_FILE, append
+
     result = evaluate(settings)
     try:
-        print(json.dumps(result, indent=2) if settings.json else report(result), flush=True)
+        text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
+        print(text, flush=True)
     except BrokenPipeError:
         cli.silence_stdout()  # `| head` closes the pipe; the result is still recorded
-    record(result, settings.results_file)
+    path, checkpoint = Path(settings.results_file), result["checkpoint"]
+    if settings.results_file == "beside":
+        path = (Path(checkpoint["path"]).parent if checkpoint else CHECKPOINTS) / RESULTS_FILE
+    if settings.results_file != "none":
+        append(result, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,9 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     import litgpt_moe.scoring  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
     interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
-    with threads.watch_load():
+    with threads.sleep_when_busy():
         return cli.run_command(lambda: run(settings), interrupted)
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.run_script(main))
+    raise SystemExit(run_script(main))

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         from litgpt_moe.serving.app import serve as act
     else:
         from litgpt_moe.generation.text import write_samples as act
-    with threads.watch_load():
+    with threads.sleep_when_busy():
         return run_command(lambda: act(settings, sampling, prompt))
 
 

@@ -6,7 +6,7 @@
            |
            +---> attach the balance losses, which act in the backward pass (litgpt_moe/balance.py)
 
-How sorted rows are multiplied on which device is in litgpt_moe/kernels/, one file for each way.
+How sorted rows are multiplied on which device is in litgpt_moe/kernels/, one file for each kernel.
 
 Parameters have LitGPT's names and shapes (`gate`, `experts.{e}.fc_1/fc_2/proj`, `shared_experts`), so that
 LitGPT's initialisation, `litgpt generate`, `litgpt.LLM.load` and its converters read our checkpoints.
@@ -28,7 +28,7 @@ from litgpt.config import Config
 from litgpt.model import GroupedTopkRouter, LLaMAMoE
 
 from litgpt_moe.balance import BIAS_NAME, Balance, attach_loss
-from litgpt_moe.kernels.choice import choose_way, run_experts
+from litgpt_moe.kernels.choice import choose_kernel, run_experts
 from litgpt_moe.kernels.decode import PackedExperts, decode_experts, is_decoding
 from litgpt_moe.kernels.matmul import compute_dtype, no_autocast
 from litgpt_moe.kernels.rows import Plan, router_logits
@@ -86,8 +86,8 @@ class MoE(LLaMAMoE):
         self.count_load = False
         counts_E = torch.zeros(config.n_expert, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counts_E, persistent=False)
-        # one of kernels.choice.WAYS to use in place of the fastest
-        self.way: str | None = None
+        # one of kernels.choice.KERNELS to use in place of the fastest
+        self.kernel: str | None = None
         self._packed: PackedExperts | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,8 +143,8 @@ class MoE(LLaMAMoE):
         # Sorted too: the kernels scale an expert's hidden rows, not its outputs, which is the same for a
         # linear `proj`. For the gradient of a weight autograd then keeps no copy of the outputs.
         weights_R1 = weights_NK.reshape(-1, 1).index_select(0, plan.order)
-        way = self.way or choose_way(self.config, x_NC.device, dtype)
-        return run_experts(way, x_NC, weights_R1, plan, self.experts)
+        kernel = self.kernel or choose_kernel(self.config, x_NC.device, dtype)
+        return run_experts(kernel, x_NC, weights_R1, plan, self.experts)
 
     def _attach_losses(
         self, weights_NK: torch.Tensor, router_logits_NE: torch.Tensor, plan: Plan, balance: Balance

@@ -25,13 +25,15 @@ def build_parser() -> cli.FlagParser:
 def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float | None) -> str:
     """Return the counts, the places and the next command; `seconds` is None if nothing had to be made."""
     from litgpt_moe.data.manifest import MANIFEST
+    from litgpt_moe.data.tokenizer_folder import choose_tokenizer
     from litgpt_moe.yaml_files import read_mapping
 
     line = "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
     line += "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
     splits, vocab_size = manifest["splits"], manifest["tokenizer"]["vocab_size"]
     lines = [line.format(split=name, n_shards=len(part["shards"]), **part) for name, part in splits.items()]
-    where = f"{settings.data_dir / MANIFEST}, tokenizer {settings.tokenizer_dir}"
+    tokenizer_dir = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
+    where = f"{settings.data_dir / MANIFEST}, tokenizer {tokenizer_dir}"
     lines.append(f"where  {where} ({vocab_size:,} pieces)")
     if seconds is not None:
         n_tokens = sum(split["n_tokens"] for split in splits.values())
@@ -39,8 +41,6 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     flags: list[object] = []
     if settings.data_dir != PrepareSettings.data_dir:
         flags += ["--dataset_dir", settings.data_dir]
-    if settings.tokenizer_dir != PrepareSettings.tokenizer_dir:
-        flags += ["--tokenizer_dir", settings.tokenizer_dir]
     if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
         # without CUDA run_train.py takes the demo model, which has no rows for so many pieces
         flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = cli.from_flags(PrepareSettings, args)
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.prepare import prepare
+    from litgpt_moe.data.tokenizer_folder import choose_tokenizer
     from litgpt_moe.files import FolderInUse
 
     def work() -> str | None:
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             return None
         from litgpt_moe.data.artifact import push
 
-        return push(settings.data_dir, cli.from_flags(WandbSettings, args), settings.tokenizer_dir)
+        tokenizer_dir = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
+        return push(settings.data_dir, cli.from_flags(WandbSettings, args), tokenizer_dir)
 
     return cli.run_command(work, "stopped; finished shards are kept, run again to go on")
 

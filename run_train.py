@@ -123,7 +123,7 @@ def train(run: "Run", stops: "StopSignals") -> "LoopHooks":
     hooks = LoopHooks(run, stops, train_args)
     fabric, is_compiled = launch(run, hooks)
     try:
-        with threads.watch_load(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
+        with threads.sleep_when_busy(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):
             pretrain.main(
                 fabric=fabric,
                 devices=run.devices,

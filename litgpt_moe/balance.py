@@ -108,7 +108,7 @@ def _(x: Any, *_: Any) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _attach_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _attach_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     # the counters on ctx: a saved tensor must not change before backward, and another micro-batch may add
     _, loss, tokens_per_expert, means, ctx.counters, ctx.scale = inputs
     ctx.loss_dtype = loss.dtype
@@ -123,7 +123,7 @@ def _attach_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return grad, loss_grad, None, None, [None] * len(ctx.counters), None
 
 
-_attach_loss.register_autograd(_attach_backward, setup_context=_attach_keep)
+_attach_loss.register_autograd(_attach_backward, setup_context=_attach_setup_context)
 
 
 def set_balance(
@@ -184,7 +184,9 @@ def update_selection_bias(
     """
     layers = {layer: layer.balance for layer in layers_of(model).values() if layer.balance is not None}
     if any(balance.bias_update_rate for balance in layers.values()):
-        load_LE = torch.stack([balance.step_load for balance in layers.values()]).double()
+        load_LE = torch.stack([balance.step_load for balance in layers.values()])
+        # MPS has no float64
+        load_LE = load_LE.to(torch.float32 if load_LE.is_mps else torch.float64)
         load_LE = load_LE if all_reduce is None else all_reduce(load_LE)
         direction_LE = (load_LE.mean(dim=1, keepdim=True) - load_LE).sign()
         for (layer, balance), direction_E in zip(layers.items(), direction_LE, strict=True):
@@ -256,4 +258,4 @@ def count_expert_load(model: nn.Module, enabled: bool) -> None:
 
 def expert_load(model: nn.Module) -> dict[int, torch.Tensor]:
     """Return block index -> tokens each expert got since counting began, (E,) float64 on the host."""
-    return {index: layer.tokens_per_expert.double().cpu() for index, layer in layers_of(model).items()}
+    return {index: layer.tokens_per_expert.cpu().double() for index, layer in layers_of(model).items()}

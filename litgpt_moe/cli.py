@@ -24,6 +24,10 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from docstring_parser import parse_from_object
 from tqdm import tqdm
 
+# what a terminal obeys, what reorders a line, and half surrogate pairs, as of file names that are not UTF-8
+CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 INTERRUPTED = 130  # a shell reports this status for a command that Ctrl-C ended
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -164,7 +168,12 @@ def train_command(*flags: object) -> str:
 
 def note(text: str) -> None:
     """Print a line on stderr, without breaking a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters (but for line breaks and tabs) and marks of direction escaped."""
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:
@@ -197,7 +206,7 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
     try:
         hear_ctrl_c()
         if (text := work()) is not None:
-            print(text, flush=True)
+            print(printable(str(text)), flush=True)
     except KeyboardInterrupt:
         return fail(interrupted, INTERRUPTED)
     except BrokenPipeError:
@@ -223,7 +232,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 def fail(error: object, status: int) -> int:
     """Print each line of `error` on stderr and return `status`."""
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     return status
 
 

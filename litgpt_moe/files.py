@@ -6,14 +6,18 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
+import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
 SPARE_BYTES = 2 << 20  # room for the small files beside the weights
@@ -40,17 +44,20 @@ def sha256_file(path: Path) -> str:
 def open_whole(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file that is flushed and renamed to `path` at the end, or deleted after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
+    part = path.with_suffix(f".{secrets.randbelow(10**12)}.tmp")
     try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        with part.open("xb") as file:  # x: never one that exists, never through a link
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                file.close()
+                part.unlink(missing_ok=True)
+                raise
         part.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # ENOSPC from a write names no file
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -131,14 +138,61 @@ def sync_files(folder: Path) -> None:
     sync_directory(folder)
 
 
+def staging_for(target: Path, ending: str = "tmp") -> Path:
+    """Return the hidden name beside `target` under which this process prepares it ("old": moves it aside)."""
+    host = zlib.crc32(socket.gethostname().encode())
+    return target.with_name(f".{target.name}.litgpt_moe-{host:08x}-{os.getpid()}.{ending}")
+
+
+def make_staging(target: Path) -> Path:
+    """Return the new empty staging folder of `target`; what a killed process left of its own is removed."""
+    import psutil  # here: --help needs this module, and psutil takes 20 ms
+
+    staging = staging_for(target)
+    before, pid, after = staging.name.rpartition(str(os.getpid()))
+    own_name = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
+    for path in target.parent.glob(".*.tmp"):
+        match = own_name.fullmatch(path.name)
+        if match and (match[1] == pid or not psutil.pid_exists(int(match[1]))):
+            remove(path)
+    staging.mkdir(parents=True)  # fails if it exists, so that nothing is written through a link
+    return staging
+
+
 def put_in_place(staging: Path, target: Path) -> None:
     """Rename the folder `staging` to `target`; an old `target` moves aside first."""
-    aside = target.with_name(f".{target.name}.old")
-    if target.exists():
+    aside = staging_for(target, "old")
+    remove(aside)
+    if os.path.lexists(target):
         target.rename(aside)
     staging.rename(target)
     sync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link if it exists and that is possible; a link is not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file, but not through a link: the `opener` of an `open` that appends."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def check_no_links(*paths: Path) -> None:
+    """Raise ValueError if one of these paths, which are to be written, leads elsewhere."""
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link (to {path.readlink()}), which is not written through; delete it"
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is neither a file nor a folder; delete it")
 
 
 def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
@@ -164,15 +218,12 @@ def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
     """Yield an empty staging folder that is renamed to `out` at the end, or deleted after an error."""
     out = out.absolute()  # "out/.." has no name of its own
     check_new_folder(out, n_bytes)
-    staging = out.with_name(f".{out.name}.tmp")
     made = [folder for folder in out.parents if not folder.exists()]
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # a killed run's
-        staging.mkdir(parents=True)
-        yield staging
+        yield (staging := make_staging(out))
         put_in_place(staging, out)
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging_for(out))
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -186,30 +237,55 @@ def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
 def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool = False) -> Iterator[None]:
     """Lock `folder` during the block: a second process waits, or gets FolderInUse.
 
-    The operating system releases the lock of a process that ends, however it ends.
+    The lock of a process that ends, however it ends, holds nobody up.
     """
-    lock = FileLock(folder / f".{name}.lock")
     identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
-    is_new = not folder.exists()
+    made = [new for new in (folder, *folder.parents) if not new.exists()]
+    lock = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
-        me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-        write_json(identity, me)
+        with contextlib.suppress(OSError):  # the writer will report it
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(folder / f".{name}.lock", timeout=-1 if wait else 0)
+        if lock is not None:
+            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            with contextlib.suppress(OSError):  # a full disk: only the message will lack it
+                write_json(identity, me)
     except Timeout:
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError):
             who = "process {process} on {host}, since {since}".format_map(read_json(identity))
         raise FolderInUse(f"{folder}: {doing} there ({who}); {way_out}") from None
-    except OSError:
-        pass  # a folder that cannot be written, or is full: whoever writes there tells of it
     try:
         yield
     finally:
-        if lock.is_locked:
-            with contextlib.suppress(OSError):
-                identity.unlink(missing_ok=True)
-                Path(lock.lock_file).unlink()  # while it is held: filelock takes no file that was unlinked
-                if is_new:
-                    folder.rmdir()  # fails unless it is empty
+        if lock is not None:
+            remove(identity)
+            remove(Path(lock.lock_file))  # while it is held: filelock takes no file that was unlinked
             lock.release()
+        with contextlib.suppress(OSError):
+            for new in made:
+                new.rmdir()  # fails unless it is empty
+
+
+def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
+    """Return a lock that is held, None in a folder that cannot be written; Timeout if another holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+        return lock
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno == errno.ENOSPC:
+            raise
+        if path.is_symlink():
+            raise FolderInUse(f"{path} is a link (to {path.readlink()}); delete it") from None
+        if error.errno in (errno.EACCES, errno.EPERM) and path.exists():
+            text = f"{path} cannot be locked ({error.strerror}): another user's run may be live there"
+            raise FolderInUse(f"{text}; if there is none, delete it") from None
+        if not path.exists():
+            return None  # nothing can be written there; the writer will report it
+        reason = error.strerror
+    path.unlink(missing_ok=True)
+    soft = SoftFileLock(path.with_suffix(".claim"))
+    soft.acquire(timeout=timeout)
+    print(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out", file=sys.stderr)
+    return soft

@@ -98,7 +98,7 @@ def avoid_wrong_gradients() -> None:
     Called before anything is compiled. `mix_order_reduction` came with torch 2.10 (pytorch issues 193061, and
     190796: NaN in bf16 on an RTX 5090); the correction (pull request 193103) is in 2.14.
     """
-    if TorchVersion(torch.__version__) < (2, 14):
+    if TorchVersion(torch.__version__) < "2.14":
         from torch._inductor import config  # not at the top: it takes a second, which eager runs do not need
 
         config.triton.mix_order_reduction = False

@@ -19,6 +19,7 @@ from litgpt.model import GPT
 from tqdm import tqdm
 
 from litgpt_moe.balance import layers_of
+from litgpt_moe.cli import WorkFailed
 from litgpt_moe.scoring import take_off_head
 
 N_TYPICAL = 8  # tokens named for an expert
@@ -87,6 +88,8 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
 
     def record(index: int, layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         _, weights_NK, indices_NK = layer.route(inputs[0].flatten(0, 1))
+        if not weights_NK.isfinite().all():
+            raise WorkFailed(f"the router of layer {index} gives NaN or infinity; use an earlier checkpoint")
         weights_NK, order_NK = weights_NK.float().sort(dim=1, descending=True, stable=True)
         experts.setdefault(index, []).append(indices_NK.gather(1, order_NK).cpu().numpy())
         weights.setdefault(index, []).append(weights_NK.cpu().numpy())

@@ -27,14 +27,17 @@ from tqdm import tqdm
 from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoint
-from litgpt_moe.cli import WorkFailed
+from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
+from litgpt_moe.cli import WorkFailed, command_line
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.text import TextReader
-from litgpt_moe.data.tokenizer import StoryEncoder, find_tokenizer, read_tokenizer_facts
+from litgpt_moe.data.tokenizer import StoryEncoder, read_tokenizer_facts
+from litgpt_moe.data.tokenizer_folder import find_tokenizer
 from litgpt_moe.files import sha256_file
+from litgpt_moe.generation.text import as_value_error
 from litgpt_moe.loss import chunk_rows
 
 
@@ -57,8 +60,9 @@ def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
     """Return a prepared split; ValueError if another tokenizer or an older text made it."""
     manifest = read_manifest(data_dir)
     facts = manifest["tokenizer"]
-    if sha256_file(tokenizer_dir / "tokenizer.json") != facts["sha256"]:
-        way_out = f"run prepare_data.py --tokenizer_dir {tokenizer_dir}, or score text files with --text"
+    if not is_tokenizer((tokenizer_dir / "tokenizer.json").read_bytes(), facts["sha256"]):
+        command = command_line("prepare_data.py", "--tokenizer_dir", tokenizer_dir)
+        way_out = f"run {command}, or score text files with --text"
         other = f"tokenized with another tokenizer than the one in {tokenizer_dir}"
         raise ValueError(f"{data_dir}: {other}; {way_out}")
     if reasons := stale_reasons(data_dir, tokenizer_dir):
@@ -80,7 +84,8 @@ def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
             raise FileNotFoundError(f"{path}: no such text file")
         before = len(ids)
         for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(tqdm(disable=True)):
-            ids += map(encoder.encode, stories)
+            with as_value_error(f"{path}: the tokenizer fails on a text", "score another text or checkpoint"):
+                ids += map(encoder.encode, stories)
             n_bytes += sum(len(story.encode()) for story in stories)
         if len(ids) == before:
             raise ValueError(f"{path}: holds no text; name a UTF-8 text file with at least one word")
@@ -137,11 +142,12 @@ def pick_checkpoint(named: Path | None, default: Path) -> Path | None:
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's path, its step (None if unknown) and the SHA-256 of its weights."""
+    """Return a checkpoint's absolute path, its step (None if unknown) and the SHA-256 of its weights."""
     path = folder / CHECKPOINT_FILE
     step = read_state(path).get("step_count")
     sha256 = sha256_of(path, path.stat().st_size, path.stat().st_mtime_ns)
-    return {"path": str(folder), "step": step if isinstance(step, int) else None, "sha256": sha256}
+    path = str(folder.absolute())
+    return {"path": path, "step": step if isinstance(step, int) else None, "sha256": sha256}
 
 
 def pick_window(max_seq_length: int | None, corpus: Corpus, model: GPT) -> int:

@@ -34,7 +34,7 @@ def limit_spinning() -> None:
 
 
 @contextlib.contextmanager
-def watch_load() -> Iterator[None]:
+def sleep_when_busy() -> Iterator[None]:
     """In the block, end spinning while other programs need the cores, if `limit_spinning` bounded it.
 
     Entered by the main thread, after torch is imported and its number of threads is set.
@@ -45,7 +45,7 @@ def watch_load() -> Iterator[None]:
         yield
         return
     end = threading.Event()
-    watch = threading.Thread(target=_watch, args=(n_threads, end), name="load")
+    watch = threading.Thread(target=_watch, args=(n_threads, end), name="core use")
     watch.start()
     try:
         yield
@@ -58,10 +58,10 @@ def _watch(n_threads: int, end: threading.Event) -> None:
     team = IdleTeam()
     # without /proc nobody knows what other programs do
     with contextlib.suppress(OSError):
-        load = Load(n_threads)
+        use = CpuUse(n_threads)
         while not end.wait(1):
             # at a tenth of a core less, lest it goes back and forth
-            is_short = load.missing_cores() > (0.4 if team.is_there else 0.5)
+            is_short = use.missing_cores() > (0.4 if team.is_there else 0.5)
             if is_short and not team.is_there:
                 team.form()
             elif not is_short:
@@ -69,7 +69,7 @@ def _watch(n_threads: int, end: threading.Event) -> None:
     team.leave()
 
 
-class Load:
+class CpuUse:
     """What the cores that this process may use have done since the last question."""
 
     def __init__(self, n_threads: int) -> None:
@@ -118,7 +118,7 @@ class IdleTeam:
         self._end = None
 
     def _wait(self, asked: threading.Event, end: threading.Event) -> None:
-        import torch  # see watch_load
+        import torch  # see sleep_when_busy
 
         try:
             # a thread that begins while others run experts (kernels/cpu.py) may have no threads but itself

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, alter
 
 from evaluate import main
+from litgpt_moe.cli import command_line
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import sha256_file
 from litgpt_moe.loss import CHUNK_VALUES
@@ -218,10 +219,52 @@ def test_each_result_is_one_line_with_the_checkpoints_identity(evaluated, tmp_pa
     assert checkpoint["path"] == str(tiny_checkpoint) and printed[0]["random_weights"] is False
 
 
-def test_results_go_beside_the_checkpoint_by_default(data_dir, tmp_path, tiny_checkpoint):
-    shutil.copytree(tiny_checkpoint, tmp_path / "run" / "step-00000100")
-    assert main(["--ckpt_dir", str(tmp_path / "run"), "--data_dir", str(data_dir), "--device", "cpu"]) == 0
-    assert (tmp_path / "run" / "results.jsonl").is_file()
+def test_results_go_to_the_current_folder_and_beside_the_checkpoint_by_a_flag(
+    data_dir, tmp_path, tiny_checkpoint, monkeypatch
+):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "run" / "step-00000100")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    flags = ["--ckpt_dir", "../run", "--data_dir", str(data_dir), "--device", "cpu", "--max_batches", "1"]
+    assert main(flags) == 0
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+    row = json.loads(Path("results.jsonl").read_text(encoding="utf-8"))
+    assert Path(row["checkpoint"]["path"]).is_absolute()
+    assert Path(row["checkpoint"]["path"]).resolve() == folder
+    assert main([*flags, "--results_file", "beside"]) == 0
+    assert len((tmp_path / "run" / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need a right on Windows")
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
+@pytest.mark.parametrize("place", ["beside", "results.jsonl"])
+def test_results_are_not_written_through_a_link(
+    kind, place, data_dir, tmp_path, tiny_checkpoint, monkeypatch, capsys
+):
+    target, run = tmp_path / "bashrc", tmp_path / "run"
+    shutil.copytree(tiny_checkpoint, run / "final")
+    monkeypatch.chdir(run)
+    if kind == "pipe":
+        os.mkfifo("results.jsonl")
+    else:
+        Path("results.jsonl").symlink_to(target)
+    if kind == "link":
+        target.write_text("mine\n", encoding="utf-8")
+    flags = ["--ckpt_dir", str(run), "--data_dir", str(data_dir), "--max_batches", "1", "--device", "cpu"]
+    assert main([*flags, "--results_file", place]) == 1
+    assert "results.jsonl: not recorded (" in capsys.readouterr().err
+    assert target.exists() == (kind == "link") and (kind != "link" or target.read_text() == "mine\n")
+
+
+def test_the_command_that_is_printed_quotes_a_name_that_a_shell_would_run(
+    data_dir, tmp_path, tiny_checkpoint
+):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "a$(touch x)b")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="another tokenizer") as raised:
+        split_corpus(data_dir, "val", folder)
+    assert command_line("prepare_data.py", "--tokenizer_dir", folder) in str(raised.value)
+    assert f"'{folder}'" in str(raised.value) or os.name == "nt"
 
 
 def test_the_table_shows_loss_and_the_load_of_each_layer(data_dir, tiny_checkpoint, capsys):

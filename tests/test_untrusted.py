@@ -1,5 +1,6 @@
 """Files made to do harm: each is refused with one sentence by every script that reads it and runs nothing."""
 
+import contextlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import prepare_data
 import run_train
 import wandb_dataset
 from litgpt_moe.data.manifest import read_manifest
+from litgpt_moe.training.logs import CsvLog
 from tools import inspect_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -192,6 +194,60 @@ def test_a_link_out_of_a_checkpoint_is_refused(
     (checkpoint / name).unlink(missing_ok=True)
     (checkpoint / name).symlink_to(target)
     assert_refused(CHECKPOINT_READERS[reader](str(checkpoint)), capsys, "is a link out of its folder")
+
+
+# --- links in a folder that is written to -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["logs", "logs/csv", "logs/csv/metrics.csv", "logs/run.json", "logs/new.csv"]
+)
+@pytest.mark.parametrize("target", ["elsewhere", "absent"])
+def test_a_run_is_not_written_through_a_link(
+    workspace: Path, name: str, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("elsewhere").mkdir()
+    Path("stranger", name).parent.mkdir(parents=True)
+    Path("stranger", name).symlink_to(Path(target).absolute())
+    status = run_train.main([*TRAIN, "--out_dir", "stranger", "--resume", "auto"])
+    assert_refused(status, capsys, str(Path("stranger", name)), "is a link", "delete it")
+    assert not Path("absent").exists() and not any(Path("elsewhere").iterdir())
+
+
+def test_a_log_that_becomes_a_link_while_training_is_not_followed(workspace: Path) -> None:
+    if not hasattr(os, "O_NOFOLLOW"):
+        pytest.skip("this system follows links")
+    log = CsvLog(Path("log.csv"), ["step"])
+    log.write({"step": 1})
+    Path("log.csv").rename("elsewhere")
+    before = Path("elsewhere").read_bytes()
+    Path("log.csv").symlink_to("elsewhere")
+    with contextlib.suppress(OSError):
+        log.write({"step": 2})
+    assert Path("elsewhere").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["train", "val", "train/train", "val/val"])
+def test_shards_are_not_written_through_a_link(
+    workspace: Path, tiny_data: Path, tiny_tokenizer_dir: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "d")
+    Path("d/manifest.json").unlink()
+    Path("d", name).rename("elsewhere")
+    Path("d", name).symlink_to(Path("elsewhere").absolute())
+    before = sorted(Path("elsewhere").rglob("*"))
+    flags = [
+        "--data_dir",
+        "d",
+        "--tokenizer_dir",
+        str(tiny_tokenizer_dir),
+        "--workers",
+        "1",
+        "--separator",
+        ".",
+    ]
+    assert_refused(prepare_data.main(flags), capsys, f"{Path('d', name)} is a link")
+    assert sorted(Path("elsewhere").rglob("*")) == before
 
 
 # --- data directories ---------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def check_plan() -> Iterator[Check]:
     yield Check("ok", "device", f"{device} ({n_devices})")
     yield Check("ok", "precision", precision)
     yield Check("ok", "attention", f"scaled_dot_product_attention, {attention_path(device, dtype)}")
-    yield Check("ok", "experts", choice.experts_path(config, device, dtype))
+    yield Check("ok", "experts", choice.describe_kernel(config, device, dtype))
     yield Check("ok", "compile", f"{'compiled' if compiles else 'eager'} ({why})")
 
 

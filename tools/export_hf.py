@@ -9,26 +9,30 @@ checkpoint's logits and token ids.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, run_command, run_script
+from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def export(args: argparse.Namespace) -> str:
     """Export the checkpoint; return the lines to print."""
-    from litgpt_moe.checkpoints.layout import find_checkpoint
+    from litgpt_moe.checkpoints.layout import check_utf8, find_checkpoint
     from litgpt_moe.checkpoints.reader import load_tokenizer, verify_checkpoint
     from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.export_folder import check_packages, write_folder
 
-    check_packages(args.gguf, not args.no_check)
+    check_packages(bool(args.gguf), not args.no_check)
+    check_utf8(args.out.absolute())
     check_new_folder(args.out, 0)
     folder = find_checkpoint(args.checkpoint)
     verify_checkpoint(folder)
     load_tokenizer(folder)
     lines = write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check)
     lines.append(f"Next:\n  read {args.out / 'README.md'} and add a licence")
-    lines.append(f"  uv run hf upload YOUR_NAME/{args.out.absolute().name} {args.out}")
+    lines.append(f"  uv run hf upload {command_line(f'YOUR_NAME/{args.out.absolute().name}', args.out)}")
     return "\n".join(lines)
 
 
@@ -40,9 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     add("out", type=Path, help="folder to make; must not exist, or be empty")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of the weights (default: as in the checkpoint)")
-    add("--gguf", action="store_true", help="also write OUT/NAME.gguf for llama.cpp")
+    gguf = "also write OUT/NAME.gguf for llama.cpp; q8_0 has 8 bits a weight (default: as --dtype)"
+    metavar = "{" + ",".join(GGUF_TYPES) + "}"
+    add("--gguf", nargs="?", const="same", choices=("same", *GGUF_TYPES), metavar=metavar, help=gguf)
     add("--no_check", action="store_true", help="do not load the result with Transformers and compare")
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # `--gguf CHECKPOINT OUT`, without a type, is older than the types
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    args = parser.parse_args(
+        [f"{word}=same" if word == "--gguf" and after not in GGUF_TYPES else word for word, after in pairs]
+    )
     return run_command(lambda: export(args))
 
 

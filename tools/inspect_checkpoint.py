@@ -8,21 +8,36 @@ Status 0: complete. 1: something is missing or damaged. 2: there is no checkpoin
 
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, fail, run_script
+from litgpt_moe.cli import FlagParser, WorkFailed, printable, run_command, run_script
 
 
-def inspect(folder: Path, with_tensors: bool) -> bool:
-    """Print what the checkpoint in `folder` holds and lacks; return whether something is missing."""
+def inspect(path: Path, with_tensors: bool) -> list[str]:
+    """Print what the checkpoint in `path` holds and return what it lacks; WorkFailed if it is damaged."""
+    from litgpt_moe.checkpoints.layout import find_checkpoint
     from litgpt_moe.checkpoints.reader import verify_checkpoint
     from litgpt_moe.report.checkpoint import describe, describe_files, find_problems
 
-    verify_checkpoint(folder)
-    print("\n".join([str(folder), *describe_files(folder)]))
-    for title, lines in describe(folder, with_tensors).items():
-        print("\n".join([f"{title}:", *lines]))
-    problems = [f"incomplete: {problem}" for problem in find_problems(folder)]
-    print("\n".join(problems) or "complete: generate and evaluate need nothing else")
-    return bool(problems)
+    folder = find_checkpoint(path)
+    try:
+        verify_checkpoint(folder)
+        show(str(folder), *describe_files(folder))
+        for title, lines in describe(folder, with_tensors).items():
+            show(f"{title}:", *lines)
+        problems = [f"incomplete: {problem}" for problem in find_problems(folder)]
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        raise WorkFailed(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        # the structure of a JSON or YAML file is not the expected one
+        raise WorkFailed(f"{folder}: a tokenizer or settings file is damaged ({error!r})") from None
+    show(*problems or ["complete: generate and evaluate need nothing else"])
+    return problems
+
+
+def show(*lines: str) -> None:
+    """Print lines, in which a foreign checkpoint's names may stand."""
+    print(printable("\n".join(lines)), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,19 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     add("dir", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
     add("--tensors", action="store_true", help="list every tensor with mean, std, bad values")
     args = parser.parse_args(argv)
-    from litgpt_moe.checkpoints.layout import find_checkpoint
-
-    try:
-        folder = find_checkpoint(args.dir)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    try:
-        return int(inspect(folder, args.tensors))
-    except (ValueError, OSError) as error:
-        return fail(error, 1)
-    except (KeyError, TypeError, AttributeError) as error:
-        # the structure of a JSON or YAML file is not the expected one
-        return fail(f"{folder}: a tokenizer or settings file is damaged ({error!r})", 1)
+    problems: list[str] = []
+    return run_command(lambda: problems.extend(inspect(args.dir, args.tensors))) or int(bool(problems))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe import threads
-from litgpt_moe.cli import FlagParser, add_flags, explain, fail, from_flags, run_command, run_script
+from litgpt_moe import cli, threads
+from litgpt_moe.cli import run_script
 from litgpt_moe.files import open_whole, write_json
 
 JSON_NAME, PNG_NAME = "routing.json", "routing.png"
@@ -70,10 +70,14 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
         layers, shown, overlap = inspect(model, ids, processor.id_to_token, settings.layer)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    content: dict[str, Any] = {"checkpoint": str(folder), "text": str(text), "n_tokens": len(ids)}
+    content: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "text": cli.printable(str(text)),
+        "n_tokens": len(ids),
+    }
     content |= {name: getattr(model.config, name) for name in ("n_expert", "n_expert_per_token")}
     content |= {"overlap": overlap, "layers": [asdict(layer) for layer in layers]}
-    title = f"{model.config.name}: how {len(ids):,} tokens of {text.name} are routed"
+    title = cli.printable(f"{model.config.name}: how {len(ids):,} tokens of {text.name} are routed")
     figure = draw(title, layers, overlap, shown)
     write_json(settings.out / JSON_NAME, content)
     with open_whole(settings.out / PNG_NAME) as file, warnings.catch_warnings():
@@ -86,22 +90,22 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
-    parser = FlagParser(description=__doc__)
+    parser = cli.FlagParser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint directory, or an out_dir (its final or newest)")
     add("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
-    add_flags(parser, InspectSettings)
+    cli.add_flags(parser, InspectSettings)
     args = parser.parse_args(argv)
-    settings: InspectSettings = from_flags(InspectSettings, args)
+    settings: InspectSettings = cli.from_flags(InspectSettings, args)
     try:
         check(settings, args.text)
     except (ValueError, OSError) as error:
-        return fail(*explain(error))
+        return cli.fail(*cli.explain(error))
     threads.limit_spinning()
     import litgpt_moe.routing_figure  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
 
-    with threads.watch_load():
-        return run_command(lambda: run(settings, args.checkpoint, args.text))
+    with threads.sleep_when_busy():
+        return cli.run_command(lambda: run(settings, args.checkpoint, args.text))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from litgpt_moe.cli import FlagParser, run_command, run_script
 
 
-def report(out: Path, paths: list[Path], overwrite: bool) -> str:
+def report(out: Path, paths: list[Path], results: Path, overwrite: bool) -> str:
     """Write the page; return the line to print."""
     from litgpt_moe.files import write_whole
     from litgpt_moe.report.page import is_page, make_page
@@ -24,7 +24,7 @@ def report(out: Path, paths: list[Path], overwrite: bool) -> str:
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders.values()]
-    runs = [read_run(folder, name) for folder, name in zip(folders.values(), names, strict=True)]
+    runs = [read_run(folder, name, results) for folder, name in zip(folders.values(), names, strict=True)]
     write_whole(out, make_page(runs))
     size, uri = out.stat().st_size / 1000, out.resolve().as_uri()
     return f"{out} ({size:,.0f} kB) shows {', '.join(names)}; open it in a browser: {uri}"
@@ -36,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("runs", type=Path, nargs="*", default=[Path("checkpoints")], help="out_dirs of runs (checkpoints)")
     add("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
+    add("--results_file", type=Path, default=Path("results.jsonl"), help="of evaluate.py (%(default)s)")
     add("--overwrite", action="store_true", help="replace a file that is no report, too")
     args = parser.parse_args(argv)
-    return run_command(lambda: report(args.out, args.runs, args.overwrite))
+    return run_command(lambda: report(args.out, args.runs, args.results_file, args.overwrite))
 
 
 if __name__ == "__main__":

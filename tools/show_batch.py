@@ -25,9 +25,8 @@ def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
 
 def show(run: Path, step: int, data_dir: Path | None) -> None:
     """Print the stories of the step."""
-    from litgpt import Tokenizer
-
     from litgpt_moe.checkpoints.layout import CONFIG_FILE, SETTINGS_FILE, find_checkpoint
+    from litgpt_moe.checkpoints.reader import load_tokenizer
     from litgpt_moe.config import MoEConfig
     from litgpt_moe.data.batches import TokenBatches, TokenStream
     from litgpt_moe.data.manifest import MANIFEST
@@ -51,7 +50,7 @@ def show(run: Path, step: int, data_dir: Path | None) -> None:
     if not 1 <= step <= n_steps:
         raise ValueError(f"--step is {step}; choose 1 to {n_steps}, the steps of {checkpoint_dir.parent}")
     batches.n_taken = (step - 1) * n_sequences
-    tokenizer = Tokenizer(checkpoint_dir)
+    tokenizer = load_tokenizer(checkpoint_dir)
     for number, ids in enumerate(next(iter(batches)), 1):
         print(f"--- step {step}, sequence {number} of {n_sequences}\n{tokenizer.decode(ids)}\n")
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> str:
     """Write the checkpoint; return lines that describe it and the next command."""
     import torch
 
-    from litgpt_moe.checkpoints.layout import CONFIG_FILE, TOKENIZER_FILES, find_checkpoint, read_files
+    from litgpt_moe.checkpoints import layout
     from litgpt_moe.checkpoints.reader import load_model
     from litgpt_moe.checkpoints.writer import write_checkpoint
     from litgpt_moe.config import MoEConfig, model_facts
@@ -50,23 +50,24 @@ def run(args: argparse.Namespace) -> str:
     ]
     check_ranges(args, rules)
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)
+    layout.check_utf8(args.out)
     check_new_folder(args.out, 0)
-    folder = find_checkpoint(args.dense)
-    dense = MoEConfig.from_file(folder / CONFIG_FILE)
+    folder = layout.find_checkpoint(args.dense)
+    dense = MoEConfig.from_file(folder / layout.CONFIG_FILE)
     sizes = (args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size)
     try:
         config = upcycle.moe_config(dense, *sizes)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    weights = load_model(folder).state_dict()
+    logits, weights = upcycle.sample_logits(folder), load_model(folder).state_dict()
     new = upcycle.upcycle(weights, config, settings.noise, torch.Generator().manual_seed(settings.seed))
-    write_checkpoint(args.out, new, config, read_files(folder, TOKENIZER_FILES))
+    write_checkpoint(args.out, new, config, layout.read_files(folder, layout.TOKENIZER_FILES))
     before, facts = model_facts(dense), model_facts(config)
     counts = f"{facts.total_params:,} parameters, {facts.active_params:,} active per token"
     lines = [f"Dense   {folder}: {dense.name}, {before.total_params:,} parameters"]
     lines.append(f"Wrote   {args.out}: {config.name}, {counts}")
     if not settings.noise:
-        difference = upcycle.largest_difference(folder, args.out)
+        difference = (upcycle.sample_logits(args.out) - logits).abs().max().item()
         lines.append(f"Checked it gives the dense model's logits, within {difference:.1e}")
     train = upcycle.training_command(args.out, folder)
     return "\n".join([*lines, "Next:" if "--config" in train else upcycle.NEXT, f"  {train}"])

@@ -20,7 +20,13 @@ FINAL = "final"
 RECORD_FORMAT = 1
 ENTRY_FORM = {"bytes": int, "sha256": str}  # of a file, as `files.fits` asks
 MAX_RECORD_BYTES = 1 << 20
-STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")  # as `step_name` writes it
+# Only these names are the project's: as `step_name` writes it, what a resume from an earlier step renames,
+# and what a killed process leaves of them (`files.staging_for`; the mark came with version 0.2)
+STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
+SUPERSEDED = re.compile(rf"superseded-{STEP_NAME.pattern}(\.[0-9]+)?")
+LEFT_OVER = re.compile(
+    rf"\.(?P<target>{FINAL}|{STEP_NAME.pattern})(\.litgpt_moe-[0-9a-f]{{8}}-[0-9]+)?\.(?P<ending>tmp|old)"
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def step_of(path: Path) -> int | None:
 
 def steps_of(out_dir: Path) -> dict[int, Path]:
     """Return the step-* directories of a run by step in ascending order, damaged ones too."""
-    steps = {step_of(path): path for path in out_dir.glob("step-*")}
+    steps = {step_of(path): path for path in out_dir.glob("step-*") if path.is_dir()}
     return {step: steps[step] for step in sorted(step for step in steps if step is not None)}
 
 
@@ -75,11 +81,21 @@ def checkpoints_of(out_dir: Path) -> list[Path]:
     return [out_dir / name for _, name in sorted(found, reverse=True)]
 
 
+def check_utf8(path: Path) -> None:
+    """Raise ValueError if the libraries that read and write weights and tokenizers cannot open `path`."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        only = "torch, safetensors and tokenizers open UTF-8 names only"
+        raise ValueError(f"{str(path)!a}: the name is not UTF-8; {only}, so rename it") from None
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return `path` itself if it is a checkpoint, or its `final/`, or its newest undamaged `step-*`.
 
     If all of them are damaged, ValueError says what is wrong with the first.
     """
+    check_utf8(path)
     if path.is_file() and path.name == CHECKPOINT_FILE:
         path = path.parent
     if path.is_file():

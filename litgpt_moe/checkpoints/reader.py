@@ -4,6 +4,7 @@ A foreign checkpoint cannot run code: its tensors are read with torch's `weights
 a safe loader without aliases, and everything else is JSON.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -202,7 +203,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
     try:
-        return Tokenizer(folder)
+        tokenizer = Tokenizer.__new__(Tokenizer)
+        # litgpt 0.5.13 reads tokenizer_class as the last thing, and GPT-2's folder has none
+        with contextlib.suppress(KeyError, TypeError):
+            tokenizer.__init__(folder)
     # tokenizers raises plain Exception, LitGPT among others KeyError
     except Exception as error:
         raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
+    tokenizer.processor.no_truncation()  # which would cut a text
+    tokenizer.processor.no_padding()
+    for name in ("bos_id", "eos_id"):
+        if (number := getattr(tokenizer, name)) is not None and not _is_piece(tokenizer, number):
+            raise ValueError(
+                f"{folder}: the tokenizer's {name} is {number!r:.80}, no id of a piece; {way_out}"
+            )
+    if tokenizer.use_bos and tokenizer.bos_id is None:
+        raise ValueError(f"{folder}: the tokenizer adds BOS (add_bos_token) but has none; {way_out}")
+    return tokenizer
+
+
+def _is_piece(tokenizer: Tokenizer, number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**31 and tokenizer.processor.id_to_token(number) is not None

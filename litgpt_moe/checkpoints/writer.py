@@ -20,21 +20,27 @@ from litgpt.utils import save_config
 from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     FINAL,
+    LEFT_OVER,
     SETTINGS_FILE,
-    TOKENIZER_FILES,
+    SUPERSEDED,
     CheckpointArgs,
-    read_files,
     steps_of,
     write_record,
 )
 from litgpt_moe.checkpoints.state import tensor_bytes, tensors_of
-from litgpt_moe.files import free_name, is_disk_full, new_folder, put_in_place
+from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files
+from litgpt_moe.files import (
+    free_name,
+    is_disk_full,
+    make_staging,
+    new_folder,
+    put_in_place,
+    remove,
+    staging_for,
+)
 from litgpt_moe.processes import note_once
 
 SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
-# Not by litgpt.utils.copy_config_files: it also copies model_config.yaml and config.json, and a tokenizer
-# folder may hold those of another model. LitGPT can read tokenizer.model too.
-COPIED_FILES = (*TOKENIZER_FILES, "tokenizer.model")
 
 
 class CheckpointWriter:
@@ -62,8 +68,8 @@ class CheckpointWriter:
         """Copy the state to host memory and start the thread that writes it."""
         self.wait()  # the previous save still reads the buffers
         target = checkpoint_file.parent
-        # Fabric's strategy gathers the state and calls `hold` on rank 0
-        fabric.save(_staging(target) / checkpoint_file.name, state)
+        # Fabric's strategy gathers the state and calls `hold` on rank 0; nothing is written yet
+        fabric.save(checkpoint_file, state)
         if fabric.global_rank == 0:
             config = state["model"].config
             write = functools.partial(self._write, target, state["step_count"], config, tokenizer_dir)
@@ -106,18 +112,18 @@ class CheckpointWriter:
 
     def _write(self, target: Path, step: int, config: Config, tokenizer_dir: Path) -> None:
         """Write the directory and rename it into place; report an error and remove the staging folder."""
-        started, staging = time.perf_counter(), _staging(target)
+        started = time.perf_counter()
         needed, free = tensor_bytes(self._host) + SMALL_FILES_BYTES, 0
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have moved it
             free = shutil.disk_usage(self.out_dir).free
             if free < needed:
                 raise OSError(errno.ENOSPC, "known before a byte is written")
-            staging.mkdir(parents=True, exist_ok=True)
+            staging = make_staging(target)
             if name := non_finite(self._host):
                 raise ValueError(f"{name} holds values that are no numbers")
             files = {SETTINGS_FILE: self.settings_text.encode("utf-8")}
-            files |= read_files(tokenizer_dir, COPIED_FILES)
+            files |= read_tokenizer_files(tokenizer_dir)
             _fill(staging, step, self._host, config, files, self.selection_bias)
             put_in_place(staging, target)
             self.failure, self.lasting_s = None, time.perf_counter() - started
@@ -125,7 +131,7 @@ class CheckpointWriter:
             self._prune()
             self.on_saved(target, step)
         except (OSError, RuntimeError, ValueError) as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove(staging_for(target))
             reason = str(error)
             if is_disk_full(error):
                 if free >= needed:  # the disk filled up during the write
@@ -140,15 +146,11 @@ class CheckpointWriter:
         steps = list(steps_of(self.out_dir).items())
         for step, path in steps[: -self.args.keep_last] if self.args.keep_last else []:
             if not self.args.keeps(step):
-                doomed = _staging(path)  # so that a kill leaves no half-deleted step-*
+                doomed = staging_for(path)  # so that a kill leaves no half-deleted step-*
                 # on Windows renaming fails while a file is open; the next save tries again
                 with contextlib.suppress(OSError):
                     path.rename(doomed)
-                    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _staging(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp")
+                    remove(doomed)
 
 
 class HashingFile:
@@ -216,11 +218,12 @@ def non_finite(state: dict[str, Any]) -> str | None:
 
 def tidy(out_dir: Path, start_step: int) -> None:
     """Remove staging folders of a killed process from `out_dir`, and rename steps after `start_step`."""
-    for aside in out_dir.glob(".*.old"):  # its replacement may be missing
-        target = aside.with_name(aside.name[1:].removesuffix(".old"))
-        shutil.rmtree(aside, ignore_errors=True) if target.exists() else aside.rename(target)
-    for staging in out_dir.glob(".*.tmp"):
-        shutil.rmtree(staging, ignore_errors=True)
+    for path in out_dir.glob(".*"):
+        if match := LEFT_OVER.fullmatch(path.name):
+            target = out_dir / match["target"]
+            # moved aside for a replacement, which may be missing
+            is_last = match["ending"] == "old" and not target.exists()
+            path.rename(target) if is_last else remove(path)
     for step, path in steps_of(out_dir).items():
         if step > start_step:
             superseded = free_name(path.with_name(f"superseded-{path.name}"))
@@ -230,5 +233,6 @@ def tidy(out_dir: Path, start_step: int) -> None:
 
 def delete_run(out_dir: Path) -> None:
     """Remove the checkpoints and logs of an earlier run from `out_dir`, and nothing else."""
-    for old in (out_dir / FINAL, out_dir / "logs", *out_dir.glob("step-*"), *out_dir.glob("superseded-*")):
-        shutil.rmtree(old, ignore_errors=True)
+    superseded = [path for path in out_dir.glob("superseded-*") if SUPERSEDED.fullmatch(path.name)]
+    for old in (out_dir / FINAL, out_dir / "logs", *steps_of(out_dir).values(), *superseded):
+        remove(old)

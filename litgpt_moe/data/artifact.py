@@ -11,12 +11,13 @@ import wandb
 from filelock import FileLock
 from wandb.errors import Error
 
+from litgpt_moe.checkpoints.tokenizer_files import TOKENIZER_FILES
 from litgpt_moe.cli import command_line, first_line, train_command, variable
 from litgpt_moe.data import manifest as manifests
 from litgpt_moe.data.manifest import MANIFEST, RUN_AGAIN, manifest_fingerprint, read_manifest
 from litgpt_moe.data.settings import REFERENCE_FORM, WandbSettings
-from litgpt_moe.data.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER, find_tokenizer
-from litgpt_moe.files import check_inside, read_json, write_json
+from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, find_tokenizer
+from litgpt_moe.files import check_inside, check_no_links, read_json, write_json
 
 LINEAGE = "artifact.json"  # in the data directory: name and fingerprint of the artifact that it equals
 Policy = Literal["mutable", "immutable"]  # "mutable": W&B copies each file before it uploads it
@@ -67,6 +68,7 @@ def log_artifact(
 def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Policy) -> wandb.Artifact:
     """Return the artifact of a prepared data directory."""
     manifest = read_manifest(data_dir, check_shards=False)
+    manifest["tokenizer"].pop("folder", None)  # its place on this machine
     counts = ("n_stories", "n_tokens", "n_bytes")
     metadata = {
         "fingerprint": manifest_fingerprint(manifest),
@@ -165,7 +167,8 @@ def fetch(reference: str, artifacts_dir: Path) -> Path:
     target = artifacts_dir / f"{artifact_name(reference)}-{digest}"
     if not target.is_dir():
         artifacts_dir.mkdir(parents=True, exist_ok=True)
-        part = artifacts_dir / f".part-{target.name}"  # in the same folder, so that the rename is atomic
+        # in the same folder, so that the rename is atomic
+        check_no_links(part := artifacts_dir / f".part-{target.name}")
         with FileLock(f"{part}.lock"):  # only the first process of a run downloads
             if not target.is_dir():
                 download(source, part, target)

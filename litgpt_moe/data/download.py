@@ -7,6 +7,7 @@ from pathlib import Path
 
 from litgpt_moe.cli import note
 from litgpt_moe.data.text import refuse_other_text
+from litgpt_moe.files import check_no_links
 
 
 def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
@@ -15,7 +16,7 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
     from huggingface_hub import constants, hf_hub_download  # likewise
 
     note(f"downloading {name} of {repo} to {folder}")
-    part = folder / ".download"
+    check_no_links(part := folder / ".download")
     try:
         path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 from concurrent.futures import BrokenExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from litgpt_moe import __version__
 from litgpt_moe.cli import note
 from litgpt_moe.data.demo_stories import write_demo_corpus
 from litgpt_moe.data.download import download_tinystories
+from litgpt_moe.data.make_tokenizer import ensure_tokenizer
 from litgpt_moe.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -23,12 +25,11 @@ from litgpt_moe.data.manifest import (
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import clean, write_splits
 from litgpt_moe.data.text import list_text
-from litgpt_moe.data.tokenizer import ensure_tokenizer, read_tokenizer_facts
-from litgpt_moe.files import locked_folder, read_json, sha256_file, write_json
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.data.tokenizer_folder import choose_tokenizer
+from litgpt_moe.files import check_no_links, locked_folder, read_json, sha256_file, write_json
 
-# the settings on which the shards depend, and the facts of the tokenizer that the manifest records
-OPTIONS = ("separator", "on_bad_utf8", "val_fraction")
-TOKENIZER_KEYS = ("sha256", "vocab_size", "bos_id", "eos_id")
+OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
 WAIT = "wait for it to end, then run again"
 
 
@@ -41,6 +42,11 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     check_settings(settings)
     if settings.dataset == "custom":
         list_text(settings.data_dir)  # the lock below would create a folder with a mistyped name
+    # TinyStories is downloaded together with a tokenizer
+    is_download = settings.dataset == "tinystories" and not (settings.data_dir / MANIFEST).exists()
+    if settings.train_tokenizer is None and not is_download:
+        folder = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
+        settings = replace(settings, tokenizer_dir=folder)
     with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
         try:
             return _prepare(settings, wait)
@@ -52,6 +58,9 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
 
 def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     data_dir = settings.data_dir
+    written = [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
+    if settings.dataset != "custom":
+        check_no_links(*written)
     if settings.dataset == "demo":
         write_demo_corpus(settings)
     elif settings.dataset == "tinystories":
@@ -68,6 +77,7 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     if (data_dir / MANIFEST).exists():  # a first preparation needs no reason
         for reason in reasons:
             note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
+    check_no_links(*written)
     try:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
@@ -79,7 +89,7 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
         "dtype": facts.dtype.name,
         "options": options,
         "code": {"litgpt_moe": __version__, **versions},
-        "tokenizer": {key: getattr(facts, key) for key in TOKENIZER_KEYS},
+        "tokenizer": facts.record(data_dir),
         "splits": splits,
     }
     write_json(data_dir / MANIFEST, manifest)
@@ -109,7 +119,7 @@ def stale_reasons(
         return [str(error)]
     reasons = []
     facts = read_tokenizer_facts(tokenizer_dir)
-    if any(getattr(facts, key) != manifest["tokenizer"][key] for key in TOKENIZER_KEYS):
+    if not facts.made(manifest["tokenizer"]):
         reasons.append(f"{tokenizer_dir / 'tokenizer.json'}: not the tokenizer that made the shards")
     for key, value in (options or {}).items():
         if (before := manifest["options"].get(key)) != value:
@@ -135,6 +145,7 @@ def has_changed(path: Path, recorded: dict[str, Any]) -> bool:
 
 def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
     """Make stale shards again with their recorded options; see `stale_reasons` and `prepare`."""
+    tokenizer_dir = choose_tokenizer(data_dir, tokenizer_dir)
     reasons = stale_reasons(data_dir, tokenizer_dir, contents=contents)
     if not reasons:
         return

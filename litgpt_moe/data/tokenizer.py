@@ -1,32 +1,27 @@
-"""The tokenizer of a data directory: training, downloading or finding it, its facts, and ids of stories."""
+"""A tokenizer: the facts of it that shards depend on, and the ids it gives to stories."""
 
 import contextlib
 import functools
-import itertools
+import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tqdm import tqdm
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
-from litgpt_moe.cli import note
-from litgpt_moe.data.download import download
-from litgpt_moe.data.manifest import read_manifest
-from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.text import TextReader
-from litgpt_moe.files import read_json, sha256_file, write_json, write_whole
+from litgpt_moe.checkpoints.tokenizer_files import tokenizer_sha256
+from litgpt_moe.cli import first_line
+from litgpt_moe.files import read_json, sha256_file
 
-TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
-TOKENIZER_FOLDER = "tokenizer"  # its name in an artifact, and the usual one in or beside a data directory
-TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the requested size
-MAX_TRAINING_BYTES = 100 << 20  # of text; more hardly changes the merges
 MAX_CACHED_PIECES = 100_000  # about 20 MB in each worker
 MAX_CACHED_CHARS = 40  # a longer piece hardly occurs twice
+MAX_GROWTH = 64  # times as long as a text a normalizer may make it; NFKC makes one character 18
 
 SPACE = "\u2581"  # how Llama's tokenizer writes a space
 LLAMA_NORMALIZER = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -38,10 +33,6 @@ NOT_PLAIN_BPE = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_o
 PIECE = r" *[^ \n]+| +|\n"
 # the same for a tokenizer with SPLIT_AT_SPACES, which separates all but the last of several spaces
 PIECE_OF_SPLIT = r" ?[^ \n]+| |\n"
-# the pre-tokenizer for training: no merge crosses a word, a digit, a run of punctuation or a newline
-WORD = (
-    rf"{SPACE}?\p{{L}}+(?:['\u2019]\p{{L}}+)?|{SPACE}?\p{{N}}|{SPACE}?[^{SPACE}\s\p{{L}}\p{{N}}]+|{SPACE}|\n"
-)
 
 
 @dataclass(frozen=True)
@@ -50,17 +41,58 @@ class TokenizerFacts:
 
     folder: Path
     sha256: str
+    """Digest of tokenizer.json without truncation and padding."""
+    file_sha256: str
+    """Digest of tokenizer.json as it is, which earlier versions recorded."""
     vocab_size: int
+    """The highest id and one."""
     bos_id: int
     eos_id: int
     special_pieces: tuple[str, ...]
     piece: str | None
     """Regular expression of the parts of a text that can be encoded independently, if it has any."""
 
+    def made(self, recorded: dict[str, Any]) -> bool:
+        """Return whether this tokenizer is the one of a manifest's entry."""
+        ids = ("vocab_size", "bos_id", "eos_id")
+        is_same = recorded["sha256"] in (self.sha256, self.file_sha256)
+        return is_same and all(recorded[key] == getattr(self, key) for key in ids)
+
+    def record(self, data_dir: Path) -> dict[str, Any]:
+        """Return the manifest's entry of this tokenizer; its folder is relative to the data directory."""
+        entry = {key: getattr(self, key) for key in ("sha256", "vocab_size", "bos_id", "eos_id")}
+        with contextlib.suppress(ValueError):  # on another drive of Windows, or a name that is not UTF-8
+            folder = Path(os.path.relpath(self.folder.resolve(), data_dir.resolve())).as_posix()
+            folder.encode("utf-8")
+            entry["folder"] = folder
+        return entry
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smaller of two little-endian types that holds every id."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+
+@contextlib.contextmanager
+def as_value_error(path: Path, what: str, way_out: str) -> Iterator[None]:
+    """Raise ValueError with a sentence on the tokenizer in `path` if the tokenizers library fails."""
+    try:
+        yield
+    except BaseException as error:
+        # the library raises bare Exception, and a panic of its Rust code is no Exception at all
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{path}: {what} ({first_line(error)}); {way_out}") from None
+        raise
+
+
+def load_for_encoding(content: bytes, path: Path) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, which cuts and pads no text; ValueError if it is damaged."""
+    with as_value_error(path, "not a tokenizer", "replace the file"):
+        # not from_file, which takes no path with bytes that are not UTF-8
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
 
 
 def read_tokenizer_facts(tokenizer_dir: Path) -> TokenizerFacts:
@@ -73,16 +105,12 @@ def read_tokenizer_facts(tokenizer_dir: Path) -> TokenizerFacts:
 
 # cached by the files' digests: a run calls it four times, and reading 32,000 pieces takes 0.1 s
 @functools.cache
-def _read_facts(tokenizer_dir: Path, sha256: str, *_: str) -> TokenizerFacts:
+def _read_facts(tokenizer_dir: Path, *_: str) -> TokenizerFacts:
     path, config_path, generation_path = (tokenizer_dir / name for name in TOKENIZER_FILES)
     spec, config, generation = read_json(path), read_json(config_path), read_json(generation_path)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
-        raise ValueError(f"{path}: not a tokenizer ({error}); replace the file") from None
-    if config_path.is_file() and not isinstance(config.get("tokenizer_class"), str):
-        raise ValueError(f"{config_path}: no tokenizer_class, which LitGPT needs; add it")
-    ids, size = {}, tokenizer.get_vocab_size()
+    tokenizer = load_for_encoding(content := path.read_bytes(), path)
+    ids = {}
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)  # more than there are if ids are left out
     for key in ("bos", "eos"):  # as litgpt.Tokenizer chooses them
         token = config.get(f"{key}_token")
         token = token.get("content") if isinstance(token, dict) else token
@@ -90,12 +118,34 @@ def _read_facts(tokenizer_dir: Path, sha256: str, *_: str) -> TokenizerFacts:
         if type(ids[key]) is not int or not 0 <= ids[key] < size:
             way_out = f"{key}_token must name a piece of {path.name}"
             raise ValueError(f"{config_path}: no {key.upper()} id; {way_out}")
+    check_normalizer(spec, path)
     special_pieces = tuple(token["content"] for token in spec.get("added_tokens", ()))
-    bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    with as_value_error(path, "it fails on the text 'a'", "replace the file"):
+        bare, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     piece = None
     if can_split_at_spaces(spec) and whole in (bare, [ids["bos"], *bare], [ids["bos"], *bare, ids["eos"]]):
         piece = PIECE_OF_SPLIT if spec.get("pre_tokenizer") else PIECE
-    return TokenizerFacts(tokenizer_dir, sha256, size, ids["bos"], ids["eos"], special_pieces, piece)
+    digests = (tokenizer_sha256(content), hashlib.sha256(content).hexdigest())
+    return TokenizerFacts(tokenizer_dir, *digests, size, ids["bos"], ids["eos"], special_pieces, piece)
+
+
+def check_normalizer(spec: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if the normalizer makes a text many times as long: a story would fill the memory."""
+    parts, text = [spec.get("normalizer")], "".join(map(chr, range(32, 127)))
+    limit = MAX_GROWTH * len(text)
+    while parts:
+        part = parts.pop(0) or {}
+        parts[:0] = part.get("normalizers", [])
+        added = part.get("content") or part.get("prepend") or ""
+        if part and "normalizers" not in part and len(added) <= MAX_GROWTH:
+            # one step alone, so that what it adds to the text is limited
+            step = {"normalizer": part, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+            normalizer = load_for_encoding(json.dumps(step).encode(), path).normalizer
+            with as_value_error(path, "its normalizer fails", "replace the file"):
+                text = normalizer.normalize_str(text + (part.get("pattern") or {}).get("String", ""))
+        if len(text) > limit or len(added) > MAX_GROWTH:
+            makes = f"its normalizer makes a text over {MAX_GROWTH} times as long"
+            raise ValueError(f"{path}: {makes}; use another tokenizer")
 
 
 def can_split_at_spaces(spec: dict[str, Any]) -> bool:
@@ -145,7 +195,10 @@ class StoryEncoder:
         self.facts = facts
         self._bos, self._eos = (np.array([i], facts.dtype).tobytes() for i in (facts.bos_id, facts.eos_id))
         self._find_pieces = re.compile(facts.piece or "").findall
-        self._tokenizer = Tokenizer.from_file(str(facts.folder / "tokenizer.json"))
+        self._path = facts.folder / "tokenizer.json"
+        if tokenizer_sha256(content := self._path.read_bytes()) != facts.sha256:
+            raise ValueError(f"{self._path}: replaced while it was in use; run again when it stays as it is")
+        self._tokenizer = load_for_encoding(content, self._path)
         self.pieces = PieceCache(facts, self._tokenizer) if facts.piece else None
 
     def encode(self, text: str) -> np.ndarray[Any, Any]:
@@ -156,12 +209,14 @@ class StoryEncoder:
         """Return the ids of each story as the bytes of a shard."""
         if self.pieces is not None:
             return [self._pack_pieces(story, self.pieces) for story in stories]
-        return [self._close(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(stories)]
+        with as_value_error(self._path, "it fails on a story", "use another tokenizer"):
+            return [self._close(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(stories)]
 
     def _pack_pieces(self, text: str, cache: PieceCache) -> bytes:
         # the library separates special pieces from a text before it normalizes the other parts
         if not text or any(piece in text for piece in self.facts.special_pieces):
-            return self._close(self._tokenizer.encode(text).ids)
+            with as_value_error(self._path, "it fails on a story", "use another tokenizer"):
+                return self._close(self._tokenizer.encode(text).ids)
         # as the normalizer does: a space is prepended, and "\u2581" counts as a space
         pieces = self._find_pieces(" " + (text.replace(SPACE, " ") if SPACE in text else text))
         return b"".join([self._bos, *map(cache.__getitem__, pieces), self._eos])
@@ -171,74 +226,3 @@ class StoryEncoder:
         ids = ids if ids[:1] == [bos] else [bos, *ids]
         ids = ids if len(ids) > 1 and ids[-1] == eos else [*ids, eos]
         return np.array(ids, self.facts.dtype).tobytes()
-
-
-def train_tokenizer(folder: Path, vocab_size: int, paths: list[Path], separator: str) -> None:
-    """Train a Llama-style BPE on text files into `folder`; by byte fallback it encodes any text."""
-    total = sum(path.stat().st_size for path in paths)
-    every = 1 + total // MAX_TRAINING_BYTES  # every n-th story suffices to count pairs, and bounds memory
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = LLAMA_NORMALIZER
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
-    steps = (decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse())
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
-        limit_alphabet=max(64, (vocab_size - 259) // 4),
-        show_progress=False,
-    )
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
-        # problems of the text are reported when it is tokenized
-        readers = (TextReader(path, separator, "replace", is_quiet=True) for path in paths)
-        stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
-        tokenizer.train_from_iterator(itertools.islice(stories, 0, None, every), trainer)
-    spec = json.loads(tokenizer.to_str())
-    spec["pre_tokenizer"] = None  # as in Llama's tokenizer, where only the merges decide
-    # byte pieces are not special tokens: a text that spells "<0x41>" has these six characters
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 3]
-    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
-    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", TRAINED_BY_US: vocab_size}
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
-    write_json(folder / "tokenizer_config.json", config)
-    write_whole(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
-
-
-def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerFacts:
-    """Return the facts of the tokenizer in tokenizer_dir, trained or downloaded unless it is there."""
-    folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
-    is_there = (folder / "tokenizer.json").is_file()
-    if wanted is not None and (settings.overwrite or not is_there):
-        note(f"training a tokenizer of {wanted:,} pieces into {folder}")
-        train_tokenizer(folder, wanted, paths, settings.separator)
-    elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
-        raise ValueError(
-            f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names another "
-            "folder, and without --train_tokenizer it is used"
-        )
-    elif not is_there:
-        note(f"{folder}: no tokenizer there")
-        train = "train one on the text with prepare_data.py --train_tokenizer 4096"
-        way_out = f"name a folder that has tokenizer.json with --tokenizer_dir, or {train}"
-        for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: a folder that has it counts as complete
-            download(TOKENIZER_REPO, "model", name, folder, way_out)
-    return read_tokenizer_facts(folder)
-
-
-def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
-    """Return the folder of the tokenizer that made the shards: `tokenizer_dir`, or one near `data_dir`."""
-    wanted = read_manifest(data_dir, check_shards=False)["tokenizer"]["sha256"]
-    if tokenizer_dir:
-        path = tokenizer_dir / "tokenizer.json"
-        if path.is_file() and sha256_file(path) == wanted:
-            return tokenizer_dir
-        what = "not the one" if path.is_file() else "not found, so not the one"
-        raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
-    beside = sorted(data_dir.parent.glob("*/tokenizer.json"))
-    near = [folder / TOKENIZER_FOLDER / "tokenizer.json" for folder in (data_dir, data_dir.parent)]
-    for path in [*near, *beside]:
-        with contextlib.suppress(PermissionError):  # another user's folder
-            if path.is_file() and sha256_file(path) == wanted:
-                return path.parent
-    missing = f"the tokenizer that made it is not in {near[0].parent}, nor in a folder beside {data_dir}"
-    raise ValueError(f"{data_dir}: {missing}; name its folder with --tokenizer_dir")

@@ -4,6 +4,8 @@ import torch
 
 from litgpt_moe.generation.settings import Sampling
 
+MAX_LOGIT = 1e30
+
 
 def candidates(
     logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None
@@ -20,7 +22,8 @@ def candidates(
         scores = scores.where(~seen, (scores / penalty).where(scores > 0, scores * penalty))
     if sampling.temperature == 0:
         return scores.new_ones(1), scores.argmax(dim=-1, keepdim=True)
-    scores = scores / sampling.temperature
+    # the bound, which no sound model's logits reach, keeps the quotient finite
+    scores = scores.clamp(-MAX_LOGIT, MAX_LOGIT) / sampling.temperature
     if 0 < sampling.top_k < scores.size(0):
         scores, ids = scores.topk(sampling.top_k)
     probs = scores.softmax(dim=-1)

@@ -1,5 +1,7 @@
 """From a prompt to tokens, and from tokens to text that is written while the model computes the next ones."""
 
+import contextlib
+import copy
 import errno
 import queue
 import sys
@@ -7,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import tokenizers
@@ -16,13 +19,27 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
-from litgpt_moe.cli import WorkFailed, note, silence_stdout
+from litgpt_moe.cli import WorkFailed, first_line, note, printable, silence_stdout
 from litgpt_moe.data.tokenizer import BYTE_PIECES
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.hardware import pick_device
 
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
+
+
+@contextlib.contextmanager
+def as_value_error(what: str, way_out: str) -> Iterator[None]:
+    """Raise ValueError with a sentence if the tokenizers library fails."""
+    try:
+        yield
+    except BaseException as error:
+        # the library raises bare Exception, and a panic of its Rust code is no Exception at all
+        if isinstance(error, ValueError):
+            raise
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what} ({first_line(error)}); {way_out}") from None
+        raise
 
 
 def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
@@ -38,12 +55,21 @@ def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text as LitGPT's `Tokenizer.encode` does; ValueError if the library fails."""
+    # encode_batch releases the GIL, which encode holds: the server tokenizes in a thread
+    releasing, encode_batch = copy.copy(tokenizer), tokenizer.processor.encode_batch
+    releasing.processor = SimpleNamespace(encode=lambda text: encode_batch([text])[0])  # pyright: ignore
+    with as_value_error("the tokenizer fails on the prompt", "choose another prompt or checkpoint"):
+        return releasing.encode(text).tolist()
+
+
 def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> list[int]:
     """Return the prompt's token ids; ValueError if it has none, leaves no room, or the tokenizer is wrong."""
-    prompt_ids = tokenizer.encode(prompt).tolist()
+    prompt_ids = encode(tokenizer, prompt)
     room_for(prompt_ids, max_tokens, model.max_seq_length)
-    if max(prompt_ids) >= model.config.padded_vocab_size:
-        size = f"token {max(prompt_ids):,}, the model knows {model.config.padded_vocab_size:,}"
+    if max(prompt_ids) >= model.lm_head.out_features:
+        size = f"token {max(prompt_ids):,}, the model knows {model.lm_head.out_features:,}"
         raise ValueError(f"the tokenizer is not the model's ({size}); copy the right one into the checkpoint")
     return prompt_ids
 
@@ -56,7 +82,10 @@ def tell_story(
     The model is left in eval mode and without a cache; torch's global random numbers are not used.
     """
     model.eval()
-    prompt_ids = tokenizer.encode(prompt).tolist()
+    try:
+        prompt_ids = encode(tokenizer, prompt)
+    except ValueError as error:
+        return f"(none: {error})"
     if len(prompt_ids) >= model.max_seq_length:
         return prompt  # the prompt alone fills the context of a toy model
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
@@ -115,8 +144,9 @@ class AsyncTokenStreamer(AbstractContextManager):
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, out: TextIO | None = None) -> None:
         self._decoder, self._out = TextDecoder(tokenizer), out or sys.stdout
+        self._show = printable if self._out.isatty() else str  # a terminal obeys what a model may write
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="token-streamer", daemon=True)
         self._thread.start()
 
@@ -141,9 +171,9 @@ class AsyncTokenStreamer(AbstractContextManager):
     def _run(self) -> None:
         try:
             while (token_id := self._queue.get()) is not None:
-                print(self._decoder.put(token_id), end="", file=self._out, flush=True)
-            print(self._decoder.end(), end="", file=self._out, flush=True)
-        except Exception as error:  # noqa: BLE001  raised again in the caller's thread, whatever it is
+                print(self._show(self._decoder.put(token_id)), end="", file=self._out, flush=True)
+            print(self._show(self._decoder.end()), end="", file=self._out, flush=True)
+        except BaseException as error:  # noqa: BLE001  raised again in the caller's thread, whatever it is
             self._error = error
 
 

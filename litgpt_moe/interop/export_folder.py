@@ -36,13 +36,19 @@ def check_packages(with_gguf: bool, is_checked: bool) -> None:
             raise ValueError(f"the package {name} is not installed; run uv sync --extra export{other}")
 
 
-def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is_checked: bool) -> list[str]:
-    """Write the checkpoint in `folder` to `out`, or nothing; return lines that report what was written."""
+def write_folder(
+    folder: Path, out: Path, dtype: str | None, gguf_dtype: str | None, is_checked: bool
+) -> list[str]:
+    """Write the checkpoint in `folder` to `out`, or nothing; return lines that report what was written.
+
+    `dtype` is that of safetensors (None: as saved), `gguf_dtype` a key of gguf.KINDS, "same" for `dtype`, or
+    None for no GGUF file.
+    """
     config = MoEConfig.from_file(folder / CONFIG_FILE)
     family = family_of(config)
-    gguf = import_module("litgpt_moe.interop.gguf") if with_gguf else None  # an optional package
+    gguf = import_module("litgpt_moe.interop.gguf") if gguf_dtype else None  # an optional package
     if gguf:
-        gguf.check_gguf(config, folder)
+        gguf.check_gguf(config, folder, gguf_dtype)
     model = load_model(folder)
     weights = {k: w.to(getattr(torch, dtype)) if dtype else w for k, w in model.state_dict().items()}
     kind = next(iter(weights.values())).dtype
@@ -50,8 +56,10 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
     files, ids = tokenizer_files.to_hf_tokenizer(folder, config.block_size)
     files["config.json"] = transformers.to_hf_config(config, transformers.is_tied(weights), name, ids)
     renamed = transformers.to_hf_weights(config, weights)
-    gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{name}.gguf") if gguf else None
-    card = model_card(folder, config, family.architecture, gguf_name, name)
+    gguf_dtype = name if gguf_dtype == "same" else gguf_dtype
+    gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{gguf_dtype}.gguf") if gguf else None
+    usage = _usage(gguf_name, files["tokenizer_config.json"]["add_bos_token"])
+    card = model_card(folder, config, family.architecture, name, usage)
     size = tensor_bytes(renamed)
     lines = [f"Wrote   {out}: {family.architecture} in {name}, {size:,} bytes of weights"]
     with new_folder(out, size * (2 if gguf else 1)) as staging:
@@ -62,7 +70,7 @@ def write_folder(folder: Path, out: Path, dtype: str | None, with_gguf: bool, is
         # safetensors 0.8 creates a file that other users may not read
         (staging / WEIGHTS_FILE).chmod((staging / "README.md").stat().st_mode)
         if gguf and gguf_name:
-            gguf.write_gguf(staging / gguf_name, config, renamed, staging)
+            gguf.write_gguf(staging / gguf_name, config, renamed, staging, gguf_dtype)
             lines.append(f"GGUF    {out / gguf_name}")
         if is_checked:
             lines.append(check_folder(staging, folder, kind))
@@ -99,31 +107,36 @@ def check_folder(out: Path, folder: Path, dtype: torch.dtype) -> str:
     return f"Checked {version} gives the same token ids, and logits within {worst:.1e} (largest {scale:.1f})"
 
 
-def model_card(folder: Path, config: MoEConfig, architecture: str, gguf_name: str | None, dtype: str) -> str:
+def model_card(folder: Path, config: MoEConfig, architecture: str, dtype: str, usage: str) -> str:
     """Return the README.md for the checkpoint in `folder`."""
     settings = read_settings(folder)
     header = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- litgpt"]
     header += ["- mixture-of-experts"] if config.n_expert else []
     sections = [
         "\n".join(["---", *header, "---"]),
-        f"# {config.name}",
+        f"# {_one_line(config.name)}",
         f"A small {'Mixture-of-Experts ' if config.n_expert else ''}language model, pretrained with LitGPT. "
         "It continues a text in the manner of those it was trained on; it follows no instructions.",
         _table(_shape_rows(config, architecture, dtype)),
         "## Training",
         _table(_training_rows(folder, config, settings)) if settings else "Not recorded in the checkpoint.",
         "## Use",
-        _usage(gguf_name),
+        usage,
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _table(rows: Rows) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+    cells = ((name, _one_line(value).replace("|", "\\|")) for name, value in rows)
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells)])
 
 
-def _usage(gguf_name: str | None) -> str:
-    code = f"""\
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _usage(gguf_name: str | None, adds_bos: bool) -> str:
+    text = f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,8 +148,15 @@ out = model.generate(**ids, max_new_tokens=200, do_sample=True, temperature=0.8,
 print(tokenizer.decode(out[0], skip_special_tokens=True))
 ```"""
     if gguf_name:
-        code += f'\n\nWith llama.cpp: `llama-completion -m {gguf_name} -p "{PROMPT}" -n 200 --temp 0.8`'
-    return code
+        text += f'\n\nWith llama.cpp: `llama-completion -m {gguf_name} -p "{PROMPT}" -n 200 --temp 0.8`'
+    # lm-eval 0.4.13: HFLM.loglikelihood_rolling puts prefix_token_id before what the tokenizer returns
+    argument = ",add_bos_token=False" if adds_bos else ""
+    text += "\n\nWith lm-eval, perplexity and bits per byte of a text: "
+    text += f"`lm_eval --model hf --model_args pretrained=.{argument} --tasks wikitext`."
+    if adds_bos:
+        text += " lm-eval adds BOS itself; without `add_bos_token=False` the tokenizer adds a second one, "
+        text += "which makes the figures worse. Tasks with a context (multiple choice) need no argument."
+    return text
 
 
 def _shape_rows(config: MoEConfig, architecture: str, dtype: str) -> Rows:

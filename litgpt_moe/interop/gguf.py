@@ -23,16 +23,26 @@ from litgpt_moe.interop.transformers import Weights
 ARCHITECTURES = dict(zip(FAMILIES, ("llama", "qwen3moe", "llama", "qwen3"), strict=True))
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)\.weight")
 SPACE = "\u2581"
-KINDS = {  # dtype -> GGUF's names of a tensor and of a file
+# torch's name of a dtype, or --gguf's -> GGUF's names of a tensor and of a file
+KINDS: dict[str, tuple[str, str]] = {
     "float32": ("F32", "ALL_F32"),
     "float16": ("F16", "MOSTLY_F16"),
     "bfloat16": ("BF16", "MOSTLY_BF16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
+KINDS |= {"f32": KINDS["float32"], "f16": KINDS["float16"], "bf16": KINDS["bfloat16"]}
+# 8 bits for a weight, and a scale for each so many neighbours of a row
+BLOCK = 32
 
 
-def check_gguf(config: MoEConfig, folder: Path) -> None:
+def check_gguf(config: MoEConfig, folder: Path, kind: str) -> None:
     """Raise ValueError, in one sentence, if llama.cpp cannot express the model or its tokenizer."""
     instead = "export without --gguf"
+    widths = {"n_embd": config.n_embd, "n_head times head_size": config.n_head * (config.head_size or 0)}
+    widths["the width of an MLP"] = _mlp_width(config)
+    if kind == "q8_0" and (odd := [f"{name} is {n}" for name, n in widths.items() if n % BLOCK]):
+        rule = f"q8_0 needs multiples of {BLOCK}"
+        raise ValueError(f"{', '.join(odd)}, and {rule}; export with --gguf bf16")
     if config.rope_adjustments:
         raise ValueError(f"rope_adjustments is set, which this GGUF writer does not know; {instead}")
     if config.first_k_dense_replace:
@@ -58,13 +68,15 @@ def tokenizer_kind(spec: dict[str, Any]) -> str | None:
     return "gpt2" if plain and not before.get("add_prefix_space") and not spec.get("normalizer") else None
 
 
-def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: Path) -> None:
-    """Write `weights`, under the names of Transformers, and the tokenizer to the GGUF file `path`."""
+def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: Path, dtype: str) -> None:
+    """Write `weights`, under the names of Transformers, and the tokenizer to the GGUF file `path`.
+
+    `dtype` is a key of KINDS. Norms and the router stay float32, which llama.cpp requires.
+    """
     family = family_of(config)
     architecture = ARCHITECTURES[family]
     kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH(kinds[architecture]), config.n_layer)
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     assert config.head_size  # LitGPT's Config computes it
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -75,7 +87,6 @@ def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: P
                 # rows of a head that are rotated together become neighbours
                 halves = weight.view(-1, 2, config.head_size // 2, weight.size(1))
                 weight = halves.transpose(1, 2).reshape(weight.shape)
-            # llama.cpp requires float32 for norms and router
             is_exact = weight.dim() == 1 or name.endswith(".gate.weight")
             kind = gguf.GGMLQuantizationType[KINDS["float32" if is_exact else dtype][0]]
             gguf_name = names.get_name(name, try_suffixes=(".weight",))
@@ -100,9 +111,15 @@ def _stacked(weights: Weights) -> list[tuple[str, torch.Tensor]]:
     return plain + [(name, torch.stack([some[e] for e in sorted(some)])) for name, some in experts.items()]
 
 
-def _add_settings(writer: GGUFWriter, config: MoEConfig, dtype: str) -> None:
+def _mlp_width(config: MoEConfig) -> int:
     width = config.moe_intermediate_size if config.n_expert else config.intermediate_size
-    assert width and config.head_size and config.padded_vocab_size and config.n_query_groups
+    assert width
+    return width
+
+
+def _add_settings(writer: GGUFWriter, config: MoEConfig, dtype: str) -> None:
+    width = _mlp_width(config)
+    assert config.head_size and config.padded_vocab_size and config.n_query_groups
     writer.add_name(config.name or "model")
     writer.add_file_type(gguf.LlamaFileType[KINDS[dtype][1]])
     writer.add_vocab_size(config.padded_vocab_size)

@@ -122,6 +122,8 @@ def import_model(source: str, out: Path) -> tuple[str, bool]:
     if not folder.is_dir():
         if not REPOSITORY.fullmatch(source):
             raise FileNotFoundError(f"{source}: no such folder, and no OWNER/NAME of the hub either")
+        if download.is_symlink():
+            raise ValueError(f"{download} is a link, the download would go through it; remove it")
         fetch(source, folder := download)
     result = import_folder(folder, Path(source).absolute().name, out)
     shutil.rmtree(download, ignore_errors=True)

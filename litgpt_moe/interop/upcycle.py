@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import CONFIG_FILE, SETTINGS_FILE
 from litgpt_moe.checkpoints.reader import load_model
-from litgpt_moe.cli import train_command
+from litgpt_moe.cli import WorkFailed, train_command
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.files import free_name
 
@@ -85,13 +85,16 @@ def _slice_of(weight: torch.Tensor, name: str, start: int, width: int) -> torch.
     return weight[:, start : start + width].mul(weight.size(1) // width)
 
 
-def largest_difference(dense_dir: Path, moe_dir: Path) -> float:
-    """Return the largest difference between the logits of two checkpoints, in float32 on random tokens."""
-    dense, moe = load_model(dense_dir, dtype=torch.float32), load_model(moe_dir, dtype=torch.float32)
-    n_tokens = min(N_CHECKED, dense.max_seq_length)
-    ids = torch.randint(dense.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+def sample_logits(folder: Path) -> torch.Tensor:
+    """Return a checkpoint's logits in float32 on random tokens; WorkFailed if they are NaN or infinite."""
+    model = load_model(folder, dtype=torch.float32)
+    n_tokens = min(N_CHECKED, model.max_seq_length)
+    ids = torch.randint(model.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return (dense(ids) - moe(ids)).abs().max().item()
+        logits = model(ids)
+    if not logits.isfinite().all():
+        raise WorkFailed(f"{folder}: its logits are NaN or infinite; use an earlier checkpoint")
+    return logits
 
 
 def training_command(checkpoint: Path, like: Path | None = None) -> str:

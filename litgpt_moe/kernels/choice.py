@@ -4,12 +4,12 @@ import torch
 import torch.nn as nn
 from litgpt.config import Config
 
-from litgpt_moe.kernels.cpu import cpu_experts
+from litgpt_moe.kernels.cpu import segment_experts
 from litgpt_moe.kernels.grouped_mm import grouped_mm_experts, has_fast_grouped_mm
 from litgpt_moe.kernels.rows import Plan, combine, gather, rows_per_expert
 from litgpt_moe.kernels.triton import has_triton, triton_experts
 
-WAYS = {
+KERNELS = {
     "grouped_mm": "grouped GEMM (torch.nn.functional.grouped_mm)",
     "triton": "grouped GEMM (Triton, litgpt_moe/kernels)",
     "segments": "one GEMM for each expert's sorted rows",
@@ -18,17 +18,17 @@ WAYS = {
 
 
 def run_experts(
-    way: str, x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, experts: nn.ModuleList
+    kernel: str, x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, experts: nn.ModuleList
 ) -> torch.Tensor:
     """Return each token's weighted sum of its experts' outputs, (N, C).
 
-    `way` is a key of WAYS; an expert has the linear layers fc_1, fc_2 and proj, as `litgpt.model.LLaMAMLP`.
+    `kernel` is a key of KERNELS. An expert has the linear layers of `litgpt.model.LLaMAMLP`.
     """
-    if way == "loop":
+    if kernel == "loop":
         return combine(_call_experts(gather(x_NC, plan), plan.ends, experts) * weights_R1, plan)
     # not get_parameter: inside FSDP's forward the weights are plain tensors
     maps = ([getattr(expert, name).weight for expert in experts] for name in ("fc_1", "fc_2", "proj"))
-    run = {"grouped_mm": grouped_mm_experts, "triton": triton_experts, "segments": cpu_experts}[way]
+    run = {"grouped_mm": grouped_mm_experts, "triton": triton_experts, "segments": segment_experts}[kernel]
     return run(x_NC, weights_R1, plan, *maps)
 
 
@@ -41,8 +41,8 @@ def _call_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleLi
     return torch.cat([expert(x_SC) for expert, x_SC in zip(experts, parts, strict=True)])
 
 
-def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the key of WAYS for the fastest kernels that this device has in this dtype."""
+def choose_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the key of KERNELS for the fastest kernels that this device has in this dtype."""
     if config.bias:
         return "loop"
     # rows of a multiple of 16 bytes in bf16
@@ -52,11 +52,11 @@ def choose_way(config: Config, device: torch.device, dtype: torch.dtype) -> str:
     return "triton" if has_triton(device.type, dtype) else "segments"
 
 
-def experts_path(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
+def describe_kernel(config: Config, device: torch.device | str, dtype: torch.dtype) -> str:
     """Return, in words, how this model's experts would be run on this device in this dtype."""
     if not config.n_expert:
         return "none"
     device = torch.device(device)
-    way = choose_way(config, device, dtype)
-    waits = "" if way in ("grouped_mm", "triton") or device.type == "cpu" else ", which waits for the device"
-    return WAYS[way] + waits
+    kernel = choose_kernel(config, device, dtype)
+    waits = device.type != "cpu" and kernel not in ("grouped_mm", "triton")
+    return KERNELS[kernel] + (", which waits for the device" if waits else "")

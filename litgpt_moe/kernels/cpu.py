@@ -15,7 +15,7 @@ from litgpt_moe.kernels.matmul import add_matmul, matmul, uses_onednn
 from litgpt_moe.kernels.rows import Plan, rows_per_expert, sum_of_rows, swiglu_backward, swiglu_forward
 
 
-def cpu_experts(
+def segment_experts(
     x_NC: torch.Tensor, weights_R1: torch.Tensor, plan: Plan, *maps: list[torch.Tensor]
 ) -> torch.Tensor:
     """Return each token's weighted sum, (N, C), by GEMMs on each expert's rows; `maps` are fc_1, fc_2, proj.
@@ -218,7 +218,7 @@ def _(
     return [torch.empty_like(tensor) for tensor in (x, weights, *itertools.chain(*maps))]
 
 
-def _experts_keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _experts_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, fc_1, fc_2, proj = inputs
     ctx.save_for_backward(*output[1:], *tensors, *fc_1, *fc_2, *proj)
     ctx.set_materialize_grads(False)  # the second and third output have no gradients
@@ -234,7 +234,7 @@ def _experts_backward(ctx: Any, grad: torch.Tensor, *_: None) -> tuple[Any, ...]
     return x_grad, weights_grad, None, None, None, *map_grads
 
 
-_experts.register_autograd(_experts_backward, setup_context=_experts_keep)
+_experts.register_autograd(_experts_backward, setup_context=_experts_setup_context)
 
 
 @register_flop_formula(torch.ops.moe.experts)

@@ -33,6 +33,7 @@ def make_page(runs: list[RunLog]) -> str:
     """Return the whole page; its script shows names and stories as plain text, never as HTML."""
     content = {"made": time.strftime("%Y-%m-%d %H:%M"), "runs": [_run_data(run) for run in runs]}
     data = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    data = data.encode(errors="replace").decode()  # half surrogate pairs, as of a file name that is not UTF-8
     # inside <script> only "<" can end or comment out the data
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA_HERE", data.replace("<", "\\u003c"), 1)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from litgpt_moe.files import read_json
+from litgpt_moe.report.results import RESULTS_FILE, results_of
 from litgpt_moe.yaml_files import read_mapping
 
 MAX_HEAT_CELLS = 150_000  # of a run's heat maps: 200 kB of the page
@@ -58,6 +59,7 @@ class RunLog:
     heat: dict[str, Any] | None
     stories: list[dict[str, Any]]
     spikes: list[dict[str, Any]]
+    results: list[dict[str, Any]]
     settings: dict[str, Any]
     command: str
     versions: dict[str, str]
@@ -76,8 +78,8 @@ def find_run(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: no {METRICS} in it; {way_out}")
 
 
-def read_run(folder: Path, name: str) -> RunLog:
-    """Return the run's logs. Raises ValueError or OSError with one sentence."""
+def read_run(folder: Path, name: str, results_file: Path) -> RunLog:
+    """Return the run's logs and its rows of `results_file`. ValueError or OSError has one sentence."""
     train, val = read_metrics(folder / METRICS)
     if "loss" not in train or not len(train["loss"]):
         way_out = "wait for the run's first one (train.log_interval)"
@@ -87,7 +89,8 @@ def read_run(folder: Path, name: str) -> RunLog:
     last_stories = {row.get("step"): row for row in read_dicts(folder / "logs/stories.csv")}
     stories = spread(list(last_stories.values()), MAX_STORIES)
     spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
-    return RunLog(name, folder, train, val, heat, stories, spikes, *read_facts(folder))
+    results = results_of(folder, [results_file, folder / RESULTS_FILE])
+    return RunLog(name, folder, train, val, heat, stories, spikes, results, *read_facts(folder))
 
 
 def whole_lines(path: Path) -> Iterator[str]:
@@ -220,7 +223,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            try:
+                text = value if isinstance(value, str) else json.dumps(value, default=str)
+            except TypeError:  # a date as a key
+                text = str(value)
             flat[f"{prefix}{key}"] = text[:MAX_TEXT]
     return flat
 

@@ -33,6 +33,7 @@ from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import note
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt, load
+from litgpt_moe.serving.connections import Connection
 from litgpt_moe.serving.engine import Engine, Piece
 from litgpt_moe.serving.requests import (
     UNKNOWN,
@@ -50,14 +51,12 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-PATIENCE_S = 30  # a client that reads nothing for so long is disconnected
 
 
 class CompletionResponse(StreamingResponse):
     """The response to a request: server-sent events, or one JSON object.
 
-    The work is cancelled, which frees its slot, when the client disconnects (by `StreamingResponse`) or reads
-    nothing for `PATIENCE_S`.
+    `StreamingResponse` cancels the work, which frees its slot, when the client disconnects.
     """
 
     def __init__(self, engine: Engine, request: CompletionRequest) -> None:
@@ -68,24 +67,19 @@ class CompletionResponse(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         """Generate in a slot of the engine, and send the result."""
-
-        async def patient_send(message: Any) -> None:
-            async with asyncio.timeout(PATIENCE_S):
-                await send(message)
-
-        with suppress(TimeoutError):  # uvicorn closes a connection whose response is incomplete
-            try:
-                async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
-                    if self._request.body.stream:
-                        self.body_iterator = self._events(pieces)
-                        await super().stream_response(patient_send)
-                        return
-                    answer = JSONResponse(await self._collect(pieces))
-            except ApiError as error:
-                answer = error_response(error)
-            start = {"status": answer.status_code, "headers": answer.raw_headers}
-            await patient_send({"type": "http.response.start", **start})
-            await patient_send({"type": "http.response.body", "body": answer.body})
+        try:
+            async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
+                if self._request.body.stream:
+                    self.body_iterator = self._events(pieces)
+                    await super().stream_response(send)
+                    return
+                answer = JSONResponse(await self._collect(pieces))
+        except ApiError as error:
+            answer = error_response(error)
+        await send(
+            {"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers}
+        )
+        await send({"type": "http.response.body", "body": answer.body})
 
     async def _events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
         n_new = 0
@@ -167,7 +161,9 @@ def make_app(engine: Engine, host: str) -> Starlette:
         return JSONResponse(entry)
 
     async def completions(request: Request) -> Response:
-        return CompletionResponse(engine, read_request(await read_body(request), engine.served))
+        body = await read_body(request)
+        # in a thread: tokenizing the largest prompt takes up to a second
+        return CompletionResponse(engine, await asyncio.to_thread(read_request, body, engine.served))
 
     routes = [
         Route("/", page, methods=["GET"]),
@@ -194,7 +190,7 @@ def make_server(engine: Engine, host: str) -> uvicorn.Server:
     """Return the server; when it stops, it ends the requests that its engine is working on."""
     options: dict[str, Any] = {"ws": "none", "lifespan": "off", "log_level": "error", "access_log": False}
     options |= {"proxy_headers": False, "server_header": False}
-    options |= {"limit_concurrency": 100, "timeout_graceful_shutdown": 3}
+    options |= {"http": Connection, "timeout_graceful_shutdown": 3}
     server = uvicorn.Server(uvicorn.Config(make_app(engine, host), **options))
     engine.is_stopping = lambda: server.should_exit  # a story in progress would delay the shutdown
     return server

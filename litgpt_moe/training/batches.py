@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from litgpt import Tokenizer
 
+from litgpt_moe.checkpoints.reader import load_tokenizer
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import fits
@@ -102,7 +102,7 @@ def _prepare_text(run: Run, folder: Path) -> None:
     elif not has_tokenizer:
         prepare(needed)
     # LitGPT builds its own loaders later; here they report too little text before the model is built
-    run.data.connect(Tokenizer(settings.tokenizer_dir), settings.train.micro_batch_size, run.block_size)
+    run.data.connect(load_tokenizer(settings.tokenizer_dir), settings.train.micro_batch_size, run.block_size)
     run.data.prepare_data()
     run.data.train_dataloader()
     run.data.val_dataloader()

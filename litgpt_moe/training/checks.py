@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import CheckpointArgs, checkpoints_of
+from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import existing_parent, locked_folder
+from litgpt_moe.files import check_no_links, existing_parent, locked_folder
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
@@ -173,7 +173,7 @@ def check_out_dir(run: "Run") -> None:
         raise ValueError(
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
         )
-    earlier = [path for path in (out_dir / "final", *sorted(out_dir.glob("step-*"))) if path.exists()]
+    earlier = [path for path in (out_dir / FINAL, *steps_of(out_dir).values()) if path.exists()]
     if earlier and run.resume is None and not settings.overwrite:
         is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))
         way_on = "continue it with --resume auto" if is_whole else "none of it can be continued"
@@ -181,6 +181,8 @@ def check_out_dir(run: "Run") -> None:
             f"{out_dir} already holds a run ({earlier[0].name}); {way_on}, "
             "choose another --out_dir, or delete it with --overwrite"
         )
+    check_no_links(logs := out_dir / "logs")
+    check_no_links(*logs.rglob("*"))
     free = shutil.disk_usage(existing_parent(out_dir)).free
     if free < run.checkpoint_bytes:
         raise ValueError(

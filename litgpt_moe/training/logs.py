@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from litgpt_moe.balance import STATISTICS
 from litgpt_moe.cli import command_line, note
-from litgpt_moe.files import write_whole
+from litgpt_moe.files import open_no_link, write_whole
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
 from litgpt_moe.training.guard import Spike
@@ -80,7 +80,7 @@ class CsvLog:
             self._rewrite([])
         size = self.path.stat().st_size
         try:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
+            with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_link) as file:
                 csv.DictWriter(file, self.columns).writerows(self._waiting)
         except OSError:
             # a part of the rows may be in the file, and all are written again later

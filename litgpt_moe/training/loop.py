@@ -111,6 +111,8 @@ class BackgroundIO(TorchCheckpointIO):
 def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabric:
     """Return the Fabric that LitGPT's loop runs on: one device, DDP on CPUs, FSDP on GPUs."""
     settings, opened = run.settings, run.resume or run.initial
+    # Fabric's own choice, "auto", takes a Mac's MPS, on which nothing of this has been tried
+    accelerators = {"gpu": "cuda", "auto": "cuda" if has_cuda() else "cpu"}
     # litgpt.pretrain.setup always takes FSDP, which needs GPUs
     strategy: Any = "ddp" if run.world_size > 1 else "auto"
     plugins = [BackgroundIO(hooks.writer, opened)]
@@ -118,7 +120,7 @@ def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabri
         strategy, plugins = ShardedStrategy(hooks.writer, opened), []
     return TrainingFabric(
         hooks,
-        accelerator="cuda" if settings.accelerator == "gpu" else settings.accelerator,
+        accelerator=accelerators.get(settings.accelerator, settings.accelerator),
         devices=run.devices,
         num_nodes=settings.num_nodes,
         strategy=strategy,

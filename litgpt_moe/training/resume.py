@@ -1,18 +1,37 @@
 """The checkpoint that a run resumes, or whose weights it starts from: found, checked and opened once."""
 
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from litgpt import GPT
 
 from litgpt_moe.balance import has_selection_bias
 from litgpt_moe.checkpoints import reader
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, SETTINGS_FILE, checkpoints_of, find_checkpoint
+from litgpt_moe.checkpoints.layout import (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    SETTINGS_FILE,
+    checkpoints_of,
+    find_checkpoint,
+)
 from litgpt_moe.checkpoints.state import check_state
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
-from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.settings import Settings, plain_settings
+
+# keys of a model's configuration that do not change what it computes (padded_vocab_size does)
+SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
+# settings whose change on a resume is told
+TOLD = (
+    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "dataset_dir", "wandb_dataset", "precision"),
+    *("devices", "num_nodes", "accelerator", "seed", "train.micro_batch_size", "train.max_tokens"),
+    *("train.lr_warmup", "train.min_lr", "train.max_norm"),
+)
 
 
 class OpenCheckpoint:
@@ -68,6 +87,8 @@ def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
     reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
     opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     reader.check_weights(folder, model, opened.weights)
+    for text in changed_meaning(folder, settings, cast(MoEConfig, model.config)):
+        note_once(f"Warning: {folder}: {text}; the weights were trained with what it was.")
     return opened
 
 
@@ -84,7 +105,12 @@ def check_resume(
             "from its weights with --initial_checkpoint_dir"
         )
     before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE, is_foreign=True).items()}
-    _check_unchanged(folder, before, settings, optimizer)
+    if changes := [
+        *changed_meaning(folder, settings, cast(MoEConfig, model.config)),
+        *_changed_run(before, settings, optimizer),
+    ]:
+        raise ValueError("\n".join(f"{folder}: {text}; resume with what it was" for text in changes))
+    _say_what_changed(folder, before, settings)
     n_steps = (settings.train.max_tokens or 0) // tokens_per_step
     if step > n_steps:
         raise ValueError(f"{folder} is past the {n_steps} steps of train.max_tokens; raise that")
@@ -101,14 +127,59 @@ def check_resume(
     return step
 
 
-def _check_unchanged(folder: Path, before: dict[str, Any], settings: Settings, optimizer: str) -> None:
+def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
+    """Yield what makes the weights of a checkpoint compute something else now: model keys, the tokenizer."""
+    # an object has the defaults, with which the model was trained, of keys that an old file lacks
+    before = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
+    for key in (item.name for item in fields(MoEConfig) if item.name not in SAME_FUNCTION):
+        if (was := getattr(before, key)) != (value := getattr(config, key)):
+            yield f"{CONFIG_FILE}: {key} was {was}, now {value}"
+    # litgpt 0.5.13 computes the norm of models with these words in their name in another way
+    if any((word in before.name) != (word in config.name) for word in ("Gemma", "OLMo")):
+        yield f"{CONFIG_FILE}: name was {before.name}, now {config.name}"
+    if not (folder / "tokenizer.json").is_file():
+        return  # LitGPT's converters may write none
+    named = settings.tokenizer_dir
+    if not (named / "tokenizer.json").is_file():
+        yield f"tokenizer_dir is {named}, but {named} holds no tokenizer.json"
+    elif _tokenizer_key(folder) != _tokenizer_key(named):
+        yield f"its tokenizer is not the one in {named} (tokenizer_dir)"
+
+
+def _tokenizer_key(folder: Path) -> tuple[str, int, int]:
+    facts = read_tokenizer_facts(folder)
+    return facts.sha256, facts.bos_id, facts.eos_id
+
+
+def _changed_run(before: dict[str, Any], settings: Settings, optimizer: str) -> Iterator[str]:
+    """Yield the settings with which the training state does not fit any more."""
     for key, value in (
         ("train.global_batch_size", settings.train.global_batch_size),
         ("train.max_seq_length", settings.train.max_seq_length),
+        ("train.tie_embeddings", settings.train.tie_embeddings),
         ("optimizer.class_path", optimizer),
         ("weight_decay_on", settings.weight_decay_on),
     ):
         # a class has several paths: torch.optim.AdamW is also torch.optim.adamw.AdamW
-        names = [str(text).rpartition(".")[2] for text in (before.get(key, value), value)]
+        names = [str(text or None).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
-            raise ValueError(f"{folder}: {key} was {before[key]}, now {value}; resume with what it was")
+            yield f"{key} was {before[key]}, now {value}"
+
+
+def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
+    now, default = (dict(_flat(plain_settings(some))) for some in (settings, Settings()))
+    changes = [
+        f"{key} {was} -> {value}"
+        for key, value in now.items()
+        if (was := before.get(key, default.get(key))) != value and key.startswith(TOLD)
+    ]
+    if changes:
+        note_once(f"Changed since {folder}: {'; '.join(changes)}.")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -14,6 +14,7 @@ from litgpt_moe.data.artifact import pull
 from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
+from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
@@ -121,6 +122,7 @@ def _checked_run(parsed: Parsed) -> Run:
     parsed.add(launcher_problems(world_size))
     parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
     data = parsed.attempt(build_data, settings)
+    settings = parsed.attempt(with_tokenizer, settings, data) or settings
     optimizer = parsed.attempt(optimizer_spec, settings)
     resume = parsed.attempt(find_resume, settings)
     parsed.raise_all()
@@ -131,7 +133,7 @@ def _checked_run(parsed: Parsed) -> Run:
     parsed.attempt(checks.check_tokenizer, run)
     parsed.attempt(checks.check_memory, run)
     if resume:
-        checked = (resume, settings, model, optimizer["class_path"], run.tokens_per_step)
+        checked = (resume, run.settings, model, optimizer["class_path"], run.tokens_per_step)
         run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
     parsed.attempt(checks.check_out_dir, run)
     parsed.raise_all()
@@ -143,9 +145,17 @@ def with_dataset(settings: Settings) -> Settings:
     if settings.wandb_dataset:
         folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
         settings = replace(settings, dataset_dir=folder)
-    if settings.dataset_dir and (settings.dataset_dir / "tokenizer/tokenizer.json").is_file():
-        settings = replace(settings, tokenizer_dir=settings.dataset_dir / "tokenizer")
+        if (folder / "tokenizer/tokenizer.json").is_file():
+            settings = replace(settings, tokenizer_dir=folder / "tokenizer")
     return settings
+
+
+def with_tokenizer(settings: Settings, data: Any) -> Settings:
+    """Return the settings with the tokenizer that was named, or else the one that made the data."""
+    if not isinstance(data, TextShards):
+        return replace(settings, tokenizer_dir=choose_tokenizer(None, settings.tokenizer_dir))
+    data.tokenizer_dir = choose_tokenizer(data.data_dir, settings.tokenizer_dir)
+    return replace(settings, tokenizer_dir=data.tokenizer_dir)
 
 
 def _as_run(run: Run) -> Settings:

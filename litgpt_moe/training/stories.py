@@ -5,7 +5,7 @@ from pathlib import Path
 
 from litgpt import GPT, Tokenizer
 
-from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.generation.text import tell_story
 from litgpt_moe.loss import LossHead
@@ -32,7 +32,7 @@ class StoryLog:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer, loaded at first use: it exists once rank 0 has prepared the data."""
-        return Tokenizer(self.tokenizer_dir)
+        return load_tokenizer(self.tokenizer_dir)
 
     def tell(self, model: GPT, head: LossHead | None, step: int) -> None:
         """Write a story, without a change to the model or to training's random generators."""
@@ -51,5 +51,5 @@ class StoryLog:
 
 def final_story(checkpoint_dir: Path) -> str:
     """Return a story by the model in a checkpoint."""
-    model, tokenizer = load_model(checkpoint_dir), Tokenizer(checkpoint_dir)
+    model, tokenizer = load_model(checkpoint_dir), load_tokenizer(checkpoint_dir)
     return tell_story(model, tokenizer, PROMPT, FINAL_NEW_TOKENS, SAMPLING, SEED)

@@ -13,7 +13,7 @@ from litgpt_moe.cli import command_line
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import FolderInUse, is_disk_full, write_json
 from litgpt_moe.hardware import has_cuda, peak_memory_gb
-from litgpt_moe.kernels.choice import experts_path
+from litgpt_moe.kernels.choice import describe_kernel
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.parse import resume_command
 from litgpt_moe.training.run import Run
@@ -27,11 +27,13 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     total, active = run.facts.total_params, run.facts.active_params
     dtype = torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"
+    has_idle_mps = device.type == "cpu" and torch.backends.mps.is_available()
+    mps = ", and there is MPS: try it by --accelerator mps" if has_idle_mps else ""
     resumed = f", resuming after step {run.start_step} ({run.resume.folder})" if run.resume else ""
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
-        f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why})\n"
-        f"Experts {experts_path(run.config, device, dtype)}\n"
+        f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
+        f"Experts {describe_kernel(run.config, device, dtype)}\n"
         f"Run     {run.n_steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
     )
 

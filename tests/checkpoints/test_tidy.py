@@ -12,6 +12,7 @@ from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.checkpoints.state import tensor_bytes, tensors_of
 from litgpt_moe.checkpoints.writer import delete_run, non_finite, tidy, write_checkpoint
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.files import staging_for
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -29,6 +30,21 @@ def test_what_a_kill_amid_a_save_leaves_is_removed_or_put_back(tmp_path: Path) -
     tidy(tmp_path, start_step=4)
     # final/ had been moved aside, and the new one had not come
     assert names(tmp_path) == ["final", "step-00000004"]
+    staging, aside = staging_for(tmp_path / "step-00000008"), staging_for(tmp_path / "final", "old")
+    staging.mkdir()
+    (tmp_path / "final").rename(aside)
+    tidy(tmp_path, start_step=4)
+    assert names(tmp_path) == ["final", "step-00000004"]
+
+
+def test_the_start_of_a_run_deletes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    others = [".cache.tmp", ".vim.old", ".step-best.tmp", ".notes.litgpt_moe-0-1.tmp", ".step-4.old"]
+    others += [staging_for(tmp_path / "export").name]  # of an export beside it
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".final.tmp").symlink_to(".cache.tmp")
+    tidy(tmp_path, start_step=0)
+    assert names(tmp_path) == sorted(others)
 
 
 def test_steps_after_the_one_resumed_from_are_renamed_and_nothing_else(
@@ -47,10 +63,13 @@ def test_steps_after_the_one_resumed_from_are_renamed_and_nothing_else(
 
 
 def test_an_earlier_run_is_deleted_and_what_is_not_its_own_stays(tmp_path: Path) -> None:
-    for name in ("step-00000004", "superseded-step-00000008", "final", "logs", "notes"):
+    own = ("step-00000004", "superseded-step-00000008", "superseded-step-00000008.1", "final", "logs")
+    others = ("notes", "step-best", "superseded-ideas")
+    for name in (*own, *others):
         (tmp_path / name).mkdir()
+    (tmp_path / "step-00000012").touch()
     delete_run(tmp_path)
-    assert names(tmp_path) == ["notes"]
+    assert names(tmp_path) == sorted([*others, "step-00000012"])
 
 
 # --- a checkpoint of bare weights, and what a state holds ---------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 from helpers.data import make_text, stories_of
 from helpers.hub import Hub, serve
 
+from litgpt_moe.data.make_tokenizer import TOKENIZER_REPO
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.tokenizer import TOKENIZER_REPO
 
 TRAIN = "/datasets/roneneldan/TinyStories/resolve/main/TinyStories-train.txt"
 
@@ -58,13 +58,12 @@ def test_tinystories_and_its_tokenizer_come_from_the_hub_and_downloads_resume(
 def test_without_the_hub_both_ways_on_are_named(
     settings: PrepareSettings, run_script: object, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    arguments = ("--data_dir", settings.data_dir, "--tokenizer_dir", tmp_path / "none")
-    done = run_script("prepare_data.py", *arguments, env=environment)
+    done = run_script("prepare_data.py", "--data_dir", settings.data_dir, env=environment, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "--tokenizer_dir" in line and "--train_tokenizer" in line
     assert ("(no connection to it)" in line) == bool(environment)  # not what the hub's client makes of it
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "data/tokenizer").exists()
 
 
 def test_a_download_that_failed_leaves_no_empty_folder(run_script: object, tmp_path: Path) -> None:

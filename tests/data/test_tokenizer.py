@@ -9,8 +9,8 @@ from helpers.data import change_tokenizer, snapshot
 
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.tokenizer import can_split_at_spaces, find_tokenizer, read_tokenizer_facts
-from litgpt_moe.files import sha256_file
+from litgpt_moe.data.tokenizer import can_split_at_spaces, read_tokenizer_facts
+from litgpt_moe.data.tokenizer_folder import find_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from litgpt_moe.files import sha256_file
         ("tokenizer.json", "{", r"tokenizer\.json: not JSON"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
         ("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}', None),
-        ("tokenizer_config.json", '{"bos_token": "<s>", "eos_token": "</s>"}', "no tokenizer_class"),
+        ("tokenizer_config.json", '{"bos_token": "<s>", "eos_token": "</s>"}', None),
         ("tokenizer_config.json", '{"tokenizer_class": "X", "bos_token": "<bos>"}', "no BOS id"),
         ("generation_config.json", "[", r"generation_config\.json: not JSON"),
     ],
@@ -84,9 +84,10 @@ def test_a_folder_beside_that_may_not_be_read_is_passed_over(data_dir, monkeypat
     def read(path):  # as root, whom no permission stops, a test cannot lock a file
         if path.parent == locked:
             raise PermissionError(13, "Permission denied", str(path))
-        return sha256_file(path)
+        return read_bytes(path)
 
-    monkeypatch.setattr("litgpt_moe.data.tokenizer.sha256_file", read)
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", read)
     (data_dir.parent / "tokenizer").rename(data_dir.parent / "tinyllama")  # after the locked one by name
     assert find_tokenizer(data_dir, None) == data_dir.parent / "tinyllama"
     with pytest.raises(PermissionError):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,11 @@ def write_text(path: Path, stories: list[str]) -> Path:
     return path
 
 
-def stories_of(data_dir: Path, tokenizer_dir: Path, split: str) -> list[str]:
+def stories_of(
+    data_dir: Path, tokenizer_dir: Path, split: str, load: Callable[[Path], Tokenizer] = Tokenizer
+) -> list[str]:
     """Return the stories of a split, decoded by LitGPT's tokenizer from the shards' bytes."""
-
-    tokenizer = Tokenizer(tokenizer_dir)
+    tokenizer = load(tokenizer_dir)
     stream = TokenStream(data_dir, split)
     ids = stream.read(0, len(stream))
     assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import TINY_CONFIG
 from helpers.interop import DENSE, LLAMA3, QWEN, TEXTS, refusal, transformers_model, weights_of
 from litgpt.tokenizer import Tokenizer
@@ -117,6 +118,31 @@ def test_the_card_tells_what_the_checkpoint_tells(mixtral: SimpleNamespace, tmp_
         assert told in card
     assert "/home/me" not in card
     assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_the_card_says_how_lm_eval_adds_one_bos(mixtral: SimpleNamespace, tmp_path: Path) -> None:
+    told = "pretrained=.,add_bos_token=False --tasks"
+    assert told in (mixtral.out / "README.md").read_text(encoding="utf-8")
+    checkpoint = shutil.copytree(mixtral.checkpoint, tmp_path / "no_bos")
+    path = checkpoint / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"add_bos_token": False}), encoding="utf-8")
+    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--no_check"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "pretrained=. --tasks" in card and "add_bos_token" not in card
+
+
+def test_a_name_cannot_add_to_the_card(mixtral: SimpleNamespace, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(mixtral.checkpoint, tmp_path / "hostile")
+    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
+    config = yaml.safe_load((checkpoint / "model_config.yaml").read_text(encoding="utf-8"))
+    config["name"] = "Tiny\n\n## Install\n\n```bash\nx\n```"
+    (checkpoint / "model_config.yaml").write_text(yaml.dump(config), encoding="utf-8")
+    (checkpoint / "train_config.yaml").write_text('precision: "a | b\\n\\n# c"\n', encoding="utf-8")
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--no_check"]) == 0
+    lines = (tmp_path / "out" / "README.md").read_text(encoding="utf-8").splitlines()
+    assert "# Tiny ## Install ```bash x ```" in lines and r"| Precision | a \| b # c |" in lines
 
 
 def test_the_code_in_the_card_runs(mixtral: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.interop import QWEN, TEXTS, weights_of
+from helpers.interop import QWEN, TEXTS, refusal, weights_of
 from litgpt.tokenizer import Tokenizer
 
 from tools import export_hf
@@ -128,3 +128,44 @@ def test_gguf_of_qwen3_moe_keeps_halves_and_norms_and_names_its_widths(
     assert np.array_equal(tensors["blk.0.attn_q_norm.weight"], norm)
     gate = weights["transformer.h.0.mlp.gate.weight"].float().numpy()
     assert np.array_equal(tensors["blk.0.ffn_gate_inp.weight"], gate)
+
+
+def test_q8_0_rounds_each_block_of_a_row_to_8_bits_but_norms_and_router(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, dequantize
+
+    checkpoint = make_checkpoint(n_embd=64, moe_intermediate_size=32)
+    assert export_hf.main(["--gguf", "q8_0", str(checkpoint), str(tmp_path / "out"), "--no_check"]) == 0
+    path = tmp_path / "out" / "MoE-tiny-q8_0.gguf"
+    reader = GGUFReader(path)
+    assert reader.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_Q8_0
+    exact = {t.name for t in reader.tensors if t.tensor_type == GGMLQuantizationType.F32}
+    assert {t.tensor_type.name for t in reader.tensors} == {"F32", "Q8_0"}
+    assert exact == {t.name for t in reader.tensors if "norm" in t.name or "gate_inp" in t.name}
+    weights = weights_of(checkpoint)
+    found = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    expected = weights["transformer.wte.weight"].numpy()
+    # a block's largest value becomes 127, so that rounding is off by half of a 127th of it, at most
+    blocks = np.abs(expected).reshape(-1, 32)
+    error = np.abs(found["token_embd.weight"].reshape(-1, 32) - expected.reshape(-1, 32))
+    assert error.max() > 0 and (error.max(1) <= blocks.max(1) * (0.51 / 127 + 2**-10)).all()
+    quantized = sum(t.n_bytes for t in reader.tensors if t.name not in exact)
+    assert quantized == sum(t.n_elements for t in reader.tensors if t.name not in exact) // 32 * 34
+
+
+def test_q8_0_needs_widths_that_are_multiples_of_a_block(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [str(mixtral.checkpoint), str(tmp_path / "out"), "--gguf", "q8_0"]
+    line = refusal(capsys, export_hf.main, *words)
+    assert "n_embd is 16" in line and "the width of an MLP is 8" in line and "--gguf bf16" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_flag_without_a_type_may_stand_before_the_folders(
+    mixtral: SimpleNamespace, tmp_path: Path
+) -> None:
+    words = ["--gguf", str(mixtral.checkpoint), str(tmp_path / "out"), "--no_check", "--dtype", "bfloat16"]
+    assert export_hf.main(words) == 0
+    assert (tmp_path / "out" / "MoE-tiny-bfloat16.gguf").is_file()

@@ -32,6 +32,14 @@ def test_the_imported_checkpoint_is_whole_and_tokenizes_as_the_source(
     assert after.eos_id == before.eos_id
 
 
+def test_a_download_does_not_go_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".new.download").symlink_to(tmp_path / "elsewhere")
+    assert import_hf.main(["owner/name", str(tmp_path / "new")]) == 2
+    assert ".new.download is a link" in capsys.readouterr().err
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Llama", "Qwen3"])
 def test_a_folder_that_transformers_saved_is_imported_exactly(
     kind: str, tiny_tokenizer_dir: Path, tmp_path: Path

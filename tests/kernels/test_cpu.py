@@ -25,9 +25,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("way", ["segments", "loop", "compiled"])
+@pytest.mark.parametrize("kernel", ["segments", "loop", "compiled"])
 @pytest.mark.parametrize(("shape", "special"), CASES.values(), ids=CASES.keys())
-def test_outputs_and_every_gradient_are_those_of_the_definition(way, shape, special) -> None:
+def test_outputs_and_every_gradient_are_those_of_the_definition(kernel, shape, special) -> None:
     _, layer = pair(LLaMAMoE, torch.float64, n_expert=8, n_expert_per_token=3)
     with torch.no_grad():
         if special == "empty":
@@ -44,11 +44,11 @@ def test_outputs_and_every_gradient_are_those_of_the_definition(way, shape, spec
     expected = {name: p.grad if p.grad is not None else zero * p for name, p in layer.named_parameters()}
     expected |= {"y": y.detach(), "x.grad": leaf.grad}
 
-    layer.way = "segments" if way == "compiled" else way
-    if way == "compiled":
+    layer.kernel = "segments" if kernel == "compiled" else kernel
+    if kernel == "compiled":
         torch.compiler.set_stance("default")
         torch._dynamo.reset()
-    got = run(torch.compile(layer, backend="aot_eager", fullgraph=True) if way == "compiled" else layer, x)
+    got = run(torch.compile(layer, backend="aot_eager", fullgraph=True) if kernel == "compiled" else layer, x)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10, msg=name)
     assert special != "empty" or not expected["experts.7.proj.weight"].any()
@@ -72,7 +72,7 @@ def test_either_library_gives_the_definition_in_float32(
             theirs.copy_(ours.copy_(theirs))  # what float32 holds
     x = torch.randn(*shape, 64)
     x[..., 0] = x[..., 0].abs() + 0.5
-    exact.way = "loop"
+    exact.kernel = "loop"
     expected = run(exact, x.double())
     if compiled:
         torch.compiler.set_stance("default")

@@ -82,7 +82,7 @@ def check_against_stock(device: str, dtype: torch.dtype, n_tokens: int, special:
         for parameter in stock.parameters():
             parameter.copy_(parameter.to(dtype))
     ours.load_state_dict(stock.state_dict())
-    ours.way = "triton"
+    ours.kernel = "triton"
     x = torch.randn(1, n_tokens, config["n_embd"]).to(dtype).double()
     x[..., 0] = 1.0
     expected = run(stock, x)
@@ -150,7 +150,7 @@ def test_one_graph_serves_every_load(device: str) -> None:
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
     _, layer = pair(LLaMAMoE, torch.float32)
-    layer.to(device).way = "triton"
+    layer.to(device).kernel = "triton"
     backend = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     x = torch.randn(2, 32, 16, device=device)
@@ -165,7 +165,7 @@ def test_one_graph_serves_every_load(device: str) -> None:
 
 def test_flops_are_those_of_the_active_experts(device: str) -> None:
     _, layer = pair(LLaMAMoE, torch.float32, n_expert=8)
-    layer.to(device).way = "triton"
+    layer.to(device).kernel = "triton"
     with FlopCounterMode(display=False) as flops:
         layer(torch.randn(2, 32, 16, requires_grad=True, device=device)).sum().backward()
     assert flops.get_total_flops() == 3 * 2 * 64 * (2 * 3 * 16 * 8 + 16 * 8)
@@ -314,49 +314,49 @@ def run_bodies(patch: pytest.MonkeyPatch) -> Started:
 
 
 @pytest.mark.parametrize("config", [{}, GROUPS], ids=["plain", "groups"])
-@pytest.mark.parametrize("way", ["grouped_mm", "triton"])
-def test_a_forward_on_cuda_asks_the_device_for_nothing(way: str, config: dict, monkeypatch) -> None:
+@pytest.mark.parametrize("kernel", ["grouped_mm", "triton"])
+def test_a_forward_on_cuda_asks_the_device_for_nothing(kernel: str, config: dict, monkeypatch) -> None:
     started = run_bodies(monkeypatch)
     with FakeTensorMode(), torch.device("cuda"):  # where .item(), .tolist() and nonzero raise
         model = balanced_model(**config)
         for layer in balance.layers_of(model).values():
-            layer.way = way
+            layer.kernel = kernel
         x = torch.zeros(2, 64, dtype=torch.int64)
         assert model(x).device.type == "cuda"
         assert balance.layers_of(model)[0].tokens_per_expert.device.type == "cuda"
         statistics, _ = balance.router_statistics(model)  # of all layers, to be fetched at once
         assert statistics.device.type == "cuda" and statistics.shape == (2, 4 + 4)
-    assert len(started.grids) == (4 if way == "triton" else 0)
+    assert len(started.grids) == (4 if kernel == "triton" else 0)
 
 
-@pytest.mark.parametrize("way", ["grouped_mm", "triton"])
-def test_a_training_step_asks_the_device_for_nothing(way: str, monkeypatch) -> None:
+@pytest.mark.parametrize("kernel", ["grouped_mm", "triton"])
+def test_a_training_step_asks_the_device_for_nothing(kernel: str, monkeypatch) -> None:
     # not on fake CUDA: autograd (torch 2.10) looks for the device's threads
     started = run_bodies(monkeypatch)
     with FakeTensorMode():
         model = balanced_model()
         for layer in balance.layers_of(model).values():
-            layer.way = way
+            layer.kernel = kernel
         model(torch.zeros(2, 64, dtype=torch.int64)).float().mean().backward()
         balance.update_selection_bias(model)
         statistics, _ = balance.router_statistics(model)
         assert statistics.shape == (2, 4 + 4)
         with pytest.raises(DataDependentOutputException):
             statistics.sum().item()
-    assert len(started.grids) == (12 if way == "triton" else 0)
+    assert len(started.grids) == (12 if kernel == "triton" else 0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("way", ["grouped_mm", "triton"])
-def test_a_training_step_on_a_gpu_asks_it_for_nothing(way: str) -> None:
-    if way == "grouped_mm" and not has_fast_grouped_mm(torch.device("cuda"), torch.bfloat16):
+@pytest.mark.parametrize("kernel", ["grouped_mm", "triton"])
+def test_a_training_step_on_a_gpu_asks_it_for_nothing(kernel: str) -> None:
+    if kernel == "grouped_mm" and not has_fast_grouped_mm(torch.device("cuda"), torch.bfloat16):
         pytest.skip("torch has no fast grouped GEMM for this GPU")
     with torch.device("cuda"):
         model = balanced_model()
         x = torch.zeros(2, 64, dtype=torch.int64)
     for layer in balance.layers_of(model).values():
-        layer.way = way
+        layer.kernel = kernel
     model(x).float().mean().backward()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -126,6 +126,49 @@ def test_an_old_run_lacks_columns_and_files(tmp_path: Path) -> None:
     assert run["heat"] is None and run["stories"] == [] and run["settings"] == {}
 
 
+def result(path: object, sha256: str = "0", **changes: object) -> str:
+    """A line of results.jsonl as evaluate.py writes it."""
+    checkpoint = {"path": str(path), "step": 8, "sha256": sha256}
+    row = {"checkpoint": checkpoint, "data": {"data_dir": "d", "split": "val"}, "time": "2026-01-01T00:00:00"}
+    figures = {"loss": 1.5, "loss_stderr": None, "perplexity": 4.5, "bits_per_byte": 0.5, "n_tokens": 99}
+    return json.dumps({**row, **figures, **changes}) + "\n"
+
+
+def test_evaluations_of_a_run_are_found_by_digest_and_by_path(run_dir: Path, tmp_path: Path) -> None:
+    record = json.loads((run_dir / "final/checkpoint.json").read_text(encoding="utf-8"))
+    moved = result("/gone/final", record["files"]["lit_model.pth"]["sha256"], loss=1.25)
+    lines = [moved, moved, result(run_dir / "step-00000004"), result("/gone/other"), "{", "null\n"]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(lines), encoding="utf-8")
+    (run_dir / "results.jsonl").write_text(moved + result(run_dir / "final", loss=2.5), encoding="utf-8")
+    (run,) = make(run_dir, "--results_file", results, out=tmp_path / "report.html")
+    assert sorted((row["checkpoint"], row["loss"]) for row in run["results"]) == [
+        ("final", 1.25),
+        ("final", 2.5),
+        ("step-00000004", 1.5),
+    ]
+    assert {row["data"] for row in run["results"]} == {"d val"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 99_999,
+        result("x" * 10**6),
+        result("final", time=1),
+        result("final", data=[]),
+        result("/a\0b/c"),
+        json.dumps({"checkpoint": None}) + "\n",
+    ],
+)
+def test_results_of_another_shape_are_left_out(line: str, run_dir: Path, tmp_path: Path) -> None:
+    good = result(run_dir / "final", loss=float("inf"), perplexity="7", n_tokens=10**400)
+    (run_dir / "results.jsonl").write_text(line + "\n" + good, encoding="utf-8")
+    (run,) = make(run_dir, out=tmp_path / "report.html")
+    (row,) = run["results"]
+    assert row["loss"] is row["perplexity"] is row["n_tokens"] is None and row["bits_per_byte"] == 0.5
+
+
 def test_two_runs_of_one_name_are_told_apart(run_dir: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run_dir, tmp_path / "b" / "first"))
     runs = make(run_dir, other, run_dir, out=tmp_path / "report.html")

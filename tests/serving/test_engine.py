@@ -1,6 +1,5 @@
 """The engine: stop sequences, the routing it tells, turns, and clients that go away."""
 
-import asyncio
 import http.client
 import itertools
 import json
@@ -14,10 +13,7 @@ import torch
 from conftest import SENTENCE, wait_until
 from helpers.server import Running, complete, serving
 
-from litgpt_moe.serving import app
-from litgpt_moe.serving.app import CompletionResponse
-from litgpt_moe.serving.engine import Engine, StopText
-from litgpt_moe.serving.requests import read_request
+from litgpt_moe.serving.engine import StopText
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -142,21 +138,3 @@ def test_clients_that_go_away_free_their_slots_and_too_many_are_refused(talker: 
     engine._thread.submit(lambda: None).result()
     assert talker.engine.served.model.mask_cache is None
     assert complete(talker, max_tokens=3).usage.completion_tokens == 3
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_reads_nothing_loses_its_slot(
-    stream: bool, tiny: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app, "PATIENCE_S", 0.05)
-    request = read_request({"prompt": "Tom", "stream": stream}, tiny.engine.served)
-
-    async def never(*_: Any) -> None:
-        await asyncio.Event().wait()
-
-    async def answer() -> Engine:
-        engine = Engine(tiny.engine.served)
-        await CompletionResponse(engine, request)({"type": "http"}, never, never)
-        return engine
-
-    assert asyncio.run(answer()).n_running == 0

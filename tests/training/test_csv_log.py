@@ -8,6 +8,7 @@ import pytest
 from conftest import TINY_CONFIG
 
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.training import logs
 from litgpt_moe.training.logs import CsvLog, RunLogs, metric_columns
 
 
@@ -74,15 +75,12 @@ def test_a_torn_last_row_is_dropped_or_read_as_far_as_it_goes(tmp_path: Path) ->
 @contextmanager
 def locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let opening the file fail, as on Windows while a spreadsheet has it open."""
-    open_ = Path.open
 
-    def refuse(self: Path, *args: object, **options: object) -> object:
-        if self == path:
-            raise PermissionError(13, "it is in use", str(path))
-        return open_(self, *args, **options)
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "it is in use", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", refuse)
+        patched.setattr(logs, "open_no_link", refuse)
         yield
 
 

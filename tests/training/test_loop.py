@@ -1,5 +1,6 @@
 """The ways into LitGPT's loop: what is replaced and put back, which Fabric, and what a step costs."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from litgpt_moe.training.run import set_up, to_litgpt
 from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.sharding import ShardedStrategy
 from litgpt_moe.training.steps import StopSignals
+from litgpt_moe.training.summary import describe
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -78,6 +80,25 @@ def test_one_device_trains_alone_cpus_by_ddp_and_gpus_by_fsdp(
     expected = {SingleDeviceStrategy: "auto", DDPStrategy: "ddp"}.get(kind)
     assert made["strategy"] == expected or type(made["strategy"]) is kind
     assert made["devices"] == hooks.run.devices
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "cuda", "expected"),
+    [("auto", False, "cpu"), ("auto", True, "cuda"), ("mps", False, "mps"), ("gpu", True, "cuda")],
+)
+def test_on_a_mac_only_who_asks_for_mps_gets_it(
+    accelerator: str, cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    hooks = hooks_of()
+    settings = dataclasses.replace(hooks.run.settings, accelerator=accelerator)
+    monkeypatch.setattr(loop, "has_cuda", lambda: cuda)
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
+    make_fabric(dataclasses.replace(hooks.run, settings=settings), hooks, [])
+    assert made["accelerator"] == expected
+    said = describe(hooks.run, torch.device(expected), "eager", "compile: off")
+    assert ("try it by --accelerator mps" in said) == (expected == "cpu")
 
 
 @pytest.fixture

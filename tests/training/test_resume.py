@@ -1,5 +1,6 @@
 """The checkpoint that a run continues or starts from: which one, that it fits, and that it is opened once."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.runs import run
+from helpers.runs import edit_yaml, run
 from litgpt import GPT
 from litgpt.utils import save_config
 
@@ -27,6 +28,10 @@ def refused(*flags: object) -> str:
     with pytest.raises((ValueError, OSError)) as raised:
         set_up_here(*flags)
     return str(raised.value)
+
+
+def told_paths(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.replace("\\", "/")
 
 
 def save(folder: str, step: int, **settings: object) -> Path:
@@ -83,7 +88,7 @@ def test_a_checkpoint_is_opened_once_and_few_models_are_built(opened: list[Path]
     run = set_up_here("--resume", "auto")
     assert run.start_step == 4 and run.resume is not None
     assert opened == [Path("out/step-00000004/lit_model.pth")]
-    assert len(built) <= 3  # to check the model's configuration, for its facts, and for the weights' shapes
+    assert len(built) <= 4  # to check both configurations, for the facts, and for the shapes of the weights
     built.clear()
     run.checkpoint_bytes  # noqa: B018
     assert not built
@@ -177,6 +182,85 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
     assert "do not fit the model config MoE-tiny" in refused(*first)
 
 
+CHANGES = {"n_head": (2, 4), "rope_base": (10000, 5000), "norm_eps": (1e-05, 0.1), "block_size": (64, 128)}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_model_of_the_same_shapes_that_computes_something_else_is_not_resumed(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("out/step-00000004", 4)
+    before, now = CHANGES[key]
+    edit_yaml("model_config.yaml", key, now)
+    flags = ("--train.max_seq_length", 64) if key == "block_size" else ()
+    text = f"model_config.yaml: {key} was {before}, now {now}; resume with what it was"
+    assert text in refused("--resume", "auto", *flags)
+    capsys.readouterr()
+    initial = set_up_here(
+        "--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004", *flags
+    ).initial
+    warning = f"Warning: out/step-00000004: {text.partition(';')[0]}; the weights were trained with"
+    assert initial is not None and warning in told_paths(capsys)
+
+
+def test_a_model_with_another_name_is_the_same_model(capsys: pytest.CaptureFixture[str]) -> None:
+    save("out/step-00000004", 4)
+    for key, value in (("name", "mine"), ("padding_multiple", 64), ("norm_eps", 1e-5)):
+        edit_yaml("model_config.yaml", key, value)
+    assert set_up_here("--resume", "auto").start_step == 4
+    assert "model_config.yaml:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_tokenizer_of_the_same_size_that_is_another_is_not_resumed_with(
+    name: str, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save("out/step-00000004", 4)
+    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+    assert set_up_here("--resume", "auto").start_step == 4
+    shutil.copytree(tiny_tokenizer_dir, "other")
+    if name == "tokenizer.json":
+        spec = json.loads(Path("other", name).read_text(encoding="utf-8"))
+        vocab = spec["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        Path("other", name).write_text(json.dumps(spec), encoding="utf-8")
+    else:  # another end of a story
+        Path("other/tokenizer_config.json").write_text(
+            '{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8"
+        )
+        Path("other", name).write_text('{"bos_token_id": 1, "eos_token_id": 1}', encoding="utf-8")
+    told = refused("--resume", "auto", "--tokenizer_dir", "other").replace("\\", "/")
+    assert "out/step-00000004: its tokenizer is not the one in other" in told
+    assert "resume with what it was" in told
+    capsys.readouterr()
+    flags = ("--out_dir", "more", "--tokenizer_dir", "other")
+    assert set_up_here(*flags, "--initial_checkpoint_dir", "out/step-00000004").initial is not None
+    assert "Warning: out/step-00000004: its tokenizer is not the one in other" in told_paths(capsys)
+
+
+def test_a_run_is_not_resumed_with_a_tokenizer_that_is_not_there(tiny_tokenizer_dir: Path) -> None:
+    shutil.copytree(tiny_tokenizer_dir, save("out/step-00000004", 4), dirs_exist_ok=True)
+    told = refused("--resume", "auto", "--tokenizer_dir", "othr")
+    assert "othr holds no tokenizer.json" in told and not Path("othr").exists()
+
+
+def test_embeddings_that_are_tied_now_and_were_not_are_told_as_such() -> None:
+    save("out/step-00000004", 4)
+    told = refused("--resume", "auto", "--train.tie_embeddings", "true")
+    assert "train.tie_embeddings was None, now True; resume with what it was" in told
+
+
+def test_what_may_change_on_a_resume_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    save("out/step-00000004", 4)
+    assert set_up_here("--resume", "auto").start_step == 4
+    capsys.readouterr()
+    set_up_here("--resume", "auto", "--moe.aux_loss_coef", 0.5, "--train.save_interval", 7, "--seed", 3)
+    (line,) = [line for line in told_paths(capsys).splitlines() if line.startswith("Changed since")]
+    assert line.startswith("Changed since out/step-00000004: ")
+    assert "moe.aux_loss_coef 0.0 -> 0.5" in line and "seed 42 -> 3" in line
+    assert "save_interval" not in line and "out_dir" not in line
+
+
 def test_what_else_stands_in_a_checkpoint_s_settings_is_of_no_matter() -> None:
     save(
         "out/step-00000004", 4, model_config={"n_layer": 2}, config="other.yaml", train={"max_tokens": "all"}
@@ -205,5 +289,5 @@ def test_a_whole_resumed_run_reads_its_checkpoint_once_and_builds_no_model_at_a_
     built.clear()
     assert run("--max_tokens", 2048, "--resume", "auto", "--train.max_time", 600) == 0
     assert [path.parent.name for path in opened].count("step-00000004") == 1
-    # three to set up (see above), that which trains, two for its optimizer and its FLOPs, two for the story
+    # four to set up (see above), that which trains, two for its optimizer and its FLOPs, two for the story
     assert len(built) <= 8

@@ -8,9 +8,10 @@ import pytest
 import yaml
 from helpers.runs import edit_yaml
 
+from litgpt_moe.data.module import TextShards
 from litgpt_moe.training import run as run_module
 from litgpt_moe.training.parse import load_settings
-from litgpt_moe.training.run import Run, optimizer_spec, set_up, with_dataset
+from litgpt_moe.training.run import Run, optimizer_spec, set_up, with_tokenizer
 from litgpt_moe.training.settings import Settings, plain_settings, saved_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -62,9 +63,12 @@ def test_the_seed_sets_the_order_of_the_data_unless_that_has_its_own() -> None:
 def test_a_data_folder_brings_its_own_tokenizer(tiny_data: Path, tiny_tokenizer_dir: Path) -> None:
     folder = Path("whole/tokenizer")
     folder.mkdir(parents=True)
-    assert with_dataset(Settings(dataset_dir=folder.parent)).tokenizer_dir == Settings().tokenizer_dir
+    data = TextShards(folder.parent / "train")
+    assert with_tokenizer(Settings(), data).tokenizer_dir == Settings().tokenizer_dir
     (folder / "tokenizer.json").write_bytes((tiny_tokenizer_dir / "tokenizer.json").read_bytes())
-    assert with_dataset(Settings(dataset_dir=folder.parent)).tokenizer_dir == folder
+    assert with_tokenizer(Settings(), data).tokenizer_dir == data.tokenizer_dir == folder
+    named = with_tokenizer(Settings(tokenizer_dir=tiny_tokenizer_dir), data)
+    assert named.tokenizer_dir == data.tokenizer_dir == tiny_tokenizer_dir
     run = set_up_here("--dataset_dir", tiny_data)
     assert (run.data.train_data_path, run.data.val_data_path) == (tiny_data / "train", tiny_data / "val")
 

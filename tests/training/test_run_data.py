@@ -55,7 +55,7 @@ def test_without_a_tokenizer_and_the_hub_the_two_ways_on_are_named(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert run("--tokenizer_dir", "absent") == 1
+    assert run("--tokenizer_dir", "absent") == 2
     error = capsys.readouterr().err
     assert "--tokenizer_dir" in error and "--train_tokenizer" in error
     assert not Path("out").exists() and not Path("absent").exists()

@@ -16,7 +16,7 @@ from litgpt.model import LLaMAMLP, LLaMAMoE
 
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.hardware import avoid_wrong_gradients
-from litgpt_moe.kernels.choice import choose_way
+from litgpt_moe.kernels.choice import choose_kernel
 from litgpt_moe.kernels.triton import has_triton
 from moe_layers import MoE
 from tools.benchmarks.hf_blocks import check_output, make_input, make_step
@@ -52,19 +52,19 @@ def our_layers(case: Case) -> dict[str, Any]:
     layers = {"stock": LLaMAMoE(config), "dense": LLaMAMLP(config, intermediate_size=width * top_k)}
     layers = {name: layer.to(device, dtype) for name, layer in layers.items()}
 
-    def ours(way: str) -> MoE:
+    def ours(kernel: str) -> MoE:
         layer = MoE(config).to(device, dtype)
         layer.load_state_dict(layers["stock"].state_dict())
-        layer.way = way
+        layer.kernel = kernel
         return layer
 
-    fast = {choose_way(config, device, dtype), "segments"}
+    fast = {choose_kernel(config, device, dtype), "segments"}
     if has_triton(device.type, dtype):
         fast.add("triton")
-    layers |= {f"ours {way}": ours(way) for way in sorted(fast | {"loop"})}
+    layers |= {f"ours {kernel}": ours(kernel) for kernel in sorted(fast | {"loop"})}
     avoid_wrong_gradients()
-    for way in sorted(fast):  # layers of their own: their eager twins must not share their gradients
-        layers[f"ours {way} compiled"] = torch.compile(ours(way), fullgraph=True, dynamic=False)
+    for kernel in sorted(fast):  # layers of their own: their eager twins must not share their gradients
+        layers[f"ours {kernel} compiled"] = torch.compile(ours(kernel), fullgraph=True, dynamic=False)
     return layers
 
 

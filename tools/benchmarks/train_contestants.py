@@ -23,7 +23,7 @@ from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.hardware import DTYPES, mallopt, pick_device, training_device, will_compile
-from litgpt_moe.kernels.choice import choose_way
+from litgpt_moe.kernels.choice import choose_kernel
 from litgpt_moe.kernels.matmul import prefers_onednn
 from litgpt_moe.kernels.triton import has_triton
 from litgpt_moe.training import loop
@@ -124,7 +124,7 @@ def train_with_litgpts_layers(run: Run) -> None:
 
 def train_by_triton(run: Run) -> None:
     """Train as run_train.py does on a GPU for which torch has no fast grouped GEMM."""
-    with mock.patch("moe_layers.choose_way", lambda *_: "triton"):
+    with mock.patch("moe_layers.choose_kernel", lambda *_: "triton"):
         train_ours(run)
 
 
@@ -172,7 +172,7 @@ def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]
     device, dtype = pick_device("auto", "auto")[0], DTYPES[run.precision.replace("mixed", "true")]
     if prefers_onednn(torch.empty(0, device=device, dtype=dtype)):
         kinds["dense oneDNN"] = (train_ours, dense)
-    if has_triton(device.type, dtype) and choose_way(config, device, dtype) != "triton":
+    if has_triton(device.type, dtype) and choose_kernel(config, device, dtype) != "triton":
         kinds["ours, Triton"] = (train_by_triton, config)
     return kinds
 

@@ -55,11 +55,11 @@ def test_missing_cores_are_those_that_other_programs_use(
     write(stat, 5, 5)
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     monkeypatch.setattr(time, "process_time", lambda: 7.0)
-    load = threads.Load(2)
+    use = threads.CpuUse(2)
     write(stat, 5 + idle // 2, 5 + idle - idle // 2, other=4321)
     monkeypatch.setattr(time, "monotonic", lambda: 110.0)
     monkeypatch.setattr(time, "process_time", lambda: 7.0 + own_s)
-    assert load.missing_cores() == pytest.approx(missing)
+    assert use.missing_cores() == pytest.approx(missing)
 
 
 def n_tasks() -> int:
@@ -104,8 +104,8 @@ def test_the_users_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     threads.limit_spinning()
     assert "GOMP_SPINCOUNT" not in os.environ
-    with threads.watch_load():
-        assert "load" not in {thread.name for thread in threading.enumerate()}
+    with threads.sleep_when_busy():
+        assert "core use" not in {thread.name for thread in threading.enumerate()}
 
 
 WATCH = """
@@ -114,7 +114,7 @@ from litgpt_moe import threads
 threads.limit_spinning()
 import torch
 torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)  # one more than there are: always short of a core
-with threads.watch_load():
+with threads.sleep_when_busy():
     names = set()
     while "idle team" not in names:
         torch.ones(1 << 20).add_(1)

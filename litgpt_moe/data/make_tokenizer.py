@@ -1,0 +1,82 @@
+"""Making a tokenizer: trained on the text of a data directory, or downloaded."""
+
+import itertools
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
+from litgpt_moe.cli import note
+from litgpt_moe.data.download import download
+from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.data.text import TextReader
+from litgpt_moe.data.tokenizer import (
+    BYTE_PIECES,
+    LLAMA_NORMALIZER,
+    SPACE,
+    TokenizerFacts,
+    read_tokenizer_facts,
+)
+from litgpt_moe.files import read_json, write_json, write_whole
+
+TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the requested size
+MAX_TRAINING_BYTES = 100 << 20  # of text; more hardly changes the merges
+# the pre-tokenizer for training: no merge crosses a word, a digit, a run of punctuation or a newline
+WORD = (
+    rf"{SPACE}?\p{{L}}+(?:['\u2019]\p{{L}}+)?|{SPACE}?\p{{N}}|{SPACE}?[^{SPACE}\s\p{{L}}\p{{N}}]+|{SPACE}|\n"
+)
+
+
+def train_tokenizer(folder: Path, vocab_size: int, paths: list[Path], separator: str) -> None:
+    """Train a Llama-style BPE on text files into `folder`; by byte fallback it encodes any text."""
+    total = sum(path.stat().st_size for path in paths)
+    every = 1 + total // MAX_TRAINING_BYTES  # every n-th story suffices to count pairs, and bounds memory
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = LLAMA_NORMALIZER
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    steps = (decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse())
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
+        limit_alphabet=max(64, (vocab_size - 259) // 4),
+        show_progress=False,
+    )
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
+        # problems of the text are reported when it is tokenized
+        readers = (TextReader(path, separator, "replace", is_quiet=True) for path in paths)
+        stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
+        tokenizer.train_from_iterator(itertools.islice(stories, 0, None, every), trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["pre_tokenizer"] = None  # as in Llama's tokenizer, where only the merges decide
+    # byte pieces are not special tokens: a text that spells "<0x41>" has these six characters
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 3]
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", TRAINED_BY_US: vocab_size}
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    write_json(folder / "tokenizer_config.json", config)
+    write_whole(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
+
+
+def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerFacts:
+    """Return the facts of the tokenizer in tokenizer_dir, trained or downloaded unless it is there."""
+    folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
+    is_there = (folder / "tokenizer.json").is_file()
+    if wanted is not None and (settings.overwrite or not is_there):
+        note(f"training a tokenizer of {wanted:,} pieces into {folder}")
+        train_tokenizer(folder, wanted, paths, settings.separator)
+    elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
+        raise ValueError(
+            f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names another "
+            "folder, and without --train_tokenizer it is used"
+        )
+    elif not is_there:
+        note(f"{folder}: no tokenizer there")
+        train = "train one on the text with prepare_data.py --train_tokenizer 4096"
+        way_out = f"name a folder that has tokenizer.json with --tokenizer_dir, or {train}"
+        for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: a folder that has it counts as complete
+            download(TOKENIZER_REPO, "model", name, folder, way_out)
+    return read_tokenizer_facts(folder)

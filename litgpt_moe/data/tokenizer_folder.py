@@ -1,0 +1,65 @@
+"""Which folder holds the tokenizer of a data directory: the named one, or the one that made its shards."""
+
+import contextlib
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
+from litgpt_moe.data.manifest import MANIFEST, read_manifest
+from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR
+
+TOKENIZER_FOLDER = "tokenizer"  # its name in an artifact, and the usual one in or beside a data directory
+
+
+def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
+    """Return the folder of the tokenizer that made the shards: `tokenizer_dir`, or one near `data_dir`."""
+    recorded = read_manifest(data_dir, check_shards=False)["tokenizer"]
+    if tokenizer_dir:
+        path = tokenizer_dir / "tokenizer.json"
+        if path.is_file() and is_tokenizer(path.read_bytes(), recorded["sha256"]):
+            return tokenizer_dir
+        what = "not the one" if path.is_file() else "not found, so not the one"
+        raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
+    near = [folder / TOKENIZER_FOLDER / "tokenizer.json" for folder in (data_dir, data_dir.parent)]
+    beside = sorted(data_dir.parent.glob("*/tokenizer.json"))
+    then = [folder / "tokenizer.json" for folder in recorded_folder(data_dir, recorded)]
+    for path in [*near, *beside, *then]:
+        with contextlib.suppress(PermissionError):  # another user's folder
+            if path.is_file() and is_tokenizer(path.read_bytes(), recorded["sha256"]):
+                return path.parent
+    missing = f"the tokenizer that made it is not in {near[0].parent}, nor in a folder beside {data_dir}"
+    raise ValueError(f"{data_dir}: {missing}; name its folder with --tokenizer_dir")
+
+
+def recorded_folder(data_dir: Path, recorded: dict[str, Any]) -> list[Path]:
+    """Return where the tokenizer was when it made the shards, if the manifest's entry says so."""
+    name = recorded.get("folder")
+    # `TokenizerFacts.record` writes no absolute path: one could name a server of somebody else's
+    if not isinstance(name, str) or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        return []
+    return [Path(os.path.normpath(data_dir.resolve() / name))]
+
+
+def choose_tokenizer(data_dir: Path | None, tokenizer_dir: Path) -> Path:
+    """Return the named folder, else that of the tokenizer that made the data, else the default folder."""
+    path = tokenizer_dir / "tokenizer.json"
+    if tokenizer_dir != DEFAULT_TOKENIZER_DIR:
+        if path.is_file() or tokenizer_dir.is_file():  # other checks refuse a file
+            return tokenizer_dir
+        train = "train one there with prepare_data.py --train_tokenizer 4096"
+        way_out = f"name a folder that has it with --tokenizer_dir, or {train}"
+        raise FileNotFoundError(f"{path}: not found; {way_out}")
+    if data_dir is None:
+        return tokenizer_dir
+    try:
+        recorded = read_manifest(data_dir, check_shards=False)["tokenizer"]
+    except (FileNotFoundError, ValueError):  # there are no shards yet, or they are made again
+        inside = data_dir / TOKENIZER_FOLDER
+        return inside if (inside / "tokenizer.json").is_file() else tokenizer_dir
+    try:
+        return find_tokenizer(data_dir, None)
+    except ValueError as error:
+        if path.is_file() and tokenizer_dir.resolve() in recorded_folder(data_dir, recorded):
+            return tokenizer_dir  # it was replaced since it made the shards, which are made again
+        raise ValueError(f"{error}, or delete {data_dir / MANIFEST} to tokenize the text again") from None

@@ -1,0 +1,150 @@
+"""Connections of the server: silent, slow, many, half-closed; real sockets, and uvicorn under them."""
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import wait_until
+from helpers.server import Running, complete, serving
+
+from litgpt_moe.serving import connections
+
+pytestmark = pytest.mark.usefixtures("eager")
+REQUEST = b"%s %s HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """One thread for the servers, too: two threads wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint: Path) -> Iterator[Running]:
+    with serving(tiny_checkpoint, "--max_tokens=20", "--seed=3") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def talker(chatterbox: Path) -> Iterator[Running]:
+    """A server whose stories go on for 4,000 tokens."""
+    with serving(chatterbox, "--max_tokens=4000") as server:
+        yield server
+
+
+def connect(server: Running) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
+
+
+def completion(**body: object) -> bytes:
+    """A whole request for a completion."""
+    data = json.dumps({"prompt": "Tom", **body}).encode()
+    lines = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data)
+    return REQUEST % (b"POST", b"/v1/completions") + lines + data
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Return what the server sends until it closes the connection, which may be a reset."""
+    parts = []
+    try:
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    except ConnectionError:
+        pass
+    return b"".join(parts)
+
+
+def test_silent_connections_shut_nobody_out(tiny: Running) -> None:
+    silent = [connect(tiny) for _ in range(150)]
+    try:
+        assert complete(tiny, max_tokens=3).usage.completion_tokens == 3
+        assert sum(read_all(c) == b"" for c in silent[: 150 - connections.MAX_PER_ADDRESS]) > 100
+    finally:
+        for connection in silent:
+            connection.close()
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HT", REQUEST % (b"GET", b"/")])
+def test_a_header_that_does_not_arrive_ends_the_connection(
+    start: bytes, tiny: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEADER_S", 0.2)
+    with connect(tiny) as connection:
+        connection.sendall(start)
+        assert read_all(connection) == b""
+
+
+def test_a_second_header_has_a_limit_too(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_S", 0.2)
+    with connect(tiny) as connection:
+        connection.sendall(REQUEST % (b"GET", b"/v1/models") + b"\r\n" + b"GET / HT")
+        assert read_all(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_the_limit_is_not_one_of_the_answer(talker: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_S", 0.05)
+    assert complete(talker, max_tokens=300).usage.completion_tokens == 300
+
+
+def test_a_busy_connection_is_not_closed_for_new_ones(talker: Running) -> None:
+    stream = complete(talker, stream=True)
+    next(stream)
+    silent = [connect(talker) for _ in range(2 * connections.MAX_PER_ADDRESS)]
+    next(stream)
+    stream.close()
+    for connection in silent:
+        connection.close()
+    wait_until(lambda: talker.engine.n_running == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_half_closed_client_gets_its_answer(stream: bool, tiny: Running) -> None:
+    with connect(tiny) as connection:
+        connection.sendall(completion(stream=stream))
+        connection.shutdown(socket.SHUT_WR)
+        answer = read_all(connection)
+    head, _, body = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b'"finish_reason": "length"' in body.replace(b'":"', b'": "')
+
+
+def test_a_client_that_waits_skips_the_probes(talker: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "PROBE_S", 0.01)
+    connection = http.client.HTTPConnection("127.0.0.1", talker.port, timeout=60)
+    connection.connect()
+    connection.sock.sendall(completion(max_tokens=300))
+    connection.sock.shutdown(socket.SHUT_WR)
+    response = http.client.HTTPResponse(connection.sock)
+    response.begin()
+    assert response.status == 200
+    assert json.loads(response.read())["usage"]["completion_tokens"] == 300
+
+
+def test_a_client_that_has_gone_is_told_apart_from_a_half_closed_one(talker: Running) -> None:
+    connection = connect(talker)
+    connection.sendall(completion())
+    wait_until(lambda: talker.engine.n_running == 1)
+    connection.close()
+    wait_until(lambda: talker.engine.n_running == 0)
+
+
+def test_half_a_request_before_the_end_is_no_request(tiny: Running) -> None:
+    with connect(tiny) as connection:
+        connection.sendall(completion()[:-3])
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection) == b""
+
+
+def test_a_client_that_reads_nothing_is_disconnected(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "READING_S", 0.2)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", tiny.port))
+    with connection, pytest.raises((ConnectionError, TimeoutError)) as raised:
+        while True:  # until the server, whose answers nobody reads, has ended the connection
+            connection.sendall(REQUEST % (b"GET", b"/") + b"\r\n")
+    assert not isinstance(raised.value, TimeoutError)
