@@ -130,7 +130,7 @@ def check_resume(
 def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
     """Yield what makes the weights of a checkpoint compute something else now: model keys, the tokenizer."""
     # an object has the defaults, with which the model was trained, of keys that an old file lacks
-    before = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
+    before = MoEConfig.untried_from_file(folder / CONFIG_FILE, is_foreign=True)
     for key in (item.name for item in fields(MoEConfig) if item.name not in SAME_FUNCTION):
         if (was := getattr(before, key)) != (value := getattr(config, key)):
             yield f"{CONFIG_FILE}: {key} was {was}, now {value}"
