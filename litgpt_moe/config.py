@@ -1,5 +1,7 @@
 """The model's configuration: LitGPT's keys, checked together, and the facts that follow from them."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,16 @@ class MoEConfig(Config):
         cls, path: str | Path, is_foreign: bool = False, **overrides: Any
     ) -> tuple["MoEConfig", GPT]:
         """Return what `from_file` does, and the configuration's model on the meta device."""
-        values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
-        try:
-            config = cls(**values)
+        config = cls.untried_from_file(path, is_foreign, **overrides)
+        with _problems_in(path):
             return config, meta_model(config)  # trips over the values that no check of ours knows
-        except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
-            lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
-            raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+    @classmethod
+    def untried_from_file(cls, path: str | Path, is_foreign: bool = False, **overrides: Any) -> "MoEConfig":
+        """Return what `from_file` does, without the time to build a model, for a comparison."""
+        values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
+        with _problems_in(path):
+            return cls(**values)
 
     @property
     def mlp_class(self) -> type:
@@ -58,6 +63,16 @@ class MoEConfig(Config):
         from moe_layers import MoE
 
         return MoE if self.mlp_class_name == "LLaMAMoE" else super().mlp_class
+
+
+@contextlib.contextmanager
+def _problems_in(path: str | Path) -> Iterator[None]:
+    """Turn what a configuration's values raise into one ValueError, whose lines begin with `path`."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
+        lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
+        raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
 
 
 def config_problems(config: Config) -> list[str]:

@@ -116,7 +116,16 @@ def test_a_tokenizer_that_panics_is_one_sentence(
     story = tell_story(
         load_model(checkpoint), load_tokenizer(checkpoint), RETRIES, 3, Sampling(temperature=0), seed=0
     )
-    assert story.startswith("(none: the tokenizer fails")  # training goes on
+    assert story.startswith("(none: the tokenizer: it fails")  # training goes on
+
+
+def test_a_normalizer_that_multiplies_a_prompt_is_refused(
+    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 60}] * 6
+    edit_json(checkpoint / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert_one_sentence(COMMANDS["generate"](checkpoint, text), capsys, "normalizer")
+    assert_one_sentence(COMMANDS["evaluate"](checkpoint, text), capsys, "normalizer")
 
 
 def test_truncation_in_a_tokenizer_does_not_cut_a_prompt(checkpoint: Path, tiny_checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """What a checkpoint holds beside weights and optimizer: counters and random generators; its checks."""
 
 import contextlib
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -186,8 +187,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int) -> int | None:
     """Return the number of training tokens over all devices, None if the checkpoint does not record it."""
-    train = settings.get("train") or {}
-    steps, batch = state.get("step_count"), train.get("global_batch_size")
-    if not isinstance(steps, int) or not isinstance(batch, int):
-        return None
-    return steps * batch * (train.get("max_seq_length") or block_size)
+    train = settings.get("train")
+    train = train if isinstance(train, dict) else {}
+    sizes = state.get("step_count"), train.get("global_batch_size"), train.get("max_seq_length") or block_size
+    known = [size for size in sizes if isinstance(size, int)]
+    return math.prod(known) if len(known) == len(sizes) else None

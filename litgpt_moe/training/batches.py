@@ -15,20 +15,22 @@ from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.checks import warn_of_unused_rows
 from litgpt_moe.training.run import Run
-from litgpt_moe.training.steps import Ending
 
 # padded_vocab_size in configs/demo_model.yaml
 DEMO_VOCAB = 2048
 
 
 class TrainLoader:
-    """LitGPT's training batches, with their position for checkpoints; ends the run between two steps."""
+    """LitGPT's training batches, with their position for checkpoints, and a place between two of them.
+
+    `between_batches` is called there, before the next batch is taken. It may raise to leave the loop.
+    """
 
     def __init__(
-        self, loader: Any, seed: int, is_finished: Callable[[], bool], ending: Callable[[], str]
+        self, loader: Any, seed: int, is_finished: Callable[[], bool], between_batches: Callable[[], None]
     ) -> None:
         self.loader, self.seed = loader, seed
-        self.is_finished, self.ending = is_finished, ending
+        self.is_finished, self.between_batches = is_finished, between_batches
         # without Fabric's wrapper; our own loader knows its position
         self.inner = getattr(loader, "_dataloader", loader)
         self.has_state = hasattr(self.inner, "state_dict")
@@ -46,8 +48,7 @@ class TrainLoader:
             # litgpt 0.5.13 takes one more batch, which a run that goes on from final/ would then miss
             if self.is_finished():
                 return
-            if reason := self.ending():
-                raise Ending(reason)
+            self.between_batches()
 
     def _replayed(self) -> Iterator[Any]:
         """Yield the batches left in the epoch, shuffled by its own seed so that a resume can repeat it."""

@@ -42,12 +42,12 @@ class TrainingFabric(L.Fabric):
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
         hooks, (train, *others) = self.hooks, super().setup_dataloaders(*loaders, **options)
         n_steps, seed = hooks.run.n_steps, hooks.run.settings.seed
-        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, lambda: hooks.ending)
+        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, hooks.between_batches)
         return [hooks.loader, *others]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
         """Add the loss of a micro-batch to that of its step."""
-        self.hooks.loss_sum = self.hooks.loss_sum + tensor.detach().float()
+        self.hooks.in_progress.add(tensor)
         super().backward(tensor, *args, **options)
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **options: Any) -> torch.Tensor:

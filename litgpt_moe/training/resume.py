@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from litgpt import GPT, Config
+from litgpt import GPT
 
 from litgpt_moe.balance import has_selection_bias
 from litgpt_moe.checkpoints import reader
@@ -24,7 +24,6 @@ from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
 from litgpt_moe.training.settings import Settings, plain_settings
-from litgpt_moe.yaml_files import read_mapping, typed
 
 # keys of a model's configuration that do not change what it computes (padded_vocab_size does)
 SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
@@ -140,8 +139,7 @@ def check_resume(
 def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
     """Yield what makes the weights of a checkpoint compute something else now: model keys, the tokenizer."""
     # an object has the defaults, with which the model was trained, of keys that an old file lacks
-    path = folder / CONFIG_FILE
-    before = MoEConfig(**typed(read_mapping(path, is_foreign=True), Config, path))
+    before = MoEConfig.untried_from_file(folder / CONFIG_FILE, is_foreign=True)
     for key in (item.name for item in fields(MoEConfig) if item.name not in SAME_FUNCTION):
         if (was := getattr(before, key)) != (value := getattr(config, key)):
             yield f"{CONFIG_FILE}: {key} was {was}, now {value}"

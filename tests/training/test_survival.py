@@ -14,8 +14,9 @@ from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.training import batches
+from litgpt_moe.training import batches, progress
 from litgpt_moe.training.checks import run_lock
+from litgpt_moe.training.loop import TrainingFabric
 from litgpt_moe.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -45,6 +46,69 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_neve
     assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
     assert_same_run("parts", "whole")
     assert int(rows("parts")[-1]["epoch"] or 1) == 1
+
+
+@pytest.fixture
+def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Have something happen in the given micro-batch of a process, as a signal does."""
+
+    def schedule(number: int, act: Callable[[], object]) -> None:
+        backward, calls = TrainingFabric.backward, []
+
+        def watched(fabric: TrainingFabric, *args: torch.Tensor, **options: object) -> None:
+            calls.append(1)
+            if len(calls) == number:
+                act()
+            backward(fabric, *args, **options)
+
+        monkeypatch.setattr(TrainingFabric, "backward", watched)
+
+    return schedule
+
+
+@pytest.fixture
+def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little is left of a step, it counts as too long to finish."""
+    monkeypatch.setattr(progress, "GRACE_S", 0.0)
+
+
+@pytest.mark.usefixtures("long_steps")
+def test_a_signal_amid_a_long_step_drops_it_and_resume_gives_the_run_that_never_stopped(
+    at_batch: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--max_tokens", 12 * 256, "--micro_batch_size", 1, "--data.init_args.num_workers", 2]
+    common += [*BALANCED, "--train.log_interval", 2, "--eval.max_new_tokens", 5]
+    assert run("--out_dir", "whole", *common) == 0
+    at_batch(6 * 4 + 2, lambda: signal.raise_signal(signal.SIGTERM))
+    capsys.readouterr()
+    assert run("--out_dir", "parts", *common) == 0
+    output = capsys.readouterr()
+    assert "Step 7 takes " in output.err and "Stopped after step 6 of 12 (SIGTERM)" in output.out
+    assert checkpoint_flaw(Path("parts/step-00000006")) is None and not Path("parts/final").exists()
+    assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+
+
+@pytest.mark.usefixtures("long_steps")
+@pytest.mark.parametrize(("batch", "saved"), [(2, []), (4 * 4 + 1, ["step-00000004"])])
+def test_a_dropped_step_after_which_nothing_is_new_saves_nothing(
+    batch: int, saved: list[str], at_batch: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--micro_batch_size", 1]
+    assert run("--out_dir", "whole", *common) == 0
+    at_batch(batch, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(*common) == 0
+    error = capsys.readouterr().err
+    assert error.count("Saved out") == len(saved)
+    assert sorted(path.name for path in Path("out").glob("step-*")) == saved
+    assert run(*common, "--resume", "auto") == 0
+    assert_same_run("out", "whole")
+
+
+def test_a_step_that_is_soon_done_is_finished(at_batch: Callable) -> None:
+    at_batch(2 * 4 + 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run("--micro_batch_size", 1) == 0
+    assert [path.name for path in Path("out").glob("step-*")] == ["step-00000003"]
 
 
 def test_final_is_resumed_as_exactly_as_a_step(capsys: pytest.CaptureFixture[str]) -> None:
