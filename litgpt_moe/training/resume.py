@@ -176,6 +176,12 @@ def _changed_run(
         names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             yield f"{key} was {before[key]}, now {value}"
+    # with these on, an optimizer of torch expects moments that it does not keep otherwise
+    init_args = settings.optimizer.get("init_args") or {}
+    for name in ("amsgrad", "centered", *(["momentum"] if "RMSprop" in optimizer else [])):
+        key, value = f"optimizer.init_args.{name}", init_args.get(name)
+        if bool(before.get(key)) != bool(value):
+            yield f"{key} was {before.get(key)}, now {value}"
 
 
 def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:

@@ -229,6 +229,8 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
     assert "is past the 1 steps of train.max_tokens" in refused(*resumed, "--max_tokens", 256)
     changed = "optimizer.class_path was torch.optim.AdamW, now torch.optim.sgd.SGD"
     assert changed in refused(*resumed, "--optimizer", "SGD")
+    amsgrad = refused(*resumed, "--optimizer.amsgrad", "true")
+    assert "optimizer.init_args.amsgrad was None, now True; resume with what it was" in amsgrad
     assert "weight_decay_on was matrices, now all" in refused(*resumed, "--weight_decay_on", "all")
     biased = refused(*resumed, "--moe.bias_update_rate", 0.001)
     assert "was trained without a selection bias; drop moe.bias_update_rate" in biased
