@@ -220,12 +220,16 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Return the message and the exit status for an error: 1 for failed work, 2 for bad input."""
     if isinstance(error, WorkFailed | ConnectionError):
         return str(error), 1
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = f"{error.filename or 'the file'} could not be written, the disk is full; make room there"
-        own_text = error.strerror or ""  # of files.new_folder, a whole sentence
-        return own_text if "; " in own_text else text, 1
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}; check the path and its permissions", 2
+    if isinstance(error, OSError) and error.strerror:
+        name, reason = error.filename, error.strerror
+        if "; " in reason:  # a whole sentence of ours about a disk
+            return reason, 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{name or 'the file'} could not be written, the disk is full; make room there", 1
+        if error.errno in (errno.EIO, errno.ENOMEM, errno.ESTALE):
+            return f"{name or 'a file'}: {reason}; try again", 1
+        if name:
+            return f"{name}: {reason}; check the path and its permissions", 2
     return str(error), 2
 
 

@@ -190,7 +190,7 @@ def open_no_link(path: str, flags: int) -> int:
 def check_no_links(*paths: Path) -> None:
     """Raise ValueError if one of these paths, which are to be written, leads elsewhere."""
     for path in paths:
-        if path.is_symlink():
+        if path.is_symlink() or path.is_junction():
             raise ValueError(
                 f"{path} is a link (to {path.readlink()}), which is not written through; delete it"
             )

@@ -39,6 +39,8 @@ def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool 
         who = "another process"
         with contextlib.suppress(OSError, ValueError, KeyError):
             who = "process {process} on {host}, since {since}".format_map(read_json(identity))
+        if (claim := folder / f".{name}.claim").exists():
+            way_out += f"; if its machine has crashed, delete {claim}"
         raise FolderInUse(f"{folder}: {doing} there ({who}); {way_out}") from None
     try:
         yield

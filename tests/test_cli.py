@@ -1,6 +1,7 @@
 """What every script shares: help at once, nothing done at import, errors in a sentence, YAML that loads."""
 
 import ast
+import errno
 import itertools
 import json
 import signal
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT, start_scripts
 
-from litgpt_moe.cli import FlagParser, add_flags, command_line, note, run_command
+from litgpt_moe.cli import FlagParser, WorkFailed, add_flags, command_line, explain, note, run_command
 from litgpt_moe.processes import note_once
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
@@ -268,3 +269,20 @@ def test_no_name_in_a_message_can_command_the_terminal(
     assert captured.err.count(r"\x1b[2J\x1b]0;owned\x07\u202etxt") == 4
     assert captured.out == r"\x1b[2J\x1b]0;owned\x07\u202etxt" + "\n"
     assert not {"\x1b", "\x07", "\u202e"} & set(captured.err)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "status"),
+    [
+        (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error; try again", 1),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), "a could not be written, the disk is full; ", 1),
+        (OSError(errno.EACCES, "Permission denied", "a"), "a: Permission denied; check the path and ", 2),
+        (OSError(errno.ENOSPC, "a needs 3 bytes; make room"), "a needs 3 bytes; make room", 1),
+        (WorkFailed("it broke"), "it broke", 1),
+    ],
+)
+def test_an_error_of_the_system_is_a_sentence_and_work_that_failed_has_status_1(
+    error: Exception, text: str, status: int
+) -> None:
+    told, found = explain(error)
+    assert told.startswith(text) and found == status

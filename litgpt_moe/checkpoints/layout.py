@@ -61,9 +61,9 @@ def step_of(path: Path) -> int | None:
     if path.name == FINAL:
         try:
             return read_record(path).get("step")
-        except (ValueError, OSError) as error:
-            if is_read_error(error):
-                raise
+        except ReadFailed:
+            raise
+        except (ValueError, OSError):
             return None
     match = STEP_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
@@ -145,6 +145,13 @@ def write_record(
     sync_files(folder)
 
 
+class ReadFailed(OSError):
+    """A file could not be read, which is no sign of damage; the text is a sentence."""
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
 def is_read_error(error: BaseException) -> bool:
     """Return whether reading failed (a disk error, no memory, no access): no sign of damage."""
     # EINVAL: a damaged archive points to before its begin
@@ -158,14 +165,20 @@ def patient[**Arguments, Result](read: Callable[Arguments, Result]) -> Callable[
 
     @functools.wraps(read)
     def again(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        for pause_s in (0.1, 0.5):
+        failure = OSError()
+        for pause_s in (0.1, 0.5, 0):
             try:
                 return read(*args, **options)
+            except ReadFailed:
+                raise
             except OSError as error:
                 if not is_read_error(error):
                     raise
+                failure = error
             time.sleep(pause_s)
-        return read(*args, **options)
+        reason = "it could not be read, which is no sign of damage; try again, or use another checkpoint"
+        text = f"{failure.filename or args[0]}: {failure.strerror}: {reason}"
+        raise ReadFailed(failure.errno, text) from failure
 
     return again
 

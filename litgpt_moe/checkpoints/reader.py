@@ -24,6 +24,7 @@ from litgpt_moe.checkpoints.layout import (
     CONFIG_FILE,
     RECORD_FILE,
     SETTINGS_FILE,
+    ReadFailed,
     is_read_error,
     patient,
     recorded_files,
@@ -58,12 +59,12 @@ def sha256_of(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def checkpoint_flaw(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, without its name; None if it can. OSError: no answer."""
+    """Return why a checkpoint cannot be resumed, without its name; None if it can be."""
     try:
         read_training_state(folder)
+    except ReadFailed:
+        raise
     except (ValueError, OSError) as error:
-        if is_read_error(error):
-            raise
         return flaw_words(error, folder)
     return None
 

@@ -128,18 +128,20 @@ class CheckpointWriter:
             files |= read_tokenizer_files(tokenizer_dir)
             _fill(staging, step, self._host, config, files, self.selection_bias)
             put_in_place(staging, target)
-            self.failure, self.lasting_s = None, time.perf_counter() - started
-            self.tell(f"Saved {target}")
-            self._prune()
-            self.on_saved(target, step)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
             remove(staging_for(target))
-            reason = str(error)
+            reason = str(error) or type(error).__name__
             if is_disk_full(error):
                 reason = no_room(self.out_dir, needed)
             self.failure = f"{target} could not be saved: {reason}"
             goes_on = "; training goes on" if self.args.on_full_disk == "continue" else ""
             self.tell(f"Warning: {self.failure}{goes_on}")
+            return
+        self.failure, self.lasting_s = None, time.perf_counter() - started
+        self.tell(f"Saved {target}")
+        with contextlib.suppress(OSError):  # the next save tries again
+            self._prune()
+        self.on_saved(target, step)
 
     def _prune(self) -> None:
         """Delete the step-* that neither keep_last nor keep_every keeps."""

@@ -184,6 +184,32 @@ def test_weights_that_are_no_numbers_are_not_saved(run: Callable[..., Run]) -> N
     assert names() == []
 
 
+def test_what_fails_after_a_save_does_not_make_it_a_failed_one(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(keep_last=1)
+
+    def prune() -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(one.writer, "_prune", prune)
+    target = one.save(4)
+    one.writer.wait()
+    assert one.writer.failure is None and one.told == [f"Saved {target}"]
+
+
+def test_a_save_without_memory_is_told(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(state: dict[str, Any], path: Path) -> dict[str, Any]:
+        raise MemoryError
+
+    monkeypatch.setattr(writer, "write_state", write)
+    one = run()
+    target = one.save(4)
+    one.writer.wait()
+    assert one.told == [f"Warning: {target} could not be saved: MemoryError; training goes on"]
+    assert names() == []
+
+
 # --- which checkpoints stay ---------------------------------------------------------------------------------
 
 

@@ -161,7 +161,7 @@ def test_a_read_error_that_stays_is_no_damage(failing: Callable[[int, int], None
     failing(100, errno.EIO)
     told = refused("--resume", "auto").replace("\\", "/")
     assert "Input/output error" in told and "out/step-00000004/lit_model.pth" in told
-    assert "is no sign of damage; try again" in told
+    assert "is no sign of damage; try again" in told and "Errno" not in told
     # nor does it say that the run cannot be continued, and how to delete it
     assert "overwrite" not in refused()
     assert Path("out/step-00000004").is_dir()
@@ -310,6 +310,25 @@ def test_embeddings_that_are_tied_now_and_were_not_are_told_as_such() -> None:
     save("out/step-00000004", 4)
     told = refused("--resume", "auto", "--train.tie_embeddings", "true")
     assert "train.tie_embeddings was None, now True; resume with what it was" in told
+
+
+def test_a_context_length_that_is_named_now_and_was_the_model_s_is_the_same() -> None:
+    save("out/step-00000004", 4)
+    assert set_up_here("--resume", "auto", "--train.max_seq_length", 64).start_step == 4
+    assert "train.max_seq_length was None, now 32" in refused("--resume", "auto", "--max_seq_length", 32)
+
+
+def test_embeddings_that_are_tied_from_a_checkpoint_with_two_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save("out/step-00000004", 4)
+    flags = ("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
+    set_up_here(*flags)
+    assert "lm_head" not in capsys.readouterr().err
+    set_up_here(*flags, "--train.tie_embeddings", "true")
+    assert "Warning: out/step-00000004: its lm_head.weight is not its transformer.wte.weight" in told_paths(
+        capsys
+    )
 
 
 def test_what_may_change_on_a_resume_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
