@@ -93,7 +93,7 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
         with StopSignals() as stops:
             hooks = train(run, stops)
         if is_main_process():
-            print(report(hooks, resume_command(argv)), flush=True)
+            print(cli.printable(report(hooks, resume_command(argv))), flush=True)
     except KeyboardInterrupt:
         return cli.fail(f"stopped; the model is in {out_dir / 'final'}", cli.INTERRUPTED)
     except (OSError, RuntimeError) as error:

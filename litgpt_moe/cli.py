@@ -97,7 +97,7 @@ class FlagParser(argparse.ArgumentParser):
             if match := re.fullmatch(pattern, text):
                 text = match.expand(sentence)
                 break
-        self.exit(2, f"error: {text}\n")
+        self.exit(2, f"error: {printable(text)}\n")
 
 
 class _Switch(argparse.Action):

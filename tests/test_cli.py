@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import ROOT, start_scripts
 
-from litgpt_moe.cli import FlagParser, add_flags, command_line
+from litgpt_moe.cli import FlagParser, add_flags, command_line, note, run_command
+from litgpt_moe.processes import note_once
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = [path for path in FILES if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
@@ -84,8 +85,9 @@ def test_a_script_has_the_house_main_and_says_how_to_run_it(script: Path) -> Non
     (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
     assert ast.unparse(main.args) == "argv: list[str] | None=None"
     assert ast.unparse(main.returns) == "int"
-    assert ast.unparse(tree.body[-1]) in (
+    assert ast.unparse(tree.body[-1]).replace("cli.", "") in (
         "if __name__ == '__main__':\n    raise SystemExit(run_script(main))",
+        "if __name__ == '__main__':\n    raise SystemExit(cli.run_script(main))",
         "if __name__ == '__main__':\n    raise SystemExit(main())",  # what imports nothing of ours
     )
     assert f"uv run python {relative(script)}" in (ast.get_docstring(tree) or "")
@@ -246,3 +248,23 @@ def test_a_command_to_paste_has_its_paths_quoted(monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(sys, "platform", "win32")  # cmd and PowerShell know no single quotes
     assert command_line("--out_dir", Path("my runs")) == '--out_dir "my runs"'
+
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202etxt"
+
+
+def test_no_name_in_a_message_can_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fails() -> None:
+        raise ValueError(f"{ESCAPES}: damaged")
+
+    assert run_command(lambda: ESCAPES) == 0 and run_command(fails) == 2
+    note(ESCAPES)
+    note_once(ESCAPES)
+    with pytest.raises(SystemExit):
+        FlagParser().parse_args([ESCAPES])
+    captured = capsys.readouterr()
+    assert captured.err.count(r"\x1b[2J\x1b]0;owned\x07\u202etxt") == 4
+    assert captured.out == r"\x1b[2J\x1b]0;owned\x07\u202etxt" + "\n"
+    assert not {"\x1b", "\x07", "\u202e"} & set(captured.err)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from litgpt_moe.checkpoints.layout import FINAL, steps_of
 from litgpt_moe.cli import note
 from litgpt_moe.files import read_json
 from litgpt_moe.report.results import RESULTS_FILE, results_of
@@ -196,7 +197,7 @@ def read_loads(path: Path, stride: int) -> tuple[dict[int, dict[int, list[int]]]
 def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:
     """Return a run's settings, command and versions, from logs/run.json and the newest checkpoint."""
     facts = _read(read_json, folder / FACTS)
-    checkpoints = [folder / "final", *sorted(folder.glob("step-*"), reverse=True)]
+    checkpoints = [folder / FINAL, *reversed(steps_of(folder).values())]
 
     def newest(name: str) -> dict[str, Any]:
         path = next((folder / name for folder in checkpoints if (folder / name).is_file()), None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from litgpt import GPT
+from litgpt import GPT, Config
 
 from litgpt_moe.balance import has_selection_bias
 from litgpt_moe.checkpoints import reader
@@ -16,6 +16,7 @@ from litgpt_moe.checkpoints.layout import (
     SETTINGS_FILE,
     checkpoints_of,
     find_checkpoint,
+    is_read_error,
 )
 from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.config import MoEConfig
@@ -23,6 +24,7 @@ from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
 from litgpt_moe.training.settings import Settings, plain_settings
+from litgpt_moe.yaml_files import read_mapping, typed
 
 # keys of a model's configuration that do not change what it computes (padded_vocab_size does)
 SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
@@ -71,6 +73,11 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
         try:
             return OpenCheckpoint(folder, reader.read_training_state(folder))
         except (ValueError, OSError) as error:
+            if is_read_error(error):
+                raise OSError(
+                    f"{reader.flaw_words(error, folder)}: {folder} could not be read, which is no sign of "
+                    "damage; try again, or name another checkpoint with --resume PATH"
+                ) from error
             note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
         raise FileNotFoundError(
@@ -87,6 +94,7 @@ def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
     reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
     opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     reader.check_weights(folder, model, opened.weights)
+    reader.check_finite({"model": opened.weights}, opened.file)
     for text in changed_meaning(folder, settings, cast(MoEConfig, model.config)):
         note_once(f"Warning: {folder}: {text}; the weights were trained with what it was.")
     return opened
@@ -130,7 +138,8 @@ def check_resume(
 def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
     """Yield what makes the weights of a checkpoint compute something else now: model keys, the tokenizer."""
     # an object has the defaults, with which the model was trained, of keys that an old file lacks
-    before = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
+    path = folder / CONFIG_FILE
+    before = MoEConfig(**typed(read_mapping(path, is_foreign=True), Config, path))
     for key in (item.name for item in fields(MoEConfig) if item.name not in SAME_FUNCTION):
         if (was := getattr(before, key)) != (value := getattr(config, key)):
             yield f"{CONFIG_FILE}: {key} was {was}, now {value}"

@@ -10,9 +10,10 @@ import torch
 import litgpt_moe
 from litgpt_moe.cli import command_line
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
-from litgpt_moe.files import FolderInUse, is_disk_full, write_json
+from litgpt_moe.files import is_disk_full, write_json
 from litgpt_moe.hardware import has_cuda, peak_memory_gb
 from litgpt_moe.kernels.choice import describe_kernel
+from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import plain_settings

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,20 @@ def test_a_disk_that_fills_up_while_torch_writes_is_told_as_such(
         pytest.skip("this system has no /dev/full")
     with pytest.raises(OSError, match="No space left"):  # not torch's "unexpected pos"
         write_state({"model": {"weight": torch.zeros(10**6)}}, Path("/dev/full"))
+
+
+def test_a_disk_without_inodes_is_told_as_such(run: Callable[..., Run], small_disk: Path) -> None:
+    limit = ["mount", "-o", "remount,nr_inodes=4", str(small_disk)]
+    if subprocess.run(limit, capture_output=True).returncode:
+        pytest.skip("this system sets no number of inodes")
+    one = run(out=small_disk / "out")
+    for n in range(2):
+        (small_disk / f"file {n}").touch()
+    one.save(4)
+    one.writer.wait()
+    assert re.search(
+        r"step-00000004 could not be saved: no inode is free on that disk, though .*;", one.told[0]
+    )
 
 
 def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_checkpoints_whole(

@@ -16,6 +16,7 @@ from conftest import TINY_CONFIG
 from helpers.browser import PROGRAM, Browser
 
 from litgpt_moe.report.page import MAX_POINTS
+from litgpt_moe.report.read import read_facts
 from tools import report
 
 STORY = '</script><script>document.title = "hurt"</script><img src=x onerror=alert(1)>'
@@ -430,3 +431,13 @@ def test_a_run_can_be_hidden_and_only_differences_are_listed(browser: Browser, t
     assert "optimizer.class_path" in browser.js(rows)
     assert browser.js("document.querySelectorAll('.spike').length") == 0  # the hidden run's
     assert browser.js("$('spikes').querySelectorAll('tr').length") == 2
+
+
+def test_a_report_takes_its_settings_from_the_newest_step_not_from_a_folder_with_another_name(
+    tmp_path: Path,
+) -> None:
+    for name, seed in (("step-00000900", 1), ("step-100000000", 2), ("step-best", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_config.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
+    settings, _, _ = read_facts(tmp_path)
+    assert settings["seed"] == "2"
