@@ -81,10 +81,18 @@ class TextShards(TextFiles):
         batches = TokenBatches(stream, self.batch_size, block_size, seed, *ranks, self.num_workers)
         n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
         if batches.n_sequences < n_wanted:
+            # with a micro-batch of one sequence
+            fewest = 1 if seed is None else batches.world_size
+            way_out = "give more text" if seed is not None else "give more text or a larger --val_fraction"
+            if batches.n_sequences >= fewest:
+                way_out = (
+                    f"choose a micro_batch_size of {batches.n_sequences // fewest} or less, or {way_out}"
+                )
+            elif longest := (len(stream) - 1) // fewest:
+                way_out = f"choose a max_seq_length of {longest} or less, or {way_out}"
             raise ValueError(
                 f"{self.data_dir}: the {split} split has {len(stream):,} tokens, {batches.n_sequences} "
-                f"sequences of {block_size}, but {n_wanted} are needed; choose a smaller micro_batch_size or "
-                "max_seq_length, or give more text (val: or prepare with a larger --val_fraction)"
+                f"sequences of {block_size}, but {n_wanted} are needed; {way_out}"
             )
         return ShardLoader(batches)
 
