@@ -1,5 +1,6 @@
 """TextShards: the LitGPT data module that reads our token shards."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,23 +56,38 @@ class TextShards(TextFiles):
             raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
         if self.num_workers < 0:
             raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
-        self.train_data_path, self.data_dir, self.is_checked = train, train.parent, False
+        self.train_data_path, self.data_dir = train, train.parent
+        self.is_checked = self.is_right = False  # its contents were hashed; both loaders were made once
         super().__post_init__()
 
     def prepare_data(self) -> None:
         """Make stale shards again; LitGPT calls this in every process, and run_train.py before that."""
         # one process of each machine hashes the contents, once in a run
         is_to_hash = not self.is_checked and is_first_on_machine()
-        refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
+        with self._found_later():
+            refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
         self.is_checked = True
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training split: endless, shuffled by `seed`, shared among the ranks."""
-        return self._loader("train", self.seed)
+        with self._found_later():
+            return self._loader("train", self.seed)
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation split: all of it in order on every rank."""
-        return self._loader("val", None)
+        with self._found_later():
+            return self._loader("val", None)
+
+    @contextlib.contextmanager
+    def _found_later(self) -> Iterator[None]:
+        """Raise OSError for a ValueError on data that was right when it was first asked for."""
+        was_right = self.is_right
+        try:
+            yield
+        except ValueError as error:
+            if not was_right:
+                raise
+            raise OSError(f"{error} (changed since the run began)") from error
 
     def _loader(self, split: str, seed: int | None) -> ShardLoader:
         """Return a split's loader; ValueError if its text is too short for one batch (val: one sequence)."""
@@ -81,11 +97,15 @@ class TextShards(TextFiles):
         batches = TokenBatches(stream, self.batch_size, block_size, seed, *ranks, self.num_workers)
         n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
         if batches.n_sequences < n_wanted:
+            # a smaller batch helps only where there is a whole sequence
+            smaller = "micro_batch_size or max_seq_length" if batches.n_sequences else "max_seq_length"
+            more = f"put more text into {self.data_dir / split}"
+            more += "" if seed is not None else ", or without any there prepare with a larger --val_fraction"
             raise ValueError(
                 f"{self.data_dir}: the {split} split has {len(stream):,} tokens, {batches.n_sequences} "
-                f"sequences of {block_size}, but {n_wanted} are needed; choose a smaller micro_batch_size or "
-                "max_seq_length, or give more text (val: or prepare with a larger --val_fraction)"
+                f"sequences of {block_size}, but {n_wanted} are needed; choose a smaller {smaller}, or {more}"
             )
+        self.is_right = self.is_right or split == "val"  # the last one that is asked for
         return ShardLoader(batches)
 
 
