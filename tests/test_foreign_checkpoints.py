@@ -90,6 +90,19 @@ def test_ids_that_are_no_ids_are_refused(
     assert_one_sentence(COMMANDS[command](checkpoint, text), capsys, key)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_token_that_is_no_text_is_refused(
+    command: str, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", eos_token=10**39, tokenizer_class=...)
+    assert_one_sentence(COMMANDS[command](checkpoint, text), capsys)
+
+
+def test_a_tokenizer_without_a_class_is_used(checkpoint: Path, text: Path) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", tokenizer_class=...)  # as GPT-2's on the hub
+    assert [COMMANDS[command](checkpoint, text) for command in ("generate", "export", "inspect")] == [0] * 3
+
+
 def test_a_tokenizer_that_adds_a_bos_it_lacks_is_refused(
     checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
