@@ -99,9 +99,12 @@ def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         way_on = "lower data.init_args.num_workers and continue with --resume auto"
         return f"a worker process that reads the data was killed (out of memory?); {way_on}"
+    if "in DataLoader worker process" in text:
+        # the last line of the worker's traceback
+        text = text.strip().splitlines()[-1]
     if is_disk_full(error):
         return f"{out_dir}: the disk is full; make room and continue with --resume auto"
-    return f"{error}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
+    return f"{text}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,8 @@ from helpers.runs import edit_yaml, run
 
 from litgpt_moe.data import manifest, prepare
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.training import batches
+from litgpt_moe.training.run import Run
 
 
 def error_in(capsys: pytest.CaptureFixture[str]) -> str:
@@ -137,6 +139,28 @@ def test_a_shard_altered_where_the_text_is_gone_is_refused(
     assert run("--dataset_dir", "copy", "--max_tokens", 256) == 2
     err = capsys.readouterr().err
     assert "altered since it was made" in err and "no text to make it again from" in err
+
+
+@pytest.mark.parametrize("pattern", ["*/*/*.bin", "**/*.*"])
+def test_data_that_are_emptied_after_their_checks_are_one_sentence(
+    workspace: Path,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pattern: str,
+) -> None:
+    shutil.copytree(tiny_data, "copy", ignore=shutil.ignore_patterns("*.txt"))
+    prepare_data_of = batches.prepare_data_of
+
+    def prepare_and_empty(prepared: Run) -> None:
+        prepare_data_of(prepared)
+        for path in Path("copy").glob(pattern):
+            path.write_bytes(b"")
+
+    monkeypatch.setattr(batches, "prepare_data_of", prepare_and_empty)
+    assert run("--dataset_dir", "copy") == 1
+    told = error_in(capsys)
+    assert told.startswith("error: copy/") and told.endswith("; then continue with --resume auto")
 
 
 def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

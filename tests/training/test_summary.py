@@ -71,6 +71,12 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "out: the disk is full"),
         (PermissionError(errno.EACCES, "no"), "put it right and continue with --resume auto"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "lower data.init_args.num"),
+        (
+            FileNotFoundError(
+                "Caught FileNotFoundError in DataLoader worker process 0.\nTraceback:\n  f()\nno a.bin"
+            ),
+            "no a.bin; put it right and continue",
+        ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory with train.micro_batch_size 4"),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
