@@ -13,7 +13,9 @@ from torch.utils.data import ChainDataset, DataLoader
 from litgpt_moe.data.batches import TokenBatches, TokenStream
 from litgpt_moe.data.prepare import refresh
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, DEFAULT_TOKENIZER_DIR
-from litgpt_moe.processes import is_first_on_machine
+from litgpt_moe.processes import is_first_on_machine, note_once
+
+UNUSED = 1e-3  # share of the training tokens; a larger one is reported
 
 
 class ShardLoader(DataLoader[torch.Tensor]):
@@ -112,6 +114,10 @@ class TextShards(TextFiles):
                 f"{self.data_dir}: the {split} split has {len(stream):,} tokens, {batches.n_sequences} "
                 f"sequences of {block_size}, but {n_wanted} are needed; {way_out}"
             )
+        n_left = len(stream) - 1 - batches.n_sequences * block_size
+        if seed is not None and not self.is_right and n_left > UNUSED * len(stream):
+            unused = f"the last {n_left:,} of {len(stream):,} training tokens fill no sequence of {block_size}"
+            note_once(f"{self.data_dir}: {unused} and are not used")
         self.is_right = self.is_right or split == "val"  # the last one that is asked for
         return ShardLoader(batches)
 

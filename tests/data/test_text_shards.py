@@ -125,3 +125,18 @@ def test_data_that_changes_between_the_checks_and_training_is_no_setting(
     with pytest.raises(OSError, match="changed since the run began"):
         for ask in (shards.prepare_data, shards.train_dataloader, shards.val_dataloader):
             ask()
+
+
+def test_tokens_that_fill_no_sequence_are_counted_once_where_they_are_many(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(settings)
+    n_tokens = len(TokenStream(settings.data_dir, "train"))
+    for block_size, is_told in ((n_tokens * 2 // 3, True), (n_tokens - 1, False)):
+        shards = TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
+        shards.connect(batch_size=1, max_seq_length=block_size)
+        shards.max_seq_length = block_size + 1  # one more, as LitGPT's loop sets it
+        capsys.readouterr()
+        shards.train_dataloader()
+        told = f"the last {n_tokens - 1 - block_size:,} of {n_tokens:,} training tokens fill no sequence"
+        assert (told in capsys.readouterr().err) is is_told
