@@ -116,9 +116,8 @@ class TextShards(TextFiles):
             )
         n_left = len(stream) - 1 - batches.n_sequences * block_size
         if seed is not None and not self.is_right and n_left > UNUSED * len(stream):
-                largest = batches.n_sequences // fewest
-                way_out = f"choose a micro_batch_size of {largest} or less, or {way_out}"
-            note_once(f"{self.data_dir}: {unused} and are not used")
+            left = f"the last {n_left:,} of {len(stream):,} training tokens"
+            note_once(f"{self.data_dir}: {left} fill no sequence of {block_size} and are not used")
         self.is_right = self.is_right or split == "val"  # the last one that is asked for
         return ShardLoader(batches)
 
