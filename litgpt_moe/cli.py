@@ -213,7 +213,19 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
         silence_stdout()  # `| head`: the reader has seen enough
     except (ValueError, OSError, WorkFailed) as error:
         return fail(*explain(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        way_out = "close other programs, or choose a smaller model, text or batch"
+        return fail(f"out of memory ({first_line(error)[:120]}); {way_out}", 1)
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory of the machine or of the GPU ran out; torch has a class for the latter alone."""
+    words = ("out of memory", "DefaultCPUAllocator", "_STATUS_ALLOC_FAILED")
+    is_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or is_torch
 
 
 def explain(error: BaseException) -> tuple[str, int]:

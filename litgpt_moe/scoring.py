@@ -27,7 +27,7 @@ from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoint
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
-from litgpt_moe.cli import WorkFailed, command_line
+from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -210,8 +210,10 @@ def score(
                 raise WorkFailed(f"the data hold token {batch.max()} but the model knows {vocab}")
             try:
                 nats += window_nats(model, logits, torch.from_numpy(batch.copy()).to(device), rows)
-            except torch.OutOfMemoryError:
-                raise WorkFailed(f"no memory for --batch_size {batch_size}; choose less") from None
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise WorkFailed(f"no memory for --batch_size {batch_size}; choose less") from None
+                raise
             lengths += [batch.shape[1] - 1] * batch.shape[0]
             progress.update(batch.size - batch.shape[0])
     seconds = time.perf_counter() - start

@@ -18,8 +18,9 @@ from litgpt.tokenizer import Tokenizer
 
 import evaluate
 import generate
+from litgpt_moe import scoring
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer
-from litgpt_moe.cli import printable
+from litgpt_moe.cli import printable, run_command
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.generation.text import AsyncTokenStreamer, encode, tell_story
 from tools import export_hf, inspect_checkpoint, inspect_routing
@@ -87,6 +88,19 @@ def test_ids_that_are_no_ids_are_refused(
     edit_json(checkpoint / "tokenizer_config.json", **{f"{key}_token": ...})
     (checkpoint / "generation_config.json").write_text(f'{{"{key}_token_id": {value}}}', encoding="utf-8")
     assert_one_sentence(COMMANDS[command](checkpoint, text), capsys, key)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_token_that_is_no_text_is_refused(
+    command: str, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", eos_token=10**39, tokenizer_class=...)
+    assert_one_sentence(COMMANDS[command](checkpoint, text), capsys)
+
+
+def test_a_tokenizer_without_a_class_is_used(checkpoint: Path, text: Path) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", tokenizer_class=...)  # as GPT-2's on the hub
+    assert [COMMANDS[command](checkpoint, text) for command in ("generate", "export", "inspect")] == [0] * 3
 
 
 def test_a_tokenizer_that_adds_a_bos_it_lacks_is_refused(
@@ -231,3 +245,26 @@ def test_names_in_a_checkpoint_cannot_command_the_terminal(
     captured = capsys.readouterr()
     assert printable(captured.out) == captured.out and printable(captured.err) == captured.err
     assert command != "inspect" or (r"a\x1b[2Jb" in captured.out and r"\x1b]0;owned" in captured.out)
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])
+def test_memory_that_is_not_enough_is_one_sentence(
+    ask: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(ask) == 1
+    assert "error: out of memory (" in capsys.readouterr().err
+
+
+def test_another_error_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        run_command(lambda: torch.ones(3).view(2))
+
+
+def test_memory_for_a_batch_that_is_not_enough_names_the_flag(
+    checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scoring, "window_nats", lambda *_: torch.empty(1 << 60))
+    assert_one_sentence(COMMANDS["evaluate"](checkpoint, text), capsys, "no memory for --batch_size 8")

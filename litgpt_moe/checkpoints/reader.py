@@ -32,7 +32,7 @@ from litgpt_moe.checkpoints.layout import (
 )
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import is_outside, sha256_file
+from litgpt_moe.files import is_outside, read_json, sha256_file
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.yaml_files import read_mapping
@@ -225,11 +225,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
     tokenizer.processor.no_truncation()  # which would cut a text
     tokenizer.processor.no_padding()
-    for name in ("bos_id", "eos_id"):
-        if (number := getattr(tokenizer, name)) is not None and not _is_piece(tokenizer, number):
-            raise ValueError(
-                f"{folder}: the tokenizer's {name} is {number!r:.80}, no id of a piece; {way_out}"
-            )
+    config = read_json(folder / "tokenizer_config.json")
+    for name in ("bos", "eos"):
+        number = getattr(tokenizer, f"{name}_id")
+        is_none = number is None and config.get(f"{name}_token") is None
+        if not is_none and not _is_piece(tokenizer, number):
+            raise ValueError(f"{folder}: the tokenizer's {name}_id {number!r:.80} is no id; {way_out}")
     if tokenizer.use_bos and tokenizer.bos_id is None:
         raise ValueError(f"{folder}: the tokenizer adds BOS (add_bos_token) but has none; {way_out}")
     return tokenizer

@@ -15,6 +15,7 @@ from litgpt_moe.cli import command_line, first_line, train_command, variable
 from litgpt_moe.data import manifest as manifests
 from litgpt_moe.data.manifest import MANIFEST, RUN_AGAIN, manifest_fingerprint, read_manifest
 from litgpt_moe.data.settings import REFERENCE_FORM, WandbSettings
+from litgpt_moe.data.text import NOT_UTF8
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, find_tokenizer
 from litgpt_moe.files import check_inside, make_staging, read_json, remove, write_json
 
@@ -28,6 +29,9 @@ def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = Non
     tokenizer_dir = find_tokenizer(data_dir, tokenizer_dir)
     if problems := manifests.verify(data_dir):
         raise ValueError(f"{problems[0]}; run prepare_data.py again")
+    for path in (data_dir.resolve(), tokenizer_dir.resolve(), Path.cwd()):
+        if NOT_UTF8.search(str(path)):
+            raise ValueError(f"{str(path)!a}: the name is not UTF-8, which W&B needs; rename it")
     name = upload.wandb_artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
     try:
         run = wandb.init(

@@ -161,5 +161,6 @@ def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bo
     options: dict[str, Any] = {}
     with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
         before = read_json(data_dir / MANIFEST)["options"]
-        options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
+        usual = {name: getattr(PrepareSettings, name) for name in OPTIONS}
+        options = {name: before[name] for name in OPTIONS if type(before.get(name)) is type(usual[name])}
     prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)

@@ -197,8 +197,8 @@ def _training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) ->
     warmup = _group(settings, "train").get("lr_warmup_steps")
     if isinstance(warmup, int) and warmup:
         rows.append(("Warm-up", f"{warmup:,} steps"))
-    balance = _group(settings, "moe").items()
-    if numbers := [f"{key} {value:g}" for key, value in balance if type(value) in (int, float) and value]:
+    balance = {key: n for key, n in _group(settings, "moe").items() if type(n) in (int, float)}
+    if numbers := [f"{key} {n:g}" for key, n in balance.items() if 0 < n < 1e300]:
         rows.append(("Balance", ", ".join(numbers)))
     return rows + [(key.capitalize(), str(settings[key])) for key in ("precision", "seed") if key in settings]
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from litgpt.tokenizer import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files
+from litgpt_moe.checkpoints.reader import load_tokenizer
 from litgpt_moe.checkpoints.tokenizer_files import without_truncation
 from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
 from litgpt_moe.files import read_json
@@ -19,7 +19,7 @@ def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, 
     LitGPT prepends BOS if tokenizer_config.json says so; Transformers if the post-processor of tokenizer.json
     does. `PreTrainedTokenizerFast` uses that file unchanged (`LlamaTokenizer` would build another pipeline).
     """
-    tokenizer = Tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     bos, eos = (None if i is None else tokenizer.processor.id_to_token(i) for i in ids.values())
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

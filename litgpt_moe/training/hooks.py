@@ -75,8 +75,10 @@ class LoopHooks:
         return self.fabric.strategy.all_reduce(tensor, reduce_op="sum")
 
     @functools.cached_property
-    def peak_flops(self) -> float:
-        """Peak FLOP/s of all devices; measured at the first row of the log where it is not known."""
+    def peak_flops(self) -> float | None:
+        """Peak FLOP/s of all devices; None on CPUs, where a measurement gives what other programs leave."""
+        if self.fabric.device.type == "cpu":
+            return None
         return peak_flops(self.fabric.device, self.run.precision) * self.run.world_size
 
     def before_step(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
@@ -139,7 +141,7 @@ class LoopHooks:
 
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`: figures of all ranks, and the routers' statistics."""
-        # read before peak_flops, whose first measurement takes half a second on a CPU
+        # read before peak_flops, which is measured at the first row where it is not known
         seconds = self.clock.seconds
         if "loss" not in metrics:
             return validation_row(self.run, self.step, seconds, metrics)

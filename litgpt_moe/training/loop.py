@@ -188,6 +188,8 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
         (pretrain, "save_checkpoint"): hooks.save,
         # ignores a loss that is not finite, and `fit` fails on one over 709
         (pretrain, "validate"): functools.partial(hooks.validate, pretrain.validate),
+        # may find data that were changed or removed since they were checked
+        (pretrain, "get_dataloaders"): functools.partial(_get_dataloaders, pretrain.get_dataloaders),
         # puts all weights into one group, and sets `fused` by the device alone
         (pretrain, "instantiate_torch_optimizer"): lambda spec, *_, **__: make_optimizer(
             hooks.run.settings, hooks.gpt, spec
@@ -203,6 +205,13 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
             at_exit.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield
+
+
+def _get_dataloaders(get: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return get(*args)
+    except (ValueError, ImportError) as error:
+        raise RunFailed(f"{error}; then continue with --resume auto") from error
 
 
 def _loss(

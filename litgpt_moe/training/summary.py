@@ -1,7 +1,6 @@
 """What a run prints at its start, at its end and when it fails, and its logs/run.json."""
 
 import errno
-import math
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -50,17 +49,20 @@ def write_run_facts(run: Run) -> None:
 
 def report(hooks: LoopHooks, argv: list[str]) -> str:
     """Return the run's figures, a story and the next commands; for a stopped run, how to continue it."""
-    run, loss, rate = hooks.run, hooks.figures.loss, hooks.clock.overall_steps_per_s(hooks.step)
+    run, latest, rate = hooks.run, hooks.metrics.latest, hooks.clock.overall_steps_per_s(hooks.step)
     if hooks.ending:
         stopped = f"Stopped after step {hooks.step:,} of {run.n_steps:,} ({hooks.ending}). To go on:"
         return f"{stopped}\n  {resume_command(argv)}"
     final, n_steps = run.settings.out_dir / "final", hooks.step - run.start_step
     speed = f", {rate * run.tokens_per_step:,.0f} tokens/s with validation and saving" if rate else ""
     lines = [f"\nTrained    {n_steps * run.tokens_per_step:,} tokens in {n_steps} steps{speed}"]
-    # of the last step, which may lie between two rows of the log
-    losses = [] if math.isnan(loss) else [f"{loss:.3f} in training"]
-    if "val_loss" in hooks.metrics.latest:
-        losses.append(f"{hooks.metrics.latest['val_loss']:.3f} in validation")
+    losses = []
+    if "loss" in latest:
+        # the last steps may lie behind the last row of the log
+        step = "" if latest["step"] == hooks.step else f" (step {latest['step']:,})"
+        losses.append(f"{latest['loss']:.3f} in training{step}")
+    if "val_loss" in latest:
+        losses.append(f"{latest['val_loss']:.3f} in validation")
     lines += [f"Loss       {', '.join(losses)}"] if losses else []
     if n_skipped := hooks.judge.guard.n_skipped:
         lines.append(f"Skipped    {n_skipped} steps without a finite gradient")
@@ -97,9 +99,12 @@ def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         way_on = "lower data.init_args.num_workers and continue with --resume auto"
         return f"a worker process that reads the data was killed (out of memory?); {way_on}"
+    if "in DataLoader worker process" in text:
+        # the last line of the worker's traceback
+        text = text.strip().splitlines()[-1]
     if is_disk_full(error):
         return f"{out_dir}: the disk is full; make room and continue with --resume auto"
-    return f"{error}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
+    return f"{text}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

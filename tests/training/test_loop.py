@@ -25,7 +25,13 @@ from litgpt_moe.training.summary import describe
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
-REPLACED = ("save_checkpoint", "validate", "instantiate_torch_optimizer", "chunked_cross_entropy")
+REPLACED = (
+    "save_checkpoint",
+    "validate",
+    "get_dataloaders",
+    "instantiate_torch_optimizer",
+    "chunked_cross_entropy",
+)
 
 
 def hooks_of(*flags: object) -> LoopHooks:

@@ -1,7 +1,6 @@
 """What a run says of itself: at its end, when it was stopped, and when it fails."""
 
 import errno
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +13,13 @@ from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.steps import RunFailed
 from litgpt_moe.training.summary import failure, report
 
+LATEST = {"loss": 3.14159, "step": 8, "val_loss": 2.5}
+
 
 def finished(
     start_step: int = 0,
     step: int = 8,
     ending: str = "",
-    loss: float = 3.14159,
     latest: dict[str, float] | None = None,
     n_skipped: int = 0,
     rate: float | None = 4.82226,
@@ -32,8 +32,7 @@ def finished(
         run=run,
         step=step,
         ending=ending,
-        figures=SimpleNamespace(loss=loss),
-        metrics=SimpleNamespace(latest={"val_loss": 2.5} if latest is None else latest),
+        metrics=SimpleNamespace(latest=LATEST if latest is None else latest),
         judge=SimpleNamespace(guard=SimpleNamespace(n_skipped=n_skipped)),
         clock=SimpleNamespace(overall_steps_per_s=lambda step: rate),
         logs=SimpleNamespace(metrics=SimpleNamespace(path=Path("out/logs/csv/metrics.csv"))),
@@ -50,7 +49,7 @@ def test_the_report_has_the_figures_of_this_process_and_the_next_commands() -> N
 
 
 def test_the_report_leaves_out_what_there_was_not() -> None:
-    text = report(finished(start_step=8, loss=math.nan, latest={}, rate=None, n_skipped=2), [])
+    text = report(finished(start_step=8, latest={}, rate=None, n_skipped=2), [])
     assert "Trained    0 tokens in 0 steps\n" in text and "Loss" not in text
     assert "Skipped    2 steps without a finite gradient" in text
 
@@ -72,6 +71,12 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "out: the disk is full"),
         (PermissionError(errno.EACCES, "no"), "put it right and continue with --resume auto"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "lower data.init_args.num"),
+        (
+            FileNotFoundError(
+                "Caught FileNotFoundError in DataLoader worker process 0.\nTraceback:\n  f()\nno a.bin"
+            ),
+            "no a.bin; put it right and continue",
+        ),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory with train.micro_batch_size 4"),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
