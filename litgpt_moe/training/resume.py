@@ -17,6 +17,7 @@ from litgpt_moe.checkpoints.layout import (
     ReadFailed,
     checkpoints_of,
     find_checkpoint,
+    read_record,
 )
 from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.config import MoEConfig
@@ -193,6 +194,13 @@ def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) 
     ]
     if changes:
         note_once(f"Changed since {folder}: {'; '.join(changes)}.")
+
+
+def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:
+    """Say so if a checkpoint was trained on other token shards; earlier versions did not record them."""
+    before = read_record(folder).get("data")
+    if before and fingerprint and before != fingerprint:
+        note_once(f"Changed since {folder}: the data; its steps so far saw other text or another tokenizer.")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -363,6 +363,22 @@ def test_a_step_that_its_folder_s_name_belies_is_not_resumed() -> None:
 
 
 @pytest.mark.usefixtures("eager")
+def test_other_data_of_the_same_size_are_told(
+    tiny_data: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "d")
+    for split in ("train", "val"):
+        edit_yaml("train_config.yaml", f"data.init_args.{split}_data_path", f"d/{split}")
+    assert run("--max_tokens", 1024) == 0
+    assert run("--max_tokens", 1024, "--resume", "auto") == 0
+    assert "Changed since" not in told_paths(capsys)
+    text = Path("d/train/stories.txt")
+    text.write_text(text.read_text(encoding="utf-8").replace("red ball", "big ball"), encoding="utf-8")
+    assert run("--max_tokens", 1280, "--resume", "auto", "--schedule.name", "constant") == 0
+    assert "Changed since out/step-00000004: the data" in told_paths(capsys)
+
+
+@pytest.mark.usefixtures("eager")
 def test_a_whole_resumed_run_reads_its_checkpoint_once_and_builds_no_model_at_a_step(
     opened: list[Path], built: list[GPT]
 ) -> None:
