@@ -38,5 +38,5 @@ def launcher_problems(world_size: int | None = None) -> list[str]:
     if int(given.get("WORLD_SIZE", world_size)) != world_size:
         return [f"$WORLD_SIZE is {given['WORLD_SIZE']} {there_are}; make them equal, or unset WORLD_SIZE"]
     if "RANK" in given and int(given["RANK"]) >= world_size:
-        return [f"$RANK is {given['RANK']} {there_are}; unset RANK or add them"]
+        return [f"$RANK is {given['RANK']} {there_are}; unset RANK, or raise devices or num_nodes"]
     return []
