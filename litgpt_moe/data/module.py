@@ -109,8 +109,8 @@ class TextShards(TextFiles):
             )
         n_left = len(stream) - 1 - batches.n_sequences * block_size
         if seed is not None and not self.is_right and n_left > UNUSED * len(stream):
-            unused = f"the last {n_left:,} of {len(stream):,} training tokens fill no sequence of {block_size}"
-            note_once(f"{self.data_dir}: {unused} and are not used")
+            unused = f"the last {n_left:,} of {len(stream):,} training tokens"
+            note_once(f"{self.data_dir}: {unused} fill no sequence of {block_size} and are not used")
         self.is_right = self.is_right or split == "val"  # the last one that is asked for
         return ShardLoader(batches)
 

@@ -60,7 +60,7 @@ def choose_tokenizer(data_dir: Path | None, tokenizer_dir: Path) -> Path:
     manifest, recorded, inside = data_dir / MANIFEST, None, data_dir / TOKENIZER_FOLDER
     with contextlib.suppress(ValueError, OSError):  # of a damaged one this part may be whole
         recorded = read_json(manifest).get("tokenizer")
-    if not fits(recorded, {"sha256": str}):
+    if recorded is None or not fits(recorded, {"sha256": str}):
         if manifest.is_file() and not path.is_file():
             way_out = "delete it, or name the tokenizer's folder with --tokenizer_dir"
             raise ValueError(f"{manifest}: damaged; {way_out}")
