@@ -1,5 +1,6 @@
 """What LitGPT's loop and Fabric call during a run, and which part of the run acts there."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from litgpt_moe import balance
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, step_name
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
+from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
 from litgpt_moe.training.model import prepare_model
 from litgpt_moe.training.progress import StepInProgress, collect, restore
+from litgpt_moe.training.resume import say_if_data_changed
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.schedule import set_learning_rate
 from litgpt_moe.training.settings import saved_text
@@ -66,7 +69,12 @@ class LoopHooks:
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
         self.fabric, self.module, self.gpt = fabric, module, module.module
-        self.writer.selection_bias = prepare_model(fabric, module, self.run)
+        if prepare_model(fabric, module, self.run):
+            self.writer.notes["selection_bias"] = True
+        # the loader reports a manifest that has become unreadable
+        with contextlib.suppress(ValueError, OSError):
+            if self.run.data_dir is not None:
+                self.writer.notes["data"] = manifest_fingerprint(read_manifest(self.run.data_dir, False))
         # FSDP's weights are whole only inside the model's forward
         self.head = None if is_sharded(fabric) else defer_head(self.gpt)
 
@@ -179,6 +187,8 @@ class LoopHooks:
         # with another number of devices a step has another number of micro-batches
         state["iter_num"] = state["step_count"] * self.run.accumulation
         restore(self, left_over)
+        assert self.run.resume is not None
+        say_if_data_changed(self.run.resume.folder, self.writer.notes.get("data"))
 
     def close(self, fabric: Fabric) -> None:
         """Wait for the save in progress, and finish the loggers."""
