@@ -44,7 +44,8 @@ def results_of(run: Path, files: list[Path]) -> list[dict[str, Any]]:
     for row in (row for path in files for row in _read(path)):
         place, name = Path(row["checkpoint"]["path"]), names.get(row["checkpoint"]["sha256"])
         with contextlib.suppress(ValueError, OSError):  # a zero byte, a loop of links
-            name = name or (place.name if place.parent.resolve() == run.resolve() else None)
+            if name is None and place.parent.resolve() == run.resolve():
+                name = place.name + (" (replaced since)" if place.name in names.values() else "")
         if name is not None:
             shown = {"checkpoint": name, "time": row["time"][:40], "data": _describe(row["data"])}
             shown |= {key: row.get(key) if _is_number(row.get(key)) else None for key in FIGURES}

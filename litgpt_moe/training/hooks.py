@@ -66,6 +66,8 @@ class LoopHooks:
         self.in_progress = StepInProgress(self)
         self.saved_step = run.start_step
         self.has_validated = False
+        self.validation = (0.0, 0)
+        """When the latest validation began, on time.perf_counter(), and its micro-batches at most."""
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
@@ -137,16 +139,28 @@ class LoopHooks:
             if self.ending:
                 raise Ending(self.ending)
             self.in_progress.begin()
-        elif self.in_progress.must_drop():
-            self.ending = self.judge.stops.reason or "the request of another process"
-            left_s, out_dir = self.in_progress.seconds_left(), self.run.settings.out_dir
+        elif self.in_progress.must_leave(left_s := self.in_progress.seconds_left()):
             self.metrics.print(f"Step {self.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
-            if self.saved_step != self.step and self.in_progress.roll_back():
-                state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
-                state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}
-                file = out_dir / step_name(self.step) / CHECKPOINT_FILE
-                self.save(self.fabric, state, self.run.settings.tokenizer_dir, file)
-            raise Ending(self.ending)
+            self._leave()
+
+    def between_val_batches(self, n_done: int, n_batches: float) -> None:
+        """Leave the loop if the run must end and the validation would take long."""
+        began, max_iters = self.validation
+        n_left = min(max_iters, n_batches) - n_done
+        if self.in_progress.must_leave((time.perf_counter() - began) / n_done * n_left):
+            self.metrics.print(f"The validation at step {self.step} is cut off.")
+            self._leave()
+
+    def _leave(self) -> None:
+        """Save the last whole step, unless that is done, and leave the loop."""
+        self.ending = self.judge.stops.reason or "the request of another process"
+        if self.saved_step != self.step:
+            self.in_progress.roll_back()
+            state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
+            state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}
+            file = self.run.settings.out_dir / step_name(self.step) / CHECKPOINT_FILE
+            self.save(self.fabric, state, self.run.settings.tokenizer_dir, file)
+        raise Ending(self.ending)
 
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`: figures of all ranks, and the routers' statistics."""
@@ -165,6 +179,7 @@ class LoopHooks:
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
         """Return LitGPT's validation loss; write a story, and warn of a loss that is not finite."""
+        self.validation = time.perf_counter(), options["max_iters"]
         with self.clock.pause():
             val_loss = validate(*args, **options)
             # the first validation of each process is a trial of two batches

@@ -137,6 +137,8 @@ def result(path: object, sha256: str = "0", **changes: object) -> str:
 
 
 def test_evaluations_of_a_run_are_found_by_digest_and_by_path(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "step-00000004").mkdir(exist_ok=True)
+    (run_dir / "step-00000004/checkpoint.json").unlink(missing_ok=True)  # as LitGPT's own have none
     record = json.loads((run_dir / "final/checkpoint.json").read_text(encoding="utf-8"))
     moved = result("/gone/final", record["files"]["lit_model.pth"]["sha256"], loss=1.25)
     lines = [moved, moved, result(run_dir / "step-00000004"), result("/gone/other"), "{", "null\n"]
@@ -146,7 +148,7 @@ def test_evaluations_of_a_run_are_found_by_digest_and_by_path(run_dir: Path, tmp
     (run,) = make(run_dir, "--results_file", results, out=tmp_path / "report.html")
     assert sorted((row["checkpoint"], row["loss"]) for row in run["results"]) == [
         ("final", 1.25),
-        ("final", 2.5),
+        ("final (replaced since)", 2.5),
         ("step-00000004", 1.5),
     ]
     assert {row["data"] for row in run["results"]} == {"d val"}
@@ -322,7 +324,7 @@ def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path
     assert browser.js("document.title") == "first, <img src=x>: training report"
     cells = browser.js("[...document.querySelectorAll('#results td')].map((e) => e.textContent)")
     loss = ["1.5000", "4.5", "0.5000", "2026-01-01 00:00"]
-    assert cells == ["<img src=x>", "final", f"{STORY} None", "99", *loss]
+    assert cells == ["<img src=x>", "final (replaced since)", f"{STORY} None", "99", *loss]
 
 
 @in_browser
