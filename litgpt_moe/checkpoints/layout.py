@@ -133,11 +133,9 @@ def read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def write_record(
-    folder: Path, step: int, files: dict[str, dict[str, Any]], selection_bias: bool = False
-) -> None:
+def write_record(folder: Path, step: int, files: dict[str, dict[str, Any]], **notes: Any) -> None:
     """Write checkpoint.json, which lists every file in `folder`; `files` holds the known entries."""
-    files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
+    files = dict(files)
     for path in sorted(folder.iterdir()):
         if path.name not in files:  # lit_model.pth is hashed while it is written
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -62,7 +62,8 @@ class CheckpointWriter:
         self.on_saved: Callable[[Path, int], None] = lambda folder, step: None
         self.failure: str | None = None  # why the latest save failed
         self.lasting_s = 0.0  # duration of the latest save
-        self.selection_bias = False  # stock LitGPT cannot load such weights
+        # for checkpoint.json: selection_bias (stock LitGPT cannot load such weights), the data's fingerprint
+        self.notes: dict[str, Any] = {}
         self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -126,7 +127,7 @@ class CheckpointWriter:
                 raise ValueError(f"{name} holds values that are no numbers")
             files = {SETTINGS_FILE: self.settings_text.encode("utf-8")}
             files |= read_tokenizer_files(tokenizer_dir)
-            _fill(staging, step, self._host, config, files, self.selection_bias)
+            _fill(staging, step, self._host, config, files, **self.notes)
             put_in_place(staging, target)
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
             remove(staging_for(target))
@@ -202,13 +203,13 @@ def _fill(
     state: dict[str, Any],
     config: Config,
     files: dict[str, bytes],
-    selection_bias: bool = False,
+    **notes: Any,
 ) -> None:
     entry = write_state(state, folder / CHECKPOINT_FILE)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     save_config(config, folder)
-    write_record(folder, step, {CHECKPOINT_FILE: entry}, selection_bias)
+    write_record(folder, step, {CHECKPOINT_FILE: entry}, **notes)
 
 
 def tidy(out_dir: Path, start_step: int) -> None:

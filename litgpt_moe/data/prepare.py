@@ -25,7 +25,7 @@ from litgpt_moe.data.manifest import (
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import check_stories, clean, write_splits
 from litgpt_moe.data.text import list_text, not_read
-from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.files import check_no_links, read_json, sha256_file, write_json
 from litgpt_moe.locks import locked_folder
@@ -59,20 +59,7 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
 
 def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     data_dir = settings.data_dir
-    written = [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
-    if settings.dataset != "custom":
-        check_no_links(*written)
-    if settings.dataset == "demo":
-        write_demo_corpus(settings)
-    elif settings.dataset == "tinystories":
-        download_tinystories(data_dir)
-    text = list_text(data_dir)
-    for sentence in not_read(data_dir):
-        note(sentence)
-    with lock_tokenizer(settings, wait):
-        if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
-            check_stories(settings, text)
-        facts = ensure_tokenizer(settings, text["train"])
+    text, facts = _make_inputs(settings, wait)
     options = {name: getattr(settings, name) for name in OPTIONS}
     options |= {"val_fraction": None} if text["val"] else {}
     reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
@@ -82,8 +69,9 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     if (data_dir / MANIFEST).exists():  # a first preparation needs no reason
         for reason in reasons:
             note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
-    check_no_links(*written)
-    check_stories(settings, text)
+    check_no_links(*_written_folders(data_dir))
+    if example := StoryEncoder(facts).changed(check_stories(settings, text)):
+        note(f"{settings.tokenizer_dir / 'tokenizer.json'}: {example}")
     try:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
@@ -101,6 +89,27 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
     return manifest
+
+
+def _written_folders(data_dir: Path) -> list[Path]:
+    return [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
+
+
+def _make_inputs(settings: PrepareSettings, wait: bool) -> tuple[dict[str, list[Path]], TokenizerFacts]:
+    """Return the text files and the tokenizer, written, downloaded or trained unless they are there."""
+    if settings.dataset != "custom":
+        check_no_links(*_written_folders(settings.data_dir))
+    if settings.dataset == "demo":
+        write_demo_corpus(settings)
+    elif settings.dataset == "tinystories":
+        download_tinystories(settings.data_dir)
+    text = list_text(settings.data_dir)
+    for sentence in not_read(settings.data_dir):
+        note(sentence)
+    with lock_tokenizer(settings, wait):
+        if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
+            check_stories(settings, text)
+        return text, ensure_tokenizer(settings, text["train"])
 
 
 def lock_tokenizer(settings: PrepareSettings, wait: bool) -> contextlib.AbstractContextManager[None]:

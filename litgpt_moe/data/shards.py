@@ -30,6 +30,7 @@ from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_f
 LONG_STORY = 10_000  # bytes; a longer one may be cut in two, for train and val
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
+SAMPLED_STORIES = 20  # on which a tokenizer is tried
 OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # no other files are deleted
 
 Entry = dict[str, Any]  # a shard's entry in the manifest
@@ -211,20 +212,22 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     return splits
 
 
-def check_stories(settings: PrepareSettings, text: dict[str, list[Path]]) -> None:
-    """Raise ValueError, before anything is written, if a text's beginning shows that it cannot be used."""
+def check_stories(settings: PrepareSettings, text: dict[str, list[Path]]) -> list[str]:
+    """Return some stories; ValueError if the beginning of a text shows that it cannot be used."""
     n_wanted = {"train": 1 if text["val"] else 2, "val": 1}
-    for split in filter(text.get, SPLITS):
-        found: set[str] = set()
+    found: dict[str, None] = {}  # in their order
+    for split in filter(text.get, reversed(SPLITS)):
+        found = {}
         for path in text[split]:
             reader = TextReader(path, settings.separator, settings.on_bad_utf8, is_quiet=True)
             for stories in reader.story_lists(tqdm(disable=True)):
-                found.update(stories)
+                found.update(dict.fromkeys(stories))
                 if len(found) >= n_wanted[split]:
                     break
         is_book = any(len(story) > LONG_STORY for story in found)  # which is cut for both splits
         if len(found) < (1 if is_book else n_wanted[split]):
             raise ValueError(_no_story(settings.data_dir, split, settings.separator, 0))
+    return list(itertools.islice(found, SAMPLED_STORIES))
 
 
 def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> str:

@@ -21,6 +21,7 @@ from litgpt_moe.files import read_json, sha256_file
 
 MAX_CACHED_PIECES = 100_000  # about 20 MB in each worker
 MAX_CACHED_CHARS = 40  # a longer piece hardly occurs twice
+MAX_TRIED_CHARS = 2_000
 MAX_GROWTH = 64  # times as long as a text a normalizer may make it; NFKC makes one character 18
 
 SPACE = "\u2581"  # how Llama's tokenizer writes a space
@@ -211,6 +212,19 @@ class StoryEncoder:
             return [self._pack_pieces(story, self.pieces) for story in stories]
         with as_value_error(self._path, "it fails on a story", "use another tokenizer"):
             return [self._close(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(stories)]
+
+    def changed(self, stories: list[str]) -> str | None:
+        """Return an example of text that does not come back as it was when decoded, None without one."""
+        for story in stories:
+            story, back = story[:MAX_TRIED_CHARS].strip(), ""
+            with as_value_error(self._path, "it fails on a story", "use another tokenizer"):
+                back = self._tokenizer.decode(self.encode(story).tolist()).strip()
+            if back != story and not any(piece in story for piece in self.facts.special_pieces):
+                pairs = enumerate(zip(story, back, strict=False))
+                at = max(0, next((i for i, (a, b) in pairs if a != b), min(len(story), len(back))) - 10)
+                was, now = story[at : at + 30], back[at : at + 30]
+                return f"changes texts ({was!r} comes back as {now!r}); bytes are counted as they were"
+        return None
 
     def _pack_pieces(self, text: str, cache: PieceCache) -> bytes:
         # the library separates special pieces from a text before it normalizes the other parts

@@ -61,7 +61,7 @@ def choose_tokenizer(data_dir: Path | None, tokenizer_dir: Path) -> Path:
     recorded: Any = None
     with contextlib.suppress(ValueError, OSError):  # of a damaged one this part may be whole
         recorded = read_json(manifest).get("tokenizer")
-    if not fits(recorded, {"sha256": str}):
+    if recorded is None or not fits(recorded, {"sha256": str}):
         if manifest.is_file() and not path.is_file():
             way_out = "delete it, or name the tokenizer's folder with --tokenizer_dir"
             raise ValueError(f"{manifest}: damaged; {way_out}")

@@ -1,6 +1,8 @@
 """Preparing the data before training begins, and the training batches with a position to resume from."""
 
+import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +79,25 @@ class TrainLoader:
         if not fits(state, {"epoch": 0, "n_batches": 0}):
             raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
         self.epoch, self.n_batches = state["epoch"], state["n_batches"]
+
+
+class ValLoader:
+    """LitGPT's validation batches; between two of them `between_batches` is called with both numbers.
+
+    They are the number of batches done, and of all, which is infinite for a loader without a length.
+    """
+
+    def __init__(self, loader: Any, between_batches: Callable[[int, float], None]) -> None:
+        self.loader, self.between_batches = loader, between_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        n_batches = math.inf
+        with contextlib.suppress(TypeError):
+            n_batches = len(self.loader)
+        for n_done, batch in enumerate(self.loader):
+            if n_done:
+                self.between_batches(n_done, n_batches)
+            yield batch
 
 
 def prepare_data_of(run: Run) -> None:

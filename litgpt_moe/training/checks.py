@@ -35,9 +35,18 @@ LOWEST = {
 }
 
 
-def run_lock(out_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """Return the lock that keeps a second run out of `out_dir`."""
-    return locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
+@contextlib.contextmanager
+def run_lock(out_dir: Path) -> Iterator[None]:
+    """Keep a second run out of `out_dir`, and say if the last one there was killed."""
+    # a run that ends in any other way removes it
+    was_killed = (out_dir / ".run.json").is_file()
+    with locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir"):
+        if was_killed:
+            note_once(
+                f"The last run in {out_dir} was killed. If that was for lack of memory (a container's limit "
+                "gives no other sign), lower train.micro_batch_size."
+            )
+        yield
 
 
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:

@@ -1,5 +1,6 @@
 """What LitGPT's loop and Fabric call during a run, and which part of the run acts there."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from litgpt_moe import balance
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, step_name
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
+from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
 from litgpt_moe.training.model import prepare_model
 from litgpt_moe.training.progress import StepInProgress, collect, restore
+from litgpt_moe.training.resume import say_if_data_changed
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.schedule import set_learning_rate
 from litgpt_moe.training.settings import saved_text
@@ -62,11 +65,18 @@ class LoopHooks:
         self.in_progress = StepInProgress(self)
         self.saved_step = run.start_step
         self.has_validated = False
+        self.validation = (0.0, 0)
+        """When the latest validation began, on time.perf_counter(), and its micro-batches at most."""
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
         self.fabric, self.module, self.gpt = fabric, module, module.module
-        self.writer.selection_bias = prepare_model(fabric, module, self.run)
+        if prepare_model(fabric, module, self.run):
+            self.writer.notes["selection_bias"] = True
+        # the loader reports a manifest that has become unreadable
+        with contextlib.suppress(ValueError, OSError):
+            if self.run.data_dir is not None:
+                self.writer.notes["data"] = manifest_fingerprint(read_manifest(self.run.data_dir, False))
         # FSDP's weights are whole only inside the model's forward
         self.head = None if is_sharded(fabric) else defer_head(self.gpt)
 
@@ -128,16 +138,28 @@ class LoopHooks:
             if self.ending:
                 raise Ending(self.ending)
             self.in_progress.begin()
-        elif self.in_progress.must_drop():
-            self.ending = self.judge.stops.reason or "the request of another process"
-            left_s, out_dir = self.in_progress.seconds_left(), self.run.settings.out_dir
+        elif self.in_progress.must_leave(left_s := self.in_progress.seconds_left()):
             self.metrics.print(f"Step {self.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
-            if self.saved_step != self.step and self.in_progress.roll_back():
-                state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
-                state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}
-                file = out_dir / step_name(self.step) / CHECKPOINT_FILE
-                self.save(self.fabric, state, self.run.settings.tokenizer_dir, file)
-            raise Ending(self.ending)
+            self._leave()
+
+    def between_val_batches(self, n_done: int, n_batches: float) -> None:
+        """Leave the loop if the run must end and the validation would take long."""
+        began, max_iters = self.validation
+        n_left = min(max_iters, n_batches) - n_done
+        if self.in_progress.must_leave((time.perf_counter() - began) / n_done * n_left):
+            self.metrics.print(f"The validation at step {self.step} is cut off.")
+            self._leave()
+
+    def _leave(self) -> None:
+        """Save the last whole step, unless that is done, and leave the loop."""
+        self.ending = self.judge.stops.reason or "the request of another process"
+        if self.saved_step != self.step:
+            self.in_progress.roll_back()
+            state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
+            state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}
+            file = self.run.settings.out_dir / step_name(self.step) / CHECKPOINT_FILE
+            self.save(self.fabric, state, self.run.settings.tokenizer_dir, file)
+        raise Ending(self.ending)
 
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`: figures of all ranks, and the routers' statistics."""
@@ -156,6 +178,7 @@ class LoopHooks:
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
         """Return LitGPT's validation loss; write a story, and warn of a loss that is not finite."""
+        self.validation = time.perf_counter(), options["max_iters"]
         with self.clock.pause():
             val_loss = validate(*args, **options)
             # the first validation of each process is a trial of two batches
@@ -179,6 +202,8 @@ class LoopHooks:
         # with another number of devices a step has another number of micro-batches
         state["iter_num"] = state["step_count"] * self.run.accumulation
         restore(self, left_over)
+        assert self.run.resume is not None
+        say_if_data_changed(self.run.resume.folder, self.writer.notes.get("data"))
 
     def close(self, fabric: Fabric) -> None:
         """Wait for the save in progress, and finish the loggers."""

@@ -20,7 +20,7 @@ from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
 from litgpt_moe.hardware import avoid_wrong_gradients, has_cuda, keep_freed_memory, will_compile
 from litgpt_moe.loss import linear_cross_entropy
-from litgpt_moe.training.batches import TrainLoader
+from litgpt_moe.training.batches import TrainLoader, ValLoader
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.optimizer import clone_state, make_optimizer
 from litgpt_moe.training.resume import OpenCheckpoint
@@ -40,10 +40,10 @@ class TrainingFabric(L.Fabric):
 
     def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
-        hooks, (train, *others) = self.hooks, super().setup_dataloaders(*loaders, **options)
+        hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
         n_steps, seed = hooks.run.n_steps, hooks.run.settings.seed
         hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, hooks.between_batches)
-        return [hooks.loader, *others]
+        return [hooks.loader, ValLoader(val, hooks.between_val_batches)]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
         """Add the loss of a micro-batch to that of its step."""

@@ -95,20 +95,19 @@ class StepInProgress:
         n_left = self.hooks.run.accumulation - self.n_batches
         return (time.perf_counter() - self.began) / self.n_batches * n_left
 
-    def must_drop(self) -> bool:
-        """Return whether the run is asked to end and the step would take too long; the same on every rank."""
-        must_drop = bool(self.hooks.judge.stops.reason) and self.seconds_left() > GRACE_S
+    def must_leave(self, left_s: float) -> bool:
+        """Return whether the run is asked to end and what it does takes too long; the same on every rank."""
+        must_leave = bool(self.hooks.judge.stops.reason) and left_s > GRACE_S
         if self.hooks.run.world_size == 1:
-            return must_drop
+            return must_leave
         # where steps are short, this all-reduce would cost more than it saves
-        vote = torch.tensor(float(must_drop), device=self.hooks.fabric.device)
+        vote = torch.tensor(float(must_leave), device=self.hooks.fabric.device)
         return self.are_long and self.hooks.sum_over_ranks(vote).item() > 0
 
-    def roll_back(self) -> bool:
-        """Undo the micro-batches; False if the state before them is not known."""
-        if self.start is None:
-            return False
+    def roll_back(self) -> None:
+        """Undo the micro-batches of this step, if there are any."""
+        if self.start is None or self.n_batches == 0:
+            return
         self.hooks.loader.load_state_dict(self.start.position)
         set_router_counts(self.hooks.gpt, self.start.router)
         set_rng_state(self.start.rng)
-        return True

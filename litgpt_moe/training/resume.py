@@ -17,6 +17,7 @@ from litgpt_moe.checkpoints.layout import (
     ReadFailed,
     checkpoints_of,
     find_checkpoint,
+    read_record,
 )
 from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.config import MoEConfig
@@ -176,6 +177,12 @@ def _changed_run(
         names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             yield f"{key} was {before[key]}, now {value}"
+    # with these on, an optimizer of torch expects moments that it does not keep otherwise
+    init_args = settings.optimizer.get("init_args") or {}
+    for name in ("amsgrad", "centered", *(["momentum"] if "RMSprop" in optimizer else [])):
+        key, value = f"optimizer.init_args.{name}", init_args.get(name)
+        if bool(before.get(key)) != bool(value):
+            yield f"{key} was {before.get(key)}, now {value}"
 
 
 def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
@@ -187,6 +194,13 @@ def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) 
     ]
     if changes:
         note_once(f"Changed since {folder}: {'; '.join(changes)}.")
+
+
+def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:
+    """Say so if a checkpoint was trained on other token shards; earlier versions did not record them."""
+    before = read_record(folder).get("data")
+    if before and fingerprint and before != fingerprint:
+        note_once(f"Changed since {folder}: the data; its steps so far saw other text or another tokenizer.")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -110,7 +110,7 @@ def test_the_digests_are_those_of_the_files(run: Callable[..., Run]) -> None:
 
 def test_a_selection_bias_is_noted_in_the_record(run: Callable[..., Run]) -> None:
     one = run()
-    one.writer.selection_bias = True
+    one.writer.notes["selection_bias"] = True
     target = one.save(1)
     one.writer.wait()
     assert read_record(target)["selection_bias"] is True

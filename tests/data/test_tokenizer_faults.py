@@ -173,3 +173,13 @@ def test_a_tokenizer_that_is_replaced_while_it_is_in_use_is_noticed(
     (folder / "tokenizer.json").write_bytes((trained_tokenizer_dir / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="replaced while it was in use"):
         StoryEncoder(facts)
+
+
+@pytest.mark.parametrize("changes", [{"normalizer": {"type": "Lowercase"}}, {"decoder": None}, {}])
+def test_a_tokenizer_that_changes_texts_is_told_with_an_example(
+    settings: PrepareSettings, tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = change_tokenizer(settings.tokenizer_dir, tmp_path / "tokenizer", **changes)
+    prepare(PrepareSettings(settings.data_dir, tokenizer_dir=folder, workers=1))
+    told = f"{folder / 'tokenizer.json'}: changes texts ('Story 0 0. "
+    assert (told in capsys.readouterr().err) == bool(changes)

@@ -229,6 +229,8 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
     assert "is past the 1 steps of train.max_tokens" in refused(*resumed, "--max_tokens", 256)
     changed = "optimizer.class_path was torch.optim.AdamW, now torch.optim.sgd.SGD"
     assert changed in refused(*resumed, "--optimizer", "SGD")
+    amsgrad = refused(*resumed, "--optimizer.amsgrad", "true")
+    assert "optimizer.init_args.amsgrad was None, now True; resume with what it was" in amsgrad
     assert "weight_decay_on was matrices, now all" in refused(*resumed, "--weight_decay_on", "all")
     biased = refused(*resumed, "--moe.bias_update_rate", 0.001)
     assert "was trained without a selection bias; drop moe.bias_update_rate" in biased
@@ -358,6 +360,22 @@ def test_an_alias_in_a_checkpoint_s_settings_is_refused() -> None:
 def test_a_step_that_its_folder_s_name_belies_is_not_resumed() -> None:
     save("out/step-00000004", 6)
     assert "holds no whole step-*" in refused("--resume", "true")
+
+
+@pytest.mark.usefixtures("eager")
+def test_other_data_of_the_same_size_are_told(
+    tiny_data: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "d")
+    for split in ("train", "val"):
+        edit_yaml("train_config.yaml", f"data.init_args.{split}_data_path", f"d/{split}")
+    assert run("--max_tokens", 1024) == 0
+    assert run("--max_tokens", 1024, "--resume", "auto") == 0
+    assert "Changed since" not in told_paths(capsys)
+    text = Path("d/train/stories.txt")
+    text.write_text(text.read_text(encoding="utf-8").replace("red ball", "big ball"), encoding="utf-8")
+    assert run("--max_tokens", 1280, "--resume", "auto", "--schedule.name", "constant") == 0
+    assert "Changed since out/step-00000004: the data" in told_paths(capsys)
 
 
 @pytest.mark.usefixtures("eager")

@@ -16,6 +16,7 @@ from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.training import batches, progress
 from litgpt_moe.training.checks import run_lock
+from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loop import TrainingFabric
 from litgpt_moe.training.run import Run
 
@@ -105,6 +106,32 @@ def test_a_dropped_step_after_which_nothing_is_new_saves_nothing(
     assert_same_run("out", "whole")
 
 
+@pytest.mark.usefixtures("long_steps")
+def test_a_signal_amid_a_long_validation_cuts_it_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--micro_batch_size", 1, "--train.save_interval", 100, "--eval.interval", 4]
+    assert run("--out_dir", "whole", *common) == 0
+    between, calls = LoopHooks.between_val_batches, []
+
+    def watched(hooks: LoopHooks, n_done: int, n_batches: float) -> None:
+        if hooks.step == 4 and not calls:
+            calls.append(n_done)
+            signal.raise_signal(signal.SIGTERM)
+        between(hooks, n_done, n_batches)
+
+    monkeypatch.setattr(LoopHooks, "between_val_batches", watched)
+    assert run(*common) == 0
+    output = capsys.readouterr()
+    assert "The validation at step 4 is cut off." in output.err and "Stopped after step 4 of 8" in output.out
+    assert calls == [1] and checkpoint_flaw(Path("out/step-00000004")) is None
+    assert run(*common, "--resume", "auto") == 0
+    one, other = weights("whole/final"), weights("out/final")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    steps = [[row["step"] for row in rows(out) if row["val_loss"]] for out in ("whole", "out")]
+    assert steps == [["4", "8", "8"], ["8", "8"]]
+
+
 def test_a_step_that_is_soon_done_is_finished(at_batch: Callable) -> None:
     at_batch(2 * 4 + 1, lambda: signal.raise_signal(signal.SIGTERM))
     assert run("--micro_batch_size", 1) == 0
@@ -186,7 +213,9 @@ def test_a_run_that_is_refused_leaves_no_folder_and_no_lock() -> None:
     assert not Path("out/.run.lock").exists() and not Path("out/.run.json").exists()
 
 
-def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
+def test_the_lock_of_a_process_that_was_killed_holds_nobody_up_and_the_next_run_tells_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from litgpt_moe.training.checks import run_lock\n"
@@ -196,4 +225,6 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
         code = code.replace("os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)")
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)]).returncode != 0
     assert Path("out/.run.lock").exists() or sys.platform == "win32"
-    assert run("--max_tokens", 256) == 0
+    for is_told in (True, False):
+        assert run("--max_tokens", 256, "--overwrite") == 0
+        assert ("The last run in out was killed." in capsys.readouterr().err) is is_told
