@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +15,9 @@ from litgpt_moe.cli import command_line, first_line, train_command, variable
 from litgpt_moe.data import manifest as manifests
 from litgpt_moe.data.manifest import MANIFEST, RUN_AGAIN, manifest_fingerprint, read_manifest
 from litgpt_moe.data.settings import REFERENCE_FORM, WandbSettings
+from litgpt_moe.data.text import NOT_UTF8
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, find_tokenizer
-from litgpt_moe.files import check_inside, check_no_links, read_json, write_json
+from litgpt_moe.files import check_inside, make_staging, read_json, remove, write_json
 
 LINEAGE = "artifact.json"  # in the data directory: name and fingerprint of the artifact that it equals
 Policy = Literal["mutable", "immutable"]  # "mutable": W&B copies each file before it uploads it
@@ -29,6 +29,9 @@ def push(data_dir: Path, upload: WandbSettings, tokenizer_dir: Path | None = Non
     tokenizer_dir = find_tokenizer(data_dir, tokenizer_dir)
     if problems := manifests.verify(data_dir):
         raise ValueError(f"{problems[0]}; run prepare_data.py again")
+    for path in (data_dir.resolve(), tokenizer_dir.resolve(), Path.cwd()):
+        if NOT_UTF8.search(str(path)):
+            raise ValueError(f"{str(path)!a}: the name is not UTF-8, which W&B needs; rename it")
     name = upload.wandb_artifact or re.sub(r"[^\w.-]+", "-", data_dir.resolve().name)
     try:
         run = wandb.init(
@@ -167,17 +170,16 @@ def fetch(reference: str, artifacts_dir: Path) -> Path:
     target = artifacts_dir / f"{artifact_name(reference)}-{digest}"
     if not target.is_dir():
         artifacts_dir.mkdir(parents=True, exist_ok=True)
-        # in the same folder, so that the rename is atomic
-        check_no_links(part := artifacts_dir / f".part-{target.name}")
-        with FileLock(f"{part}.lock"):  # only the first process of a run downloads
+        lock = artifacts_dir / f".{target.name}.litgpt_moe.lock"
+        with FileLock(lock):  # only the first process of a run downloads
             if not target.is_dir():
-                download(source, part, target)
+                download(source, target)
     return target
 
 
-def download(source: wandb.Artifact, part: Path, target: Path) -> None:
-    """Fetch an artifact into `part`, check it, and rename it to `target`."""
-    shutil.rmtree(part, ignore_errors=True)  # a killed process left it; W&B caches the files it downloaded
+def download(source: wandb.Artifact, target: Path) -> None:
+    """Fetch an artifact into a staging folder, check it, and rename that to `target`."""
+    part = make_staging(target)  # W&B caches the files that a killed process downloaded
     try:
         source.download(root=str(part))
         if links := [path for path in part.rglob("*") if path.is_symlink()]:
@@ -189,4 +191,4 @@ def download(source: wandb.Artifact, part: Path, target: Path) -> None:
         remember_artifact(part, source.source_qualified_name)
         part.rename(target)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)

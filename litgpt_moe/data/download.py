@@ -16,7 +16,7 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
     from huggingface_hub import constants, hf_hub_download  # likewise
 
     note(f"downloading {name} of {repo} to {folder}")
-    check_no_links(part := folder / ".download")
+    check_no_links(part := folder / ".litgpt_moe-download")  # kept for the next command to continue
     try:
         path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,14 +26,17 @@ from litgpt_moe.files import read_json, write_json, write_whole
 TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the requested size
 MAX_TRAINING_BYTES = 100 << 20  # of text; more hardly changes the merges
-# the pre-tokenizer for training: no merge crosses a word, a digit, a run of punctuation or a newline
+# The pre-tokenizer for training: no merge crosses a word, a digit, a run of punctuation or a newline. The
+# length of each is bounded, because the time of training grows with the square of the longest one.
+RUN = "{1,40}"
 WORD = (
-    rf"{SPACE}?\p{{L}}+(?:['\u2019]\p{{L}}+)?|{SPACE}?\p{{N}}|{SPACE}?[^{SPACE}\s\p{{L}}\p{{N}}]+|{SPACE}|\n"
+    rf"{SPACE}?\p{{L}}{RUN}(?:['\u2019]\p{{L}}{RUN})?|{SPACE}?\p{{N}}|{SPACE}?[^{SPACE}\s\p{{L}}\p{{N}}]{RUN}"
+    rf"|{SPACE}|\n|[^\S\n]{RUN}"
 )
 
 
-def train_tokenizer(folder: Path, vocab_size: int, paths: list[Path], separator: str) -> None:
-    """Train a Llama-style BPE on text files into `folder`; by byte fallback it encodes any text."""
+def train_tokenizer(settings: PrepareSettings, vocab_size: int, paths: list[Path]) -> None:
+    """Train a Llama-style BPE on text files into tokenizer_dir; by byte fallback it encodes any text."""
     total = sum(path.stat().st_size for path in paths)
     every = 1 + total // MAX_TRAINING_BYTES  # every n-th story suffices to count pairs, and bounds memory
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -47,28 +52,52 @@ def train_tokenizer(folder: Path, vocab_size: int, paths: list[Path], separator:
     )
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
         # problems of the text are reported when it is tokenized
-        readers = (TextReader(path, separator, "replace", is_quiet=True) for path in paths)
+        reading = (settings.separator, settings.on_bad_utf8, True)
+        readers = (TextReader(path, *reading) for path in paths)
         stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
-        tokenizer.train_from_iterator(itertools.islice(stories, 0, None, every), trainer)
+        stories = itertools.islice(stories, 0, None, every)
+        call_interruptibly(lambda: tokenizer.train_from_iterator(stories, trainer))
     spec = json.loads(tokenizer.to_str())
     spec["pre_tokenizer"] = None  # as in Llama's tokenizer, where only the merges decide
     # byte pieces are not special tokens: a text that spells "<0x41>" has these six characters
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 3]
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
     config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", TRAINED_BY_US: vocab_size}
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    folder = settings.tokenizer_dir
     write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     write_whole(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
+
+
+def call_interruptibly(function: Callable[[], object]) -> None:
+    """Call a function that hears no Ctrl-C itself: in a daemon thread, which ends with the process."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:  # noqa: BLE001 (raised again below)
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)  # without a timeout Windows hears no Ctrl-C
+    if errors:
+        raise errors[0]
 
 
 def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerFacts:
     """Return the facts of the tokenizer in tokenizer_dir, trained or downloaded unless it is there."""
     folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
     is_there = (folder / "tokenizer.json").is_file()
-    if wanted is not None and (settings.overwrite or not is_there):
+    is_empty = not any((folder / name).exists() for name in TOKENIZER_FILES)
+    # a killed training leaves our own configuration without a tokenizer.json
+    is_free = is_empty or _trained_size(folder) is not None
+    if wanted is not None and (settings.overwrite or (is_free and not is_there)):
         note(f"training a tokenizer of {wanted:,} pieces into {folder}")
-        train_tokenizer(folder, wanted, paths, settings.separator)
-    elif wanted is not None and read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US) != wanted:
+        train_tokenizer(settings, wanted, paths)
+    elif wanted is not None and _trained_size(folder) != wanted:
         raise ValueError(
             f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names another "
             "folder, and without --train_tokenizer it is used"
@@ -80,3 +109,7 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
         for name in reversed(TOKENIZER_FILES):  # tokenizer.json last: a folder that has it counts as complete
             download(TOKENIZER_REPO, "model", name, folder, way_out)
     return read_tokenizer_facts(folder)
+
+
+def _trained_size(folder: Path) -> int | None:
+    return read_json(folder / "tokenizer_config.json").get(TRAINED_BY_US)

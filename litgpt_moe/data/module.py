@@ -1,5 +1,6 @@
 """TextShards: the LitGPT data module that reads our token shards."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch.utils.data import ChainDataset, DataLoader
 from litgpt_moe.data.batches import TokenBatches, TokenStream
 from litgpt_moe.data.prepare import refresh
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, DEFAULT_TOKENIZER_DIR
-from litgpt_moe.processes import is_first_on_machine
+from litgpt_moe.processes import is_first_on_machine, note_once
+
+UNUSED = 1e-3  # share of the training tokens; a larger one is reported
 
 
 class ShardLoader(DataLoader[torch.Tensor]):
@@ -55,23 +58,38 @@ class TextShards(TextFiles):
             raise ValueError(f"data: {given}; choose FOLDER/train and FOLDER/val")
         if self.num_workers < 0:
             raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
-        self.train_data_path, self.data_dir, self.is_checked = train, train.parent, False
+        self.train_data_path, self.data_dir = train, train.parent
+        self.is_checked = self.is_right = False  # its contents were hashed; both loaders were made once
         super().__post_init__()
 
     def prepare_data(self) -> None:
         """Make stale shards again; LitGPT calls this in every process, and run_train.py before that."""
         # one process of each machine hashes the contents, once in a run
         is_to_hash = not self.is_checked and is_first_on_machine()
-        refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
+        with self._found_later():
+            refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
         self.is_checked = True
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training split: endless, shuffled by `seed`, shared among the ranks."""
-        return self._loader("train", self.seed)
+        with self._found_later():
+            return self._loader("train", self.seed)
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation split: all of it in order on every rank."""
-        return self._loader("val", None)
+        with self._found_later():
+            return self._loader("val", None)
+
+    @contextlib.contextmanager
+    def _found_later(self) -> Iterator[None]:
+        """Raise OSError for a ValueError on data that was right when it was first asked for."""
+        was_right = self.is_right
+        try:
+            yield
+        except ValueError as error:
+            if not was_right:
+                raise
+            raise OSError(f"{error} (changed since the run began)") from error
 
     def _loader(self, split: str, seed: int | None) -> ShardLoader:
         """Return a split's loader; ValueError if its text is too short for one batch (val: one sequence)."""
@@ -83,7 +101,9 @@ class TextShards(TextFiles):
         if batches.n_sequences < n_wanted:
             # with a micro-batch of one sequence
             fewest = 1 if seed is None else batches.world_size
-            way_out = "give more text" if seed is not None else "give more text or a larger --val_fraction"
+            way_out = f"put more text into {self.data_dir / split}"
+            if seed is None:
+                way_out += ", or without any there prepare with a larger --val_fraction"
             if batches.n_sequences >= fewest:
                 way_out = (
                     f"choose a micro_batch_size of {batches.n_sequences // fewest} or less, or {way_out}"
@@ -94,6 +114,11 @@ class TextShards(TextFiles):
                 f"{self.data_dir}: the {split} split has {len(stream):,} tokens, {batches.n_sequences} "
                 f"sequences of {block_size}, but {n_wanted} are needed; {way_out}"
             )
+        n_left = len(stream) - 1 - batches.n_sequences * block_size
+        if seed is not None and not self.is_right and n_left > UNUSED * len(stream):
+            left = f"the last {n_left:,} of {len(stream):,} training tokens"
+            note_once(f"{self.data_dir}: {left} fill no sequence of {block_size} and are not used")
+        self.is_right = self.is_right or split == "val"  # the last one that is asked for
         return ShardLoader(batches)
 
 

@@ -23,11 +23,12 @@ from litgpt_moe.data.manifest import (
     record_times,
 )
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
-from litgpt_moe.data.shards import clean, write_splits
-from litgpt_moe.data.text import list_text
+from litgpt_moe.data.shards import check_stories, clean, write_splits
+from litgpt_moe.data.text import list_text, not_read
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-from litgpt_moe.files import check_no_links, locked_folder, read_json, sha256_file, write_json
+from litgpt_moe.files import check_no_links, read_json, sha256_file, write_json
+from litgpt_moe.locks import locked_folder
 
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
 WAIT = "wait for it to end, then run again"
@@ -66,7 +67,11 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     elif settings.dataset == "tinystories":
         download_tinystories(data_dir)
     text = list_text(data_dir)
+    for sentence in not_read(data_dir):
+        note(sentence)
     with lock_tokenizer(settings, wait):
+        if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
+            check_stories(settings, text)
         facts = ensure_tokenizer(settings, text["train"])
     options = {name: getattr(settings, name) for name in OPTIONS}
     options |= {"val_fraction": None} if text["val"] else {}
@@ -78,6 +83,7 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
         for reason in reasons:
             note(f"tokenizing again: {reason.removesuffix(f'; {RUN_AGAIN}')}")
     check_no_links(*written)
+    check_stories(settings, text)
     try:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
@@ -155,5 +161,6 @@ def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bo
     options: dict[str, Any] = {}
     with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
         before = read_json(data_dir / MANIFEST)["options"]
-        options = {name: before[name] for name in OPTIONS if before.get(name) is not None}
+        usual = {name: getattr(PrepareSettings, name) for name in OPTIONS}
+        options = {name: before[name] for name in OPTIONS if type(before.get(name)) is type(usual[name])}
     prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)

@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from tqdm import tqdm
 from litgpt_moe.cli import note
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
-from litgpt_moe.data.text import SeenStories, TextReader
+from litgpt_moe.data.text import SeenStories, TextReader, cut_at
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_file, write_json
 
+LONG_STORY = 10_000  # bytes; a longer one may be cut in two, for train and val
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
 OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # no other files are deleted
@@ -85,11 +87,39 @@ def start_pool(workers: int) -> Executor:
     return ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn, start_worker)
 
 
+def hash_of(story: bytes) -> bytes:
+    """Return the 64 bits by which a story is known."""
+    return hashlib.blake2b(story, digest_size=8).digest()
+
+
+@dataclass(frozen=True)
+class ValShare:
+    """Which stories are set aside for validation where there is no text for it."""
+
+    fraction: float
+    n_bytes: int
+    """Of the whole text."""
+
+    def takes(self, number: int) -> bool:
+        """Return whether a story goes to val: the first of every few, so that a small corpus has one too."""
+        return number % max(2, round(1 / self.fraction)) == 0
+
+    def cut(self, story: bytes) -> list[bytes]:
+        """Return the story, or, where it is a book, the share of it for val and what is left for train."""
+        share = round(self.fraction * self.n_bytes)
+        if len(story) <= max(LONG_STORY, share):
+            return [story]
+        text = story.decode("utf-8")
+        n_chars = max(1, share * len(text) // len(story))
+        end = cut_at(text, n_chars // 2, n_chars * 5 // 4)
+        return [part.encode("utf-8") for part in map(str.strip, (text[:end], text[end:])) if part]
+
+
 class SplitWriter:
     """Assigns stories to the splits, without duplicates, and submits a shard whenever there are enough."""
 
-    def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int, val_every: int | None) -> None:
-        self.data_dir, self.facts, self.workers, self.val_every = data_dir, facts, workers, val_every
+    def __init__(self, data_dir: Path, facts: TokenizerFacts, workers: int, val: ValShare | None) -> None:
+        self.data_dir, self.facts, self.workers, self.val = data_dir, facts, workers, val
         self.n_duplicates: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self.n_new = self.n_reused_bytes = 0
         self._seen = SeenStories()
@@ -102,14 +132,16 @@ class SplitWriter:
     def add(self, split: str, stories: list[str], pool: Executor) -> None:
         """Add stories from the text of one split."""
         encoded = [story.encode("utf-8") for story in stories]
-        hashes = [hashlib.blake2b(story, digest_size=8).digest() for story in encoded]
+        hashes = [hash_of(story) for story in encoded]
         is_new = self._seen.add(np.frombuffer(b"".join(hashes), dtype="<u8")).tolist()
         self.n_duplicates[split] += is_new.count(False)
         for item in itertools.compress(zip(encoded, hashes, strict=True), is_new):
-            # the first of every val_every stories, so that even the smallest corpus has a val story
-            to_val = self.val_every is not None and self.n_new % self.val_every == 0
+            if self.val is None or not self.val.takes(self.n_new):
+                self._waiting[split].append(item)
+            else:
+                for name, part in zip(("val", split), self.val.cut(item[0]), strict=False):
+                    self._waiting[name].append((part, hash_of(part)))
             self.n_new += 1
-            self._waiting["val" if to_val else split].append(item)
         for name, waiting in self._waiting.items():
             if sum(len(story) for story, _ in waiting) >= SHARD_BYTES:
                 self._flush(name, pool)
@@ -150,8 +182,8 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     total = sum(reader.stat.st_size for some in readers.values() for reader in some)
     # one worker per two shards: starting a process takes as long as tokenizing some megabytes
     workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
-    val_every = None if text["val"] else max(2, round(1 / settings.val_fraction))
-    writer = SplitWriter(data_dir, facts, workers, val_every)
+    val = None if text["val"] else ValShare(settings.val_fraction, total)
+    writer = SplitWriter(data_dir, facts, workers, val)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
     with start_pool(workers) as pool, bar as progress:
         for split in readers:
@@ -173,7 +205,26 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
             "text": [reader.record(data_dir) for reader in readers[split]],
             "shards": shards[split],
         }
+    if not text["val"]:
+        share = splits["val"]["n_bytes"] / sum(split["n_bytes"] for split in splits.values())
+        note(f"{data_dir / 'val'}: no text; {share:.2%} of the text was set aside for it (--val_fraction)")
     return splits
+
+
+def check_stories(settings: PrepareSettings, text: dict[str, list[Path]]) -> None:
+    """Raise ValueError, before anything is written, if a text's beginning shows that it cannot be used."""
+    n_wanted = {"train": 1 if text["val"] else 2, "val": 1}
+    for split in filter(text.get, SPLITS):
+        found: set[str] = set()
+        for path in text[split]:
+            reader = TextReader(path, settings.separator, settings.on_bad_utf8, is_quiet=True)
+            for stories in reader.story_lists(tqdm(disable=True)):
+                found.update(stories)
+                if len(found) >= n_wanted[split]:
+                    break
+        is_book = any(len(story) > LONG_STORY for story in found)  # which is cut for both splits
+        if len(found) < (1 if is_book else n_wanted[split]):
+            raise ValueError(_no_story(settings.data_dir, split, settings.separator, 0))
 
 
 def _no_story(data_dir: Path, split: str, separator: str, n_duplicates: int) -> str:

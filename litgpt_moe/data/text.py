@@ -13,12 +13,18 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.cli import note
+from litgpt_moe.data.encodings import known_format, likely_encoding, nul_problem
 from litgpt_moe.data.settings import SPLITS
 
 BLOCK_BYTES = 4 << 20  # text read at once
 MAX_STORY_CHARS = 1 << 20  # a longer story is cut: whole, it may not fit in memory
+END_OF_TEXT = "<|endoftext|>"  # the separator of TinyStories and of GPT-2's training data
 CUTS = ("\n\n", "\n", " ")  # where it is cut: at a paragraph, else at a line, else at a word
+MAX_NAMES = 5  # of files that are not read
 MAX_REPORTS = 10  # lines with bad UTF-8 that are reported of one file
+MIN_REPLACED, MAX_REPLACED = 50, 0.1  # bytes that are not UTF-8, and their share: more are no slips
+SAMPLE_BYTES = 1 << 14  # of bad lines, by which their encoding is guessed
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows a file name that is not
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
@@ -28,9 +34,12 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
     train = data_dir / "train"
     if not text["train"]:
         missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
+        others = "".join(f" ({problem})" for problem in not_read(data_dir))
         fetch = "fetch some with prepare_data.py --dataset demo or --dataset tinystories"
-        raise FileNotFoundError(f"{missing}; put UTF-8 text into {train}/*.txt, or {fetch}")
+        raise FileNotFoundError(f"{missing}{others}; put UTF-8 text into {train}/*.txt, or {fetch}")
     for path in text["train"] + text["val"]:
+        if NOT_UTF8.search(path.name):  # the manifest could not hold it
+            raise ValueError(f"{path.parent}: the file name {path.name!a} is not UTF-8; rename it")
         if not path.is_file():
             raise ValueError(f"{path}: not a file; move it away, or put the text itself there")
         if path.stat().st_size < 1 << 16 and not path.read_bytes().strip():
@@ -39,6 +48,24 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
         mixed = f"{train}: the demo corpus (demo.txt, demo.json) is beside other text"
         raise ValueError(f"{mixed}; remove those two files, or use another --data_dir")
     return text
+
+
+def not_read(data_dir: Path) -> list[str]:
+    """Return a sentence for each folder with files or folders that could hold text but are not read."""
+    others = {}
+    for split in SPLITS:
+        paths = (data_dir / split).glob("[!.]*")
+        own = ("demo.json", split)  # the folder train/train holds shards
+        others[data_dir / split] = [p for p in paths if not p.match("*.txt") and p.name not in own]
+    beside = (p for p in data_dir.glob("[!.]*") if p.name not in SPLITS)
+    others[data_dir] = [p for p in beside if p.suffix.lower() == ".txt" or any(p.glob("*.txt"))]
+    sentences = []
+    for folder, paths in others.items():
+        names = ", ".join(sorted(f"{path.name}{'/' if path.is_dir() else ''}" for path in paths)[:MAX_NAMES])
+        more = f" and {len(paths) - MAX_NAMES} more" if len(paths) > MAX_NAMES else ""
+        rule = "only *.txt in the folders train and val are"
+        sentences += [f"{folder}: {len(paths)} not read: {names}{more}; {rule}"] if paths else []
+    return sentences
 
 
 def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
@@ -51,6 +78,12 @@ def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None
         )
 
 
+def cut_at(text: str, lowest: int, highest: int) -> int:
+    """Return where to cut a text between two positions: at the end of a paragraph, a line or a word."""
+    ends = (text.rfind(mark, lowest, highest) for mark in CUTS)
+    return next((end for end in ends if end > 0), highest)
+
+
 class TextReader:
     """Reads a text file in blocks and yields lists of whole stories; counts the bytes it replaced."""
 
@@ -58,10 +91,13 @@ class TextReader:
         self.path, self.on_bad_utf8 = path, on_bad_utf8
         self.report = (lambda _: None) if is_quiet else note
         line = re.escape(separator) + r"[ \t]*" if separator else ""
-        self.separator = re.compile(rf"\n[ \t]*{line}(?=\n)")
+        self.separator, self.in_lines = re.compile(rf"\n[ \t]*{line}(?=\n)"), separator
+        if separator == END_OF_TEXT:  # it is no word of a text, wherever it stands
+            self.separator, self.in_lines = re.compile(re.escape(separator)), ""
         self.stat = path.stat()
         self.sha256 = hashlib.sha256()
-        self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = 0
+        self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = self.n_in_lines = 0
+        self._bad_text = b""
 
     def story_lists(self, progress: "tqdm[Any]") -> Iterator[list[str]]:
         """Yield the stories in order, stripped and never empty, some megabytes at a time."""
@@ -69,15 +105,27 @@ class TextReader:
         for block in self._blocks(progress):
             *stories, carry = self.separator.split(carry + block)
             while len(carry) > MAX_STORY_CHARS:
-                ends = (carry.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in CUTS)
-                end = next((end for end in ends if end > 0), MAX_STORY_CHARS)
+                end = cut_at(carry, MAX_STORY_CHARS // 2, MAX_STORY_CHARS)
                 stories.append(carry[:end])
                 carry = carry[end:]
                 self.n_cuts += 1
-            yield [story for story in map(str.strip, stories) if story]
-        yield [carry.strip()] if carry.strip() else []
+            yield self._stripped(stories)
+        yield self._stripped([carry])
+        self._report_faults()
+
+    def _stripped(self, stories: list[str]) -> list[str]:
+        if self.in_lines:
+            self.n_in_lines += sum(story.count(self.in_lines) for story in stories)
+        return [story for story in map(str.strip, stories) if story]
+
+    def _report_faults(self) -> None:
         if self.n_bad_lines > MAX_REPORTS:
             self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
+        if self.n_bad_lines and (name := likely_encoding(self._bad_text)):
+            self.report(f"{self.path}: looks like {name} text; save it as UTF-8 to keep what was replaced")
+        if self.n_in_lines:
+            inside = f"{self.in_lines!r} is inside {self.n_in_lines:,} lines"
+            self.report(f"{self.path}: {inside}, where it separates no stories; make it a line of its own")
         if self.n_cuts:
             cut = f"stories of over {MAX_STORY_CHARS:,} characters were cut {self.n_cuts} times"
             self.report(f"{self.path}: {cut}")
@@ -96,16 +144,26 @@ class TextReader:
         decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
         n_lines = 0
         with self.path.open("rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ValueError(f"{self.path}: UTF-16 text; save it as UTF-8")
+            if problem := known_format(file.read(8)):
+                raise ValueError(f"{self.path}: {problem}")
             file.seek(0)
             while chunk := file.read(BLOCK_BYTES):
+                if problem := nul_problem(chunk):
+                    raise ValueError(f"{self.path}: {problem}")
                 self.sha256.update(chunk)
                 progress.update(len(chunk))
                 text = decode(chunk)
                 yield self._mend(text, n_lines + 1)
                 n_lines += text.count("\n")
+                self._refuse_other_encodings(file.tell())
         yield self._mend(decode(b"", final=True), n_lines + 1) + "\n"
+
+    def _refuse_other_encodings(self, n_bytes: int) -> None:
+        if self.n_replaced_bytes > max(MIN_REPLACED, MAX_REPLACED * n_bytes):
+            name = likely_encoding(self._bad_text)
+            what = f"looks like {name} text" if name else "not UTF-8 text"
+            share = f"{self.n_replaced_bytes:,} of {n_bytes:,} bytes are not UTF-8"
+            raise ValueError(f"{self.path}: {what} ({share}); save it as UTF-8, or remove it")
 
     def _mend(self, text: str, first_line: int) -> str:
         with contextlib.suppress(UnicodeEncodeError):
@@ -119,6 +177,8 @@ class TextReader:
                 raise ValueError(f"{where}; mend the file, or replace them with --on_bad_utf8 replace")
             self.n_replaced_bytes += n_bytes
             self.n_bad_lines += 1
+            if len(self._bad_text) < SAMPLE_BYTES:
+                self._bad_text += line[:SAMPLE_BYTES].encode("utf-8", "surrogateescape") + b"\n"
             if self.n_bad_lines <= MAX_REPORTS:
                 self.report(f"{where}, replaced by U+FFFD")
         return BAD_BYTES.sub("\ufffd", text)

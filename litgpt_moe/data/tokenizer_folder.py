@@ -8,6 +8,7 @@ from typing import Any
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
 from litgpt_moe.data.manifest import MANIFEST, read_manifest
 from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR
+from litgpt_moe.files import fits, read_json
 
 TOKENIZER_FOLDER = "tokenizer"  # its name in an artifact, and the usual one in or beside a data directory
 
@@ -15,12 +16,16 @@ TOKENIZER_FOLDER = "tokenizer"  # its name in an artifact, and the usual one in 
 def find_tokenizer(data_dir: Path, tokenizer_dir: Path | None) -> Path:
     """Return the folder of the tokenizer that made the shards: `tokenizer_dir`, or one near `data_dir`."""
     recorded = read_manifest(data_dir, check_shards=False)["tokenizer"]
-    if tokenizer_dir:
-        path = tokenizer_dir / "tokenizer.json"
-        if path.is_file() and is_tokenizer(path.read_bytes(), recorded["sha256"]):
-            return tokenizer_dir
-        what = "not the one" if path.is_file() else "not found, so not the one"
-        raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
+    if tokenizer_dir is None:
+        return _search(data_dir, recorded)
+    path = tokenizer_dir / "tokenizer.json"
+    if path.is_file() and is_tokenizer(path.read_bytes(), recorded["sha256"]):
+        return tokenizer_dir
+    what = "not the one" if path.is_file() else "not found, so not the one"
+    raise ValueError(f"{path}: {what} that made {data_dir}; name that one's folder with --tokenizer_dir")
+
+
+def _search(data_dir: Path, recorded: dict[str, Any]) -> Path:
     near = [folder / TOKENIZER_FOLDER / "tokenizer.json" for folder in (data_dir, data_dir.parent)]
     beside = sorted(data_dir.parent.glob("*/tokenizer.json"))
     then = [folder / "tokenizer.json" for folder in recorded_folder(data_dir, recorded)]
@@ -52,14 +57,18 @@ def choose_tokenizer(data_dir: Path | None, tokenizer_dir: Path) -> Path:
         raise FileNotFoundError(f"{path}: not found; {way_out}")
     if data_dir is None:
         return tokenizer_dir
-    try:
-        recorded = read_manifest(data_dir, check_shards=False)["tokenizer"]
-    except (FileNotFoundError, ValueError):  # there are no shards yet, or they are made again
-        inside = data_dir / TOKENIZER_FOLDER
+    manifest, inside = data_dir / MANIFEST, data_dir / TOKENIZER_FOLDER
+    recorded: Any = None
+    with contextlib.suppress(ValueError, OSError):  # of a damaged one this part may be whole
+        recorded = read_json(manifest).get("tokenizer")
+    if not fits(recorded, {"sha256": str}):
+        if manifest.is_file() and not path.is_file():
+            way_out = "delete it, or name the tokenizer's folder with --tokenizer_dir"
+            raise ValueError(f"{manifest}: damaged; {way_out}")
         return inside if (inside / "tokenizer.json").is_file() else tokenizer_dir
     try:
-        return find_tokenizer(data_dir, None)
+        return _search(data_dir, recorded)
     except ValueError as error:
         if path.is_file() and tokenizer_dir.resolve() in recorded_folder(data_dir, recorded):
             return tokenizer_dir  # it was replaced since it made the shards, which are made again
-        raise ValueError(f"{error}, or delete {data_dir / MANIFEST} to tokenize the text again") from None
+        raise ValueError(f"{error}, or delete {manifest} to tokenize the text again") from None

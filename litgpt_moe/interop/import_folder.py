@@ -118,7 +118,7 @@ def import_model(source: str, out: Path) -> tuple[str, bool]:
     An interrupted download is kept beside `out`, and the next call resumes it.
     """
     folder = Path(source)
-    download = out.absolute().with_name(f".{out.absolute().name}.download")
+    download = out.absolute().with_name(f".{out.absolute().name}.litgpt_moe-download")
     if not folder.is_dir():
         if not REPOSITORY.fullmatch(source):
             raise FileNotFoundError(f"{source}: no such folder, and no OWNER/NAME of the hub either")

@@ -13,9 +13,11 @@ import torch
 
 from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
+from litgpt_moe.checkpoints.writer import BESIDE_BYTES
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import check_no_links, existing_parent, locked_folder
+from litgpt_moe.files import check_no_links, existing_parent
 from litgpt_moe.hardware import has_cuda, memory_bytes
+from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
 
@@ -193,16 +195,16 @@ def check_out_dir(run: "Run") -> None:
     check_no_links(logs := out_dir / "logs")
     check_no_links(*logs.rglob("*"))
     free = shutil.disk_usage(existing_parent(out_dir)).free
-    if free < run.checkpoint_bytes:
+    needed = run.checkpoint_bytes + BESIDE_BYTES
+    if free < needed:
         raise ValueError(
-            f"{out_dir}: a checkpoint needs {run.checkpoint_bytes:,} bytes but {free:,} are free; "
-            "make room there"
+            f"{out_dir}: a checkpoint needs {needed:,} bytes but {free:,} are free; make room there"
         )
     n_steps = run.n_steps - run.start_step
     n_saves = 1 + n_steps // (settings.train.save_interval or n_steps or 1)
     # 2: the checkpoint that is being written, and final/
     n_at_once = min(n_saves, (settings.checkpoints.keep_last or n_saves) + 2)
-    if free < (whole := run.checkpoint_bytes * n_at_once):
+    if free < (whole := needed * n_at_once):
         note_once(
             f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
             "set checkpoints.keep_last, raise train.save_interval or make room."

@@ -16,7 +16,7 @@ from litgpt import Config
 from tqdm import tqdm
 
 from litgpt_moe.balance import STATISTICS
-from litgpt_moe.cli import command_line, note
+from litgpt_moe.cli import command_line, note, printable
 from litgpt_moe.files import open_no_link, write_whole
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
@@ -271,7 +271,7 @@ class MetricLog:
 
     def print(self, *texts: Any, **_: Any) -> None:
         """Print a line on stderr, except for LitGPT's own metrics and summary, which ours replace."""
-        line = " ".join(map(str, texts))
+        line = printable(" ".join(map(str, texts)))
         # litgpt 0.5.13's summary divides by a clock reading, and its epochs restart at 1 after a resume
         if line.startswith(("| ", "-----", "Epoch ")) or not is_main_process():
             return

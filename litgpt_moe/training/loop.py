@@ -111,8 +111,9 @@ class BackgroundIO(TorchCheckpointIO):
 def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabric:
     """Return the Fabric that LitGPT's loop runs on: one device, DDP on CPUs, FSDP on GPUs."""
     settings, opened = run.settings, run.resume or run.initial
-    # Fabric's own choice, "auto", takes a Mac's MPS, on which nothing of this has been tried
-    accelerators = {"gpu": "cuda", "auto": "cuda" if has_cuda() else "cpu"}
+    # Fabric's "auto" takes a Mac's MPS, on which nothing of this has been tried
+    is_mac = torch.backends.mps.is_available() and not has_cuda()
+    accelerators = {"gpu": "cuda", "auto": "cpu" if is_mac else "auto"}
     # litgpt.pretrain.setup always takes FSDP, which needs GPUs
     strategy: Any = "ddp" if run.world_size > 1 else "auto"
     plugins = [BackgroundIO(hooks.writer, opened)]

@@ -14,6 +14,7 @@ from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
     SETTINGS_FILE,
+    ReadFailed,
     checkpoints_of,
     find_checkpoint,
 )
@@ -70,6 +71,8 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     for folder in newest_first:
         try:
             return OpenCheckpoint(folder, reader.read_training_state(folder))
+        except ReadFailed:
+            raise
         except (ValueError, OSError) as error:
             note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
@@ -87,6 +90,12 @@ def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
     reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
     opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     reader.check_weights(folder, model, opened.weights)
+    reader.check_finite({"model": opened.weights}, opened.file)
+    if settings.train.tie_embeddings and not torch.equal(
+        opened.weights["lm_head.weight"], opened.weights["transformer.wte.weight"]
+    ):
+        kept = "train.tie_embeddings keeps transformer.wte.weight for both"
+        note_once(f"Warning: {folder}: its lm_head.weight is not its transformer.wte.weight; {kept}.")
     for text in changed_meaning(folder, settings, cast(MoEConfig, model.config)):
         note_once(f"Warning: {folder}: {text}; the weights were trained with what it was.")
     return opened
@@ -107,7 +116,7 @@ def check_resume(
     before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE, is_foreign=True).items()}
     if changes := [
         *changed_meaning(folder, settings, cast(MoEConfig, model.config)),
-        *_changed_run(before, settings, optimizer),
+        *_changed_run(before, settings, optimizer, model.config.block_size),
     ]:
         raise ValueError("\n".join(f"{folder}: {text}; resume with what it was" for text in changes))
     _say_what_changed(folder, before, settings)
@@ -151,7 +160,9 @@ def _tokenizer_key(folder: Path) -> tuple[str, int, int]:
     return facts.sha256, facts.bos_id, facts.eos_id
 
 
-def _changed_run(before: dict[str, Any], settings: Settings, optimizer: str) -> Iterator[str]:
+def _changed_run(
+    before: dict[str, Any], settings: Settings, optimizer: str, block_size: int
+) -> Iterator[str]:
     """Yield the settings with which the training state does not fit any more."""
     for key, value in (
         ("train.global_batch_size", settings.train.global_batch_size),
@@ -161,7 +172,8 @@ def _changed_run(before: dict[str, Any], settings: Settings, optimizer: str) -> 
         ("weight_decay_on", settings.weight_decay_on),
     ):
         # a class has several paths: torch.optim.AdamW is also torch.optim.adamw.AdamW
-        names = [str(text or None).rpartition(".")[2] for text in (before.get(key, value), value)]
+        otherwise = block_size if key == "train.max_seq_length" else None
+        names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             yield f"{key} was {before[key]}, now {value}"
 

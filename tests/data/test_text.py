@@ -32,7 +32,27 @@ def test_separator_lines_count_wherever_they_are(tmp_path: Path) -> None:
         b"\xef\xbb\xbf<|endoftext|>\r\n <|endoftext|> \r\none\r\n\r\n1\r\n<|endoftext|>\n\n<|endoftext|>\n"
     )
     path.write_bytes(first + b"two <|endoftext|> 2\n<|endoftext|>")
-    assert read_stories(path) == ["one\n\n1", "two <|endoftext|> 2"]
+    assert read_stories(path) == ["one\n\n1", "two", "2"]
+
+
+def test_the_usual_separator_is_one_inside_a_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a<|endoftext|>b\nc <|endoftext|>\nd<|endoftext|><|endoftext|>", encoding="utf-8")
+    for n_bytes in (1, 3, 1 << 20):
+        monkeypatch.setattr("litgpt_moe.data.text.BLOCK_BYTES", n_bytes)
+        assert read_stories(path) == ["a", "b\nc", "d"]
+    assert not capsys.readouterr().err
+
+
+def test_a_separator_of_one_s_own_is_a_line_and_is_counted_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a --- b\n---\nc---\n---\n", encoding="utf-8")
+    assert read_stories(path, separator="---") == ["a --- b", "c---"]
+    assert f"{path}: '---' is inside 2 lines, where it separates no stories" in capsys.readouterr().err
 
 
 def test_an_empty_separator_splits_at_blank_lines(tmp_path: Path) -> None:

@@ -91,5 +91,52 @@ def test_too_little_text_is_named_with_numbers(settings: PrepareSettings, split:
     prepare(settings)
     shards = TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
     shards.connect(batch_size=4, max_seq_length=100_000)
-    with pytest.raises(ValueError, match=rf"the {split} split has [\d,]+ tokens, 0 sequences of 100000, but"):
+    has = rf"the {split} split has [\d,]+ tokens, 0 sequences of 100000, but [14] are needed"
+    with pytest.raises(ValueError, match=rf"{has}; choose a max_seq_length of \d+ or less, or put") as raised:
         getattr(shards, f"{split}_dataloader")()
+    assert ("--val_fraction" in str(raised.value)) == (split == "val")
+
+
+def test_a_batch_larger_than_the_text_is_named_as_what_to_change(settings: PrepareSettings) -> None:
+    prepare(settings)
+    shards = TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
+    shards.connect(batch_size=4096, max_seq_length=64)
+    with pytest.raises(ValueError, match=r"choose a micro_batch_size of \d+ or less, or put more"):
+        shards.train_dataloader()
+    assert shards.val_dataloader()  # is as long as it is
+
+
+@pytest.mark.parametrize("text", ["none", "short"])
+def test_data_that_changes_between_the_checks_and_training_is_no_setting(
+    settings: PrepareSettings, text: str
+) -> None:
+    prepare(settings)
+    shards = TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
+    shards.connect(batch_size=4, max_seq_length=32)
+    for ask in (shards.prepare_data, shards.train_dataloader, shards.val_dataloader):
+        ask()  # as run_train.py does before LitGPT
+    if text == "short":
+        write_text(settings.data_dir / "val" / "b.txt", ["x"])
+    else:
+        for path in settings.data_dir.glob("*/*.txt"):
+            path.unlink()
+        for path in settings.data_dir.glob("*/*/*.bin"):
+            path.write_bytes(b"")
+    with pytest.raises(OSError, match="changed since the run began"):
+        for ask in (shards.prepare_data, shards.train_dataloader, shards.val_dataloader):
+            ask()
+
+
+def test_tokens_that_fill_no_sequence_are_counted_once_where_they_are_many(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(settings)
+    n_tokens = len(TokenStream(settings.data_dir, "train"))
+    for block_size, is_told in ((n_tokens * 2 // 3, True), (n_tokens - 1, False)):
+        shards = TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
+        shards.connect(batch_size=1, max_seq_length=block_size)
+        shards.max_seq_length = block_size + 1  # one more, as LitGPT's loop sets it
+        capsys.readouterr()
+        shards.train_dataloader()
+        told = f"the last {n_tokens - 1 - block_size:,} of {n_tokens:,} training tokens fill no sequence"
+        assert (told in capsys.readouterr().err) is is_told

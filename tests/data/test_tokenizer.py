@@ -1,12 +1,16 @@
 """The tokenizer of a data directory: what is refused, what is trained and what is replaced."""
 
+import _thread
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pytest
 from helpers.data import change_tokenizer, snapshot
+from tokenizers import Regex, pre_tokenizers
 
+from litgpt_moe.data.make_tokenizer import WORD, call_interruptibly
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.tokenizer import can_split_at_spaces, read_tokenizer_facts
@@ -92,3 +96,56 @@ def test_a_folder_beside_that_may_not_be_read_is_passed_over(data_dir, monkeypat
     assert find_tokenizer(data_dir, None) == data_dir.parent / "tinyllama"
     with pytest.raises(PermissionError):
         find_tokenizer(data_dir, locked)
+
+
+def test_no_run_of_letters_or_signs_is_longer_than_training_can_bear() -> None:
+    split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    for run in ("x", "\u4f60", "=", "\U0001f600", "\t", " ", "\u2581", "7", "\n", "\u00a0", "x'", "a\u0301"):
+        pieces = split.pre_tokenize_str(run * 1000)
+        assert max(len(piece) for piece, _ in pieces) <= 82, run
+        assert "".join(piece for piece, _ in pieces) == run * 1000
+    words = [piece for piece, _ in split.pre_tokenize_str("\u2581don't\u2581stop!!\t\t7")]
+    assert words == ["\u2581don't", "\u2581stop", "!!", "\t\t", "7"]
+
+
+def test_ctrl_c_is_heard_while_a_tokenizer_is_trained() -> None:
+    ended = threading.Event()
+
+    def train() -> None:
+        _thread.interrupt_main()
+        ended.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        call_interruptibly(train)
+    ended.set()
+    with pytest.raises(ValueError, match="invalid literal"):
+        call_interruptibly(lambda: int("x"))  # what it raises is raised here
+
+
+@pytest.mark.parametrize("text", ["one story alone", "the same\n<|endoftext|>\nthe same", "<|endoftext|>\n"])
+def test_no_tokenizer_is_trained_for_a_text_without_enough_stories(
+    settings: PrepareSettings, tmp_path: Path, text: str
+) -> None:
+    (settings.data_dir / "train" / "a.txt").write_text(text, encoding="utf-8")
+    (settings.data_dir / "val" / "b.txt").unlink()
+    with pytest.raises(ValueError, match="no story for the train split"):
+        prepare(dataclasses.replace(settings, tokenizer_dir=tmp_path / "new", train_tokenizer=330))
+    assert not (tmp_path / "new").exists()
+
+
+def test_training_replaces_no_configuration_of_somebody_else(
+    settings: PrepareSettings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    wanted = dataclasses.replace(settings, tokenizer_dir=folder, train_tokenizer=330)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text('{"eos_token_id": 7}', encoding="utf-8")
+        before = snapshot(folder)
+        with pytest.raises(ValueError, match="there is another tokenizer; --overwrite replaces it"):
+            prepare(wanted)
+        assert snapshot(folder) == before
+        (folder / name).unlink()
+    # what a killed training leaves
+    (folder / "tokenizer_config.json").write_text('{"trained_vocab_size": 999}', encoding="utf-8")
+    assert prepare(wanted)["tokenizer"]["vocab_size"] == 330

@@ -1,6 +1,7 @@
 """What a run reports: times, the row of metrics, the line on the terminal and what the log does with both."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -192,3 +193,11 @@ def test_a_bar_on_a_terminal_replaces_the_lines(
     error = capsys.readouterr().err
     assert "loss=3.142" in error or "tok" in error
     assert "step 4/8" not in error
+
+
+def test_no_name_of_a_model_or_a_file_can_command_the_terminal_during_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricLog(a_run(), RunLogs(tmp_path, MoEConfig(**TINY_CONFIG)))
+    log.print("Resuming from out\x1b[2J/step-00000004")
+    assert capsys.readouterr().err == "Resuming from out\\x1b[2J/step-00000004\n"

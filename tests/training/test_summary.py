@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from litgpt_moe.files import FolderInUse
+from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training import summary
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.steps import RunFailed

@@ -1,0 +1,71 @@
+"""What a file is that is not UTF-8 text: the encoding or the format that a message then names."""
+
+import re
+
+FORMATS = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip (or docx, epub)",
+    b"%PDF": "PDF",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+}
+BOMS = {  # UTF-32 before UTF-16, whose mark its own begins with
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+# ruff: noqa: RUF001 (letters of several languages)
+KANA = "[\u3041-\u30ff\u3001\u3002]"
+# frequent characters of texts in an encoding, and the least share of its non-ASCII ones that they have; the
+# first that agrees is named: read as the later ones, texts in the earlier ones are letters too
+ENCODINGS = (
+    ("EUC-KR", "euc_kr", "[\uac00-\ud7a3]", 0.8),
+    ("EUC-JP", "euc_jp", KANA, 0.3),
+    ("Shift JIS", "shift_jis", KANA, 0.3),
+    ("Windows-1251", "cp1251", "[оеаинтсрвл]", 0.5),
+    ("KOI8-R", "koi8_r", "[оеаинтсрвл]", 0.5),
+    ("GB18030", "gb18030", "[的一是不了在人有我他这个们来，。]", 0.1),
+    ("Big5", "big5", "[的一是不了在人有我他這個們來，。]", 0.1),
+)
+RUN_OF_NULS = b"\0" * 8
+MAX_NULS = 1e-3  # of the bytes; an odd one is let through
+
+
+def known_format(start: bytes) -> str | None:
+    """Return a sentence's part on a file that begins so, None for one that may be UTF-8 text."""
+    for mark, name in FORMATS.items():
+        if start.startswith(mark):
+            return f"{name} data; unpack it to UTF-8 text"
+    names = (name for mark, name in BOMS.items() if start.startswith(mark))
+    return next((f"{name} text; save it as UTF-8" for name in names), None)
+
+
+def nul_problem(chunk: bytes) -> str | None:
+    """Return a sentence's part on a block with more NUL bytes than a text can have."""
+    n_nuls = chunk.count(0)
+    if n_nuls <= 8 + MAX_NULS * len(chunk) and RUN_OF_NULS not in chunk:
+        return None
+    if RUN_OF_NULS in chunk:
+        return f"{n_nuls:,} NUL bytes, as where a download or a disk failed; replace the file"
+    high_bytes = ((chunk[3::4], chunk[2::4]), (chunk[::4], chunk[1::4]))  # code points go up to 0x10FFFF
+    if any(not any(highest) and max(second, default=0) <= 0x10 for highest, second in high_bytes):
+        return "looks like UTF-32 text; save it as UTF-8"
+    # of a character's two bytes the high one has few values
+    n_even, n_odd = len(set(chunk[::2])), len(set(chunk[1::2]))
+    if 2 * min(n_even, n_odd) < 256:
+        return f"looks like UTF-16 text ({'BE' if n_even < n_odd else 'LE'}); save it as UTF-8"
+    return f"{n_nuls:,} NUL bytes: not a text; remove it or replace it by UTF-8 text"
+
+
+def likely_encoding(sample: bytes) -> str | None:
+    """Return the name of the encoding of text that is not UTF-8, None if it is none of the usual ones."""
+    n_high = len(re.findall(rb"[\x80-\xff]", sample))
+    if n_high < 0.3 * len(re.findall(rb"[A-Za-z\x80-\xff]", sample)):
+        return "Windows-1252"  # letters with accents among others
+    for name, codec, frequent, least in ENCODINGS:
+        others = re.findall(r"[^\x00-\x7f]", sample.decode(codec, "ignore"))
+        if others and sum(re.match(frequent, char) is not None for char in others) > least * len(others):
+            return name
+    return None
