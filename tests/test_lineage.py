@@ -123,10 +123,10 @@ def test_a_pull_that_is_killed_in_the_middle_is_made_whole_by_the_next(online: W
     process = online.start("wandb_dataset.py", "pull", "team/litgpt-moe/stories:v0", **elsewhere)
     assert online.server.stalled.wait(240)
     artifacts = online.folder / "artifacts"
-    wait_until(lambda: any(artifacts.glob(".part-*/**/*")))  # the first of the two that came
+    wait_until(lambda: any(artifacts.glob(".*.tmp/**/*")))  # the first of the two that came
     process.kill()
     process.communicate()
-    assert list(artifacts.glob(".part-*/")) and not list(artifacts.glob("[!.]*"))
+    assert list(artifacts.glob(".*.tmp/")) and not list(artifacts.glob("[!.]*"))
     online.server.downloads_left = -1
     online.run("wandb_dataset.py", "pull", "team/litgpt-moe/stories:v0", **elsewhere)
     (folder,) = artifacts.glob("*/")  # the half one is gone
