@@ -1,6 +1,7 @@
 """Make the shards of a data directory match its text, tokenizer and options."""
 
 import contextlib
+import functools
 import importlib.metadata
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
@@ -29,6 +30,7 @@ from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts, read_tokeniz
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.files import check_no_links, read_json, sha256_file, write_json
 from litgpt_moe.locks import locked_folder
+from litgpt_moe.processes import note_once
 
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
 WAIT = "wait for it to end, then run again"
@@ -136,6 +138,8 @@ def stale_reasons(
     facts = read_tokenizer_facts(tokenizer_dir)
     if not facts.made(manifest["tokenizer"]):
         reasons.append(f"{tokenizer_dir / 'tokenizer.json'}: not the tokenizer that made the shards")
+    elif manifest["tokenizer"]["sha256"] != facts.sha256:  # an earlier version made them
+        _warn_of_cut_stories(data_dir)
     for key, value in (options or {}).items():
         if (before := manifest["options"].get(key)) != value:
             reasons.append(f"{key} is {value!r}, was {before!r}")
@@ -149,6 +153,12 @@ def stale_reasons(
         elif has_changed(path, recorded[path]):
             reasons.append(f"{path}: changed")
     return reasons or (altered_shards(data_dir, manifest) if contents else [])
+
+
+@functools.cache  # once in a process
+def _warn_of_cut_stories(data_dir: Path) -> None:
+    cut = "truncation or padding in its tokenizer.json cut or padded the stories"
+    note_once(f"{data_dir}: {cut}; delete {MANIFEST} and run prepare_data.py to have them whole")
 
 
 def has_changed(path: Path, recorded: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from litgpt_moe.cli import note
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
-from litgpt_moe.data.text import SeenStories, TextReader, cut_at
+from litgpt_moe.data.text import SeenStories, TextReader, nearest_cut
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_file, write_json
 
@@ -111,8 +111,7 @@ class ValShare:
         if len(story) <= max(LONG_STORY, share):
             return [story]
         text = story.decode("utf-8")
-        n_chars = max(1, share * len(text) // len(story))
-        end = cut_at(text, n_chars // 2, n_chars * 5 // 4)
+        end = nearest_cut(text, max(1, share * len(text) // len(story)))
         return [part.encode("utf-8") for part in map(str.strip, (text[:end], text[end:])) if part]
 
 

@@ -78,10 +78,13 @@ def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None
         )
 
 
-def cut_at(text: str, lowest: int, highest: int) -> int:
-    """Return where to cut a text between two positions: at the end of a paragraph, a line or a word."""
-    ends = (text.rfind(mark, lowest, highest) for mark in CUTS)
-    return next((end for end in ends if end > 0), highest)
+def nearest_cut(text: str, at: int) -> int:
+    """Return the end of the paragraph, else line, else word that is nearest to a position in a text."""
+    for mark in CUTS:
+        ends = (text.rfind(mark, at // 2, at), text.find(mark, at, at * 3 // 2))
+        if found := [end for end in ends if end > 0]:
+            return min(found, key=lambda end: abs(end - at))
+    return at
 
 
 class TextReader:
@@ -105,7 +108,8 @@ class TextReader:
         for block in self._blocks(progress):
             *stories, carry = self.separator.split(carry + block)
             while len(carry) > MAX_STORY_CHARS:
-                end = cut_at(carry, MAX_STORY_CHARS // 2, MAX_STORY_CHARS)
+                ends = (carry.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in CUTS)
+                end = next((end for end in ends if end > 0), MAX_STORY_CHARS)
                 stories.append(carry[:end])
                 carry = carry[end:]
                 self.n_cuts += 1

@@ -35,7 +35,7 @@ PADDING = {
     ],
 )
 def test_truncation_and_padding_of_a_tokenizer_change_no_story(
-    settings: PrepareSettings, tmp_path: Path, changes: dict[str, Any]
+    settings: PrepareSettings, tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = change_tokenizer(settings.tokenizer_dir, tmp_path / "tokenizer", **changes)
     manifest = prepare(PrepareSettings(settings.data_dir, tokenizer_dir=folder, workers=1))
@@ -52,7 +52,9 @@ def test_truncation_and_padding_of_a_tokenizer_change_no_story(
     # data of before has the digest of the file itself
     manifest["tokenizer"]["sha256"] = sha256_file(folder / "tokenizer.json")
     write_json(settings.data_dir / "manifest.json", manifest)
+    capsys.readouterr()
     assert not stale_reasons(settings.data_dir, folder)
+    assert "tokenizer.json cut or padded the stories; delete manifest.json" in capsys.readouterr().err
 
 
 def test_the_digest_of_a_usual_tokenizer_is_the_one_of_its_file(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import alter
+from helpers.data import snapshot
 from helpers.runs import edit_yaml, run
 
 from litgpt_moe.data import manifest, prepare
@@ -178,3 +179,20 @@ def test_missing_data_of_the_user_s_own_is_told_with_its_place(
     Path("mine/train/a.txt").touch()
     assert run("--dataset_dir", "mine") == 2
     assert "mine" in capsys.readouterr().err
+
+
+def test_a_mistyped_tokenizer_folder_is_not_filled_and_the_run_goes_on_without_the_flag(
+    workspace: Path, tiny_data: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "mine")
+    shutil.copytree(tiny_tokenizer_dir, "mine/tokenizer")
+    assert run("--dataset_dir", "mine", "--max_tokens", 512) == 0
+    before = snapshot(Path())
+    mistyped = ("--dataset_dir", "mine", "--resume", "auto", "--tokenizer_dir", "mine/tokeniser")
+    assert run(*mistyped, "--max_tokens", 1024) == 2
+    sentence = f"{Path('mine/tokeniser/tokenizer.json')}: not found; name a folder that has it"
+    assert sentence in capsys.readouterr().err
+    assert snapshot(Path()) == before
+    edit_yaml("train_config.yaml", "tokenizer_dir", "data/tokenizer")  # the default, which is not there
+    assert run("--dataset_dir", "mine", "--resume", "auto", "--max_tokens", 1024) == 0
+    assert "tokenizing again" not in capsys.readouterr().err
