@@ -1,4 +1,4 @@
-"""Import a model of Transformers, from a folder or from the hub, as a checkpoint of LitGPT's."""
+"""Import a Transformers model, from a folder or the Hugging Face hub, as a LitGPT checkpoint."""
 
 import errno
 import re
