@@ -188,6 +188,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not record.exists():
         return {}
     try:
+        if not record.is_file():  # to read a pipe would wait for ever
+            raise ValueError("it is no file")
         if record.stat().st_size > MAX_RECORD_BYTES:
             raise ValueError("it is too large")
         content = json.loads(record.read_bytes())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,13 @@ def test_a_damaged_record_is_told_in_one_sentence(text: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"checkpoint\.json is damaged or not a checkpoint's") as caught:
         read_record(tmp_path / "final")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_record_that_is_a_pipe_is_damage_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(make(tmp_path / "final") / "checkpoint.json")
+    with pytest.raises(ValueError, match=r"checkpoint\.json is damaged .*\(it is no file\)"):
+        read_record(tmp_path / "final")
 
 
 @pytest.mark.parametrize("name", ["../lit_model.pth", "/etc/passwd", "C:\\x", "..", ".", ""])

@@ -268,6 +268,13 @@ def test_a_model_of_the_same_shapes_that_computes_something_else_is_not_resumed(
     assert initial is not None and warning in told_paths(capsys)
 
 
+def test_a_checkpoint_s_configuration_that_makes_no_sense_is_told_with_its_place() -> None:
+    folder = save("out/step-00000004", 4)
+    edit_yaml(str(folder / "model_config.yaml"), "n_expert_per_token", 9)
+    told = refused("--resume", "auto").replace("\\", "/")
+    assert "out/step-00000004/model_config.yaml: n_expert_per_token is 9 but n_expert is 4" in told
+
+
 def test_a_model_with_another_name_is_the_same_model(capsys: pytest.CaptureFixture[str]) -> None:
     save("out/step-00000004", 4)
     for key, value in (("name", "mine"), ("padding_multiple", 64), ("norm_eps", 1e-5)):
