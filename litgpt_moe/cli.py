@@ -39,7 +39,7 @@ PLAIN_WORDS = {  # from argparse's messages (Python 3.12, 3.13) to ours
     r"argument (\S+): not allowed with argument (\S+)": r"\1 and \2 exclude each other; drop one",
     r"argument (\S+): (.*)": r"\1: \2",
     r"the following arguments are required: (.*)": r"missing: \1; see --help",
-    r"unrecognized arguments: (.*)": r"nothing is to be done with \1; see --help",
+    r"unrecognized arguments: (.*)": r"unexpected argument: \1; see --help",
 }
 
 
@@ -53,7 +53,10 @@ def normalize_flags(argv: list[str]) -> list[str]:
 
 
 def join_switches(argv: list[str], switches: set[str]) -> list[str]:
-    """Return `argv` with `--progress=false` for `--progress false`; argparse would take any next word."""
+    """Return `argv` with `--progress=false` for `--progress false`.
+
+    With nargs="?" alone, argparse would take whatever word follows a switch as its value.
+    """
     joined: list[str] = []
     for word in argv:
         if word.lower() in ("true", "false") and joined and joined[-1] in switches:
@@ -141,7 +144,7 @@ def _flag_options(name: str, kind: Any) -> tuple[list[str], dict[str, Any]]:
 def from_flags(kind: type, args: argparse.Namespace) -> Any:
     """Return a `kind` with the parsed values of the flags that `add_flags` declared for it."""
     values = {item.name: getattr(args, item.name) for item in fields(kind)}
-    # a missing flag is None; the field has its own default then
+    # None: the flag was not given, so the dataclass default applies
     return kind(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -182,7 +185,7 @@ def first_line(error: BaseException) -> str:
 
 
 def run_script(main: Callable[[], int]) -> int:
-    """Return the status of `main`, which is the whole process: signals and streams are set up for it."""
+    """Set up signals and streams for a script, run its `main` and return the exit status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the process without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -193,7 +196,7 @@ def run_script(main: Callable[[], int]) -> int:
 
 
 def hear_ctrl_c() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again: the imports, for which `run_script` changed it, are done."""
+    """Let Ctrl-C raise KeyboardInterrupt again, now that the imports are done; see `run_script`."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

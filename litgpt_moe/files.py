@@ -64,13 +64,13 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 text file by `open_whole`."""
+    """Write a UTF-8 text file atomically, by `open_whole`."""
     with open_whole(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file by `open_whole`."""
+    """Write a JSON file atomically, by `open_whole`."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -88,12 +88,12 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def fits(value: Any, form: Any) -> bool:
-    """Return whether parsed data has a form:
+    """Return whether parsed data matches `form`, a small schema:
 
-    - a dict: the required keys, each with its own form; other keys are allowed
-    - a list of one form: a list of such items
+    - a dict: a dict with these keys, each value matching its form; other keys are allowed
+    - a list of one form: a list whose items all match it
     - a type: a value of exactly that type
-    - a number: one of its type (an int will do for a float), not smaller, below 2**63.
+    - a number: a number of that type (an int may stand for a float), at least this large and below 2**63.
     """
     if isinstance(form, dict):
         return isinstance(value, dict) and all(fits(value.get(key), part) for key, part in form.items())
@@ -219,7 +219,7 @@ def check_new_folder(out: Path, n_bytes: int) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
     """Yield an empty staging folder that is renamed to `out` at the end, or deleted after an error."""
-    out = out.absolute()  # "out/.." has no name of its own
+    out = out.absolute()  # Path(".") has an empty name
     check_new_folder(out, n_bytes)
     made = [folder for folder in out.parents if not folder.exists()]
     try:

@@ -1,4 +1,4 @@
-"""A mapping from a YAML file: unique keys, values typed by a dataclass, one sentence per mistake."""
+"""Read a mapping from a YAML file: duplicate keys are refused, values converted to a dataclass's types."""
 
 import contextlib
 import difflib
@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 MAX_YAML_BYTES = 1 << 17  # reading time and memory grow faster than the file
-TYPE_WORDS = {  # how messages describe a type; in this order
+TYPE_WORDS = {  # how messages describe a type
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -39,7 +39,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 class ForeignLoader(UniqueKeyLoader):
-    """The loader for files of a checkpoint; it refuses aliases, ten lines of which can mean 10**9 values."""
+    """The loader for a checkpoint's files; no aliases ("billion laughs": 10 lines mean 10**9 values)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Return the next node; YAMLError if it is an alias."""
@@ -52,13 +52,13 @@ def read_mapping(path: Path, is_foreign: bool = False) -> dict[str, Any]:
     """Return the mapping in a YAML file; in a foreign one (a checkpoint's) aliases are refused."""
     if not path.is_file():
         text = f"{path}: no such configuration file"
-        raise FileNotFoundError(f"{text}; name one that is there, as those in configs/ are")
+        raise FileNotFoundError(f"{text}; name one that is there, such as those in configs/")
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), ForeignLoader if is_foreign else UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError) as error:
-        # PyYAML lets errors of int(), date() and others pass
+        # PyYAML does not catch what int(), date() and others raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not readable YAML: {reason[:300]}") from error
     if not isinstance(values, dict):

@@ -116,7 +116,7 @@ def test_an_unknown_flag_is_told_in_one_sentence_without_the_usage(
         (["--folder", "", "text"], "--folder: the path is ''; name one, '.' is the current folder"),
         (["text", "--batch_size"], "--batch_size needs a value; see --help"),
         ([], "missing: file; see --help"),
-        (["text", "more"], "nothing is to be done with more; see --help"),
+        (["text", "more"], "unexpected argument: more; see --help"),
     ],
 )
 def test_a_wrong_command_line_is_told_in_one_sentence(

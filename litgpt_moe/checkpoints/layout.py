@@ -22,7 +22,7 @@ RECORD_FILE = "checkpoint.json"  # the step, and size and SHA-256 of each file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 FINAL = "final"
 RECORD_FORMAT = 1
-ENTRY_FORM = {"bytes": int, "sha256": str}  # of a file, as `files.fits` asks
+ENTRY_FORM = {"bytes": int, "sha256": str}  # schema of a file's entry, for `files.fits`
 MAX_RECORD_BYTES = 1 << 20
 # Only these names are the project's: as `step_name` writes it, what a resume from an earlier step renames,
 # and what a killed process leaves of them (`files.staging_for`; the mark came with version 0.2)
@@ -35,16 +35,16 @@ LEFT_OVER = re.compile(
 
 @dataclass(frozen=True)
 class CheckpointArgs:
-    """Which checkpoints are kept, which go to W&B, and what a full disk does."""
+    """Which checkpoints are kept, which go to W&B, and what happens when the disk is full."""
 
     keep_last: int | None = None
     """Newest step-* to keep; older ones are deleted after a save (null: all stay)."""
     keep_every: int | None = None
-    """Steps; step-* that are multiples of it stay beside keep_last (null: none)."""
+    """In steps: each step-* that is a multiple of it is kept as well (null: none)."""
     on_full_disk: Literal["continue", "stop"] = "continue"
     """continue: go on training, the next save may succeed; stop: end the run with status 1."""
     to_wandb: Literal["final", "kept", "none"] = "final"
-    """With logger_name wandb, artifacts of: final/; also each step-* that is kept for good; nothing."""
+    """What goes to W&B (logger_name wandb): final (final/), kept (also each step-* kept for good), none."""
 
     def keeps(self, step: int) -> bool:
         """Return whether the checkpoint of `step` is kept for good."""

@@ -37,7 +37,7 @@ from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.yaml_files import read_mapping
 
-MAX_PICKLE_BYTES = 4 << 20  # of the tensors' description; 400M parameters with AdamW need 0.4 MB
+MAX_PICKLE_BYTES = 4 << 20  # for data.pkl, the list of tensors; 400M parameters with AdamW need 0.4 MB
 
 
 @patient
@@ -70,7 +70,7 @@ def checkpoint_flaw(folder: Path) -> str | None:
 
 
 def flaw_words(error: Exception, folder: Path) -> str:
-    """Return the message of an error of `read_training_state` without the folder and the advice."""
+    """Return an error message of `read_training_state` without its folder and its advice."""
     reason = str(error).removeprefix(str(folder)).lstrip(f": {os.sep}")
     return re.split("; (?:use|resume from) an", reason)[0]
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights and optimizer: counters and random generators; its checks."""
+"""The training state in a checkpoint: counters and random generators, and the checks of a loaded state."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from litgpt_moe.checkpoints.layout import RECORD_FILE, read_record, step_of
 from litgpt_moe.files import fits
 
 MT19937_WORDS = 624  # of NumPy's generator
-# of torch's optimizers that have a fused step: Adam, AdamW, SGD (and Muon), Adagrad
+# per-weight state of torch's optimizers that have a fused step: Adam, AdamW, SGD (and Muon), Adagrad
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 # forms for `files.fits`: LitGPT's part of a training state, ours, and the random generators
 LOOP_FORM = {"step_count": 0, "iter_num": 0, "model": {}, "optimizer": {}, "train_dataloader": {}}
@@ -31,7 +31,7 @@ RNG_FORM = {"python": tuple, "numpy": tuple, "torch": torch.Tensor, "cuda": list
 
 @dataclass
 class RunState:
-    """State of a resumed run. On disk: `run` (all but `rng`) and `rng`, beside LitGPT's keys."""
+    """What a run needs to resume. In a checkpoint: `run` (all but `rng`) and `rng`, beside LitGPT's keys."""
 
     time_s: float = 0.0
     """Seconds of training, summed over all resumes."""

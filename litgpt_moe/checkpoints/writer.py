@@ -198,7 +198,7 @@ def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
 def write_checkpoint(
     out: Path, weights: dict[str, torch.Tensor], config: Config, files: dict[str, bytes]
 ) -> None:
-    """Write a checkpoint directory of bare weights with `files`, for --initial_checkpoint_dir and others."""
+    """Write a checkpoint of weights and `files` without training state, as --initial_checkpoint_dir takes."""
     with new_folder(out, tensor_bytes(weights)) as staging:
         _fill(staging, 0, {"model": weights}, config, files)
 
