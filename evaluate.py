@@ -136,18 +136,24 @@ def load_row(layer: int, tokens_E: list[int]) -> str:
 
 def run(settings: EvaluateSettings) -> None:
     """Score, print and record."""
-    from litgpt_moe.report.results import RESULTS_FILE, append
-
     result = evaluate(settings)
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
         print(text, flush=True)
     except BrokenPipeError:
-        cli.silence_stdout()  # `| head` closes the pipe; the result is still recorded
-    path, checkpoint = Path(settings.results_file), result["checkpoint"]
-    if settings.results_file == "beside":
+        cli.silence_stdout()  # `| head` closes the pipe
+    finally:  # also after a full disk behind stdout
+        record(result, settings.results_file)
+
+
+def record(result: dict[str, Any], results_file: str) -> None:
+    """Append the result to the results file."""
+    from litgpt_moe.report.results import RESULTS_FILE, append
+
+    path, checkpoint = Path(results_file), result["checkpoint"]
+    if results_file == "beside":
         path = (Path(checkpoint["path"]).parent if checkpoint else CHECKPOINTS) / RESULTS_FILE
-    if settings.results_file != "none":
+    if results_file != "none":
         append(result, path)
 
 

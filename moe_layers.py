@@ -63,13 +63,13 @@ class SimplifiedLLaMAMoE(LLaMAMoE):
 class MoE(LLaMAMoE):
     """LitGPT's `LLaMAMoE`, same parameters, outputs and gradients, computed on rows sorted by expert.
 
-    An expert without a token gets a zero gradient, not none, so that every process updates the same
+    An expert without a token gets a zero gradient instead of None, so that every process updates the same
     parameters.
 
     The selection bias (`e_score_correction_bias`, DeepSeek-V3) is added to the router's scores to choose
-    experts, and to nothing else. It is there from the start and 0; `use_selection_bias` makes it take part
-    and puts it into the state dict, which stock LitGPT then does not load. With expert groups it is the
-    router's own buffer, which stock LitGPT has too.
+    experts, and to nothing else. It starts at 0 and unused; `use_selection_bias` switches it on and adds it
+    to the state dict, which stock LitGPT then does not load. With expert groups it is the router's own
+    buffer, which stock LitGPT has too.
     """
 
     tokens_per_expert: torch.Tensor
@@ -81,7 +81,7 @@ class MoE(LLaMAMoE):
             self.gate = GroupedRouter(config)
         else:
             self.register_buffer(BIAS_NAME, torch.zeros(config.n_expert), persistent=False)
-        # balance.set_balance sets it, balance.count_expert_load the next two
+        # set by balance.set_balance; the next two by balance.count_expert_load
         self.balance: Balance | None = None
         self.count_load = False
         counts_E = torch.zeros(config.n_expert, dtype=torch.int64)
@@ -140,8 +140,8 @@ class MoE(LLaMAMoE):
         # cast before rows are gathered, which then moves half the bytes
         dtype = compute_dtype(x_NC)
         x_NC, weights_NK = x_NC.to(dtype), weights_NK.to(dtype)
-        # Sorted too: the kernels scale an expert's hidden rows, not its outputs, which is the same for a
-        # linear `proj`. For the gradient of a weight autograd then keeps no copy of the outputs.
+        # The weights in sorted order too. The kernels multiply the hidden rows by them, not the outputs: that
+        # is the same because `proj` is linear, and the outputs need not be saved for backward.
         weights_R1 = weights_NK.reshape(-1, 1).index_select(0, plan.order)
         kernel = self.kernel or choose_kernel(self.config, x_NC.device, dtype)
         return run_experts(kernel, x_NC, weights_R1, plan, self.experts)
@@ -213,7 +213,7 @@ class GroupedRouter(GroupedTopkRouter):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.register_buffer(BIAS_NAME, torch.zeros(config.n_expert))
-        # in the constructor, as nn.Linear does: litgpt 0.5.13 leaves the memory as it was
+        # in the constructor, as nn.Linear does: litgpt 0.5.13 leaves the weight uninitialised
         self.reset_parameters()
 
     def choose(self, router_logits_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,7 +238,7 @@ class GroupedRouter(GroupedTopkRouter):
 def _keep_float32[Module: nn.Module](
     module: Module, apply: Callable[..., Any], fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool
 ) -> Module:
-    """Move the module by `apply(fn)`, its selection bias without a cast: in bf16, 0.5 + 0.001 is 0.5."""
+    """Call `apply(fn)`, as `.to(...)` does, but keep the bias in float32: in bf16, 0.5 + 0.001 is 0.5."""
     before = module._buffers.get(BIAS_NAME)
     apply(fn, recurse)
     after = module._buffers.get(BIAS_NAME)

@@ -54,14 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.prepare import prepare
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-    from litgpt_moe.files import FolderInUse
+    from litgpt_moe.locks import FolderInUse
 
     def work() -> str | None:
         start, start_ns = time.perf_counter(), time.time_ns()
         try:
             manifest = prepare(settings)
             is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
-            print(summary(manifest, settings, time.perf_counter() - start if is_new else None), flush=True)
+            seconds = time.perf_counter() - start if is_new else None
+            print(cli.printable(summary(manifest, settings, seconds)), flush=True)
         except (FileNotFoundError, NotADirectoryError, FolderInUse, ConnectionError):
             raise
         except OSError as error:

@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             run = set_up(argv, started, held)
         except KeyboardInterrupt:
             return cli.fail("stopped before training began; the same command goes on", cli.INTERRUPTED)
+        except MemoryError:
+            return cli.fail("out of memory before training began; close other programs, or use less text", 1)
         except (ValueError, OSError) as error:
             return cli.fail(*cli.explain(error))
         return train_and_report(run, argv)
@@ -84,22 +86,26 @@ def refuse_missing_files(argv: list[str]) -> None:
 
 def train_and_report(run: "Run", argv: list[str]) -> int:
     """Train, print the report, and return the exit status."""
-    from litgpt_moe.training.parse import resume_command
     from litgpt_moe.training.steps import StopSignals
     from litgpt_moe.training.summary import failure, report
 
-    out_dir = run.settings.out_dir
+    final = run.settings.out_dir / "final"
     try:
         with StopSignals() as stops:
             hooks = train(run, stops)
-        if is_main_process():
-            print(report(hooks, resume_command(argv)), flush=True)
-    except KeyboardInterrupt:
-        return cli.fail(f"stopped; the model is in {out_dir / 'final'}", cli.INTERRUPTED)
-    except (OSError, RuntimeError) as error:
-        if (sentence := failure(error, out_dir)) is None:
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (sentence := failure(error, run, argv)) is None:
             raise
         return cli.fail(sentence, 1)
+    try:
+        if is_main_process():
+            print(cli.printable(report(hooks, argv)), flush=True)
+    except KeyboardInterrupt:
+        return cli.fail(f"stopped; the model is in {final}", cli.INTERRUPTED)
+    except (OSError, RuntimeError, MemoryError) as error:
+        if failure(error, run, argv) is None:
+            raise
+        return cli.fail(f"the model is in {final}, but its report failed: {cli.first_line(error)}", 1)
     return 0
 
 

@@ -73,7 +73,7 @@ def attach_loss(
 ) -> torch.Tensor:
     """Return the weights unchanged; their backward pass adds both losses' gradients and counts the load.
 
-    LitGPT's loop has no place for a second loss. So none is needed, and the logged loss stays cross-entropy.
+    LitGPT's loop has no place for a second loss. This way it needs none, and it logs pure cross-entropy.
     """
     aux_loss = load_balancing_loss(router_probs_NE, tokens_per_expert)
     z_loss = router_z_loss(router_logits_NE)
@@ -84,8 +84,8 @@ def attach_loss(
     return torch.ops.moe.attach_loss(weights_NK, loss, tokens_per_expert, means, counters, balance.scale)
 
 
-# A custom operator and not an autograd.Function: Dynamo (torch 2.10) confuses tensors that the backward of a
-# Function changes in place with sizes, once these are dynamic.
+# A custom operator and not an autograd.Function: with dynamic shapes, Dynamo (torch 2.10) takes a tensor that
+# the backward of a Function changes in place for a size.
 @torch.library.custom_op("moe::attach_loss", mutates_args=())
 def _attach_loss(
     x: torch.Tensor,
@@ -97,8 +97,8 @@ def _attach_loss(
 ) -> torch.Tensor:
     """Return `x`; backward gives `loss` the gradient `scale`, and adds to the three counters.
 
-    Counting belongs into backward, which runs once for a micro-batch: forward also runs to recompute
-    activations.
+    It is backward that counts, because it runs once per micro-batch: activation checkpointing runs forward
+    a second time.
     """
     return x.clone()
 
@@ -109,7 +109,7 @@ def _(x: Any, *_: Any) -> torch.Tensor:
 
 
 def _attach_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    # the counters on ctx: a saved tensor must not change before backward, and another micro-batch may add
+    # on ctx, not saved: autograd refuses a saved tensor that another micro-batch has changed in place
     _, loss, tokens_per_expert, means, ctx.counters, ctx.scale = inputs
     ctx.loss_dtype = loss.dtype
     ctx.save_for_backward(tokens_per_expert, means)
@@ -134,7 +134,9 @@ def set_balance(
     bias_update_rate: float = 0.0,
     scale: float = 1.0,
 ) -> None:
-    """Balance the model's MoE layers while they train, and count their load. Call it on the final device.
+    """Balance the model's MoE layers while they train, and count their load.
+
+    Call it when the model is on its final device.
 
     The losses act through the layers' backward pass only: what the model returns and its loss stay the same,
     and nothing happens in eval mode or without gradients. A rate above 0 puts the selection bias into the
@@ -176,7 +178,7 @@ def has_selection_bias(state_dict: dict[str, torch.Tensor]) -> bool:
 def update_selection_bias(
     model: nn.Module, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> None:
-    """Move each expert's bias by the update rate, up if it got less than the mean in this step.
+    """Raise the bias of each expert with fewer tokens than the step's mean; lower it for those with more.
 
     DeepSeek-V3, section 2.1.2 (arxiv.org/abs/2412.19437): b_e += rate * sign(mean load - load_e). Call it
     after each optimizer step, on all processes; `all_reduce` returns the sum over them. The host does not
@@ -223,7 +225,7 @@ def router_statistics(
         aux_loss        `load_balancing_loss`, not yet times its coefficient; 1.0 is even
         z_loss          `router_z_loss`, not yet times its coefficient
 
-    So all layers, and whatever else is logged, need one transfer. Before any backward pass it returns {}.
+    One transfer to the host serves all layers. Before any backward pass the function returns {}.
     """
     layers = {index: layer.balance for index, layer in layers_of(model).items() if layer.balance is not None}
     if not layers:

@@ -97,7 +97,7 @@ class FlagParser(argparse.ArgumentParser):
             if match := re.fullmatch(pattern, text):
                 text = match.expand(sentence)
                 break
-        self.exit(2, f"error: {text}\n")
+        self.exit(2, f"error: {printable(text)}\n")
 
 
 class _Switch(argparse.Action):
@@ -213,19 +213,35 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
         silence_stdout()  # `| head`: the reader has seen enough
     except (ValueError, OSError, WorkFailed) as error:
         return fail(*explain(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        way_out = "close other programs, or choose a smaller model, text or batch"
+        return fail(f"out of memory ({first_line(error)[:120]}); {way_out}", 1)
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory of the machine or of the GPU ran out; torch has a class for the latter alone."""
+    words = ("out of memory", "DefaultCPUAllocator", "_STATUS_ALLOC_FAILED")
+    is_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or is_torch
 
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Return the message and the exit status for an error: 1 for failed work, 2 for bad input."""
     if isinstance(error, WorkFailed | ConnectionError):
         return str(error), 1
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = f"{error.filename or 'the file'} could not be written, the disk is full; make room there"
-        own_text = error.strerror or ""  # of files.new_folder, a whole sentence
-        return own_text if "; " in own_text else text, 1
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}; check the path and its permissions", 2
+    if isinstance(error, OSError) and error.strerror:
+        name, reason = error.filename, error.strerror
+        if "; " in reason:  # a whole sentence of ours about a disk
+            return reason, 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{name or 'the file'} could not be written, the disk is full; make room there", 1
+        if error.errno in (errno.EIO, errno.ENOMEM, errno.ESTALE):
+            return f"{name or 'a file'}: {reason}; try again", 1
+        if name:
+            return f"{name}: {reason}; check the path and its permissions", 2
     return str(error), 2
 
 

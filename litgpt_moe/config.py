@@ -1,5 +1,7 @@
 """The model's configuration: LitGPT's keys, checked together, and the facts that follow from them."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE
 
 from litgpt_moe.yaml_files import read_mapping, typed
+from moe_layers import MoE
 
-MAX_BLOCK_SIZE = 1 << 18  # the rotary table of 128 columns then takes 268 MB
-MAX_EXPERTS = 20_000  # over all layers; each is an object that takes time to make
+# the rotary tables (cos and sin, 128 columns) then take 268 MB
+MAX_BLOCK_SIZE = 1 << 18
+# over all layers; building the module of each takes time
+MAX_EXPERTS = 20_000
 
 
 @dataclass
@@ -23,7 +28,7 @@ class MoEConfig(Config):
 
     def __post_init__(self) -> None:
         if self.mlp_class_name == "LLaMAMoE" and self.moe_intermediate_size is None:
-            # as LitGPT's layer does; its Mixtral configurations say it so
+            # as LitGPT's layer does: LitGPT's Mixtral configurations give intermediate_size alone
             self.moe_intermediate_size = self.intermediate_size
         if problems := config_problems(self):
             raise ValueError("\n".join(problems))
@@ -42,22 +47,32 @@ class MoEConfig(Config):
         cls, path: str | Path, is_foreign: bool = False, **overrides: Any
     ) -> tuple["MoEConfig", GPT]:
         """Return what `from_file` does, and the configuration's model on the meta device."""
-        values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
-        try:
-            config = cls(**values)
+        config = cls.untried_from_file(path, is_foreign, **overrides)
+        with _problems_in(path):
             return config, meta_model(config)  # trips over the values that no check of ours knows
-        except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
-            lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
-            raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+    @classmethod
+    def untried_from_file(cls, path: str | Path, is_foreign: bool = False, **overrides: Any) -> "MoEConfig":
+        """Return what `from_file` does, without the time to build a model, for a comparison."""
+        values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
+        with _problems_in(path):
+            return cls(**values)
 
     @property
     def mlp_class(self) -> type:
         """The class that LitGPT's `Block` builds as its MLP."""
-        # The *name* stays LLaMAMoE, so a saved config is LitGPT's. The import waits as LitGPT's own does:
-        # the layer needs the configuration, and the configuration the layer
-        from moe_layers import MoE
-
+        # `mlp_class_name` stays LLaMAMoE, so that stock LitGPT reads a saved config
         return MoE if self.mlp_class_name == "LLaMAMoE" else super().mlp_class
+
+
+@contextlib.contextmanager
+def _problems_in(path: str | Path) -> Iterator[None]:
+    """Turn what a configuration's values raise into one ValueError, whose lines begin with `path`."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
+        lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
+        raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
 
 
 def config_problems(config: Config) -> list[str]:
@@ -66,7 +81,7 @@ def config_problems(config: Config) -> list[str]:
     given = {key: getattr(config, key) for key in sizes if getattr(config, key) is not None}
     if problems := [f"{key} is {size}; choose 1 or more" for key, size in given.items() if size < 1]:
         return problems
-    # these would take minutes or gigabytes before anything else can be said
+    # checked before the rest: to build such a model takes minutes or gigabytes
     in_layer = 1 + max(config.n_expert or 0, 0) + max(config.n_shared_expert or 0, 0)
     if config.block_size > MAX_BLOCK_SIZE:
         problems.append(f"block_size is {config.block_size:.6g}; choose {MAX_BLOCK_SIZE:,} or less")
@@ -159,7 +174,8 @@ def model_facts(config: Config, block_size: int | None = None, model: GPT | None
 
     FLOPs: PaLM, appendix B (arxiv.org/abs/2204.02311), 6 N + 12 L H Q T a token. N are the weights that
     multiply one token: matrices of active experts, attention, router and head, not the token embedding, which
-    is looked up, nor norms and biases. Attention is counted without its causal half, as MFU is quoted.
+    is looked up, nor norms and biases. Attention is counted in full, not halved for the causal mask, as usual
+    for MFU.
     """
     model = model or meta_model(config)
     everything = list(model.parameters())

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or absent, their digests, and the lock of a folder."""
+"""Files and folders that are either complete or absent, links among them, and their digests."""
 
 import contextlib
 import errno
@@ -10,28 +10,32 @@ import re
 import secrets
 import shutil
 import socket
-import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
 SPARE_BYTES = 2 << 20  # room for the small files beside the weights
-
-
-class FolderInUse(OSError):
-    """Another process works in the folder; the text says which."""
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error means that the disk is full."""
     # torch's zip writer and safetensors set no errno
     words = ("PytorchStreamWriter failed writing", "No space left")
-    return getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in words)
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(word in str(error) for word in words)
+
+
+def no_room(folder: Path, needed: int) -> str:
+    """Return why `needed` bytes could not be written in `folder`, and the way out."""
+    folder = existing_parent(folder)
+    free = shutil.disk_usage(folder).free
+    if hasattr(os, "statvfs") and (system := os.statvfs(folder)).f_files and not system.f_favail:
+        return f"no inode is free on that disk, though {free:,} bytes are; delete files there"
+    if free >= needed:
+        return f"it needs {needed:,} bytes and the disk, or your quota there, was full; make room"
+    return f"it needs {needed:,} bytes but {free:,} were free; make room on that disk"
 
 
 def sha256_file(path: Path) -> str:
@@ -44,20 +48,19 @@ def sha256_file(path: Path) -> str:
 def open_whole(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file that is flushed and renamed to `path` at the end, or deleted after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{secrets.randbelow(10**12)}.tmp")
+    part, made = path.with_suffix(f".{secrets.randbelow(10**12)}.tmp"), None
     try:
         with part.open("xb") as file:  # x: never one that exists, never through a link
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                file.close()
-                part.unlink(missing_ok=True)
-                raise
+            made = part
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # ENOSPC from a write names no file
+    finally:
+        if made:
+            made.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -187,7 +190,7 @@ def open_no_link(path: str, flags: int) -> int:
 def check_no_links(*paths: Path) -> None:
     """Raise ValueError if one of these paths, which are to be written, leads elsewhere."""
     for path in paths:
-        if path.is_symlink():
+        if path.is_symlink() or path.is_junction():
             raise ValueError(
                 f"{path} is a link (to {path.readlink()}), which is not written through; delete it"
             )
@@ -228,64 +231,6 @@ def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         if is_disk_full(error):
-            text = f"{out} could not be written, the disk is full; make room there"
-            raise OSError(errno.ENOSPC, text) from error
+            why = no_room(out, n_bytes + SPARE_BYTES)
+            raise OSError(errno.ENOSPC, f"{out} could not be written, the disk is full: {why}") from error
         raise
-
-
-@contextlib.contextmanager
-def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool = False) -> Iterator[None]:
-    """Lock `folder` during the block: a second process waits, or gets FolderInUse.
-
-    The lock of a process that ends, however it ends, holds nobody up.
-    """
-    identity = folder / f".{name}.json"  # beside it: on Windows a locked file cannot be read
-    made = [new for new in (folder, *folder.parents) if not new.exists()]
-    lock = None
-    try:
-        with contextlib.suppress(OSError):  # the writer will report it
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(folder / f".{name}.lock", timeout=-1 if wait else 0)
-        if lock is not None:
-            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-            with contextlib.suppress(OSError):  # a full disk: only the message will lack it
-                write_json(identity, me)
-    except Timeout:
-        who = "another process"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            who = "process {process} on {host}, since {since}".format_map(read_json(identity))
-        raise FolderInUse(f"{folder}: {doing} there ({who}); {way_out}") from None
-    try:
-        yield
-    finally:
-        if lock is not None:
-            remove(identity)
-            remove(Path(lock.lock_file))  # while it is held: filelock takes no file that was unlinked
-            lock.release()
-        with contextlib.suppress(OSError):
-            for new in made:
-                new.rmdir()  # fails unless it is empty
-
-
-def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
-    """Return a lock that is held, None in a folder that cannot be written; Timeout if another holds it."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=timeout)
-        return lock
-    except OSError as error:
-        if isinstance(error, Timeout) or error.errno == errno.ENOSPC:
-            raise
-        if path.is_symlink():
-            raise FolderInUse(f"{path} is a link (to {path.readlink()}); delete it") from None
-        if error.errno in (errno.EACCES, errno.EPERM) and path.exists():
-            text = f"{path} cannot be locked ({error.strerror}): another user's run may be live there"
-            raise FolderInUse(f"{text}; if there is none, delete it") from None
-        if not path.exists():
-            return None  # nothing can be written there; the writer will report it
-        reason = error.strerror
-    path.unlink(missing_ok=True)
-    soft = SoftFileLock(path.with_suffix(".claim"))
-    soft.acquire(timeout=timeout)
-    print(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out", file=sys.stderr)
-    return soft

@@ -36,7 +36,7 @@ def default_precision(device_type: str) -> str:
 
 
 def pick_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Return what the --device and --precision of generate.py and evaluate.py mean."""
+    """Return the device and dtype for the --device and --precision of generate.py and evaluate.py."""
     if precision not in ("auto", *DTYPES):
         raise ValueError(f"--precision {precision} is unknown; choose auto, {', '.join(DTYPES)}")
     if device == "auto":
@@ -48,7 +48,7 @@ def pick_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]
             raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError, ImportError) as error:  # without CUDA torch raises AssertionError
         reason = str(error).splitlines()[0]
-        if reason.startswith("Expected one of"):  # and thirty names of devices
+        if reason.startswith("Expected one of"):  # followed by thirty device names
             reason = "torch knows no such device"
         raise ValueError(f"--device {device} cannot be used here ({reason}); choose cpu or auto") from None
     return chosen, DTYPES[default_precision(chosen.type) if precision == "auto" else precision]
@@ -150,7 +150,7 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 1e9
-    # a module of Unix alone
+    # Windows has no such module
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux

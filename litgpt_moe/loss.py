@@ -12,8 +12,8 @@ from litgpt_moe.kernels.rows import accumulation_dtype
 
 # a target without loss, as in LitGPT and PyTorch
 IGNORED_TOKEN = -100
-# logits in a chunk: 64 MB in float32 are 2 to 7 % faster on a Xeon than the 28 MB that glibc keeps without
-# `keep_freed_memory`; 256 MB keep a GPU's GEMMs large
+# Logits in a chunk. CPU: 64 MB in float32, on a Xeon 2 to 7 % faster than 28 MB, the most that glibc keeps
+# without `keep_freed_memory`. CUDA: 256 MB, so that the GEMMs are large.
 CHUNK_VALUES = {"cpu": 16 << 20, "cuda": 1 << 26}
 
 
@@ -112,7 +112,7 @@ def _add_gradients(
     grad_SV = grad_SV.to(x_NC.dtype)
     hidden_grad_NC[rows] = matmul(grad_SV, w_VC) * is_kept_S1
     x_SC = x_NC[rows] * is_kept_S1
-    if prefers_onednn(x_SC):  # it copies a transposed factor, and x is the smaller one
+    if prefers_onednn(x_SC):  # oneDNN copies a transposed factor: here x, the smaller one
         add_matmul(weight_grad_VC.t(), x_SC.t(), grad_SV)
     else:
         add_matmul(weight_grad_VC, grad_SV.t(), x_SC)
@@ -131,7 +131,7 @@ class LossHead(Linear):
 def defer_head(model: GPT) -> LossHead | None:
     """Leave the head's product to the loss from now on; return the head, or None if that is impossible.
 
-    It is where something comes between product and loss: a bias, or a soft cap on the logits.
+    It is impossible where something comes between product and loss: a bias, or a soft cap on the logits.
     """
     head, config = model.lm_head, model.config
     is_plain = type(head) in (nn.Linear, Linear) and head.bias is None

@@ -4,6 +4,8 @@ import os
 import re
 import sys
 
+from litgpt_moe.cli import printable
+
 
 def is_main_process() -> bool:
     """Return whether this process is rank 0, or the only one."""
@@ -20,7 +22,7 @@ def is_first_on_machine() -> bool:
 def note_once(text: str) -> None:
     """Print a line on stderr, on rank 0 only."""
     if is_main_process():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def launcher_problems(world_size: int | None = None) -> list[str]:
@@ -36,5 +38,5 @@ def launcher_problems(world_size: int | None = None) -> list[str]:
     if int(given.get("WORLD_SIZE", world_size)) != world_size:
         return [f"$WORLD_SIZE is {given['WORLD_SIZE']} {there_are}; make them equal, or unset WORLD_SIZE"]
     if "RANK" in given and int(given["RANK"]) >= world_size:
-        return [f"$RANK is {given['RANK']} {there_are}; unset RANK or add them"]
+        return [f"$RANK is {given['RANK']} {there_are}; unset RANK, or raise devices or num_nodes"]
     return []

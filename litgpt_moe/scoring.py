@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from litgpt.model import GPT, do_softcapping
 from litgpt.pretrain import initialize_weights
-from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -28,16 +27,15 @@ from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoint
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
-from litgpt_moe.cli import WorkFailed, command_line
+from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.text import TextReader
-from litgpt_moe.data.tokenizer import StoryEncoder, read_tokenizer_facts
+from litgpt_moe.data.tokenizer import StoryEncoder, as_value_error, load_for_encoding, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
 from litgpt_moe.files import sha256_file
-from litgpt_moe.generation.text import as_value_error
 from litgpt_moe.loss import chunk_rows
 
 
@@ -84,8 +82,7 @@ def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
             raise FileNotFoundError(f"{path}: no such text file")
         before = len(ids)
         for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(tqdm(disable=True)):
-            with as_value_error(f"{path}: the tokenizer fails on a text", "score another text or checkpoint"):
-                ids += map(encoder.encode, stories)
+            ids += map(encoder.encode, stories)
             n_bytes += sum(len(story.encode()) for story in stories)
         if len(ids) == before:
             raise ValueError(f"{path}: holds no text; name a UTF-8 text file with at least one word")
@@ -108,11 +105,13 @@ def bytes_of_first(corpus: Corpus, n_tokens: int) -> int:
     """Return the UTF-8 bytes of the text that the first `n_tokens` stand for."""
     if n_tokens >= corpus.n_tokens:
         return corpus.n_bytes
-    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_dir / "tokenizer.json"))
+    path = corpus.tokenizer_dir / "tokenizer.json"
+    tokenizer = load_for_encoding(path.read_bytes(), path)
     ids = corpus.read(0, n_tokens)
     # each story is decoded alone, because the decoder drops the space before the first word of a text
     stories = np.split(ids, np.flatnonzero(ids == read_tokenizer_facts(corpus.tokenizer_dir).bos_id))
-    *whole, last = tokenizer.decode_batch([story.tolist() for story in stories])
+    with as_value_error(path, "it cannot decode the text", "use another tokenizer"):
+        *whole, last = tokenizer.decode_batch([story.tolist() for story in stories])
     kept = last.rstrip("\ufffd")  # a character cut at the end decodes to one U+FFFD for each of its bytes
     return sum(len(text.encode()) for text in (*whole, kept)) + len(last) - len(kept)
 
@@ -211,8 +210,10 @@ def score(
                 raise WorkFailed(f"the data hold token {batch.max()} but the model knows {vocab}")
             try:
                 nats += window_nats(model, logits, torch.from_numpy(batch.copy()).to(device), rows)
-            except torch.OutOfMemoryError:
-                raise WorkFailed(f"no memory for --batch_size {batch_size}; choose less") from None
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise WorkFailed(f"no memory for --batch_size {batch_size}; choose less") from None
+                raise
             lengths += [batch.shape[1] - 1] * batch.shape[0]
             progress.update(batch.size - batch.shape[0])
     seconds = time.perf_counter() - start

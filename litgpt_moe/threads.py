@@ -1,11 +1,11 @@
-"""How long OpenMP's threads spin while they wait for each other, by what other programs do on this machine.
+"""Stop OpenMP's threads from spinning while other programs need the cores.
 
 Between two parallel loops libgomp's threads spin for about 3 ms before they sleep. On an idle machine that
 saves the time to wake them. Beside another program it takes the core that the slowest thread needs, and
-training slows down tenfold. The time is fixed when torch is imported, with one exception: while a process
-has more OpenMP threads than cores, libgomp lets all of them sleep nearly at once. So a second, idle team of
-threads is kept for as long as other programs are busy. The number of threads that compute stays the same,
-and with it every sum.
+training slows down tenfold. The spin time is fixed when torch is imported, with one exception: while a
+process has more OpenMP threads than cores, libgomp lets all of them sleep nearly at once. So we keep a
+second, idle team of threads for as long as other programs are busy. The number of threads that compute stays
+the same, and with it the order in which sums are added up.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 
 # Half a millisecond. Spinning beyond that competes with the threads that run experts (kernels/cpu.py).
 SPINS = "50000"
-# libgomp's manual, "OMP_WAIT_POLICY" and "GOMP_SPINCOUNT"
+# with one of these the user has chosen the spin time (libgomp's manual)
 OWN_CHOICE = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 STAT = Path("/proc/stat")
 
@@ -39,7 +39,7 @@ def sleep_when_busy() -> Iterator[None]:
 
     Entered by the main thread, after torch is imported and its number of threads is set.
     """
-    import torch  # not sooner: limit_spinning() is called before
+    import torch  # not at the top: limit_spinning() must run before torch is imported
 
     if os.environ.get("GOMP_SPINCOUNT") != SPINS or (n_threads := torch.get_num_threads()) == 1:
         yield
@@ -56,11 +56,11 @@ def sleep_when_busy() -> Iterator[None]:
 
 def _watch(n_threads: int, end: threading.Event) -> None:
     team = IdleTeam()
-    # without /proc nobody knows what other programs do
+    # without /proc the load of other programs is unknown
     with contextlib.suppress(OSError):
         use = CpuUse(n_threads)
         while not end.wait(1):
-            # at a tenth of a core less, lest it goes back and forth
+            # hysteresis of a tenth of a core, so that the team does not form and leave all the time
             is_short = use.missing_cores() > (0.4 if team.is_there else 0.5)
             if is_short and not team.is_there:
                 team.form()
@@ -70,14 +70,14 @@ def _watch(n_threads: int, end: threading.Event) -> None:
 
 
 class CpuUse:
-    """What the cores that this process may use have done since the last question."""
+    """Measures, from one call to the next, how many cores are missing of those this process may use."""
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads, self.cores = n_threads, os.sched_getaffinity(0)
         self.last = self._now()
 
     def missing_cores(self) -> float:
-        """Return how many cores more than there are this process and all others would use on average."""
+        """Return how many more cores than there are this process and all others could use on average."""
         before, self.last = self.last, self._now()
         elapsed, idle, own = (new - old for old, new in zip(before, self.last, strict=True))
         others = len(self.cores) * elapsed - idle - own
@@ -121,9 +121,9 @@ class IdleTeam:
         import torch  # see sleep_when_busy
 
         try:
-            # a thread that begins while others run experts (kernels/cpu.py) may have no threads but itself
+            # a thread that starts during `for_each_expert` (kernels/cpu.py) may get a team of one
             if torch.get_num_threads() > 1:
-                # more numbers than torch adds in one thread
+                # so large that torch uses all threads
                 torch.ones(1 << 20).add_(1)
                 self._end = end
         finally:

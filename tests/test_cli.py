@@ -1,6 +1,7 @@
 """What every script shares: help at once, nothing done at import, errors in a sentence, YAML that loads."""
 
 import ast
+import errno
 import itertools
 import json
 import signal
@@ -14,7 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT, start_scripts
 
-from litgpt_moe.cli import FlagParser, add_flags, command_line
+from litgpt_moe.cli import FlagParser, WorkFailed, add_flags, command_line, explain, note, run_command
+from litgpt_moe.processes import note_once
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = [path for path in FILES if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")]
@@ -84,8 +86,9 @@ def test_a_script_has_the_house_main_and_says_how_to_run_it(script: Path) -> Non
     (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
     assert ast.unparse(main.args) == "argv: list[str] | None=None"
     assert ast.unparse(main.returns) == "int"
-    assert ast.unparse(tree.body[-1]) in (
+    assert ast.unparse(tree.body[-1]).replace("cli.", "") in (
         "if __name__ == '__main__':\n    raise SystemExit(run_script(main))",
+        "if __name__ == '__main__':\n    raise SystemExit(cli.run_script(main))",
         "if __name__ == '__main__':\n    raise SystemExit(main())",  # what imports nothing of ours
     )
     assert f"uv run python {relative(script)}" in (ast.get_docstring(tree) or "")
@@ -246,3 +249,40 @@ def test_a_command_to_paste_has_its_paths_quoted(monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(sys, "platform", "win32")  # cmd and PowerShell know no single quotes
     assert command_line("--out_dir", Path("my runs")) == '--out_dir "my runs"'
+
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202etxt"
+
+
+def test_no_name_in_a_message_can_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fails() -> None:
+        raise ValueError(f"{ESCAPES}: damaged")
+
+    assert run_command(lambda: ESCAPES) == 0 and run_command(fails) == 2
+    note(ESCAPES)
+    note_once(ESCAPES)
+    with pytest.raises(SystemExit):
+        FlagParser().parse_args([ESCAPES])
+    captured = capsys.readouterr()
+    assert captured.err.count(r"\x1b[2J\x1b]0;owned\x07\u202etxt") == 4
+    assert captured.out == r"\x1b[2J\x1b]0;owned\x07\u202etxt" + "\n"
+    assert not {"\x1b", "\x07", "\u202e"} & set(captured.err)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "status"),
+    [
+        (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error; try again", 1),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), "a could not be written, the disk is full; ", 1),
+        (OSError(errno.EACCES, "Permission denied", "a"), "a: Permission denied; check the path and ", 2),
+        (OSError(errno.ENOSPC, "a needs 3 bytes; make room"), "a needs 3 bytes; make room", 1),
+        (WorkFailed("it broke"), "it broke", 1),
+    ],
+)
+def test_an_error_of_the_system_is_a_sentence_and_work_that_failed_has_status_1(
+    error: Exception, text: str, status: int
+) -> None:
+    told, found = explain(error)
+    assert told.startswith(text) and found == status

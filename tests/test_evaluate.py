@@ -1,5 +1,6 @@
 """Tests of evaluate against a plain loop over tokens, sums done by hand, and real shards on disk."""
 
+import contextlib
 import json
 import math
 import os
@@ -254,6 +255,19 @@ def test_results_are_not_written_through_a_link(
     assert main([*flags, "--results_file", place]) == 1
     assert "results.jsonl: not recorded (" in capsys.readouterr().err
     assert target.exists() == (kind == "link") and (kind != "link" or target.read_text() == "mine\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk to write to")
+def test_a_result_that_cannot_be_printed_is_recorded(evaluated, tmp_path, monkeypatch):
+    (tmp_path / "results.jsonl").write_text('{"torn": ', encoding="utf-8")
+    with Path("/dev/full").open("w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(AssertionError):
+            evaluated("--max_batches", 1)
+        with contextlib.suppress(OSError):
+            full.close()
+    torn, row = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert torn == '{"torn": ' and json.loads(row)["loss"] > 0
 
 
 def test_the_command_that_is_printed_quotes_a_name_that_a_shell_would_run(

@@ -1,20 +1,14 @@
-"""Files and folders that are complete or absent, what of others stays untouched, and locks."""
+"""Files and folders that are complete or absent; what others have beside them stays untouched."""
 
-import contextlib
-import errno
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from litgpt_moe.files import (
-    FolderInUse,
     check_no_links,
-    locked_folder,
     new_folder,
     open_whole,
     put_in_place,
@@ -112,98 +106,3 @@ def test_a_link_or_a_pipe_among_what_is_to_be_written_is_refused(tmp_path: Path)
         os.mkfifo(folder / "pipe")
         with pytest.raises(ValueError, match="pipe is neither a file nor a folder"):
             check_no_links(folder / "pipe")
-
-
-# --- locks --------------------------------------------------------------------------------------------------
-
-
-def lock(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return locked_folder(folder, "run", "a run is live", "wait for it")
-
-
-@pytest.fixture
-def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without flock, as some NFS mounts are."""
-    fcntl = pytest.importorskip("fcntl")
-
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-
-
-def test_a_locked_folder_keeps_others_out_and_leaves_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "out"
-    with (
-        lock(folder),
-        pytest.raises(FolderInUse, match=rf"a run is live there \(process {os.getpid()} on "),
-        lock(folder),
-    ):
-        pass
-    assert names(tmp_path) == []
-
-
-@pytest.mark.usefixtures("no_locks")
-def test_where_no_lock_can_be_taken_another_way_keeps_a_second_process_out_and_this_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with lock(tmp_path):
-        assert "takes no locks (No locks available)" in capsys.readouterr().err
-        with pytest.raises(FolderInUse, match=rf"a run is live there \(process {os.getpid()} on "):
-            lock(tmp_path).__enter__()
-    assert names(tmp_path) == []
-    with lock(tmp_path):
-        pass
-
-
-@pytest.mark.usefixtures("no_locks")
-def test_the_other_way_holds_nobody_up_once_its_process_has_been_killed(tmp_path: Path) -> None:
-    code = (
-        "import errno, fcntl, os, signal, sys; from pathlib import Path\n"
-        "def flock(*_): raise OSError(errno.ENOLCK, 'No locks available')\n"
-        "fcntl.flock = flock\n"
-        "from litgpt_moe.files import locked_folder\n"
-        "held = locked_folder(Path(sys.argv[1]), 'run', '', ''); held.__enter__()\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
-    assert names(tmp_path) != []
-    with lock(tmp_path):
-        pass
-    assert names(tmp_path) == []
-
-
-def test_a_lock_file_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> None:
-    if not hasattr(os, "O_NOFOLLOW"):
-        pytest.skip("this system opens links")
-    (tmp_path / "elsewhere").touch()
-    (tmp_path / ".run.lock").symlink_to("elsewhere")
-    with pytest.raises(FolderInUse, match=r"\.run\.lock is a link .*; delete it"), lock(tmp_path):
-        pass
-    assert names(tmp_path) == [".run.lock", "elsewhere"]
-
-
-@pytest.fixture
-def as_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An account without rights, in a working directory of root's that it may write to."""
-    if sys.platform == "win32" or os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    monkeypatch.chdir(tmp_path)
-    tmp_path.chmod(0o777)
-    Path("readable").mkdir(mode=0o755)
-    Path(".run.lock").touch(mode=0o600)
-    os.seteuid(65534)
-    yield
-    os.seteuid(0)
-
-
-@pytest.mark.usefixtures("as_nobody")
-def test_a_lock_file_of_another_user_is_refused() -> None:
-    with pytest.raises(FolderInUse, match=r"\.run\.lock .*Permission denied.*delete it"), lock(Path()):
-        pass
-
-
-@pytest.mark.usefixtures("as_nobody")
-def test_a_folder_in_which_nothing_can_be_written_needs_no_lock() -> None:
-    with lock(Path("readable")), lock(Path("readable/more")):
-        pass

@@ -18,8 +18,9 @@ from litgpt.tokenizer import Tokenizer
 
 import evaluate
 import generate
+from litgpt_moe import scoring
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer
-from litgpt_moe.cli import printable
+from litgpt_moe.cli import printable, run_command
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.generation.text import AsyncTokenStreamer, encode, tell_story
 from tools import export_hf, inspect_checkpoint, inspect_routing
@@ -89,6 +90,19 @@ def test_ids_that_are_no_ids_are_refused(
     assert_one_sentence(COMMANDS[command](checkpoint, text), capsys, key)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_token_that_is_no_text_is_refused(
+    command: str, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", eos_token=10**39, tokenizer_class=...)
+    assert_one_sentence(COMMANDS[command](checkpoint, text), capsys)
+
+
+def test_a_tokenizer_without_a_class_is_used(checkpoint: Path, text: Path) -> None:
+    edit_json(checkpoint / "tokenizer_config.json", tokenizer_class=...)  # as GPT-2's on the hub
+    assert [COMMANDS[command](checkpoint, text) for command in ("generate", "export", "inspect")] == [0] * 3
+
+
 def test_a_tokenizer_that_adds_a_bos_it_lacks_is_refused(
     checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,7 +130,16 @@ def test_a_tokenizer_that_panics_is_one_sentence(
     story = tell_story(
         load_model(checkpoint), load_tokenizer(checkpoint), RETRIES, 3, Sampling(temperature=0), seed=0
     )
-    assert story.startswith("(none: the tokenizer fails")  # training goes on
+    assert story.startswith("(none: the tokenizer: it fails")  # training goes on
+
+
+def test_a_normalizer_that_multiplies_a_prompt_is_refused(
+    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 60}] * 6
+    edit_json(checkpoint / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert_one_sentence(COMMANDS["generate"](checkpoint, text), capsys, "normalizer")
+    assert_one_sentence(COMMANDS["evaluate"](checkpoint, text), capsys, "normalizer")
 
 
 def test_truncation_in_a_tokenizer_does_not_cut_a_prompt(checkpoint: Path, tiny_checkpoint: Path) -> None:
@@ -222,3 +245,26 @@ def test_names_in_a_checkpoint_cannot_command_the_terminal(
     captured = capsys.readouterr()
     assert printable(captured.out) == captured.out and printable(captured.err) == captured.err
     assert command != "inspect" or (r"a\x1b[2Jb" in captured.out and r"\x1b]0;owned" in captured.out)
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])
+def test_memory_that_is_not_enough_is_one_sentence(
+    ask: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(ask) == 1
+    assert "error: out of memory (" in capsys.readouterr().err
+
+
+def test_another_error_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        run_command(lambda: torch.ones(3).view(2))
+
+
+def test_memory_for_a_batch_that_is_not_enough_names_the_flag(
+    checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scoring, "window_nats", lambda *_: torch.empty(1 << 60))
+    assert_one_sentence(COMMANDS["evaluate"](checkpoint, text), capsys, "no memory for --batch_size 8")

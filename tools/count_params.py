@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser, WorkFailed, run_command, run_script
+from litgpt_moe.cli import FlagParser, WorkFailed, printable, run_command, run_script
 
 if TYPE_CHECKING:
     from litgpt_moe.config import MoEConfig
@@ -87,7 +87,7 @@ def run(paths: list[Path], as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"path": str(path), **asdict(count)} for path, count in counts], indent=2))
     else:
-        print(format_table(counts))
+        print(printable(format_table(counts)))
     wrong = [
         f"{path}: {count.name} has {count.total_params:,} parameters, {count.deviation:+.1%} off its name; "
         "rename it or resize it to within 5%"

@@ -36,8 +36,8 @@ def inspect(path: Path, with_tensors: bool) -> list[str]:
 
 
 def show(*lines: str) -> None:
-    """Print lines, in which a foreign checkpoint's names may stand."""
-    print(printable("\n".join(lines)), flush=True)
+    """Print lines, in which a foreign checkpoint's names may stand, each as one line."""
+    print("\n".join(printable(line).replace("\n", "\\n") for line in lines), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,10 +5,11 @@ Run: uv run python tools/show_batch.py checkpoints --step 1200     (10 s, most o
 logs/spikes.csv of a run lists the steps of interest. The run may still be training.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, run_command, run_script
+from litgpt_moe.cli import FlagParser, printable, run_command, run_script
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 
 
@@ -52,7 +53,8 @@ def show(run: Path, step: int, data_dir: Path | None) -> None:
     batches.n_taken = (step - 1) * n_sequences
     tokenizer = load_tokenizer(checkpoint_dir)
     for number, ids in enumerate(next(iter(batches)), 1):
-        print(f"--- step {step}, sequence {number} of {n_sequences}\n{tokenizer.decode(ids)}\n")
+        text = f"--- step {step}, sequence {number} of {n_sequences}\n{tokenizer.decode(ids)}\n"
+        print(printable(text) if sys.stdout.isatty() else text)
 
 
 def main(argv: list[str] | None = None) -> int:

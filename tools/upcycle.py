@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> str:
 
     from litgpt_moe.checkpoints import layout
     from litgpt_moe.checkpoints.reader import load_model
+    from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files
     from litgpt_moe.checkpoints.writer import write_checkpoint
     from litgpt_moe.config import MoEConfig, model_facts
     from litgpt_moe.files import check_new_folder
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"{folder}: {error}") from None
     logits, weights = upcycle.sample_logits(folder), load_model(folder).state_dict()
     new = upcycle.upcycle(weights, config, settings.noise, torch.Generator().manual_seed(settings.seed))
-    write_checkpoint(args.out, new, config, layout.read_files(folder, layout.TOKENIZER_FILES))
+    write_checkpoint(args.out, new, config, read_tokenizer_files(folder))
     before, facts = model_facts(dense), model_facts(config)
     counts = f"{facts.total_params:,} parameters, {facts.active_params:,} active per token"
     lines = [f"Dense   {folder}: {dense.name}, {before.total_params:,} parameters"]

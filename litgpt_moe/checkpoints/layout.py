@@ -3,8 +3,12 @@
 Nothing heavy is imported here, since the settings of a run hold `CheckpointArgs`.
 """
 
+import errno
+import functools
 import json
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -57,6 +61,8 @@ def step_of(path: Path) -> int | None:
     if path.name == FINAL:
         try:
             return read_record(path).get("step")
+        except ReadFailed:
+            raise
         except (ValueError, OSError):
             return None
     match = STEP_NAME.fullmatch(path.name)
@@ -127,11 +133,9 @@ def read_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def write_record(
-    folder: Path, step: int, files: dict[str, dict[str, Any]], selection_bias: bool = False
-) -> None:
+def write_record(folder: Path, step: int, files: dict[str, dict[str, Any]], **notes: Any) -> None:
     """Write checkpoint.json, which lists every file in `folder`; `files` holds the known entries."""
-    files, notes = dict(files), {"selection_bias": True} if selection_bias else {}
+    files = dict(files)
     for path in sorted(folder.iterdir()):
         if path.name not in files:  # lit_model.pth is hashed while it is written
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -139,6 +143,45 @@ def write_record(
     sync_files(folder)
 
 
+class ReadFailed(OSError):
+    """A file could not be read, which is no sign of damage; the text is a sentence."""
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
+def is_read_error(error: BaseException) -> bool:
+    """Return whether reading failed (a disk error, no memory, no access): no sign of damage."""
+    # EINVAL: a damaged archive points to before its begin
+    content = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, None)
+    mapping_failed = isinstance(error, RuntimeError) and "Cannot allocate memory" in str(error)
+    return mapping_failed or (isinstance(error, OSError) and error.errno not in content)
+
+
+def patient[**Arguments, Result](read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Return `read`, which is called again after a read error: that of a network disk may pass."""
+
+    @functools.wraps(read)
+    def again(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        failure = OSError()
+        for pause_s in (0.1, 0.5, 0):
+            try:
+                return read(*args, **options)
+            except ReadFailed:
+                raise
+            except OSError as error:
+                if not is_read_error(error):
+                    raise
+                failure = error
+            time.sleep(pause_s)
+        reason = "it could not be read, which is no sign of damage; try again, or use another checkpoint"
+        text = f"{failure.filename or args[0]}: {failure.strerror}: {reason}"
+        raise ReadFailed(failure.errno, text) from failure
+
+    return again
+
+
+@patient
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the checked content of checkpoint.json; {} without one, as in LitGPT's own checkpoints."""
     record = folder / RECORD_FILE

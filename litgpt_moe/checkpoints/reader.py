@@ -5,6 +5,7 @@ a safe loader without aliases, and everything else is JSON.
 """
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -23,12 +24,15 @@ from litgpt_moe.checkpoints.layout import (
     CONFIG_FILE,
     RECORD_FILE,
     SETTINGS_FILE,
+    ReadFailed,
+    is_read_error,
+    patient,
     recorded_files,
     refuse_damage,
 )
-from litgpt_moe.checkpoints.state import check_state, tensor_bytes
+from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import is_outside, sha256_file
+from litgpt_moe.files import is_outside, read_json, sha256_file
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.yaml_files import read_mapping
@@ -36,6 +40,7 @@ from litgpt_moe.yaml_files import read_mapping
 MAX_PICKLE_BYTES = 4 << 20  # of the tensors' description; 400M parameters with AdamW need 0.4 MB
 
 
+@patient
 def verify_checkpoint(folder: Path) -> None:
     """Raise ValueError if a file differs from its record, or is a link out of the folder."""
     for path in folder.iterdir():
@@ -54,9 +59,11 @@ def sha256_of(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def checkpoint_flaw(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, without its name; None if it can."""
+    """Return why a checkpoint cannot be resumed, without its name; None if it can be."""
     try:
         read_training_state(folder)
+    except ReadFailed:
+        raise
     except (ValueError, OSError) as error:
         return flaw_words(error, folder)
     return None
@@ -65,7 +72,7 @@ def checkpoint_flaw(folder: Path) -> str | None:
 def flaw_words(error: Exception, folder: Path) -> str:
     """Return the message of an error of `read_training_state` without the folder and the advice."""
     reason = str(error).removeprefix(str(folder)).lstrip(f": {os.sep}")
-    return re.split("; (?:use|resume from) another", reason)[0]
+    return re.split("; (?:use|resume from) an", reason)[0]
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
@@ -76,9 +83,12 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     verify_checkpoint(folder)
     state = read_state(folder / CHECKPOINT_FILE)
     check_state(state, folder)
+    with damage_in(folder):
+        check_finite(state, folder / CHECKPOINT_FILE)
     return state
 
 
+@patient
 def read_state(path: Path) -> dict[str, Any]:
     """Return the content of lit_model.pth, its tensors memory-mapped; runs no code (`weights_only`)."""
     if not path.is_file():
@@ -91,6 +101,11 @@ def read_state(path: Path) -> dict[str, Any]:
             raise ValueError("its tensors claim more values than it holds")
     # a damaged file raises pickle, zip, runtime, key, memory or OS errors (a seek too far)
     except Exception as error:
+        # weights as recorded are not damaged, so memory is what lacks
+        is_memory = isinstance(error, MemoryError) and (path.parent / RECORD_FILE).exists()
+        if is_memory or is_read_error(error):
+            number = getattr(error, "errno", None) or errno.ENOMEM
+            raise OSError(number, os.strerror(number), str(path)) from error
         if isinstance(error, OSError) and error.filename:
             raise
         reason = _reason(error)
@@ -155,13 +170,11 @@ def check_weights(folder: Path, model: GPT, weights: dict[str, torch.Tensor]) ->
             raise ValueError(f"{where} {name} is of {dtype}, not of float32, bfloat16 or float16")
 
 
-def _check_finite(weights: dict[str, torch.Tensor], path: Path) -> None:
-    for name, weight in weights.items():
-        # the sum is finite only if all values are, and takes a third of the time of isfinite()
-        total = weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
-        if not total.isfinite() and not weight.isfinite().all():
-            text = f"{path}: {name} holds values that are not finite (the training diverged)"
-            raise ValueError(f"{text}; use an earlier checkpoint")
+def check_finite(state: dict[str, Any], path: Path) -> None:
+    """Raise ValueError, naming the first, if a weight or moment holds an infinity or NaN."""
+    if name := non_finite(state):
+        text = f"{path}: {name.removeprefix('model.')} holds values that are not finite"
+        raise ValueError(f"{text} (the training diverged); use an earlier checkpoint")
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
@@ -174,7 +187,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     weights = read_weights(folder / CHECKPOINT_FILE)
     check_weights(folder, model, weights)
     if torch.device(device).type != "meta":
-        _check_finite(weights, folder / CHECKPOINT_FILE)
+        check_finite({"model": weights}, folder / CHECKPOINT_FILE)
     # the selection bias stays float32 in every dtype, so that the same experts are chosen as in training;
     # copy: a run that is still training may replace the memory-mapped file
     weights = {
@@ -212,11 +225,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
     tokenizer.processor.no_truncation()  # which would cut a text
     tokenizer.processor.no_padding()
-    for name in ("bos_id", "eos_id"):
-        if (number := getattr(tokenizer, name)) is not None and not _is_piece(tokenizer, number):
-            raise ValueError(
-                f"{folder}: the tokenizer's {name} is {number!r:.80}, no id of a piece; {way_out}"
-            )
+    config = read_json(folder / "tokenizer_config.json")
+    for name in ("bos", "eos"):
+        number = getattr(tokenizer, f"{name}_id")
+        is_none = number is None and config.get(f"{name}_token") is None
+        if not is_none and not _is_piece(tokenizer, number):
+            raise ValueError(f"{folder}: the tokenizer's {name}_id {number!r:.80} is no id; {way_out}")
     if tokenizer.use_bos and tokenizer.bos_id is None:
         raise ValueError(f"{folder}: the tokenizer adds BOS (add_bos_token) but has none; {way_out}")
     return tokenizer

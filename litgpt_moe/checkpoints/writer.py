@@ -27,13 +27,14 @@ from litgpt_moe.checkpoints.layout import (
     steps_of,
     write_record,
 )
-from litgpt_moe.checkpoints.state import tensor_bytes, tensors_of
+from litgpt_moe.checkpoints.state import non_finite, tensor_bytes
 from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files
 from litgpt_moe.files import (
     free_name,
     is_disk_full,
     make_staging,
     new_folder,
+    no_room,
     put_in_place,
     remove,
     staging_for,
@@ -41,6 +42,8 @@ from litgpt_moe.files import (
 from litgpt_moe.processes import note_once
 
 SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
+# what a save needs beside weights and moments; 64 KiB: random generators and counters
+BESIDE_BYTES = SMALL_FILES_BYTES + (1 << 16)
 
 
 class CheckpointWriter:
@@ -59,7 +62,8 @@ class CheckpointWriter:
         self.on_saved: Callable[[Path, int], None] = lambda folder, step: None
         self.failure: str | None = None  # why the latest save failed
         self.lasting_s = 0.0  # duration of the latest save
-        self.selection_bias = False  # stock LitGPT cannot load such weights
+        # for checkpoint.json: selection_bias (stock LitGPT cannot load such weights), the data's fingerprint
+        self.notes: dict[str, Any] = {}
         self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -113,33 +117,32 @@ class CheckpointWriter:
     def _write(self, target: Path, step: int, config: Config, tokenizer_dir: Path) -> None:
         """Write the directory and rename it into place; report an error and remove the staging folder."""
         started = time.perf_counter()
-        needed, free = tensor_bytes(self._host) + SMALL_FILES_BYTES, 0
+        needed = tensor_bytes(self._host) + SMALL_FILES_BYTES
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have moved it
-            free = shutil.disk_usage(self.out_dir).free
-            if free < needed:
+            if shutil.disk_usage(self.out_dir).free < needed:
                 raise OSError(errno.ENOSPC, "known before a byte is written")
             staging = make_staging(target)
             if name := non_finite(self._host):
                 raise ValueError(f"{name} holds values that are no numbers")
             files = {SETTINGS_FILE: self.settings_text.encode("utf-8")}
             files |= read_tokenizer_files(tokenizer_dir)
-            _fill(staging, step, self._host, config, files, self.selection_bias)
+            _fill(staging, step, self._host, config, files, **self.notes)
             put_in_place(staging, target)
-            self.failure, self.lasting_s = None, time.perf_counter() - started
-            self.tell(f"Saved {target}")
-            self._prune()
-            self.on_saved(target, step)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
             remove(staging_for(target))
-            reason = str(error)
+            reason = str(error) or type(error).__name__
             if is_disk_full(error):
-                if free >= needed:  # the disk filled up during the write
-                    free = shutil.disk_usage(self.out_dir).free
-                reason = f"it needs {needed:,} bytes but {free:,} were free; make room on that disk"
+                reason = no_room(self.out_dir, needed)
             self.failure = f"{target} could not be saved: {reason}"
             goes_on = "; training goes on" if self.args.on_full_disk == "continue" else ""
             self.tell(f"Warning: {self.failure}{goes_on}")
+            return
+        self.failure, self.lasting_s = None, time.perf_counter() - started
+        self.tell(f"Saved {target}")
+        with contextlib.suppress(OSError):  # the next save tries again
+            self._prune()
+        self.on_saved(target, step)
 
     def _prune(self) -> None:
         """Delete the step-* that neither keep_last nor keep_every keeps."""
@@ -200,20 +203,13 @@ def _fill(
     state: dict[str, Any],
     config: Config,
     files: dict[str, bytes],
-    selection_bias: bool = False,
+    **notes: Any,
 ) -> None:
     entry = write_state(state, folder / CHECKPOINT_FILE)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     save_config(config, folder)
-    write_record(folder, step, {CHECKPOINT_FILE: entry}, selection_bias)
-
-
-def non_finite(state: dict[str, Any]) -> str | None:
-    """Return the name of the first weight or moment with an infinity or NaN, or None."""
-    parts = {key: state[key] for key in ("model", "optimizer") if key in state}
-    floats = ((name, tensor) for name, tensor in tensors_of(parts) if tensor.is_floating_point())
-    return next((name for name, tensor in floats if not tensor.isfinite().all()), None)
+    write_record(folder, step, {CHECKPOINT_FILE: entry}, **notes)
 
 
 def tidy(out_dir: Path, start_step: int) -> None:

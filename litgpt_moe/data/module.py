@@ -99,18 +99,25 @@ class TextShards(TextFiles):
         batches = TokenBatches(stream, self.batch_size, block_size, seed, *ranks, self.num_workers)
         n_wanted = 1 if seed is None else batches.batch_size * batches.world_size
         if batches.n_sequences < n_wanted:
-            # a smaller batch helps only where there is a whole sequence
-            smaller = "micro_batch_size or max_seq_length" if batches.n_sequences else "max_seq_length"
-            more = f"put more text into {self.data_dir / split}"
-            more += "" if seed is not None else ", or without any there prepare with a larger --val_fraction"
+            # with a micro-batch of one sequence
+            fewest = 1 if seed is None else batches.world_size
+            way_out = f"put more text into {self.data_dir / split}"
+            if seed is None:
+                way_out += ", or without any there prepare with a larger --val_fraction"
+            if batches.n_sequences >= fewest:
+                way_out = (
+                    f"choose a micro_batch_size of {batches.n_sequences // fewest} or less, or {way_out}"
+                )
+            elif longest := (len(stream) - 1) // fewest:
+                way_out = f"choose a max_seq_length of {longest} or less, or {way_out}"
             raise ValueError(
                 f"{self.data_dir}: the {split} split has {len(stream):,} tokens, {batches.n_sequences} "
-                f"sequences of {block_size}, but {n_wanted} are needed; choose a smaller {smaller}, or {more}"
+                f"sequences of {block_size}, but {n_wanted} are needed; {way_out}"
             )
         n_left = len(stream) - 1 - batches.n_sequences * block_size
         if seed is not None and not self.is_right and n_left > UNUSED * len(stream):
-            unused = f"the last {n_left:,} of {len(stream):,} training tokens"
-            note_once(f"{self.data_dir}: {unused} fill no sequence of {block_size} and are not used")
+            left = f"the last {n_left:,} of {len(stream):,} training tokens"
+            note_once(f"{self.data_dir}: {left} fill no sequence of {block_size} and are not used")
         self.is_right = self.is_right or split == "val"  # the last one that is asked for
         return ShardLoader(batches)
 

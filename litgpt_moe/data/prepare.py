@@ -28,7 +28,8 @@ from litgpt_moe.data.shards import check_stories, clean, write_splits
 from litgpt_moe.data.text import list_text, not_read
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-from litgpt_moe.files import check_no_links, locked_folder, read_json, sha256_file, write_json
+from litgpt_moe.files import check_no_links, read_json, sha256_file, write_json
+from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
 
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend

@@ -57,7 +57,8 @@ def choose_tokenizer(data_dir: Path | None, tokenizer_dir: Path) -> Path:
         raise FileNotFoundError(f"{path}: not found; {way_out}")
     if data_dir is None:
         return tokenizer_dir
-    manifest, recorded, inside = data_dir / MANIFEST, None, data_dir / TOKENIZER_FOLDER
+    manifest, inside = data_dir / MANIFEST, data_dir / TOKENIZER_FOLDER
+    recorded: Any = None
     with contextlib.suppress(ValueError, OSError):  # of a damaged one this part may be whole
         recorded = read_json(manifest).get("tokenizer")
     if recorded is None or not fits(recorded, {"sha256": str}):

@@ -1,6 +1,5 @@
 """From a prompt to tokens, and from tokens to text that is written while the model computes the next ones."""
 
-import contextlib
 import copy
 import errno
 import queue
@@ -9,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
@@ -19,8 +19,9 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
-from litgpt_moe.cli import WorkFailed, first_line, note, printable, silence_stdout
-from litgpt_moe.data.tokenizer import BYTE_PIECES
+from litgpt_moe.cli import WorkFailed, note, printable, silence_stdout
+from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
+from litgpt_moe.files import read_json
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.hardware import pick_device
@@ -28,26 +29,13 @@ from litgpt_moe.hardware import pick_device
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
 
 
-@contextlib.contextmanager
-def as_value_error(what: str, way_out: str) -> Iterator[None]:
-    """Raise ValueError with a sentence if the tokenizers library fails."""
-    try:
-        yield
-    except BaseException as error:
-        # the library raises bare Exception, and a panic of its Rust code is no Exception at all
-        if isinstance(error, ValueError):
-            raise
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{what} ({first_line(error)}); {way_out}") from None
-        raise
-
-
 def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
     """Return the checkpoint's model, ready to generate, and its tokenizer."""
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(settings.ckpt_dir)
     verify_checkpoint(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
+    check_normalizer(read_json(path), path)
     note(f"checkpoint {folder} on {device} in {str(dtype).removeprefix('torch.')}")
     model = load_model(folder, device, dtype)
     if device.type == "cpu":
@@ -60,7 +48,9 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     # encode_batch releases the GIL, which encode holds: the server tokenizes in a thread
     releasing, encode_batch = copy.copy(tokenizer), tokenizer.processor.encode_batch
     releasing.processor = SimpleNamespace(encode=lambda text: encode_batch([text])[0])  # pyright: ignore
-    with as_value_error("the tokenizer fails on the prompt", "choose another prompt or checkpoint"):
+    with as_value_error(
+        Path("the tokenizer"), "it fails on the prompt", "change the prompt or the tokenizer"
+    ):
         return releasing.encode(text).tolist()
 
 

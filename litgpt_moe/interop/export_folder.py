@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from litgpt.tokenizer import Tokenizer
 from safetensors.torch import save_file
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE
-from litgpt_moe.checkpoints.reader import load_model, read_settings, read_state
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_settings, read_state
 from litgpt_moe.checkpoints.state import tensor_bytes, tokens_seen
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig, model_facts
@@ -87,7 +86,10 @@ def check_folder(out: Path, folder: Path, dtype: torch.dtype) -> str:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(out, local_files_only=True), Tokenizer(folder)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(out, local_files_only=True),
+        load_tokenizer(folder),
+    )
     for text in TEXTS:
         if theirs(text).input_ids != ours.encode(text).tolist():
             differ = f"{folder}: AutoTokenizer gives other ids than LitGPT for {text!r}"
@@ -181,28 +183,35 @@ def _shape_rows(config: MoEConfig, architecture: str, dtype: str) -> Rows:
 def _training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) -> Rows:
     """Return rows about the run that made the checkpoint, as far as its files have them."""
     state = read_state(folder / CHECKPOINT_FILE)
-    optimizer, train = settings.get("optimizer") or {}, settings.get("train") or {}
+    optimizer = _group(settings, "optimizer")
     rows = []
     if (tokens := tokens_seen(state, settings, config.block_size)) is not None:
         steps = state["step_count"]
         rows.append(("Tokens", f"{tokens:,} in {steps:,} steps of {tokens // max(steps, 1):,}"))
     if data := _describe_data(settings):
         rows.append(("Data", data))
-    if isinstance(optimizer, dict) and optimizer.get("class_path"):
-        rate = (optimizer.get("init_args") or {}).get("lr")
+    if optimizer.get("class_path"):
+        rate = _group(optimizer, "init_args").get("lr")
         name = str(optimizer["class_path"]).rpartition(".")[2]
         rows.append(("Optimizer", name + (f", learning rate {rate:g}" if isinstance(rate, float) else "")))
-    if train.get("lr_warmup_steps"):
-        rows.append(("Warm-up", f"{train['lr_warmup_steps']:,} steps"))
-    balance = (settings.get("moe") or {}).items()
-    if numbers := [f"{key} {value:g}" for key, value in balance if type(value) in (int, float) and value]:
+    warmup = _group(settings, "train").get("lr_warmup_steps")
+    if isinstance(warmup, int) and warmup:
+        rows.append(("Warm-up", f"{warmup:,} steps"))
+    balance = {key: n for key, n in _group(settings, "moe").items() if type(n) in (int, float)}
+    if numbers := [f"{key} {n:g}" for key, n in balance.items() if 0 < n < 1e300]:
         rows.append(("Balance", ", ".join(numbers)))
     return rows + [(key.capitalize(), str(settings[key])) for key in ("precision", "seed") if key in settings]
 
 
+def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a group of settings; a file of other people's may hold anything in its place."""
+    group = settings.get(name)
+    return group if isinstance(group, dict) else {}
+
+
 def _describe_data(settings: dict[str, Any]) -> str | None:
     """Return what is known of the training text; of its folder only the name, not the path."""
-    given = ((settings.get("data") or {}).get("init_args") or {}).get("train_data_path")
+    given = _group(_group(settings, "data"), "init_args").get("train_data_path")
     if not isinstance(given, str):
         return None
     folder = Path(given).parent

@@ -58,7 +58,7 @@ def check_gguf(config: MoEConfig, folder: Path, kind: str) -> None:
 def tokenizer_kind(spec: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for the kind of a tokenizer.json: llama, gpt2, or None."""
     model, before = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE":
+    if model.get("type", "BPE" if "merges" in model else None) != "BPE":  # GPT-2's on the hub has no type
         return None
     normalizer = json.dumps(spec.get("normalizer"), ensure_ascii=True)
     if model.get("byte_fallback") and "Replace" in normalizer and json.dumps(SPACE) in normalizer:

@@ -15,7 +15,7 @@ from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
 from litgpt_moe.checkpoints.writer import write_checkpoint
 from litgpt_moe.cli import first_line
 from litgpt_moe.config import model_facts
-from litgpt_moe.files import read_json
+from litgpt_moe.files import check_no_links, read_json
 from litgpt_moe.interop.tokenizer_files import to_lit_tokenizer
 from litgpt_moe.interop.transformers import Weights, to_lit_config, to_lit_weights
 
@@ -118,12 +118,11 @@ def import_model(source: str, out: Path) -> tuple[str, bool]:
     An interrupted download is kept beside `out`, and the next call resumes it.
     """
     folder = Path(source)
-    download = out.absolute().with_name(f".{out.absolute().name}.download")
+    download = out.absolute().with_name(f".{out.absolute().name}.litgpt_moe-download")
     if not folder.is_dir():
         if not REPOSITORY.fullmatch(source):
             raise FileNotFoundError(f"{source}: no such folder, and no OWNER/NAME of the hub either")
-        if download.is_symlink():
-            raise ValueError(f"{download} is a link, the download would go through it; remove it")
+        check_no_links(download, *download.rglob("*"))
         fetch(source, folder := download)
     result = import_folder(folder, Path(source).absolute().name, out)
     shutil.rmtree(download, ignore_errors=True)

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from litgpt.tokenizer import Tokenizer
-from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files
+from litgpt_moe.checkpoints.reader import load_tokenizer
+from litgpt_moe.checkpoints.tokenizer_files import without_truncation
+from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
 from litgpt_moe.files import read_json
 
 
@@ -18,11 +19,11 @@ def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, 
     LitGPT prepends BOS if tokenizer_config.json says so; Transformers if the post-processor of tokenizer.json
     does. `PreTrainedTokenizerFast` uses that file unchanged (`LlamaTokenizer` would build another pipeline).
     """
-    tokenizer = Tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     bos, eos = (None if i is None else tokenizer.processor.id_to_token(i) for i in ids.values())
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    whole["post_processor"] = None
+    whole |= {"post_processor": None, "truncation": None, "padding": None}
     if tokenizer.use_bos:
         single, pair = f"{bos}:0 $A:0", f"{bos}:0 $A:0 {bos}:1 $B:1"
         tokenizer.processor.post_processor = TemplateProcessing(single, pair, [(bos, tokenizer.bos_id)])
@@ -45,11 +46,9 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
     if not path.is_file():
         way_out = "AutoTokenizer's save_pretrained writes one"
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
-    try:
-        tokenizer = FastTokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
-        raise ValueError(f"{path} is not readable ({str(error)[:100]})") from None
     files = read_files(folder, TOKENIZER_FILES)
+    tokenizer = load_for_encoding(files["tokenizer.json"], path)
+    files["tokenizer.json"] = without_truncation(files["tokenizer.json"])
     names = ("tokenizer_config.json", "generation_config.json", "config.json")
     settings, ids, model = (read_json(folder / name) for name in names)
     for kind in ("bos", "eos"):
@@ -61,11 +60,12 @@ def to_lit_tokenizer(folder: Path) -> tuple[dict[str, bytes], int]:
             several = ids.get(key, model.get(key))
             number = several[0] if isinstance(several, list) and several else several
             settings.pop(token, None)
-            if isinstance(number, int) and number >= 0 and (piece := tokenizer.id_to_token(number)):
+            if isinstance(number, int) and 0 <= number < 2**31 and (piece := tokenizer.id_to_token(number)):
                 settings[token] = piece
         ids[key] = number
     if "add_bos_token" not in settings:
-        settings["add_bos_token"] = tokenizer.encode("a").ids[:1] == [ids["bos_token_id"]]
+        with as_value_error(path, "it fails on the text 'a'", "get it again"):
+            settings["add_bos_token"] = tokenizer.encode("a").ids[:1] == [ids["bos_token_id"]]
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     for name, content in (("tokenizer_config.json", settings), ("generation_config.json", ids)):
         files[name] = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,1 +1,1 @@
-"""How the rows that tokens send to their experts are sorted and multiplied, one way a file."""
+"""How the rows that tokens send to their experts are sorted and multiplied, one implementation per file."""

@@ -7,7 +7,7 @@ import torch
 
 
 class Function(torch.autograd.Function):
-    """torch's own, of which type checkers know that `apply` returns one tensor."""
+    """`torch.autograd.Function`, typed so that type checkers know that `apply` returns one tensor."""
 
     if TYPE_CHECKING:
         apply: ClassVar[Callable[..., torch.Tensor]]

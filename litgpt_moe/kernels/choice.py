@@ -45,7 +45,7 @@ def choose_kernel(config: Config, device: torch.device, dtype: torch.dtype) -> s
     """Return the key of KERNELS for the fastest kernels that this device has in this dtype."""
     if config.bias:
         return "loop"
-    # rows of a multiple of 16 bytes in bf16
+    # grouped_mm needs rows of a multiple of 16 bytes: 8 values in bf16
     is_aligned = config.n_embd % 8 == 0 and (config.moe_intermediate_size or 0) % 8 == 0
     if is_aligned and has_fast_grouped_mm(device, dtype):
         return "grouped_mm"

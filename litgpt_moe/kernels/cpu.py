@@ -65,13 +65,13 @@ class PaddedRows(NamedTuple):
 
 
 def padded_size(count: int) -> int:
-    """Return the next of the few sizes: at most 15 more than `count`, or a sixteenth."""
+    """Return `count` rounded up to one of a few sizes, by at most 15 or a sixteenth of it."""
     step = max(16, 1 << count.bit_length() >> 5)
     return -(-count // step) * step
 
 
 def max_padded_rows(x: torch.Tensor, n_rows: int, n_expert: int) -> int:
-    """Return the largest P that `n_rows` can have: torch.compile has to know a shape without the load."""
+    """Return the largest P that `n_rows` can have: a compiled graph needs a shape that fits every load."""
     return n_rows + n_rows // 16 + 15 * n_expert if uses_onednn(x) else n_rows
 
 
@@ -79,13 +79,13 @@ def for_each_expert(run_expert: Callable[[int], None], sizes: list[int], matrix:
     """Call `run_expert` for every expert; on a CPU in several threads, each of which runs one at a time.
 
     Two threads inside the products of one expert, a few hundred rows, wait for each other more than they
-    gain, above all when other programs run: the layer of MoE-30M, forward and backward, takes 31 ms so and
-    27 ms here, beside one busy process 148 ms and 54 ms (AMD EPYC, two cores, 2,048 tokens, float32).
+    gain, above all when other programs run: the layer of MoE-30M, forward and backward, takes 31 ms that way
+    and 27 ms this way; beside one busy process 148 ms and 54 ms (AMD EPYC, two cores, 2,048 tokens, float32).
 
     Args:
         run_expert: runs the expert of this index.
         sizes: each expert's number of rows.
-        matrix: one of an expert's, for its device and size.
+        matrix: a weight matrix of any expert, of which only the device and size are read.
     """
     n_threads = torch.get_num_threads() if matrix.device.type == "cpu" else 1
     by_size = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
@@ -94,7 +94,7 @@ def for_each_expert(run_expert: Callable[[int], None], sizes: list[int], matrix:
             run_expert(e)
         return
     experts = iter(by_size)
-    # each thread has modes of its own
+    # set again in each thread: inference mode and no_grad are thread-local
     is_inference = torch.is_inference_mode_enabled()
 
     def run_experts() -> None:
@@ -102,14 +102,14 @@ def for_each_expert(run_expert: Callable[[int], None], sizes: list[int], matrix:
             for e in experts:
                 run_expert(e)
 
-    # the caller is one of the threads: inside an expert it multiplies alone, as the helpers do
+    # the calling thread runs experts too; like the helpers, it uses one thread inside an expert
     torch.set_num_threads(1)
     helpers = [_helper_threads(n_threads - 1).submit(run_experts) for _ in range(n_threads - 1)]
     try:
         run_experts()
     finally:
         wait(helpers)
-        # the last call in any thread also says what threads yet to begin get
+        # the last call in any thread is also the default of threads that start later
         torch.set_num_threads(n_threads)
     for helper in helpers:
         helper.result()
@@ -123,7 +123,7 @@ def _helper_threads(n: int) -> ThreadPoolExecutor:
 
 def _is_worth_threads(sizes: list[int], n_threads: int, matrix: torch.Tensor) -> bool:
     """Return whether an average expert has enough to do, and threads would be busy for 7/8 of the time."""
-    # Python itself runs in one thread at a time: below, products are too short (Xeon, 2 cores, float32)
+    # below 4 million multiply-adds a product, the threads mostly wait for the GIL (Xeon, 2 cores, float32)
     if sum(sizes) * matrix.numel() < len(sizes) << 22:
         return False
     loads = [0] * n_threads

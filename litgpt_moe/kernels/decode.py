@@ -38,7 +38,7 @@ class PackedExperts:
 
     @classmethod
     def of(cls, experts: nn.ModuleList) -> "PackedExperts":
-        """Lay the parameters of the experts, which have no biases, out anew; return the tensors they view."""
+        """Copy the experts' weights into new tensors, make the parameters views of these, and return them."""
 
         def pack(name: str) -> torch.Tensor:
             layers = [getattr(expert, name) for expert in experts]
@@ -55,10 +55,11 @@ class PackedExperts:
         return self.fc_1.data_ptr() == weight.data_ptr()
 
     def run(self, x_NC: torch.Tensor, weights_NK: torch.Tensor, indices_NK: torch.Tensor) -> torch.Tensor:
-        """Return each token's weighted sum, (N, C), each chosen matrix by one `embedding_bag`.
+        """Return each token's weighted sum, (N, C), by one `embedding_bag` each for fc_1, fc_2 and proj.
 
-        That is a matrix-vector product with gathering. It reads the rows in order: 18 GB/s on one core, 26 on
-        two, where MKL's product reaches 10 on weights that are not in the cache (AMD EPYC, torch 2.10).
+        With per-sample weights it is a matrix-vector product for each chosen expert. It reads rows in order:
+        18 GB/s on one core, 26 on two, where MKL's product reaches 10 on weights that are not in the cache
+        (AMD EPYC, torch 2.10).
         """
         n_tokens, top_k = indices_NK.shape
         expert_R1 = indices_NK.view(-1, 1)

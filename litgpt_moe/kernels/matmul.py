@@ -13,7 +13,7 @@ from litgpt_moe.kernels.autograd import Function
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return a (M, K) @ b (K, N), in `out` if given, by the faster library. Autograd does not see it.
+    """Return a (M, K) @ b (K, N), in `out` if given, by the faster library; for code with its own backward.
 
     oneDNN copies an `a` that is not contiguous; `b` may have any strides, and `out` any dtype.
     """
@@ -54,7 +54,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T, (..., out_features)."""
-        # torch.compile and autocast choose their own products; decoding's few rows are bound by memory
+        # torch.compile and autocast choose their own kernels; decoding's few rows are memory-bound
         is_plain = not torch.compiler.is_compiling() and compute_dtype(input) == input.dtype
         if is_plain and input.numel() >= 16 * input.size(-1) and prefers_onednn(input):
             y = _LinearFunction.apply(input.reshape(-1, input.size(-1)), self.weight)
@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Make the model's plain linear layers, above all those of attention, `Linear`s."""
+    """Turn each plain nn.Linear of the model, above all those of attention, into a `Linear`."""
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is None:
             module.__class__ = Linear  # the same object, so hooks and parameters stay
@@ -106,5 +106,5 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def no_autocast(x: torch.Tensor) -> AbstractContextManager:
-    """Return a context in which autocast leaves what is computed on the device of `x` alone."""
+    """Return a context in which autocast is off on the device of `x`."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

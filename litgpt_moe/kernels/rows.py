@@ -19,8 +19,8 @@ Matrices = list[torch.Tensor]  # one of each expert
 class Plan(NamedTuple):
     """Which sorted row belongs to which token and expert. Its shapes do not depend on the routing.
 
-    So no kernel has to wait for the device to hear how many rows an expert has, and `torch.compile` makes one
-    graph for every load.
+    So the host need not wait for the device to learn how many rows an expert has, and `torch.compile` makes
+    one graph for every load.
     """
 
     token: torch.Tensor
@@ -166,6 +166,7 @@ def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 # --- SwiGLU of weighted rows --------------------------------------------------------------------------------
+# `gate` and `up` are here the outputs of fc_1 and fc_2; the router, which the layer calls `gate`, is another.
 
 
 def swiglu(gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor) -> torch.Tensor:

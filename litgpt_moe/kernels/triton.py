@@ -1,4 +1,7 @@
-"""Experts by grouped GEMMs in Triton: for CUDA devices on which PyTorch has no fast one."""
+"""Experts by grouped GEMMs in Triton: for CUDA devices on which PyTorch has no fast one.
+
+Axes beside those of moe_layers.py: O outputs and I inputs of a product; here T stands for tiles of rows.
+"""
 
 import math
 from functools import lru_cache
@@ -43,8 +46,8 @@ def _kernels() -> ModuleType:
 def _tile(n_rows: int, n_expert: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the sizes of the kernels' tiles (rows, outputs, inputs), and their numbers of warps and stages.
 
-    Four stages hold three pairs of tiles, 48 KB of shared memory for the largest: two such programs fit the
-    100 KB of a consumer card's processor (SM86, SM89, SM120). Not tuned on a GPU yet.
+    Four stages hold three pairs of tiles, 48 KB of shared memory for the largest: two such programs fit into
+    the 100 KB of a consumer GPU's multiprocessor (SM86, SM89, SM120). Not tuned on a GPU yet.
     """
     if dtype == torch.float32:
         # twice the bytes; and without TF32 the products of a larger tile spill registers
@@ -128,7 +131,7 @@ def _expert_rows(
     tile_ends: torch.Tensor,
     tile_experts: torch.Tensor,
 ) -> torch.Tensor:
-    """Return each sorted row of x times its expert's w^T (E, O, I), (R, O); with `rows` (R,), of x[rows]."""
+    """Return (R, O): each row of x, or of x[rows], times its expert's matrix in w (E, O, I), transposed."""
     y = _expert_rows_shape(x, w, rows, ends, tile_ends, tile_experts)
     tile = _tile(y.size(0), w.size(0), x.dtype)
     grid = (tile_experts.size(0) * -(-w.size(1) // tile["BLOCK_O"]),)

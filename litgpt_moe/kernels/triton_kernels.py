@@ -33,7 +33,7 @@ def rows_kernel(
     tiles_across = (n_out + BLOCK_O - 1) // BLOCK_O
     tile = tl.program_id(0) // tiles_across  # neighbouring programs read the same rows of x
     expert = tl.load(tile_experts + tile)
-    if expert >= n_expert:  # the grid is as large as the worst load needs
+    if expert >= n_expert:  # no tile for this program: the grid is sized for the worst load
         return
     first_tile = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)

@@ -10,13 +10,15 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from litgpt_moe.checkpoints.layout import FINAL, steps_of
+from litgpt_moe.cli import note
 from litgpt_moe.files import read_json
 from litgpt_moe.report.results import RESULTS_FILE, results_of
 from litgpt_moe.yaml_files import read_mapping
@@ -194,15 +196,12 @@ def read_loads(path: Path, stride: int) -> tuple[dict[int, dict[int, list[int]]]
 
 def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:
     """Return a run's settings, command and versions, from logs/run.json and the newest checkpoint."""
-    facts = read_json(folder / FACTS)
-    checkpoints = [folder / "final", *sorted(folder.glob("step-*"), reverse=True)]
+    facts = _read(read_json, folder / FACTS)
+    checkpoints = [folder / FINAL, *reversed(steps_of(folder).values())]
 
     def newest(name: str) -> dict[str, Any]:
         path = next((folder / name for folder in checkpoints if (folder / name).is_file()), None)
-        try:
-            return read_mapping(path, is_foreign=True) if path else {}
-        except (ValueError, OSError):
-            return {}  # the curves can be shown without them
+        return _read(lambda path: read_mapping(path, is_foreign=True), path) if path else {}
 
     def fact(name: str, kind: type) -> Any:
         value = facts.get(name)
@@ -214,6 +213,15 @@ def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:
     if device := facts.get("device"):
         versions["device"] = str(device)
     return settings, shlex.join(map(str, fact("command", list))), versions
+
+
+def _read(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Return what `read` does, or {} with a note: the curves can be shown without it."""
+    try:
+        return read(path)
+    except (ValueError, OSError) as error:
+        note(f"left out: {error}")
+        return {}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, read_record
 from litgpt_moe.cli import WorkFailed, note
-from litgpt_moe.files import fits
+from litgpt_moe.files import check_no_links, fits, open_no_link
 
 RESULTS_FILE = "results.jsonl"
 MAX_ROWS = 100  # of a run, the newest
@@ -22,21 +21,16 @@ FIGURES = ("loss", "loss_stderr", "perplexity", "bits_per_byte", "n_tokens")
 
 def append(result: dict[str, Any], path: Path) -> None:
     """Append a result to the file `path`; WorkFailed if that is impossible or `path` is a link."""
-    # a link in a folder of somebody else's could lead to any file of the user's
-    flags = (
-        os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    )
-    way_out = "name another --results_file"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():
-            raise WorkFailed(f"{path}: not recorded (it is a link); {way_out}")
-        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise WorkFailed(f"{path}: not recorded (it is no file); {way_out}")
-            file.write(json.dumps(result) + "\n")
-    except OSError as error:
-        raise WorkFailed(f"{path}: not recorded ({error.strerror or error}); {way_out}") from error
+        check_no_links(path)  # which, in a folder of somebody else's, may lead to any file of the user's
+        with open(path, "ab+", opener=open_no_link) as file:
+            # a row that a full disk cut off must not spoil this one
+            is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+            file.write(b"\n" * is_torn + json.dumps(result).encode() + b"\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WorkFailed(f"{path}: not recorded ({reason}); name another --results_file") from error
     note(f"appended to {path}")
 
 
@@ -50,7 +44,8 @@ def results_of(run: Path, files: list[Path]) -> list[dict[str, Any]]:
     for row in (row for path in files for row in _read(path)):
         place, name = Path(row["checkpoint"]["path"]), names.get(row["checkpoint"]["sha256"])
         with contextlib.suppress(ValueError, OSError):  # a zero byte, a loop of links
-            name = name or (place.name if place.parent.resolve() == run.resolve() else None)
+            if name is None and place.parent.resolve() == run.resolve():
+                name = place.name + (" (replaced since)" if place.name in names.values() else "")
         if name is not None:
             shown = {"checkpoint": name, "time": row["time"][:40], "data": _describe(row["data"])}
             shown |= {key: row.get(key) if _is_number(row.get(key)) else None for key in FIGURES}

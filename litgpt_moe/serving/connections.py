@@ -35,7 +35,8 @@ class Connection(H11Protocol):
         for crowd, limit in ((same, MAX_PER_ADDRESS), (others, MAX_CONNECTIONS)):
             if len(crowd) > limit:
                 idle = [c for c in crowd if c.is_idle and c is not self]
-                min(idle, key=lambda c: c._opened, default=self).transport.abort()
+                # first those that never had a request: a client may be about to use its old connection again
+                min(idle, key=lambda c: (c.cycle is not None, c._opened), default=self).transport.abort()
         self._start("header", HEADER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -11,6 +11,7 @@ import torch
 from litgpt.model import GPT
 
 from litgpt_moe.balance import layers_of
+from litgpt_moe.cli import first_line, is_out_of_memory
 from litgpt_moe.generation.decode import Diverged, generate, room_for
 from litgpt_moe.generation.text import TextDecoder
 from litgpt_moe.serving.requests import ApiError, CompletionRequest, Served
@@ -166,8 +167,10 @@ class Engine:
                     if piece.finish_reason:
                         del live[number]
                     yield number, piece
-        except (Diverged, torch.OutOfMemoryError) as error:
-            raise ApiError(500, str(error)) from None
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, Diverged) or is_out_of_memory(error):
+                raise ApiError(500, first_line(error)) from None
+            raise
         finally:
             # also reached when the client disconnects; `close` is queued behind a step that still runs
             for choice in live.values():

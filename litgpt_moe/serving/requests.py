@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from litgpt_moe.cli import printable
 from litgpt_moe.generation.settings import MAX_CHOICES, GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt
 
@@ -51,7 +52,7 @@ class Served:
     @property
     def name(self) -> str:
         """Return the model's name."""
-        return self.model.config.name or "model"
+        return printable(self.model.config.name) or "model"
 
 
 def _as_list(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """Preparing the data before training begins, and the training batches with a position to resume from."""
 
+import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +17,22 @@ from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.checks import warn_of_unused_rows
 from litgpt_moe.training.run import Run
-from litgpt_moe.training.steps import Ending
 
 # padded_vocab_size in configs/demo_model.yaml
 DEMO_VOCAB = 2048
 
 
 class TrainLoader:
-    """LitGPT's training batches, with their position for checkpoints; ends the run between two steps."""
+    """LitGPT's training batches, with their position for checkpoints, and a place between two of them.
+
+    `between_batches` is called there, before the next batch is taken. It may raise to leave the loop.
+    """
 
     def __init__(
-        self, loader: Any, seed: int, is_finished: Callable[[], bool], ending: Callable[[], str]
+        self, loader: Any, seed: int, is_finished: Callable[[], bool], between_batches: Callable[[], None]
     ) -> None:
         self.loader, self.seed = loader, seed
-        self.is_finished, self.ending = is_finished, ending
+        self.is_finished, self.between_batches = is_finished, between_batches
         # without Fabric's wrapper; our own loader knows its position
         self.inner = getattr(loader, "_dataloader", loader)
         self.has_state = hasattr(self.inner, "state_dict")
@@ -46,8 +50,7 @@ class TrainLoader:
             # litgpt 0.5.13 takes one more batch, which a run that goes on from final/ would then miss
             if self.is_finished():
                 return
-            if reason := self.ending():
-                raise Ending(reason)
+            self.between_batches()
 
     def _replayed(self) -> Iterator[Any]:
         """Yield the batches left in the epoch, shuffled by its own seed so that a resume can repeat it."""
@@ -76,6 +79,25 @@ class TrainLoader:
         if not fits(state, {"epoch": 0, "n_batches": 0}):
             raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
         self.epoch, self.n_batches = state["epoch"], state["n_batches"]
+
+
+class ValLoader:
+    """LitGPT's validation batches; between two of them `between_batches` is called with both numbers.
+
+    They are the number of batches done, and of all, which is infinite for a loader without a length.
+    """
+
+    def __init__(self, loader: Any, between_batches: Callable[[int, float], None]) -> None:
+        self.loader, self.between_batches = loader, between_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        n_batches = math.inf
+        with contextlib.suppress(TypeError):
+            n_batches = len(self.loader)
+        for n_done, batch in enumerate(self.loader):
+            if n_done:
+                self.between_batches(n_done, n_batches)
+            yield batch
 
 
 def prepare_data_of(run: Run) -> None:

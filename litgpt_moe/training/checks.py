@@ -13,9 +13,11 @@ import torch
 
 from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
+from litgpt_moe.checkpoints.writer import BESIDE_BYTES
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import check_no_links, existing_parent, locked_folder
+from litgpt_moe.files import check_no_links, existing_parent
 from litgpt_moe.hardware import has_cuda, memory_bytes
+from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
 
@@ -33,9 +35,18 @@ LOWEST = {
 }
 
 
-def run_lock(out_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """Return the lock that keeps a second run out of `out_dir`."""
-    return locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir")
+@contextlib.contextmanager
+def run_lock(out_dir: Path) -> Iterator[None]:
+    """Keep a second run out of `out_dir`, and say if the last one there was killed."""
+    # a run that ends in any other way removes it
+    was_killed = (out_dir / ".run.json").is_file()
+    with locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir"):
+        if was_killed:
+            note_once(
+                f"The last run in {out_dir} was killed. If that was for lack of memory (a container's limit "
+                "gives no other sign), lower train.micro_batch_size."
+            )
+        yield
 
 
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
@@ -184,16 +195,16 @@ def check_out_dir(run: "Run") -> None:
     check_no_links(logs := out_dir / "logs")
     check_no_links(*logs.rglob("*"))
     free = shutil.disk_usage(existing_parent(out_dir)).free
-    if free < run.checkpoint_bytes:
+    needed = run.checkpoint_bytes + BESIDE_BYTES
+    if free < needed:
         raise ValueError(
-            f"{out_dir}: a checkpoint needs {run.checkpoint_bytes:,} bytes but {free:,} are free; "
-            "make room there"
+            f"{out_dir}: a checkpoint needs {needed:,} bytes but {free:,} are free; make room there"
         )
     n_steps = run.n_steps - run.start_step
     n_saves = 1 + n_steps // (settings.train.save_interval or n_steps or 1)
     # 2: the checkpoint that is being written, and final/
     n_at_once = min(n_saves, (settings.checkpoints.keep_last or n_saves) + 2)
-    if free < (whole := run.checkpoint_bytes * n_at_once):
+    if free < (whole := needed * n_at_once):
         note_once(
             f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
             "set checkpoints.keep_last, raise train.save_interval or make room."

@@ -3,8 +3,11 @@
 import contextlib
 import difflib
 import importlib
+import importlib.util
+import inspect
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +62,23 @@ def find_class(key: str, spec: dict[str, Any]) -> type:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         text = f"{key}.class_path is {path}, which cannot be used: {error}; name another, such as {usual}"
         raise BadClass(text, at) from None
+    if problem := _data_problem(kind):
+        raise BadClass(f"{key}.class_path is {path}, {problem}, or use {usual}", at)
     return kind
+
+
+def _data_problem(kind: type) -> str:
+    """Return why a data module of LitGPT cannot be trained on, "" if it can."""
+    if not kind.__module__.startswith("litgpt.data."):
+        return ""
+    # finetuning masks prompts, and its batches are not what the loop for pretraining takes
+    if "mask_prompt" in inspect.signature(kind).parameters:
+        return "which is for finetuning; name one for pretraining"
+    # imported by LitGPT when the data are used, after the checks
+    source = Path(inspect.getfile(kind)).read_text(encoding="utf-8")
+    if "litdata" in source and importlib.util.find_spec("litdata") is None:
+        return "which needs the package litdata; install it with: uv sync --extra litdata"
+    return ""
 
 
 def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What LitGPT's loop and Fabric call during a run, and which part of the run acts there."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -14,20 +15,22 @@ from litgpt.args import TrainArgs
 from torch.optim import Optimizer
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import checkpoints_of
-from litgpt_moe.checkpoints.state import RunState, rng_state, set_rng_state
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, step_name
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
+from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
-from litgpt_moe.training.model import prepare_model, router_counts, set_router_counts
+from litgpt_moe.training.model import prepare_model
+from litgpt_moe.training.progress import StepInProgress, collect, restore
+from litgpt_moe.training.resume import say_if_data_changed
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.schedule import set_learning_rate
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
-from litgpt_moe.training.steps import Clock, Judge, RunFailed, StopSignals, Verdict
+from litgpt_moe.training.steps import Clock, Ending, Judge, RunFailed, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
 
 # assumed for the first save, until its time has been measured: a slow disk
@@ -42,6 +45,8 @@ class LoopHooks:
 
     # set once Fabric has set up the model and the data
     fabric: Fabric
+    module: Any
+    optimizer: Optimizer
     gpt: GPT
     head: LossHead | None
     loader: TrainLoader
@@ -57,14 +62,21 @@ class LoopHooks:
         text = saved_text(settings)
         self.writer = CheckpointWriter(settings.out_dir, settings.checkpoints, text, self.metrics.print)
         self.figures = StepFigures()
-        self.loss_sum: torch.Tensor | float = 0.0
-        """Loss of this step's micro-batches so far, each divided by their number, on the device."""
+        self.in_progress = StepInProgress(self)
+        self.saved_step = run.start_step
         self.has_validated = False
+        self.validation = (0.0, 0)
+        """When the latest validation began, on time.perf_counter(), and its micro-batches at most."""
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
-        self.fabric, self.gpt = fabric, module.module
-        self.writer.selection_bias = prepare_model(fabric, module, self.run)
+        self.fabric, self.module, self.gpt = fabric, module, module.module
+        if prepare_model(fabric, module, self.run):
+            self.writer.notes["selection_bias"] = True
+        # the loader reports a manifest that has become unreadable
+        with contextlib.suppress(ValueError, OSError):
+            if self.run.data_dir is not None:
+                self.writer.notes["data"] = manifest_fingerprint(read_manifest(self.run.data_dir, False))
         # FSDP's weights are whole only inside the model's forward
         self.head = None if is_sharded(fabric) else defer_head(self.gpt)
 
@@ -73,19 +85,22 @@ class LoopHooks:
         return self.fabric.strategy.all_reduce(tensor, reduce_op="sum")
 
     @functools.cached_property
-    def peak_flops(self) -> float:
-        """Peak FLOP/s of all devices; measured at the first row of the log where it is not known."""
+    def peak_flops(self) -> float | None:
+        """Peak FLOP/s of all devices; None on CPUs, where a measurement gives what other programs leave."""
+        if self.fabric.device.type == "cpu":
+            return None
         return peak_flops(self.fabric.device, self.run.precision) * self.run.world_size
 
     def before_step(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
         """Judge the step, whose gradient is complete, and set its learning rate."""
+        self.optimizer = optimizer
         save_s = self.writer.lasting_s or self.run.checkpoint_bytes / ASSUMED_BYTES_PER_S
         failed_save = self.writer.failure
         vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, save_s, failed_save)
-        loss, grad_norm, votes = self._to_host(norm, vote)
+        loss, grad_norm, votes = self.in_progress.end(norm, vote)
         lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader))
         self.figures = StepFigures(loss, grad_norm, lr)
-        verdict = self.judge.verdict(loss, grad_norm, round(votes), failed_save)
+        verdict = self.judge.verdict(loss, grad_norm, votes, failed_save)
         if verdict.fail:
             raise RunFailed(verdict.fail)
         if verdict.end:
@@ -96,15 +111,6 @@ class LoopHooks:
             self.metrics.report_spike(self.step + 1, self.figures, verdict.spike)
         if verdict.skip:
             self._skip(optimizer, verdict)
-
-    def _to_host(self, norm: torch.Tensor, vote: int) -> list[float]:
-        """Return the mean loss over all ranks, the norm and the sum of the votes, by one copy to the host."""
-        # float32: a loss in bf16 would be rounded to three digits
-        loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=norm.device)
-        self.loss_sum = 0.0
-        # one all-reduce for both
-        loss, votes = self.sum_over_ranks(torch.stack([loss, loss.new_tensor(vote)]))
-        return torch.stack([loss / self.run.world_size, norm.detach().float(), votes]).tolist()
 
     def _skip(self, optimizer: Optimizer, verdict: Verdict) -> None:
         balance.discard_step_load(self.gpt)
@@ -126,9 +132,38 @@ class LoopHooks:
         self.clock.end_step()
         self.metrics.advance(self.step)
 
+    def between_batches(self) -> None:
+        """Leave the loop if the run must end: after a whole step, or amid one that would take long."""
+        if self.in_progress.n_batches == 0:
+            if self.ending:
+                raise Ending(self.ending)
+            self.in_progress.begin()
+        elif self.in_progress.must_leave(left_s := self.in_progress.seconds_left()):
+            self.metrics.print(f"Step {self.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
+            self._leave()
+
+    def between_val_batches(self, n_done: int, n_batches: float) -> None:
+        """Leave the loop if the run must end and the validation would take long."""
+        began, max_iters = self.validation
+        n_left = min(max_iters, n_batches) - n_done
+        if self.in_progress.must_leave((time.perf_counter() - began) / n_done * n_left):
+            self.metrics.print(f"The validation at step {self.step} is cut off.")
+            self._leave()
+
+    def _leave(self) -> None:
+        """Save the last whole step, unless that is done, and leave the loop."""
+        self.ending = self.judge.stops.reason or "the request of another process"
+        if self.saved_step != self.step:
+            self.in_progress.roll_back()
+            state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
+            state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}
+            file = self.run.settings.out_dir / step_name(self.step) / CHECKPOINT_FILE
+            self.save(self.fabric, state, self.run.settings.tokenizer_dir, file)
+        raise Ending(self.ending)
+
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`: figures of all ranks, and the routers' statistics."""
-        # read before peak_flops, whose first measurement takes half a second on a CPU
+        # read before peak_flops, which is measured at the first row where it is not known
         seconds = self.clock.seconds
         if "loss" not in metrics:
             return validation_row(self.run, self.step, seconds, metrics)
@@ -143,6 +178,7 @@ class LoopHooks:
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
         """Return LitGPT's validation loss; write a story, and warn of a loss that is not finite."""
+        self.validation = time.perf_counter(), options["max_iters"]
         with self.clock.pause():
             val_loss = validate(*args, **options)
             # the first validation of each process is a trial of two batches
@@ -157,32 +193,17 @@ class LoopHooks:
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
         """Save the loop's `state`, and what `resume` needs besides."""
         self.logs.sync()
-        ours = RunState(
-            time_s=self.clock.seconds,
-            guard=self.judge.guard.state_dict(),
-            told_step=self.stories.last_step,
-            router=router_counts(self.gpt, self.sum_over_ranks),
-            rng=rng_state(),
-            **self.logs.lengths(),
-        )
-        self.writer.save(fabric, {**state, **ours.state_dict()}, tokenizer_dir, checkpoint_file)
+        self.saved_step = state["step_count"]
+        state = {**state, **collect(self).state_dict()}
+        self.writer.save(fabric, state, tokenizer_dir, checkpoint_file)
 
     def resume(self, state: dict[str, Any], left_over: dict[str, Any]) -> None:
         """Restore what `save` added to the loop's `state`; `left_over` is what Fabric has not loaded."""
         # with another number of devices a step has another number of micro-batches
         state["iter_num"] = state["step_count"] * self.run.accumulation
-        # absent from a checkpoint of LitGPT's own loop
-        if "run" not in left_over:
-            return
-        saved = RunState()
-        saved.load_state_dict(left_over)
-        set_rng_state(saved.rng)
-        if self.fabric.is_global_zero:
-            set_router_counts(self.gpt, saved.router)
-        self.clock.resume(saved.time_s)
-        self.judge.guard.load_state_dict(saved.guard)
-        self.stories.last_step = saved.told_step
-        self.logs.keep(vars(saved))
+        restore(self, left_over)
+        assert self.run.resume is not None
+        say_if_data_changed(self.run.resume.folder, self.writer.notes.get("data"))
 
     def close(self, fabric: Fabric) -> None:
         """Wait for the save in progress, and finish the loggers."""

@@ -16,7 +16,7 @@ from litgpt import Config
 from tqdm import tqdm
 
 from litgpt_moe.balance import STATISTICS
-from litgpt_moe.cli import command_line, note
+from litgpt_moe.cli import command_line, note, printable
 from litgpt_moe.files import open_no_link, write_whole
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
@@ -176,22 +176,24 @@ def metric_row(
     seconds: float,
     steps_per_s: float,
     figures: StepFigures,
-    peak_flops: float,
+    peak_flops: float | None,
     from_litgpt: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the row of a step, without the routers' statistics, the epoch and the skipped steps.
 
-    It replaces LitGPT's, whose loss is rank 0's and whose rates include the validations.
+    It replaces LitGPT's, whose loss is rank 0's and whose rates include the validations. `peak_flops` is that
+    of all devices, None where it is not known.
     """
     tokens, rate = step * run.tokens_per_step, steps_per_s * run.tokens_per_step
+    # model FLOPs utilization: the share of the devices' peak
+    mfu = {} if peak_flops is None else {"mfu": rate * run.facts.flops_per_token / peak_flops}
     return {
         "step": step,
         "total_tokens": tokens,
         "time_s": seconds,
         **figures._asdict(),
         "tokens_per_s": rate,
-        # model FLOPs utilization: the share of the devices' peak
-        "mfu": rate * run.facts.flops_per_token / peak_flops,
+        **mfu,
         "flops": tokens * run.facts.flops_per_token,
         "peak_memory_gb": peak_memory_gb(),
         **{key: from_litgpt[key] for key in ("iter", "iter_time", "remaining_time")},
@@ -206,7 +208,7 @@ def metric_line(row: dict[str, Any], n_steps: int, val_loss: float | None) -> st
         f"loss {row['loss']:.3f}" + ("" if val_loss is None else f", val {val_loss:.3f}"),
         f"lr {row['learning_rate']:.2e}",
         f"norm {row['grad_norm']:.2f}",
-        f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}",
+        f"{row['tokens_per_s']:,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if "mfu" in row else ""),
         *_worst_layer(row),
         f"{timedelta(seconds=int(row['remaining_time']))} left",
     )
@@ -230,8 +232,8 @@ class MetricLog:
         self.run, self.logs = run, logs
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
         self.bar: tqdm | None = None
-        # loss and val_loss
         self.latest: dict[str, float] = {}
+        """The latest loss and val_loss in the log, and `step`, the one of that loss."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Write a row and show it."""
@@ -239,8 +241,11 @@ class MetricLog:
             return
         self.logs.metrics.write(metrics)
         self.latest |= {key: float(metrics[key]) for key in ("loss", "val_loss") if key in metrics}
+        if "loss" in metrics:
+            self.latest["step"] = metrics["step"]
         if self.bar is not None:
-            self.bar.set_postfix({key: f"{value:.3f}" for key, value in self.latest.items()}, refresh=False)
+            losses = {key: f"{value:.3f}" for key, value in self.latest.items() if key != "step"}
+            self.bar.set_postfix(losses, refresh=False)
         elif "loss" in metrics:
             self.print(metric_line(metrics, self.run.n_steps, self.latest.get("val_loss")))
 
@@ -266,7 +271,7 @@ class MetricLog:
 
     def print(self, *texts: Any, **_: Any) -> None:
         """Print a line on stderr, except for LitGPT's own metrics and summary, which ours replace."""
-        line = " ".join(map(str, texts))
+        line = printable(" ".join(map(str, texts)))
         # litgpt 0.5.13's summary divides by a clock reading, and its epochs restart at 1 after a resume
         if line.startswith(("| ", "-----", "Epoch ")) or not is_main_process():
             return

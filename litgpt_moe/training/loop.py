@@ -20,7 +20,7 @@ from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
 from litgpt_moe.hardware import avoid_wrong_gradients, has_cuda, keep_freed_memory, will_compile
 from litgpt_moe.loss import linear_cross_entropy
-from litgpt_moe.training.batches import TrainLoader
+from litgpt_moe.training.batches import TrainLoader, ValLoader
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.optimizer import clone_state, make_optimizer
 from litgpt_moe.training.resume import OpenCheckpoint
@@ -40,14 +40,14 @@ class TrainingFabric(L.Fabric):
 
     def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
-        hooks, (train, *others) = self.hooks, super().setup_dataloaders(*loaders, **options)
+        hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
         n_steps, seed = hooks.run.n_steps, hooks.run.settings.seed
-        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, lambda: hooks.ending)
-        return [hooks.loader, *others]
+        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, hooks.between_batches)
+        return [hooks.loader, ValLoader(val, hooks.between_val_batches)]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
         """Add the loss of a micro-batch to that of its step."""
-        self.hooks.loss_sum = self.hooks.loss_sum + tensor.detach().float()
+        self.hooks.in_progress.add(tensor)
         super().backward(tensor, *args, **options)
 
     def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **options: Any) -> torch.Tensor:
@@ -111,8 +111,9 @@ class BackgroundIO(TorchCheckpointIO):
 def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabric:
     """Return the Fabric that LitGPT's loop runs on: one device, DDP on CPUs, FSDP on GPUs."""
     settings, opened = run.settings, run.resume or run.initial
-    # Fabric's own choice, "auto", takes a Mac's MPS, on which nothing of this has been tried
-    accelerators = {"gpu": "cuda", "auto": "cuda" if has_cuda() else "cpu"}
+    # Fabric's "auto" takes a Mac's MPS, on which nothing of this has been tried
+    is_mac = torch.backends.mps.is_available() and not has_cuda()
+    accelerators = {"gpu": "cuda", "auto": "cpu" if is_mac else "auto"}
     # litgpt.pretrain.setup always takes FSDP, which needs GPUs
     strategy: Any = "ddp" if run.world_size > 1 else "auto"
     plugins = [BackgroundIO(hooks.writer, opened)]
@@ -187,6 +188,8 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
         (pretrain, "save_checkpoint"): hooks.save,
         # ignores a loss that is not finite, and `fit` fails on one over 709
         (pretrain, "validate"): functools.partial(hooks.validate, pretrain.validate),
+        # may find data that were changed or removed since they were checked
+        (pretrain, "get_dataloaders"): functools.partial(_get_dataloaders, pretrain.get_dataloaders),
         # puts all weights into one group, and sets `fused` by the device alone
         (pretrain, "instantiate_torch_optimizer"): lambda spec, *_, **__: make_optimizer(
             hooks.run.settings, hooks.gpt, spec
@@ -202,6 +205,13 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
             at_exit.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield
+
+
+def _get_dataloaders(get: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return get(*args)
+    except (ValueError, ImportError) as error:
+        raise RunFailed(f"{error}; then continue with --resume auto") from error
 
 
 def _loss(

@@ -50,7 +50,7 @@ def router_counts(
 
 
 def set_router_counts(gpt: GPT, saved: list[dict[str, torch.Tensor]]) -> None:
-    """Set the counters to what `router_counts` returned: on rank 0 alone, since a row sums over all ranks."""
+    """Set the counters to what `router_counts` returned."""
     for counters, values in zip(_counters(gpt), saved, strict=True):
         counters.load.copy_(values["load"])
         counters.sums.copy_(values["sums"])

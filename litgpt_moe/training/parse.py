@@ -243,13 +243,17 @@ def _wrong(key: str, value: Any, words: dict[str, str]) -> str:
     return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
 
 
-def resume_command(argv: list[str]) -> str:
-    """Return the command that resumes the run that `argv` started."""
+def resume_command(argv: list[str], micro_batch_size: int | None = None) -> str:
+    """Return the command that resumes the run that `argv` started, with another micro-batch size if given."""
+    replaced, added = ["--resume", "--initial_checkpoint_dir"], ["--resume", "auto"]
+    if micro_batch_size is not None:
+        replaced += ["--micro_batch_size", "--train.micro_batch_size"]
+        added = ["--micro_batch_size", str(micro_batch_size), *added]
     kept = []
     for flag in (flags := iter(join_switches(argv, SWITCH_FLAGS))):
         name, equals, _ = flag.partition("=")
-        if name in ("--resume", "--initial_checkpoint_dir"):
+        if name in replaced:
             _ = equals or next(flags, None)
         elif name not in ("--overwrite", "--no_overwrite"):
             kept.append(flag)
-    return train_command(*kept, "--resume", "auto")
+    return train_command(*kept, *added)

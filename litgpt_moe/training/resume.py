@@ -14,8 +14,10 @@ from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
     SETTINGS_FILE,
+    ReadFailed,
     checkpoints_of,
     find_checkpoint,
+    read_record,
 )
 from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.config import MoEConfig
@@ -70,6 +72,8 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     for folder in newest_first:
         try:
             return OpenCheckpoint(folder, reader.read_training_state(folder))
+        except ReadFailed:
+            raise
         except (ValueError, OSError) as error:
             note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
@@ -87,6 +91,12 @@ def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
     reader.verify_checkpoint(folder := find_checkpoint(settings.initial_checkpoint_dir))
     opened = OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     reader.check_weights(folder, model, opened.weights)
+    reader.check_finite({"model": opened.weights}, opened.file)
+    if settings.train.tie_embeddings and not torch.equal(
+        opened.weights["lm_head.weight"], opened.weights["transformer.wte.weight"]
+    ):
+        kept = "train.tie_embeddings keeps transformer.wte.weight for both"
+        note_once(f"Warning: {folder}: its lm_head.weight is not its transformer.wte.weight; {kept}.")
     for text in changed_meaning(folder, settings, cast(MoEConfig, model.config)):
         note_once(f"Warning: {folder}: {text}; the weights were trained with what it was.")
     return opened
@@ -107,7 +117,7 @@ def check_resume(
     before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE, is_foreign=True).items()}
     if changes := [
         *changed_meaning(folder, settings, cast(MoEConfig, model.config)),
-        *_changed_run(before, settings, optimizer),
+        *_changed_run(before, settings, optimizer, model.config.block_size),
     ]:
         raise ValueError("\n".join(f"{folder}: {text}; resume with what it was" for text in changes))
     _say_what_changed(folder, before, settings)
@@ -130,7 +140,7 @@ def check_resume(
 def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
     """Yield what makes the weights of a checkpoint compute something else now: model keys, the tokenizer."""
     # an object has the defaults, with which the model was trained, of keys that an old file lacks
-    before = MoEConfig.from_file(folder / CONFIG_FILE, is_foreign=True)
+    before = MoEConfig.untried_from_file(folder / CONFIG_FILE, is_foreign=True)
     for key in (item.name for item in fields(MoEConfig) if item.name not in SAME_FUNCTION):
         if (was := getattr(before, key)) != (value := getattr(config, key)):
             yield f"{CONFIG_FILE}: {key} was {was}, now {value}"
@@ -151,7 +161,9 @@ def _tokenizer_key(folder: Path) -> tuple[str, int, int]:
     return facts.sha256, facts.bos_id, facts.eos_id
 
 
-def _changed_run(before: dict[str, Any], settings: Settings, optimizer: str) -> Iterator[str]:
+def _changed_run(
+    before: dict[str, Any], settings: Settings, optimizer: str, block_size: int
+) -> Iterator[str]:
     """Yield the settings with which the training state does not fit any more."""
     for key, value in (
         ("train.global_batch_size", settings.train.global_batch_size),
@@ -161,9 +173,16 @@ def _changed_run(before: dict[str, Any], settings: Settings, optimizer: str) -> 
         ("weight_decay_on", settings.weight_decay_on),
     ):
         # a class has several paths: torch.optim.AdamW is also torch.optim.adamw.AdamW
-        names = [str(text or None).rpartition(".")[2] for text in (before.get(key, value), value)]
+        otherwise = block_size if key == "train.max_seq_length" else None
+        names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             yield f"{key} was {before[key]}, now {value}"
+    # with these on, an optimizer of torch expects moments that it does not keep otherwise
+    init_args = settings.optimizer.get("init_args") or {}
+    for name in ("amsgrad", "centered", *(["momentum"] if "RMSprop" in optimizer else [])):
+        key, value = f"optimizer.init_args.{name}", init_args.get(name)
+        if bool(before.get(key)) != bool(value):
+            yield f"{key} was {before.get(key)}, now {value}"
 
 
 def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
@@ -175,6 +194,13 @@ def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) 
     ]
     if changes:
         note_once(f"Changed since {folder}: {'; '.join(changes)}.")
+
+
+def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:
+    """Say so if a checkpoint was trained on other token shards; earlier versions did not record them."""
+    before = read_record(folder).get("data")
+    if before and fingerprint and before != fingerprint:
+        note_once(f"Changed since {folder}: the data; its steps so far saw other text or another tokenizer.")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

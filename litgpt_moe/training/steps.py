@@ -14,9 +14,12 @@ from litgpt_moe.cli import WorkFailed
 from litgpt_moe.training.guard import Guard, Spike
 from litgpt_moe.training.settings import Settings
 
+# seconds that finishing a step may take after a signal; `docker stop` kills after 10, Slurm after 30
+GRACE_S = 5.0
+
 
 class Ending(Exception):
-    """Leaves LitGPT's loop between two steps, once everything is saved."""
+    """Leaves LitGPT's loop between two micro-batches, once the last whole step is saved."""
 
 
 class RunFailed(WorkFailed):
@@ -24,7 +27,7 @@ class RunFailed(WorkFailed):
 
 
 class StopSignals:
-    """While active, a first signal asks the run to end after this step, and a second one ends it at once."""
+    """While active, a first signal asks the run to save and end, and a second one ends it at once."""
 
     # from Ctrl-C; Slurm and systemd; Slurm; Ctrl-Break; a terminal or connection that is closed
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK", "SIGHUP")
@@ -55,7 +58,7 @@ class StopSignals:
                 os._exit(128 + number)
             return
         self.reason = name
-        text = f"\n{name}: finishing this step and saving; once more leaves at once.\n"
+        text = f"\n{name}: saving the last whole step; once more leaves at once.\n"
         # print is not reentrant: the signal may have interrupted it; the terminal may be gone
         with contextlib.suppress(OSError):
             os.write(2, text.encode())

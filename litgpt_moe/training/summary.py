@@ -1,6 +1,6 @@
 """What a run prints at its start, at its end and when it fails, and its logs/run.json."""
 
-import math
+import errno
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +10,12 @@ import torch
 import litgpt_moe
 from litgpt_moe.cli import command_line
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
-from litgpt_moe.files import FolderInUse, is_disk_full, write_json
+from litgpt_moe.files import is_disk_full, write_json
 from litgpt_moe.hardware import has_cuda, peak_memory_gb
 from litgpt_moe.kernels.choice import describe_kernel
+from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training.hooks import LoopHooks
+from litgpt_moe.training.parse import resume_command
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.steps import RunFailed
@@ -45,19 +47,22 @@ def write_run_facts(run: Run) -> None:
     write_json(run.settings.out_dir / "logs/run.json", facts)
 
 
-def report(hooks: LoopHooks, resume_command: str) -> str:
+def report(hooks: LoopHooks, argv: list[str]) -> str:
     """Return the run's figures, a story and the next commands; for a stopped run, how to continue it."""
-    run, loss, rate = hooks.run, hooks.figures.loss, hooks.clock.overall_steps_per_s(hooks.step)
+    run, latest, rate = hooks.run, hooks.metrics.latest, hooks.clock.overall_steps_per_s(hooks.step)
     if hooks.ending:
         stopped = f"Stopped after step {hooks.step:,} of {run.n_steps:,} ({hooks.ending}). To go on:"
-        return f"{stopped}\n  {resume_command}"
+        return f"{stopped}\n  {resume_command(argv)}"
     final, n_steps = run.settings.out_dir / "final", hooks.step - run.start_step
     speed = f", {rate * run.tokens_per_step:,.0f} tokens/s with validation and saving" if rate else ""
     lines = [f"\nTrained    {n_steps * run.tokens_per_step:,} tokens in {n_steps} steps{speed}"]
-    # of the last step, which may lie between two rows of the log
-    losses = [] if math.isnan(loss) else [f"{loss:.3f} in training"]
-    if "val_loss" in hooks.metrics.latest:
-        losses.append(f"{hooks.metrics.latest['val_loss']:.3f} in validation")
+    losses = []
+    if "loss" in latest:
+        # the last steps may lie behind the last row of the log
+        step = "" if latest["step"] == hooks.step else f" (step {latest['step']:,})"
+        losses.append(f"{latest['loss']:.3f} in training{step}")
+    if "val_loss" in latest:
+        losses.append(f"{latest['val_loss']:.3f} in validation")
     lines += [f"Loss       {', '.join(losses)}"] if losses else []
     if n_skipped := hooks.judge.guard.n_skipped:
         lines.append(f"Skipped    {n_skipped} steps without a finite gradient")
@@ -81,13 +86,45 @@ def report(hooks: LoopHooks, resume_command: str) -> str:
     return "\n".join(lines)
 
 
-def failure(error: Exception, out_dir: Path) -> str | None:
+def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
     """Return the sentence for an error in training, None for one that only a bug of ours can cause."""
+    out_dir, text = run.settings.out_dir, str(error)
+    if is_out_of_memory(error):
+        return _out_of_memory(run, argv)
     if isinstance(error, RunFailed | FolderInUse):
-        return str(error)
+        return text
     # gloo: "Connection closed by peer", "Connection reset by peer"
-    if "by peer" in str(error):
+    if "by peer" in text:
         return "another process of this run has ended, see its message; then continue with --resume auto"
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        way_on = "lower data.init_args.num_workers and continue with --resume auto"
+        return f"a worker process that reads the data was killed (out of memory?); {way_on}"
+    if "in DataLoader worker process" in text:
+        # the last line of the worker's traceback
+        text = text.strip().splitlines()[-1]
     if is_disk_full(error):
         return f"{out_dir}: the disk is full; make room and continue with --resume auto"
-    return f"{error}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
+    return f"{text}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the GPU, the machine or what a limit leaves of it."""
+    if (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+    ):
+        return True
+    # torch has no class for these
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _out_of_memory(run: Run, argv: list[str]) -> str:
+    train = run.settings.train
+    size = train.micro_batch_size
+    smaller = [n for n in range(size // 2, 0, -1) if train.global_batch_size % (n * run.world_size) == 0]
+    if not smaller:
+        way_out = "choose a smaller model, a shorter train.max_seq_length or a machine with more memory"
+        return f"out of memory with train.micro_batch_size {size}, and none is smaller; {way_out}"
+    command = resume_command(argv, micro_batch_size=smaller[0])
+    return f"out of memory with train.micro_batch_size {size}; with less memory it goes on by: {command}"

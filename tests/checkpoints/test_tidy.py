@@ -9,8 +9,8 @@ from conftest import TINY_CONFIG
 from litgpt.model import GPT
 
 from litgpt_moe.checkpoints.reader import load_model
-from litgpt_moe.checkpoints.state import tensor_bytes, tensors_of
-from litgpt_moe.checkpoints.writer import delete_run, non_finite, tidy, write_checkpoint
+from litgpt_moe.checkpoints.state import non_finite, tensor_bytes, tensors_of
+from litgpt_moe.checkpoints.writer import delete_run, tidy, write_checkpoint
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import staging_for
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_the_digests_are_those_of_the_files(run: Callable[..., Run]) -> None:
 
 def test_a_selection_bias_is_noted_in_the_record(run: Callable[..., Run]) -> None:
     one = run()
-    one.writer.selection_bias = True
+    one.writer.notes["selection_bias"] = True
     target = one.save(1)
     one.writer.wait()
     assert read_record(target)["selection_bias"] is True
@@ -183,6 +184,32 @@ def test_weights_that_are_no_numbers_are_not_saved(run: Callable[..., Run]) -> N
     assert names() == []
 
 
+def test_what_fails_after_a_save_does_not_make_it_a_failed_one(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(keep_last=1)
+
+    def prune() -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(one.writer, "_prune", prune)
+    target = one.save(4)
+    one.writer.wait()
+    assert one.writer.failure is None and one.told == [f"Saved {target}"]
+
+
+def test_a_save_without_memory_is_told(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(state: dict[str, Any], path: Path) -> dict[str, Any]:
+        raise MemoryError
+
+    monkeypatch.setattr(writer, "write_state", write)
+    one = run()
+    target = one.save(4)
+    one.writer.wait()
+    assert one.told == [f"Warning: {target} could not be saved: MemoryError; training goes on"]
+    assert names() == []
+
+
 # --- which checkpoints stay ---------------------------------------------------------------------------------
 
 
@@ -252,6 +279,20 @@ def test_a_disk_that_fills_up_while_torch_writes_is_told_as_such(
         pytest.skip("this system has no /dev/full")
     with pytest.raises(OSError, match="No space left"):  # not torch's "unexpected pos"
         write_state({"model": {"weight": torch.zeros(10**6)}}, Path("/dev/full"))
+
+
+def test_a_disk_without_inodes_is_told_as_such(run: Callable[..., Run], small_disk: Path) -> None:
+    limit = ["mount", "-o", "remount,nr_inodes=4", str(small_disk)]
+    if subprocess.run(limit, capture_output=True).returncode:
+        pytest.skip("this system sets no number of inodes")
+    one = run(out=small_disk / "out")
+    for n in range(2):
+        (small_disk / f"file {n}").touch()
+    one.save(4)
+    one.writer.wait()
+    assert re.search(
+        r"step-00000004 could not be saved: no inode is free on that disk, though .*;", one.told[0]
+    )
 
 
 def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_checkpoints_whole(

@@ -45,7 +45,7 @@ def test_tinystories_and_its_tokenizer_come_from_the_hub_and_downloads_resume(
         tiny_tokenizer_dir / "tokenizer.json"
     ).read_bytes()
     assert stories_of(tmp_path / "d", tmp_path / "t", "train") == make_text(200)
-    assert not list((tmp_path / "d").rglob(".download"))
+    assert not list((tmp_path / "d").rglob(".litgpt_moe*"))
     again = run_script("prepare_data.py", *arguments, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
     assert again.returncode == 0 and "nothing to do" in again.stderr
 

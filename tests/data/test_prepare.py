@@ -14,7 +14,7 @@ from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.files import FolderInUse, locked_folder
+from litgpt_moe.locks import FolderInUse, locked_folder
 
 
 def test_shards_hold_every_story_once_between_bos_and_eos(settings: PrepareSettings) -> None:

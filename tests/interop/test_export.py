@@ -145,6 +145,18 @@ def test_a_name_cannot_add_to_the_card(mixtral: SimpleNamespace, tmp_path: Path)
     assert "# Tiny ## Install ```bash x ```" in lines and r"| Precision | a \| b # c |" in lines
 
 
+@pytest.mark.parametrize("group", ["[1]", "7", "text", "{init_args: 3}", "{lr_warmup_steps: [x]}"])
+def test_settings_of_another_shape_are_left_out_of_the_card(
+    group: str, mixtral: SimpleNamespace, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(mixtral.checkpoint, tmp_path / "odd")
+    (checkpoint / "checkpoint.json").unlink(missing_ok=True)
+    torch.save({"model": weights_of(mixtral.checkpoint), "step_count": 7}, checkpoint / "lit_model.pth")
+    settings = "".join(f"{name}: {group}\n" for name in ("train", "optimizer", "moe", "data"))
+    (checkpoint / "train_config.yaml").write_text(settings, encoding="utf-8")
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--no_check"]) == 0
+
+
 def test_the_code_in_the_card_runs(mixtral: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     card = (mixtral.out / "README.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]

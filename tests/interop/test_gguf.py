@@ -11,6 +11,7 @@ import torch
 from helpers.interop import QWEN, TEXTS, refusal, weights_of
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_moe.interop.gguf import tokenizer_kind
 from tools import export_hf
 
 
@@ -49,6 +50,14 @@ def test_gguf_holds_the_settings_of_the_model(mixtral: SimpleNamespace) -> None:
     }
     assert {name: settings[name] for name in expected} == expected
     assert settings["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+
+
+def test_a_bpe_without_a_type_is_known_as_one() -> None:
+    spec = {
+        "model": {"vocab": {}, "merges": []},
+        "pre_tokenizer": {"type": "ByteLevel"},
+    }  # GPT-2's on the hub
+    assert tokenizer_kind(spec) == "gpt2" and tokenizer_kind({"model": {"vocab": {}}}) is None
 
 
 def test_gguf_holds_every_weight(mixtral: SimpleNamespace) -> None:

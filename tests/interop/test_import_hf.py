@@ -32,11 +32,16 @@ def test_the_imported_checkpoint_is_whole_and_tokenizes_as_the_source(
     assert after.eos_id == before.eos_id
 
 
-def test_a_download_does_not_go_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("inside", [".", ".cache", "config.json"])
+def test_a_download_does_not_go_through_a_link(
+    inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / ".new.download").symlink_to(tmp_path / "elsewhere")
+    link = tmp_path / ".new.litgpt_moe-download" / inside
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "elsewhere")
     assert import_hf.main(["owner/name", str(tmp_path / "new")]) == 2
-    assert ".new.download is a link" in capsys.readouterr().err
+    assert f"{link} is a link" in capsys.readouterr().err
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
@@ -109,7 +114,7 @@ def test_what_litgpt_would_compute_otherwise_is_not_imported(
         ("config.json", b"{", "config.json: not JSON"),
         ("config.json", b"[1]", "config.json: not a JSON object"),
         ("tokenizer.json", None, "holds no tokenizer.json"),
-        ("tokenizer.json", b"{}", "tokenizer.json is not readable"),
+        ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer"),
         ("model.safetensors", None, "holds neither model.safetensors nor model.safetensors.index.json"),
         ("model.safetensors", b"no weights at all", "model.safetensors is damaged"),
     ],

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from conftest import TINY_CONFIG
 from helpers.browser import PROGRAM, Browser
 
 from litgpt_moe.report.page import MAX_POINTS
+from litgpt_moe.report.read import read_facts
 from tools import report
 
 STORY = '</script><script>document.title = "hurt"</script><img src=x onerror=alert(1)>'
@@ -135,6 +137,8 @@ def result(path: object, sha256: str = "0", **changes: object) -> str:
 
 
 def test_evaluations_of_a_run_are_found_by_digest_and_by_path(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "step-00000004").mkdir(exist_ok=True)
+    (run_dir / "step-00000004/checkpoint.json").unlink(missing_ok=True)  # as LitGPT's own have none
     record = json.loads((run_dir / "final/checkpoint.json").read_text(encoding="utf-8"))
     moved = result("/gone/final", record["files"]["lit_model.pth"]["sha256"], loss=1.25)
     lines = [moved, moved, result(run_dir / "step-00000004"), result("/gone/other"), "{", "null\n"]
@@ -144,7 +148,7 @@ def test_evaluations_of_a_run_are_found_by_digest_and_by_path(run_dir: Path, tmp
     (run,) = make(run_dir, "--results_file", results, out=tmp_path / "report.html")
     assert sorted((row["checkpoint"], row["loss"]) for row in run["results"]) == [
         ("final", 1.25),
-        ("final", 2.5),
+        ("final (replaced since)", 2.5),
         ("step-00000004", 1.5),
     ]
     assert {row["data"] for row in run["results"]} == {"d val"}
@@ -197,6 +201,35 @@ def test_facts_of_another_shape_are_left_out(tmp_path: Path) -> None:
     (run,) = make(odd, out=tmp_path / "report.html")
     assert (run["settings"], run["versions"], run["command"]) == ({}, {}, "")
     assert run["heat"]["steps"] == [20] and run["train"]["loss"] == [3.5]
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "null", "7", '"x"', "{", '{"settings": ' * 900 + "1" + "}" * 900, '{"a": ' * 99_999]
+)
+def test_facts_that_cannot_be_read_are_left_out_with_a_note(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = write_log(tmp_path / "odd", "step,loss\n10,3.5\n")
+    (odd / "logs/run.json").write_text(text, encoding="utf-8")
+    (run,) = make(odd, out=tmp_path / "report.html")
+    assert run["command"] == "" and run["train"]["loss"] == [3.5]
+    assert "900" in text or text.startswith('{"settings"') or "run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["train: [{2020-01-01: 1}]\n", 'train: "\\ud800"\n', "train: !!set {x}\n"])
+def test_settings_of_any_type_are_shown(text: str, tmp_path: Path) -> None:
+    odd = write_log(tmp_path / "odd", "step,loss\n10,3.5\n")
+    (odd / "final").mkdir()
+    (odd / "final/train_config.yaml").write_text(text, encoding="utf-8")
+    (run,) = make(odd, out=tmp_path / "report.html")
+    assert any(key.startswith("train") for key in run["settings"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_run_whose_name_is_not_utf8_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = write_log(tmp_path / os.fsdecode(b"caf\xe9"), "step,loss\n10,3.5\n")
+    (run,) = make(odd, out=tmp_path / "report.html")
+    assert run["name"] == "caf?" and r"shows caf\udce9" in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown_is_said_in_a_sentence(
@@ -252,7 +285,7 @@ def show(browser: Browser, page: Path, width: int = 1280, scheme: str = "light")
 
 @pytest.fixture
 def two_runs(run_dir: Path, tmp_path: Path) -> Path:
-    """The page of the run and of a copy with a hostile name and story, another setting, and a spike."""
+    """The page of the run and of a copy with hostile names and story, another setting, a spike, a result."""
     other = Path(shutil.copytree(run_dir, tmp_path / "<img src=x>"))
     facts = json.loads((other / "logs/run.json").read_text(encoding="utf-8"))
     facts["settings"]["seed"] = 43
@@ -261,6 +294,7 @@ def two_runs(run_dir: Path, tmp_path: Path) -> Path:
         csv.writer(file).writerow([8, 2048, "Once", STORY])
     spike = "step,loss,mean,sigma,grad_norm,first_sequence\n5,6.5,5.5,0.1,3.0,16\n"
     (other / "logs/spikes.csv").write_text(spike, encoding="utf-8")
+    (other / "results.jsonl").write_text(result(other / "final", data={"data_dir": STORY}), encoding="utf-8")
     make(run_dir, other, out=tmp_path / "report.html")
     return tmp_path / "report.html"
 
@@ -288,6 +322,9 @@ def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path
     assert browser.js("document.images.length") == 0 and browser.problems == []
     assert browser.js("document.querySelectorAll('.columns > div')[1].textContent").count(STORY) == 1
     assert browser.js("document.title") == "first, <img src=x>: training report"
+    cells = browser.js("[...document.querySelectorAll('#results td')].map((e) => e.textContent)")
+    loss = ["1.5000", "4.5", "0.5000", "2026-01-01 00:00"]
+    assert cells == ["<img src=x>", "final (replaced since)", f"{STORY} None", "99", *loss]
 
 
 @in_browser
@@ -396,3 +433,13 @@ def test_a_run_can_be_hidden_and_only_differences_are_listed(browser: Browser, t
     assert "optimizer.class_path" in browser.js(rows)
     assert browser.js("document.querySelectorAll('.spike').length") == 0  # the hidden run's
     assert browser.js("$('spikes').querySelectorAll('tr').length") == 2
+
+
+def test_a_report_takes_its_settings_from_the_newest_step_not_from_a_folder_with_another_name(
+    tmp_path: Path,
+) -> None:
+    for name, seed in (("step-00000900", 1), ("step-100000000", 2), ("step-best", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_config.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
+    settings, _, _ = read_facts(tmp_path)
+    assert settings["seed"] == "2"

@@ -9,7 +9,7 @@ from litgpt_moe.training.steps import Ending
 
 def loader() -> TrainLoader:
     plain = DataLoader(list(range(10)), batch_size=2, shuffle=True)
-    return TrainLoader(plain, seed=3, is_finished=lambda: False, ending=lambda: "")
+    return TrainLoader(plain, seed=3, is_finished=lambda: False, between_batches=lambda: None)
 
 
 def batches(train: TrainLoader, n: int) -> list[list[int]]:
@@ -47,7 +47,7 @@ def test_a_loader_with_a_position_of_its_own_keeps_it_itself() -> None:
         def load_state_dict(self, state: dict[str, int]) -> None:
             self.n_used = state["n_used"]
 
-    train = TrainLoader(Counting(), seed=3, is_finished=lambda: False, ending=lambda: "")
+    train = TrainLoader(Counting(), seed=3, is_finished=lambda: False, between_batches=lambda: None)
     train.load_state_dict({"n_used": 7})
     assert next(iter(train)) == 8
     assert train.state_dict() == {"n_used": 8}
@@ -55,7 +55,7 @@ def test_a_loader_with_a_position_of_its_own_keeps_it_itself() -> None:
 
 def test_no_batch_is_taken_after_the_last_step() -> None:
     taken: list[object] = []
-    train = TrainLoader(DataLoader(list(range(10))), 3, lambda: len(taken) == 4, lambda: "")
+    train = TrainLoader(DataLoader(list(range(10))), 3, lambda: len(taken) == 4, lambda: None)
     for batch in train:
         taken.append(batch)
     assert len(taken) == 4 and train.state_dict() == {"epoch": 0, "n_batches": 4}
@@ -64,8 +64,12 @@ def test_no_batch_is_taken_after_the_last_step() -> None:
 
 def test_a_run_that_is_asked_to_end_does_so_before_the_next_batch() -> None:
     taken: list[object] = []
-    train = TrainLoader(DataLoader(list(range(10))), 3, lambda: False, lambda: "SIGTERM" if taken else "")
+
+    def end() -> None:
+        raise Ending("SIGTERM")
+
+    train = TrainLoader(DataLoader(list(range(10))), 3, lambda: False, end)
     with pytest.raises(Ending, match="SIGTERM"):
         for batch in train:
             taken.append(batch)
-    assert len(taken) == 1
+    assert len(taken) == 1 and train.state_dict() == {"epoch": 0, "n_batches": 1}

@@ -1,6 +1,7 @@
 """What is known to be wrong with a run before anything is written: all of it at once, a sentence each."""
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.runs import edit_yaml, refusal
+from helpers.runs import edit_yaml, refusal, run
 
-from litgpt_moe.files import FolderInUse
+from litgpt_moe.checkpoints.writer import BESIDE_BYTES
+from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training import checks
 from litgpt_moe.training.checks import train_problems
 from litgpt_moe.training.parse import ROOT, load_settings
@@ -156,12 +158,25 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_refused_before_training(
     assert "a checkpoint needs" in refusal()
 
 
+@pytest.mark.usefixtures("workspace", "eager")
+def test_a_start_asks_for_as_much_room_as_a_save_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage, free = shutil.disk_usage("."), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[-1]))
+    free.append(1000)
+    (needed,) = re.findall(r"a checkpoint needs ([\d,]+) bytes", refusal())
+    free.append(int(needed.replace(",", "")))
+    assert run("--max_tokens", 256) == 0
+    assert "could not be saved" not in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("workspace")
 def test_a_disk_without_room_for_all_checkpoints_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(".")
-    needed = set_up(["--config", "train_config.yaml"]).checkpoint_bytes
+    needed = set_up(["--config", "train_config.yaml"]).checkpoint_bytes + BESIDE_BYTES
     for n_fit, is_warned in ((3, False), (2, True)):  # two step-* and final/
         monkeypatch.setattr(shutil, "disk_usage", lambda _, n=n_fit: usage._replace(free=n * needed))
         capsys.readouterr()

@@ -1,5 +1,6 @@
 """Classes from class_path and init_args: found, typed, or refused in a sentence about a setting."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ def test_values_are_typed_as_the_class_annotates_them() -> None:
     optimizer = build("optimizer", adamw(lr="1e-3", betas=[0.9, 0.95]), [WEIGHT])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (1e-3, (0.9, 0.95))
-    data = build("data", {"class_path": "TextFiles", "init_args": {"train_data_path": "somewhere"}})
-    assert isinstance(data, TextFiles) and data.train_data_path == Path("somewhere")
+    data = build(
+        "data", {"class_path": "prepare_data.TextShards", "init_args": {"train_data_path": "somewhere/train"}}
+    )
+    assert isinstance(data, TextFiles) and data.train_data_path == Path("somewhere/train")
 
 
 @pytest.mark.parametrize("path", ["AdamW", "torch.optim.AdamW", "torch.optim.adamw.AdamW"])
@@ -60,3 +63,15 @@ def test_an_argument_of_another_class_is_refused() -> None:
     del muon["init_args"]["betas"]
     assert build("optimizer", muon, [WEIGHT]).defaults["lr"] == 0.02
     assert typed_arguments("optimizer", torch.optim.Muon, muon) == {"lr": 0.02}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("litdata") is not None, reason="litdata is installed")
+@pytest.mark.parametrize("name", ["TinyStories", "litgpt.data.TextFiles", "LitData", "OpenWebText"])
+def test_a_data_module_of_litgpt_names_the_extra_that_it_needs(name: str) -> None:
+    with pytest.raises(BadClass, match="needs the package litdata; install it with: uv sync --extra litdata"):
+        find_class("data", {"class_path": name})
+
+
+def test_a_data_module_for_finetuning_is_refused() -> None:
+    with pytest.raises(BadClass, match=r"data.class_path is litgpt.data.Alpaca, which is for finetuning"):
+        find_class("data", {"class_path": "litgpt.data.Alpaca"})

@@ -142,6 +142,7 @@ def test_main_asks_for_the_functions_that_we_replace() -> None:
 def test_every_function_that_we_replace_is_called_by_its_name_in_the_module() -> None:
     calls = {
         "save_checkpoint": "save_checkpoint(fabric, state, tokenizer_dir, out_dir /",
+        "get_dataloaders": "= get_dataloaders(fabric, data, tokenizer, train, model.max_seq_length)",
         "validate": "validate(fabric, model, val_dataloader, max_iters=eval.max_iters)",
         "instantiate_torch_optimizer": "instantiate_torch_optimizer(optimizer, model.parameters(), **extra",
         "chunked_cross_entropy": "loss = chunked_cross_entropy(logits, targets)",

@@ -1,6 +1,7 @@
 """What a run reports: times, the row of metrics, the line on the terminal and what the log does with both."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,9 @@ def test_a_row_has_the_work_so_far_and_the_share_of_the_peak() -> None:
     assert row["tokens_per_s"] == pytest.approx(512.0)
     assert row["mfu"] == pytest.approx(512 * 100 / 1e6) and row["flops"] == 1024 * 100
     assert (row["iter"], row["remaining_time"]) == (8, 60.0)
+    # the peak of a CPU is not known, and what is not known is left out
+    row = metric_row(a_run(), 4, 2.0, 2.0, figures, peak_flops=None, from_litgpt=from_litgpt)
+    assert "mfu" not in row and row["tokens_per_s"] == pytest.approx(512.0)
 
 
 def test_a_row_of_a_validation_says_when_it_was_and_its_losses() -> None:
@@ -112,6 +116,11 @@ def test_the_line_says_where_the_run_is() -> None:
     assert metric_line(LINE, 8, None) == (
         "step 4/8 | epoch 1 | loss 3.142 | lr 1.00e-03 | norm 1.50 | 1,234 tokens/s, MFU 12.3% | 0:01:01 left"
     )
+
+
+def test_the_line_leaves_out_what_is_not_known() -> None:
+    line = metric_line({key: value for key, value in LINE.items() if key != "mfu"}, 8, None)
+    assert "| 1,234 tokens/s | 0:01:01 left" in line and "MFU" not in line
 
 
 def test_the_line_names_the_layer_with_the_fullest_expert() -> None:
@@ -138,7 +147,7 @@ def test_a_logged_row_is_in_the_file_and_on_the_terminal(
     assert capsys.readouterr().err == ""
     log.log_metrics(LINE, step=4)
     assert "loss 3.142, val 2.500" in capsys.readouterr().err
-    assert log.latest == {"loss": 3.14159, "val_loss": 2.5}
+    assert log.latest == {"loss": 3.14159, "step": 4, "val_loss": 2.5}
     assert len(log.logs.metrics.path.read_text(encoding="utf-8").splitlines()) == 3
 
 
@@ -184,3 +193,11 @@ def test_a_bar_on_a_terminal_replaces_the_lines(
     error = capsys.readouterr().err
     assert "loss=3.142" in error or "tok" in error
     assert "step 4/8" not in error
+
+
+def test_no_name_of_a_model_or_a_file_can_command_the_terminal_during_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricLog(a_run(), RunLogs(tmp_path, MoEConfig(**TINY_CONFIG)))
+    log.print("Resuming from out\x1b[2J/step-00000004")
+    assert capsys.readouterr().err == "Resuming from out\\x1b[2J/step-00000004\n"

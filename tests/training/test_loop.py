@@ -25,7 +25,13 @@ from litgpt_moe.training.summary import describe
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
-REPLACED = ("save_checkpoint", "validate", "instantiate_torch_optimizer", "chunked_cross_entropy")
+REPLACED = (
+    "save_checkpoint",
+    "validate",
+    "get_dataloaders",
+    "instantiate_torch_optimizer",
+    "chunked_cross_entropy",
+)
 
 
 def hooks_of(*flags: object) -> LoopHooks:
@@ -84,7 +90,7 @@ def test_one_device_trains_alone_cpus_by_ddp_and_gpus_by_fsdp(
 
 @pytest.mark.parametrize(
     ("accelerator", "cuda", "expected"),
-    [("auto", False, "cpu"), ("auto", True, "cuda"), ("mps", False, "mps"), ("gpu", True, "cuda")],
+    [("auto", False, "cpu"), ("auto", True, "auto"), ("mps", False, "mps"), ("gpu", True, "cuda")],
 )
 def test_on_a_mac_only_who_asks_for_mps_gets_it(
     accelerator: str, cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -97,7 +103,8 @@ def test_on_a_mac_only_who_asks_for_mps_gets_it(
     monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
     make_fabric(dataclasses.replace(hooks.run, settings=settings), hooks, [])
     assert made["accelerator"] == expected
-    said = describe(hooks.run, torch.device(expected), "eager", "compile: off")
+    device = torch.device(expected.replace("auto", "cuda"))
+    said = describe(hooks.run, device, "eager", "compile: off")
     assert ("try it by --accelerator mps" in said) == (expected == "cpu")
 
 

@@ -102,12 +102,13 @@ def test_muon_orthogonalises_each_expert_by_itself() -> None:
     assert torch.equal(expert, alone) and not torch.equal(expert, before)
 
 
-def test_a_row_tells_the_share_of_the_peak_and_the_work_so_far() -> None:
+def test_a_row_tells_the_work_so_far() -> None:
     assert run() == 0
     per_token = model_facts(MoEConfig(**TINY_CONFIG), block_size=64).flops_per_token
     logged = [row for row in rows() if row["loss"]]
     assert [float(row["flops"]) for row in logged] == [step * 256 * per_token for step in range(1, 9)]
-    assert all(0 < float(row["mfu"]) < 1 for row in logged)
+    # what a CPU could do at most is not known
+    assert {row["mfu"] for row in logged} == {""}
 
 
 def test_the_load_the_stories_and_the_command_are_on_file_and_sampling_changes_nothing() -> None:

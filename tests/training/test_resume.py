@@ -1,8 +1,10 @@
 """The checkpoint that a run continues or starts from: which one, that it fits, and that it is opened once."""
 
+import errno
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,66 @@ def test_the_newest_whole_checkpoint_is_taken_and_others_are_told(capsys: pytest
     assert not Path("more").exists()
 
 
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """A function after which as many reads of step 4 fail with an error of the disk."""
+
+    def fail(n_times: int, number: int) -> None:
+        load, calls = torch.load, []
+
+        def read(path: Path, **options: object) -> object:
+            if "step-00000004" in str(path) and len(calls) < n_times:
+                calls.append(path)
+                raise OSError(number, os.strerror(number))
+            return load(path, **options)
+
+        monkeypatch.setattr(torch, "load", read)
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM])
+def test_a_read_error_that_passes_does_not_set_a_run_back(
+    number: int, failing: Callable[[int, int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        save(f"out/step-{step:08d}", step)
+    failing(1, number)
+    assert set_up_here("--resume", "auto").start_step == 4
+    assert "Skipping" not in capsys.readouterr().err
+
+
+def test_a_read_error_that_stays_is_no_damage(failing: Callable[[int, int], None]) -> None:
+    for step in (2, 4):
+        save(f"out/step-{step:08d}", step)
+    failing(100, errno.EIO)
+    told = refused("--resume", "auto").replace("\\", "/")
+    assert "Input/output error" in told and "out/step-00000004/lit_model.pth" in told
+    assert "is no sign of damage; try again" in told and "Errno" not in told
+    # nor does it say that the run cannot be continued, and how to delete it
+    assert "overwrite" not in refused()
+    assert Path("out/step-00000004").is_dir()
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_checkpoint_with_nan_is_passed_over(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (2, 4):
+        save(f"out/step-{step:08d}", step)
+    path = Path("out/step-00000004/lit_model.pth")
+    state = torch.load(path, weights_only=True)
+    if part == "model":
+        state["model"]["lm_head.weight"][3, 3] = float("nan")
+    else:
+        state["optimizer"]["state"] = {0: {"exp_avg": torch.tensor([float("inf")])}}
+    torch.save(state, path)
+    assert set_up_here("--resume", "auto").start_step == 2
+    told = told_paths(capsys)
+    assert "Skipping out/step-00000004" in told and "holds values that are not finite" in told
+    if part == "model":
+        told = refused("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
+        assert "lm_head.weight holds values that are not finite" in told
+
+
 def test_resume_true_without_a_checkpoint_is_an_error_and_auto_starts_afresh(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -167,6 +229,8 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
     assert "is past the 1 steps of train.max_tokens" in refused(*resumed, "--max_tokens", 256)
     changed = "optimizer.class_path was torch.optim.AdamW, now torch.optim.sgd.SGD"
     assert changed in refused(*resumed, "--optimizer", "SGD")
+    amsgrad = refused(*resumed, "--optimizer.amsgrad", "true")
+    assert "optimizer.init_args.amsgrad was None, now True; resume with what it was" in amsgrad
     assert "weight_decay_on was matrices, now all" in refused(*resumed, "--weight_decay_on", "all")
     biased = refused(*resumed, "--moe.bias_update_rate", 0.001)
     assert "was trained without a selection bias; drop moe.bias_update_rate" in biased
@@ -241,13 +305,32 @@ def test_a_tokenizer_of_the_same_size_that_is_another_is_not_resumed_with(
 def test_a_run_is_not_resumed_with_a_tokenizer_that_is_not_there(tiny_tokenizer_dir: Path) -> None:
     shutil.copytree(tiny_tokenizer_dir, save("out/step-00000004", 4), dirs_exist_ok=True)
     told = refused("--resume", "auto", "--tokenizer_dir", "othr")
-    assert "othr holds no tokenizer.json" in told and not Path("othr").exists()
+    assert "othr/tokenizer.json: not found" in told.replace("\\", "/") and not Path("othr").exists()
 
 
 def test_embeddings_that_are_tied_now_and_were_not_are_told_as_such() -> None:
     save("out/step-00000004", 4)
     told = refused("--resume", "auto", "--train.tie_embeddings", "true")
     assert "train.tie_embeddings was None, now True; resume with what it was" in told
+
+
+def test_a_context_length_that_is_named_now_and_was_the_model_s_is_the_same() -> None:
+    save("out/step-00000004", 4)
+    assert set_up_here("--resume", "auto", "--train.max_seq_length", 64).start_step == 4
+    assert "train.max_seq_length was None, now 32" in refused("--resume", "auto", "--max_seq_length", 32)
+
+
+def test_embeddings_that_are_tied_from_a_checkpoint_with_two_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save("out/step-00000004", 4)
+    flags = ("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
+    set_up_here(*flags)
+    assert "lm_head" not in capsys.readouterr().err
+    set_up_here(*flags, "--train.tie_embeddings", "true")
+    assert "Warning: out/step-00000004: its lm_head.weight is not its transformer.wte.weight" in told_paths(
+        capsys
+    )
 
 
 def test_what_may_change_on_a_resume_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,6 +360,22 @@ def test_an_alias_in_a_checkpoint_s_settings_is_refused() -> None:
 def test_a_step_that_its_folder_s_name_belies_is_not_resumed() -> None:
     save("out/step-00000004", 6)
     assert "holds no whole step-*" in refused("--resume", "true")
+
+
+@pytest.mark.usefixtures("eager")
+def test_other_data_of_the_same_size_are_told(
+    tiny_data: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "d")
+    for split in ("train", "val"):
+        edit_yaml("train_config.yaml", f"data.init_args.{split}_data_path", f"d/{split}")
+    assert run("--max_tokens", 1024) == 0
+    assert run("--max_tokens", 1024, "--resume", "auto") == 0
+    assert "Changed since" not in told_paths(capsys)
+    text = Path("d/train/stories.txt")
+    text.write_text(text.read_text(encoding="utf-8").replace("red ball", "big ball"), encoding="utf-8")
+    assert run("--max_tokens", 1280, "--resume", "auto", "--schedule.name", "constant") == 0
+    assert "Changed since out/step-00000004: the data" in told_paths(capsys)
 
 
 @pytest.mark.usefixtures("eager")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from helpers.runs import edit_yaml, run
 
 from litgpt_moe.data import manifest, prepare
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.training import batches
+from litgpt_moe.training.run import Run
+
+
+def error_in(capsys: pytest.CaptureFixture[str]) -> str:
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return error
+
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -43,12 +52,37 @@ def test_rows_that_no_piece_of_the_tokenizer_uses_are_told_where_they_are_most(
         assert warning not in capsys.readouterr().err
 
 
-def test_too_little_text_for_one_batch_is_told_before_anything_is_written(
+def test_too_little_text_for_one_batch_is_told_before_anything_is_written_with_what_would_do(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--micro_batch_size", 4096, "--global_batch_size", 4096, "--max_tokens", 4096 * 64) == 2
-    assert "micro_batch_size" in capsys.readouterr().err
+    told = re.search(
+        r"sequences of 64, but 4096 are needed; choose a micro_batch_size of (\d+) or less,", error_in(capsys)
+    )
     assert not Path("out").exists()
+    size = int(told[1])
+    assert run("--micro_batch_size", size, "--global_batch_size", size, "--max_tokens", size * 64) == 0
+
+
+def test_too_little_validation_text_is_no_matter_of_the_micro_batch(
+    workspace: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "copy", ignore=shutil.ignore_patterns("*.txt"))
+    content = json.loads(Path("copy/manifest.json").read_text(encoding="utf-8"))
+    content["splits"]["val"]["n_tokens"] = 40
+    (entry,) = content["splits"]["val"]["shards"]
+    shard = Path("copy", entry["path"])
+    shard.write_bytes(shard.read_bytes()[: 2 * 40])
+    entry |= {"n_tokens": 40, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
+    Path("copy/manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    assert run("--dataset_dir", "copy") == 2
+    told = error_in(capsys)
+    assert (
+        "the val split has 40 tokens, 0 sequences of 64, but 1 are needed; choose a max_seq_length of 39"
+        in told
+    )
+    assert "micro_batch_size" not in told
+    assert run("--dataset_dir", "copy", "--max_seq_length", 39, "--max_tokens", 1024) == 0
 
 
 def test_without_a_tokenizer_and_the_hub_the_two_ways_on_are_named(
@@ -106,6 +140,28 @@ def test_a_shard_altered_where_the_text_is_gone_is_refused(
     assert run("--dataset_dir", "copy", "--max_tokens", 256) == 2
     err = capsys.readouterr().err
     assert "altered since it was made" in err and "no text to make it again from" in err
+
+
+@pytest.mark.parametrize("pattern", ["*/*/*.bin", "**/*.*"])
+def test_data_that_are_emptied_after_their_checks_are_one_sentence(
+    workspace: Path,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pattern: str,
+) -> None:
+    shutil.copytree(tiny_data, "copy", ignore=shutil.ignore_patterns("*.txt"))
+    prepare_data_of = batches.prepare_data_of
+
+    def prepare_and_empty(prepared: Run) -> None:
+        prepare_data_of(prepared)
+        for path in Path("copy").glob(pattern):
+            path.write_bytes(b"")
+
+    monkeypatch.setattr(batches, "prepare_data_of", prepare_and_empty)
+    assert run("--dataset_dir", "copy") == 1
+    told = error_in(capsys)
+    assert told.startswith("error: copy/") and told.endswith("; then continue with --resume auto")
 
 
 def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

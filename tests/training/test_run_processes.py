@@ -119,7 +119,7 @@ def test_a_second_signal_leaves_at_once_and_does_no_harm() -> None:
     log = Path("log.txt")
     assert wait_for(lambda: "Measured TFLOPs" in log.read_text(encoding="utf-8"), process)
     process.send_signal(signal.SIGTERM)
-    assert wait_for(lambda: "finishing this step" in log.read_text(encoding="utf-8"), process)
+    assert wait_for(lambda: "saving the last whole step" in log.read_text(encoding="utf-8"), process)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 128 + signal.SIGTERM

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there: what is written, kept, passed over, and what a full disk does."""
 
+import gc
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints import writer
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
+from litgpt_moe.training import summary
 from litgpt_moe.training.hooks import LoopHooks
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -110,6 +112,8 @@ def test_the_checkpoint_resumed_from_is_not_held_so_that_deleting_it_makes_room(
     flags = ("--optimizer", f"torch.optim.{optimizer}")
     assert run("--max_tokens", 4 * 256, *flags) == 0
     shutil.rmtree("out/final")
+    # a checkpoint that an earlier test could not load
+    gc.collect()
     maps: list[str] = []
     at_step(3, lambda: maps.append(Path("/proc/self/maps").read_text(encoding="utf-8")))
     assert run("--resume", "auto", "--max_tokens", 8 * 256, *flags) == 0
@@ -159,7 +163,7 @@ def test_a_full_disk_while_saving_lets_training_go_on_and_the_next_save_succeed(
 
     def disk_usage(_: object) -> object:
         usages.append(1)
-        return usage._replace(free=1000) if len(usages) == 2 else usage  # 1: the check before training
+        return usage._replace(free=1000) if len(usages) in (2, 3) else usage  # 1: the check before training
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     assert run() == 0
@@ -189,6 +193,49 @@ def test_a_full_disk_ends_the_run_where_the_option_says_so(
     assert "continue with --resume auto" in error
     assert checkpoint_flaw(Path("out/step-00000004")) is None
     assert sum(path.name.startswith("step-") for path in Path("out").iterdir()) == 1
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(10**15),
+        lambda: bytearray(10**15),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")),
+    ],
+)
+def test_out_of_memory_is_one_sentence_with_the_command_that_goes_on(
+    allocate: Callable, at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--out_dir", "out", "--micro_batch_size", 4)
+    with pytest.MonkeyPatch.context():
+        at_step(6, allocate)
+        assert run(*flags) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    told, _, command = error.partition("goes on by: uv run python run_train.py ")
+    assert told == "error: out of memory with train.micro_batch_size 4; with less memory it "
+    assert command == "--config train_config.yaml --out_dir out --micro_batch_size 2 --resume auto"
+    assert run(*command.split()[2:]) == 0
+    assert checkpoint_flaw(Path("out/final")) is None
+
+
+def test_without_a_smaller_micro_batch_other_ways_out_of_memory_are_named(
+    at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_step(1, lambda: bytearray(10**15))
+    assert run("--micro_batch_size", 1) == 1
+    assert "error: out of memory with train.micro_batch_size 1, and none is smaller; choose a smaller" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_report_that_fails_says_where_the_model_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(summary, "final_story", lambda _: bytearray(10**15))
+    assert run("--max_tokens", 256) == 1
+    assert "error: the model is in out/final, but its report failed" in capsys.readouterr().err.replace(
+        "\\", "/"
+    )
 
 
 def test_a_full_disk_ends_no_run_and_loses_no_row(

@@ -14,8 +14,10 @@ from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.training import batches
+from litgpt_moe.training import batches, progress
 from litgpt_moe.training.checks import run_lock
+from litgpt_moe.training.hooks import LoopHooks
+from litgpt_moe.training.loop import TrainingFabric
 from litgpt_moe.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -45,6 +47,95 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_neve
     assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
     assert_same_run("parts", "whole")
     assert int(rows("parts")[-1]["epoch"] or 1) == 1
+
+
+@pytest.fixture
+def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Have something happen in the given micro-batch of a process, as a signal does."""
+
+    def schedule(number: int, act: Callable[[], object]) -> None:
+        backward, calls = TrainingFabric.backward, []
+
+        def watched(fabric: TrainingFabric, *args: torch.Tensor, **options: object) -> None:
+            calls.append(1)
+            if len(calls) == number:
+                act()
+            backward(fabric, *args, **options)
+
+        monkeypatch.setattr(TrainingFabric, "backward", watched)
+
+    return schedule
+
+
+@pytest.fixture
+def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little is left of a step, it counts as too long to finish."""
+    monkeypatch.setattr(progress, "GRACE_S", 0.0)
+
+
+@pytest.mark.usefixtures("long_steps")
+def test_a_signal_amid_a_long_step_drops_it_and_resume_gives_the_run_that_never_stopped(
+    at_batch: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--max_tokens", 12 * 256, "--micro_batch_size", 1, "--data.init_args.num_workers", 2]
+    common += [*BALANCED, "--train.log_interval", 2, "--eval.max_new_tokens", 5]
+    assert run("--out_dir", "whole", *common) == 0
+    at_batch(6 * 4 + 2, lambda: signal.raise_signal(signal.SIGTERM))
+    capsys.readouterr()
+    assert run("--out_dir", "parts", *common) == 0
+    output = capsys.readouterr()
+    assert "Step 7 takes " in output.err and "Stopped after step 6 of 12 (SIGTERM)" in output.out
+    assert checkpoint_flaw(Path("parts/step-00000006")) is None and not Path("parts/final").exists()
+    assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+
+
+@pytest.mark.usefixtures("long_steps")
+@pytest.mark.parametrize(("batch", "saved"), [(2, []), (4 * 4 + 1, ["step-00000004"])])
+def test_a_dropped_step_after_which_nothing_is_new_saves_nothing(
+    batch: int, saved: list[str], at_batch: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--micro_batch_size", 1]
+    assert run("--out_dir", "whole", *common) == 0
+    at_batch(batch, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(*common) == 0
+    error = capsys.readouterr().err
+    assert error.count("Saved out") == len(saved)
+    assert sorted(path.name for path in Path("out").glob("step-*")) == saved
+    assert run(*common, "--resume", "auto") == 0
+    assert_same_run("out", "whole")
+
+
+@pytest.mark.usefixtures("long_steps")
+def test_a_signal_amid_a_long_validation_cuts_it_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--micro_batch_size", 1, "--train.save_interval", 100, "--eval.interval", 4]
+    assert run("--out_dir", "whole", *common) == 0
+    between, calls = LoopHooks.between_val_batches, []
+
+    def watched(hooks: LoopHooks, n_done: int, n_batches: float) -> None:
+        if hooks.step == 4 and not calls:
+            calls.append(n_done)
+            signal.raise_signal(signal.SIGTERM)
+        between(hooks, n_done, n_batches)
+
+    monkeypatch.setattr(LoopHooks, "between_val_batches", watched)
+    assert run(*common) == 0
+    output = capsys.readouterr()
+    assert "The validation at step 4 is cut off." in output.err and "Stopped after step 4 of 8" in output.out
+    assert calls == [1] and checkpoint_flaw(Path("out/step-00000004")) is None
+    assert run(*common, "--resume", "auto") == 0
+    one, other = weights("whole/final"), weights("out/final")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    steps = [[row["step"] for row in rows(out) if row["val_loss"]] for out in ("whole", "out")]
+    assert steps == [["4", "8", "8"], ["8", "8"]]
+
+
+def test_a_step_that_is_soon_done_is_finished(at_batch: Callable) -> None:
+    at_batch(2 * 4 + 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run("--micro_batch_size", 1) == 0
+    assert [path.name for path in Path("out").glob("step-*")] == ["step-00000003"]
 
 
 def test_final_is_resumed_as_exactly_as_a_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +213,9 @@ def test_a_run_that_is_refused_leaves_no_folder_and_no_lock() -> None:
     assert not Path("out/.run.lock").exists() and not Path("out/.run.json").exists()
 
 
-def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
+def test_the_lock_of_a_process_that_was_killed_holds_nobody_up_and_the_next_run_tells_of_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
         "from litgpt_moe.training.checks import run_lock\n"
@@ -132,4 +225,6 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up() -> None:
         code = code.replace("os.kill(os.getpid(), signal.SIGKILL)", "os._exit(9)")
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)]).returncode != 0
     assert Path("out/.run.lock").exists() or sys.platform == "win32"
-    assert run("--max_tokens", 256) == 0
+    for is_told in (True, False):
+        assert run("--max_tokens", 256, "--overwrite") == 0
+        assert ("The last run in out was killed." in capsys.readouterr().err) is is_told

@@ -4,7 +4,7 @@ Run: uv run python tools/benchmarks/busy.py      (8 min on 2 CPU cores; nothing 
 
 Each measurement is run_train.py in a process of its own on the demo stories; they take turns. "chosen" is
 what litgpt_moe/threads.py chooses, "torch" is libgomp's own 300,000 spins, "one thread" has nobody to wait
-for. Printed are medians of tokens/s and each as a share of the best of its column.
+for. It prints the medians of tokens/s, idle and busy, and each as a share of the best of its line.
 """
 
 import contextlib

@@ -37,7 +37,7 @@ class LayerBenchmark:
     shapes: str = ",".join(SHAPES)
     """Sizes of the layer, of 30M, 200M, 400M and E64 (default all)."""
     dtypes: str = ",".join(DTYPES)
-    """Of float32 and bfloat16 (default both)."""
+    """Data types, of float32 and bfloat16 (default both)."""
     tokens: int = 2048
     """Tokens in the micro-batch, a multiple of 4."""
     rounds: int = 9

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(description: str | None, kind: type, argv: list[str] | None) -> Any:
-    """Return the dataclass `kind` from its flags."""
+    """Return the dataclass `kind` from its flags, checked; and limit spinning as run_train.py does."""
     parser = FlagParser(description=description)
     add_flags(parser, kind)
     settings = from_flags(kind, parser.parse_args(argv))

@@ -1,10 +1,10 @@
-"""Time what a user waits for: `--help` of each script, and the way to the first training step, beside stock.
+"""Time what a user waits for: `--help` of each script, and a run's first step, ours and stock LitGPT's.
 
 Run: uv run python tools/benchmarks/startup.py (2 min on 2 CPU cores; with --help_only 20 s)
 
 A new process for each measurement, ours and stock in turn, medians in seconds, one JSON object on stdout.
 "First step" is the time from starting Python to the first optimizer step: imports, settings, data, model,
-LitGPT's look at the validation data, its count of FLOPs, one micro-batch. Stock is `litgpt pretrain`, on the
+LitGPT's trial validation, its count of FLOPs, one micro-batch. Stock is `litgpt pretrain`, on the
 same shards by our data module (its own needs litdata), eager (compiling costs it a minute more), dense with
 the width of the experts one token meets: stock LitGPT 0.5.13 cannot start a run with MoE layers (its count of
 FLOPs raises in `LLaMAMoE` on the meta device).

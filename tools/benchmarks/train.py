@@ -6,8 +6,8 @@ All train in turn in one process on the same random tokens; a round is a fresh r
 first steps are left out. Stock is `litgpt.pretrain.main` with LitGPT's own `LLaMAMoE` and one patch: its
 count of FLOPs, which raises on MoE layers (0.5.13), is skipped. Dense has one SwiGLU as wide as the experts
 that a token meets, LitGPT's layers, and our loop, loss and optimizer; "stock dense" trains in LitGPT's loop.
-In LitGPT's loop glibc is told to give memory back as it does by itself; ours tells it not to, on a CPU.
-Where our linear maps are multiplied by oneDNN (CPUs of AMD), "dense oneDNN" has those too. Printed are
+In LitGPT's loop glibc returns freed memory to the system, its default; in ours, on a CPU, it keeps it.
+Where oneDNN multiplies in our linear layers (CPUs of AMD), "dense oneDNN" has these layers too. Printed are
 medians, ratios of tokens/s and where the time of a step goes (from one more round, for there the clock waits
 for the device); the JSON has the machine and versions too.
 """
@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> tuple[TrainBenchmark, dict[str, Any]]:
 
 
 def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the figures of all."""
+    """Return the figures of all contestants, as the JSON holds them."""
     import torch
 
     from litgpt_moe.config import MoEConfig
@@ -104,7 +104,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
 
 
 def ratio_key(name: str) -> str:
-    """Return the key of our speed as a share of that of `name`."""
+    """Return the JSON key of the ratio of our speed to that of `name`."""
     return "of_" + name.replace(" ", "_").lower()
 
 

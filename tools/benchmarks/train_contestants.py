@@ -130,7 +130,7 @@ def train_by_triton(run: Run) -> None:
 
 def train_stock(run: Run) -> None:
     """Train as `litgpt pretrain` does; `save_checkpoint` has no part in what is timed."""
-    # what malloc comes to by itself when blocks of its largest threshold have been freed
+    # the highest values that glibc's own dynamic thresholds reach; our runs in this process set others
     mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
     settings = run.settings
     precision: Any = run.precision
@@ -201,7 +201,7 @@ def step_times(train: Callable[[], None]) -> list[float]:
 
 @contextlib.contextmanager
 def part_times() -> Iterator[list[tuple[str, float, float]]]:
-    """Yield (part, start, end) of each of its calls in here; a call within another counts as the outer."""
+    """Yield a list that gets (part, start, end) of each call; a nested call belongs to the outer one."""
     spans: list[tuple[str, float, float]] = []
     busy = False
 
