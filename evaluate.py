@@ -23,9 +23,9 @@ class EvaluateSettings:
     """Which model is scored on which text."""
 
     ckpt_dir: Path | None = None
-    """Checkpoint, or folder of final/, step-*/ (default checkpoints)."""
+    """Checkpoint directory, or an out_dir: then its final/ or newest step-*/ (default checkpoints)."""
     random_weights: bool = False
-    """Score --model_config as before training."""
+    """Score an untrained model of --model_config, as a baseline."""
     model_config: Path = Path("model_config.yaml")
     """Model settings for random weights."""
     tokenizer_dir: Path | None = None
@@ -39,7 +39,7 @@ class EvaluateSettings:
     max_seq_length: int | None = None
     """Tokens per window (default: the model's block_size)."""
     batch_size: int = 8
-    """Windows at a time."""
+    """Windows per forward pass."""
     max_batches: int | None = None
     """Stop after this many batches (default: score all)."""
     device: str = "auto"
@@ -135,7 +135,7 @@ def load_row(layer: int, tokens_E: list[int]) -> str:
 
 
 def run(settings: EvaluateSettings) -> None:
-    """Score, print and record."""
+    """Score the model, print the result and append it to the results file."""
     result = evaluate(settings)
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return cli.fail(error, 2)
     threads.limit_spinning()
-    import litgpt_moe.scoring  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
+    # imports torch, which takes seconds: before run_command, Ctrl-C ends the process without a traceback
+    import litgpt_moe.scoring  # noqa: F401
 
     interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
     with threads.sleep_when_busy():

@@ -61,7 +61,8 @@ def read_prompt(settings: GenerateSettings) -> str:
 
 
 def _utf8(data: bytes, place: str) -> str:
-    try:  # an editor, not the author, ends a file with a line break
+    try:
+        # editors add the last line break; it is not part of the prompt
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8 at byte {error.start:,}; save it as UTF-8") from None

@@ -65,13 +65,13 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
             raise
         if path.is_symlink():
             raise FolderInUse(f"{path} is a link (to {path.readlink()}); delete it") from None
-        if error.errno in (errno.EACCES, errno.EPERM) and path.exists():
+        if not path.exists() or error.errno == errno.EROFS:
+            return None  # nothing can be written there; the writer will report it
+        if error.errno in (errno.EACCES, errno.EPERM):
             text = f"{path} cannot be locked ({error.strerror}): another user's run may be live there"
             raise FolderInUse(f"{text}; if there is none, delete it") from None
-        if not path.exists():
-            return None  # nothing can be written there; the writer will report it
         reason = error.strerror
-    path.unlink(missing_ok=True)
+    remove(path)
     soft = SoftFileLock(path.with_suffix(".claim"))
     soft.acquire(timeout=timeout)
     note(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out")

@@ -1,9 +1,9 @@
 """Which tokens each expert takes: the router's choices in every layer, and how specialised the experts are.
 
-"Token tells" is the mutual information between a token and the expert it goes to, as a share of the
-experts' entropy: 0 % if a word goes anywhere, 100 % if it always goes to the same. "Overlap" of two layers is
-the mutual information between the experts of a token's first choice in both, over the geometric mean of their
-entropies: 1 if each follows from the other. What chance gives, found by shuffling, is subtracted from both.
+"Token tells" is the mutual information between a token's id and its expert, divided by the experts' entropy:
+0 % if the id says nothing about the expert, 100 % if an id always goes to the same one. "Overlap" of two
+layers is the mutual information of a token's first choices in both, divided by the geometric mean of their
+entropies: 1 if each follows from the other. Both are reduced by what chance gives, which shuffling measures.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.scoring import take_off_head
 
-N_TYPICAL = 8  # tokens named for an expert
+N_TYPICAL = 8  # typical tokens listed per expert
 Pieces = Callable[[int], str]  # a token's text by its id
 
 
@@ -31,7 +31,7 @@ class Expert:
     """The tokens that one expert of a layer takes."""
 
     share: float
-    """Of the layer's choices, K for each token; 1 / E is even."""
+    """Its share of the layer's assignments, K for each token; 1 / E is even."""
     kinds: float
     """Effective number of different tokens: 2 to the entropy, in bits, of its tokens."""
     typical: list[dict[str, Any]]
@@ -48,7 +48,7 @@ class Layer:
     load_entropy: float
     """Entropy of the loads over that of even ones, 0 to 1."""
     first_weight: float
-    """Mean weight of a token's first choice; 1 / K is undecided."""
+    """Mean weight of a token's first choice; 1 / K if all its experts weigh the same."""
     token_tells: float
     """Share of the routing that follows from the token alone, 0 to 1."""
     experts: list[Expert]

@@ -35,7 +35,7 @@ def _head(axes: Axes, text: str) -> None:
 
 
 def _write_cells(axes: Axes, form: str, values: np.ndarray, is_dark: np.ndarray) -> None:
-    for (y, x), value in np.ma.ndenumerate(values):  # which leaves masked cells out
+    for (y, x), value in np.ma.ndenumerate(values):  # skips masked cells
         ink = "white" if is_dark[y, x] else INK
         axes.text(x, y, form.format(value), ha="center", va="center", fontsize=7, color=ink)
 
@@ -46,7 +46,7 @@ def _draw_load(figure: Figure, axes: Axes, layers: list[Layer]) -> None:
     shade_LE = np.log2(load_LE.clip(0.125, 8))
     limit = max(1.0, float(np.abs(shade_LE).max()))
     image = axes.imshow(shade_LE, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    _head(axes, "Load: share of the tokens, times even")
+    _head(axes, "Load: tokens per expert, relative to an even split")
     axes.set(xlabel="expert", ylabel="layer")
     axes.set_yticks(range(len(layers)), [str(layer.index) for layer in layers])
     axes.set_xticks(range(n_expert) if n_expert <= 40 else range(0, n_expert, 8))
@@ -93,7 +93,7 @@ def _draw_tells(axes: Axes, layers: list[Layer], shown: Layer) -> None:
     colours = [ACCENT if layer is shown else "#a9bfd6" for layer in layers]
     bars = axes.barh(names, [100 * layer.token_tells for layer in layers], color=colours, height=0.55)
     axes.bar_label(bars, fmt="%.0f %%", padding=3, fontsize=8)
-    _head(axes, "How much the token alone tells")
+    _head(axes, "Routing explained by the token alone")
     axes.set(xlabel="% of the experts' entropy", ylabel="layer", xlim=(0, 110))
     axes.set_xticks(range(0, 101, 25))
     axes.invert_yaxis()

@@ -84,6 +84,16 @@ def test_a_lock_file_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) 
     assert names(tmp_path) == [".run.lock", "elsewhere"]
 
 
+def test_a_disk_that_can_only_be_read_needs_no_lock(small_disk: Path) -> None:
+    (small_disk / ".run.lock").touch()  # of a process that was killed
+    read_only = ["mount", "-o", "remount,ro", str(small_disk)]
+    if subprocess.run(read_only, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk so")
+    with lock(small_disk):
+        pass
+    assert names(small_disk) == [".run.lock"]
+
+
 @pytest.fixture
 def as_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An account without rights, in a working directory of root's that it may write to."""

@@ -1,8 +1,8 @@
 """Count a configuration's parameters and FLOPs. Run: uv run python tools/count_params.py (20 s, no memory).
 
 With no argument it counts model_config.yaml and those in configs/. The models are built on the meta device,
-so a size that would not fit is counted all the same. A name such as MoE-200M must be true within 5%, or the
-status is 1.
+so a model too large for the memory is counted as well. The status is 1 if the size in a name such as MoE-200M
+is off by more than 5%.
 """
 
 import json
@@ -77,7 +77,7 @@ def format_table(counts: list[tuple[Path, ParamCount]]) -> str:
 
 
 def run(paths: list[Path], as_json: bool) -> None:
-    """Print the counts; WorkFailed when a name lies by more than 5%."""
+    """Print the counts; WorkFailed when the size in a name is off by more than 5%."""
     from litgpt_moe.config import MoEConfig
 
     if not paths:
@@ -99,7 +99,7 @@ def run(paths: list[Path], as_json: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return 0; 1 when a name lies by more than 5%, 2 when a configuration cannot be read."""
+    """Return 0; 1 when the size in a name is off by more than 5%, 2 for an unreadable configuration."""
     parser = FlagParser(description=__doc__)
     parser.add_argument("configs", nargs="*", type=Path, help="model configurations (default: ours)")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")

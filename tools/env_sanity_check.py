@@ -5,8 +5,8 @@ Run: uv run python tools/env_sanity_check.py (10 to 30 s, most of it imports)
 The last line is a verdict. Status 0: ready. 1: something is broken.
 SKIP_BNB_RUNTIME=1 leaves bitsandbytes alone.
 
-It runs where packages are missing or broken: at its top it imports the standard library alone, and our own
-modules by name, last of all.
+It also runs where packages are missing or broken: at the top only the standard library is imported, and
+our own modules only in the last check.
 """
 
 import argparse
@@ -164,7 +164,7 @@ def check_disk() -> Iterator[Check]:
 
 
 def check_plan() -> Iterator[Check]:
-    """Yield what training would use here, by the choices of run_train.py, unless a flag says otherwise."""
+    """Yield what run_train.py would use on this machine without flags."""
     import torch
 
     names = ("config", "hardware", "kernels.choice")

@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return cli.fail(*cli.explain(error))
     threads.limit_spinning()
-    import litgpt_moe.routing_figure  # noqa: F401  torch: imported here, Ctrl-C ends it without a traceback
+    # imports torch, which takes seconds: before run_command, Ctrl-C ends the process without a traceback
+    import litgpt_moe.routing_figure  # noqa: F401
 
     with threads.sleep_when_busy():
         return cli.run_command(lambda: run(settings, args.checkpoint, args.text))

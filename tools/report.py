@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add("runs", type=Path, nargs="*", default=[Path("checkpoints")], help="out_dirs of runs (checkpoints)")
     add("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
     add("--results_file", type=Path, default=Path("results.jsonl"), help="of evaluate.py (%(default)s)")
-    add("--overwrite", action="store_true", help="replace a file that is no report, too")
+    add("--overwrite", action="store_true", help="replace the file even if it is not a report")
     args = parser.parse_args(argv)
     return run_command(lambda: report(args.out, args.runs, args.results_file, args.overwrite))
 

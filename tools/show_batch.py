@@ -14,7 +14,7 @@ from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 
 
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
-    """Return the run's data directory, relative to the folder where the run was started, else to this one."""
+    """Return the run's data directory, relative to where the run was started, else to the current folder."""
     init_args = settings["data"].get("init_args") or {}
     train = Path(init_args.get("train_data_path", DEFAULT_DATA_DIR / "train"))
     named = Path(settings.get("dataset_dir") or train.parent)

@@ -83,8 +83,7 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     verify_checkpoint(folder)
     state = read_state(folder / CHECKPOINT_FILE)
     check_state(state, folder)
-    with damage_in(folder):
-        check_finite(state, folder / CHECKPOINT_FILE)
+    check_finite(state, folder / CHECKPOINT_FILE)
     return state
 
 
@@ -172,7 +171,9 @@ def check_weights(folder: Path, model: GPT, weights: dict[str, torch.Tensor]) ->
 
 def check_finite(state: dict[str, Any], path: Path) -> None:
     """Raise ValueError, naming the first, if a weight or moment holds an infinity or NaN."""
-    if name := non_finite(state):
+    with damage_in(path.parent):  # torch cannot add values of every dtype
+        name = non_finite(state)
+    if name:
         text = f"{path}: {name.removeprefix('model.')} holds values that are not finite"
         raise ValueError(f"{text} (the training diverged); use an earlier checkpoint")
 

@@ -64,9 +64,16 @@ class CheckpointWriter:
         self.lasting_s = 0.0  # duration of the latest save
         # for checkpoint.json: selection_bias (stock LitGPT cannot load such weights), the data's fingerprint
         self.notes: dict[str, Any] = {}
+        # read once: what another command writes into that folder during the run is not what it trains with
+        self._tokenizer_files: dict[str, bytes] | None = None
         self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
+
+    def keep_tokenizer(self, folder: Path) -> None:
+        """Read the tokenizer that every checkpoint will hold, unless that has been done."""
+        if self._tokenizer_files is None:
+            self._tokenizer_files = read_tokenizer_files(folder)
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
         """Copy the state to host memory and start the thread that writes it."""
@@ -75,8 +82,8 @@ class CheckpointWriter:
         # Fabric's strategy gathers the state and calls `hold` on rank 0; nothing is written yet
         fabric.save(checkpoint_file, state)
         if fabric.global_rank == 0:
-            config = state["model"].config
-            write = functools.partial(self._write, target, state["step_count"], config, tokenizer_dir)
+            self.keep_tokenizer(tokenizer_dir)
+            write = functools.partial(self._write, target, state["step_count"], state["model"].config)
             self._thread = threading.Thread(target=write, name="checkpoint")
             self._thread.start()
 
@@ -114,7 +121,7 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def _write(self, target: Path, step: int, config: Config, tokenizer_dir: Path) -> None:
+    def _write(self, target: Path, step: int, config: Config) -> None:
         """Write the directory and rename it into place; report an error and remove the staging folder."""
         started = time.perf_counter()
         needed = tensor_bytes(self._host) + SMALL_FILES_BYTES
@@ -125,8 +132,7 @@ class CheckpointWriter:
             staging = make_staging(target)
             if name := non_finite(self._host):
                 raise ValueError(f"{name} holds values that are no numbers")
-            files = {SETTINGS_FILE: self.settings_text.encode("utf-8")}
-            files |= read_tokenizer_files(tokenizer_dir)
+            files = {SETTINGS_FILE: self.settings_text.encode("utf-8")} | (self._tokenizer_files or {})
             _fill(staging, step, self._host, config, files, **self.notes)
             put_in_place(staging, target)
         except (OSError, RuntimeError, ValueError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""From tokens to more tokens: one step of the model after another, with a KV cache."""
+"""Autoregressive decoding: one new token per forward pass, with a KV cache."""
 
 from collections.abc import Generator, Sequence
 

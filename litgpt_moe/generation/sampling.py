@@ -30,7 +30,7 @@ def candidates(
     if sampling.top_p < 1:
         if ids is None:
             probs, ids = _most_probable(probs, sampling.top_p)
-        # a token is kept if the tokens before it sum to less than top_p, so the first one always is
+        # a token is kept if the more probable ones sum to less than top_p, so the first one always is
         probs = probs.where(probs.cumsum(-1) - probs < sampling.top_p, 0.0)
     if sampling.min_p > 0:
         probs = probs.where(probs >= sampling.min_p * probs.max(), 0.0)

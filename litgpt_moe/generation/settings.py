@@ -1,11 +1,11 @@
-"""What the flags of generate.py mean, checked when an object is made. Nothing heavy is imported here."""
+"""The settings of generate.py; `__post_init__` checks their ranges. Nothing heavy is imported here."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_PROMPT = "Once upon a time"
-MAX_CHOICES = 8  # samples that a server makes at a time for one request; each has a KV cache of its own
+MAX_CHOICES = 8  # samples per request to a server; each has a KV cache of its own
 
 
 def check_ranges(settings: object, rules: list[tuple[str, bool, str]]) -> None:
@@ -51,13 +51,13 @@ class GenerateSettings:
     prompt_file: Path | None = None
     """UTF-8 text file to continue."""
     ckpt_dir: Path = Path("checkpoints")
-    """Checkpoint, or the folder of its final/ or step-*/."""
+    """Checkpoint directory, or an out_dir: then its final/ or newest step-*/."""
     max_tokens: int = 200
     """New tokens at most."""
     num_samples: int = 1
-    """Texts to write."""
+    """Texts to generate from the prompt."""
     seed: int | None = None
-    """0 or more, repeats a run (default: a fresh one, which stderr names)."""
+    """Random seed, 0 or more; the same one gives the same texts (default: a fresh one, shown on stderr)."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"

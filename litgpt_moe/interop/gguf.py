@@ -50,7 +50,7 @@ def check_gguf(config: MoEConfig, folder: Path, kind: str) -> None:
         raise ValueError(f"{key}; llama.cpp's qwen3moe has no dense layers; {instead}")
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if tokenizer_kind(spec) is None:
-        only = "the kinds of tokenizer that can be told llama.cpp exactly"
+        only = "the only kinds of tokenizer that llama.cpp reproduces exactly"
         neither = "is neither a Llama-style nor a GPT-2-style BPE"
         raise ValueError(f"{folder / 'tokenizer.json'} {neither}, {only}; {instead}")
 

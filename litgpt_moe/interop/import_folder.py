@@ -1,4 +1,4 @@
-"""Import a model of Transformers, from a folder or from the hub, as a checkpoint of LitGPT's."""
+"""Import a Transformers model, from a folder or the Hugging Face hub, as a LitGPT checkpoint."""
 
 import errno
 import re
@@ -97,7 +97,10 @@ def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
     """Write the checkpoint; return a line that describes it, and whether it has experts."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; name a folder that Transformers saved")
-    files, n_pieces = to_lit_tokenizer(folder)
+    try:
+        files, n_pieces = to_lit_tokenizer(folder)
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder}: a tokenizer file holds half a surrogate pair; get it again") from None
     saved_name = read_json(folder / "config.json").get("_name_or_path")
     if isinstance(saved_name, str) and saved_name.strip("./\\ "):
         name = Path(saved_name).name

@@ -1,6 +1,6 @@
 """Convert configuration and weights between LitGPT and Transformers, for the classes in families.py.
 
-LitGPT's own converters rename the weights.
+The weights are renamed by LitGPT's own converters, the configuration by the code below.
 """
 
 import copy

@@ -80,7 +80,7 @@ def _describe_progress(state: dict[str, Any], settings: dict[str, Any], block_si
     if (tokens := tokens_seen(state, settings, block_size)) is not None:
         lines.append(f"  tokens seen {tokens:,}")
     extras = [key for key in state if key not in ("model", *COUNTERS)]
-    carried = f"can be resumed, it carries {', '.join(extras)}"
+    carried = f"can be resumed, it also holds {', '.join(extras)}"
     return [*lines, f"  {carried if extras else 'weights only, cannot be resumed'}"]
 
 

@@ -14,7 +14,7 @@ from litgpt_moe.report.read import AXES, MAX_TEXT, Columns, RunLog
 MAX_POINTS = 600  # of a curve: about one for each pixel of a chart
 TEMPLATE = Path(__file__).with_name("report.html")
 MARK = '<meta name="generator" content="tools/report.py">'
-HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # thinned by maximum, the others by mean
+HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # downsampled by maximum, others by mean
 
 
 def _run_data(run: RunLog) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def is_page(path: Path) -> bool:
 
 
 def thin(columns: Columns, most: int) -> Columns:
-    """Return `columns` with at most `most` rows, each a mean (for HIGHEST a maximum), and their extremes."""
+    """Return `columns` downsampled to `most` rows: means (HIGHEST: maxima), for three also the extremes."""
     n = len(next(iter(columns.values()), ()))
     if n <= most:
         return columns

@@ -1,7 +1,7 @@
 """Read the logs of a run: metrics, load of the experts, stories, spikes, settings.
 
 A log may be older than this code, incomplete because the run still writes it, or damaged: missing parts are
-left out, and an unreadable file is one sentence.
+left out, and an unreadable file raises an error of one sentence.
 """
 
 import base64
@@ -24,7 +24,7 @@ from litgpt_moe.report.results import RESULTS_FILE, results_of
 from litgpt_moe.yaml_files import read_mapping
 
 MAX_HEAT_CELLS = 150_000  # of a run's heat maps: 200 kB of the page
-MAX_STRETCHES = 120  # columns of a heat map
+MAX_STRETCHES = 120  # columns of a heat map, each a range of steps
 MAX_LOAD_STEPS = 2_000  # read from logs/expert_load.csv, evenly spread
 MAX_STORIES, MAX_SPIKES = 40, 200
 MAX_TEXT = 4_000  # characters of a story

@@ -202,7 +202,7 @@ def open_port(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
+        reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
         raise OSError(f"port {port} on {host} {reason}; choose another by --port or --host") from None
 
 
@@ -218,7 +218,7 @@ def serve(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
         note(f"playground {where}\nOpenAI API {where}/v1, model {served.name}")
         if not ipaddress.ip_address(address).is_loopback:
             name = f"its address or {socket.gethostname()}"
-            note(f"whoever reaches this machine, by {name}, can use it: there is no password")
+            note(f"anyone who can reach this machine, by {name}, can use the server: there is no password")
         note("Ctrl-C stops it")
         with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has stopped
             server.run(sockets=[listener])

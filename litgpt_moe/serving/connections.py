@@ -20,8 +20,8 @@ MAX_PER_ADDRESS = 32  # a browser opens 6; the engine takes 20 requests at a tim
 class Connection(H11Protocol):
     """A connection that cannot keep others out.
 
-    One that waits for a request is closed after `HEADER_S`, and at once when its address or the server has
-    too many connections: the oldest idle one makes room for a new one.
+    One that waits for a header is closed after `HEADER_S`. When its address or the server has too many
+    connections, the one that has waited longest for a whole request makes room for a new one.
     """
 
     def connection_made(self, transport: Any) -> None:
@@ -29,14 +29,13 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._is_half_closed = False
-        self._opened = self.loop.time()
+        self._waits_since = self.loop.time()
         others = [c for c in self.connections if isinstance(c, Connection) and not c.transport.is_closing()]
         same = [c for c in others if (c.client or ("",))[0] == (self.client or ("",))[0]]
         for crowd, limit in ((same, MAX_PER_ADDRESS), (others, MAX_CONNECTIONS)):
             if len(crowd) > limit:
-                idle = [c for c in crowd if c.is_idle and c is not self]
-                # first those that never had a request: a client may be about to use its old connection again
-                min(idle, key=lambda c: (c.cycle is not None, c._opened), default=self).transport.abort()
+                idle = [c for c in crowd if c is not self and (c.is_idle or c.cycle.more_body)]
+                min(idle, key=lambda c: c._waits_since, default=self).transport.abort()
         self._start("header", HEADER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,6 +57,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Go on to a request that has arrived already, or wait for the next one."""
+        self._waits_since = self.loop.time()
         super().on_response_complete()
         if self.is_idle and self._is_half_closed:
             self.transport.close()

@@ -81,7 +81,7 @@ class Piece:
 
 
 def continuation(served: Served, request: CompletionRequest, number: int) -> Generator[Piece]:
-    """Yield the piece of each token of a choice; the last piece has a finish_reason.
+    """Yield a Piece for each token of the sample `number`; the last one has a finish_reason.
 
     It runs and is closed in the engine's thread. Closing it frees the memory of the KV cache.
     """

@@ -17,8 +17,8 @@ from litgpt_moe.cli import printable
 from litgpt_moe.generation.settings import MAX_CHOICES, GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt
 
-MAX_BODY_BYTES = 1 << 18  # a context of 1,024 tokens is about 5,000
-ARRIVAL_S = 30  # limit of time for the body of a request to arrive
+MAX_BODY_BYTES = 1 << 18  # the text of 1,024 tokens has about 5,000 bytes
+ARRIVAL_S = 30  # timeout for the body of a request
 
 
 class ApiError(Exception):
@@ -84,7 +84,7 @@ class CompletionBody(BaseModel, strict=True, extra="forbid"):
     max_tokens: int = Field(ge=1)
     n: int = Field(ge=1, le=MAX_CHOICES)
     seed: int = Field(ge=0, le=2**63 - 1)
-    """Of each prompt's first sample; the next ones have the next seeds."""
+    """Seed of each prompt's first sample; sample i has seed + i."""
     stop: Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()

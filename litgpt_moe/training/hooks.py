@@ -61,6 +61,7 @@ class LoopHooks:
         self.metrics, self.stories = MetricLog(run, self.logs), StoryLog(self.logs.stories, run)
         text = saved_text(settings)
         self.writer = CheckpointWriter(settings.out_dir, settings.checkpoints, text, self.metrics.print)
+        self.writer.keep_tokenizer(settings.tokenizer_dir)
         self.figures = StepFigures()
         self.in_progress = StepInProgress(self)
         self.saved_step = run.start_step

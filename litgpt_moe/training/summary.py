@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import litgpt_moe
-from litgpt_moe.cli import command_line
+from litgpt_moe.cli import command_line, is_out_of_memory
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import is_disk_full, write_json
 from litgpt_moe.hardware import has_cuda, peak_memory_gb
@@ -89,7 +89,7 @@ def report(hooks: LoopHooks, argv: list[str]) -> str:
 def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
     """Return the sentence for an error in training, None for one that only a bug of ours can cause."""
     out_dir, text = run.settings.out_dir, str(error)
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
         return _out_of_memory(run, argv)
     if isinstance(error, RunFailed | FolderInUse):
         return text
@@ -105,18 +105,6 @@ def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
     if is_disk_full(error):
         return f"{out_dir}: the disk is full; make room and continue with --resume auto"
     return f"{text}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, of the GPU, the machine or what a limit leaves of it."""
-    if (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or getattr(error, "errno", None) == errno.ENOMEM
-    ):
-        return True
-    # torch has no class for these
-    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _out_of_memory(run: Run, argv: list[str]) -> str:

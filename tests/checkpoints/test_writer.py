@@ -133,6 +133,19 @@ def test_files_of_a_tokenizer_folder_that_belong_to_another_model_stay_out(
     assert checkpoint_flaw(target) is None
 
 
+def test_every_checkpoint_holds_the_tokenizer_that_the_run_began_with(
+    run: Callable[..., Run], tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / "tokenizer"))
+    one = run(tokenizer_dir=folder)
+    first = one.save(4)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")  # another command trains a new one there
+    second = one.save(8)
+    one.writer.wait()
+    contents = {(path / "tokenizer.json").read_bytes() for path in (first, second)}
+    assert contents == {(tiny_tokenizer_dir / "tokenizer.json").read_bytes()}
+
+
 def test_training_waits_for_the_copy_alone_and_the_copy_does_not_change_with_the_weights(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,7 @@ def test_what_litgpt_would_compute_otherwise_is_not_imported(
         ("config.json", b"{", "config.json: not JSON"),
         ("config.json", b"[1]", "config.json: not a JSON object"),
         ("tokenizer.json", None, "holds no tokenizer.json"),
+        ("tokenizer_config.json", b'{"bos_token": "\\ud800"}', "holds half a surrogate pair"),
         ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer"),
         ("model.safetensors", None, "holds neither model.safetensors nor model.safetensors.index.json"),
         ("model.safetensors", b"no weights at all", "model.safetensors is damaged"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import wait_until
-from helpers.server import Running, complete, serving
+from helpers.server import Running, complete, post, serving
 
 from litgpt_moe.serving import connections
 
@@ -60,11 +60,15 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("n_addresses", [1, 15 if sys.platform == "linux" else 1])
-def test_silent_connections_shut_nobody_out(n_addresses: int, tiny: Running) -> None:
-    silent = [connect(tiny, f"127.0.0.{1 + i % n_addresses}") for i in range(150)]
+@pytest.mark.parametrize("start", [b"", completion()[:-3]], ids=["silent", "half a request"])
+def test_slow_connections_shut_nobody_out(start: bytes, n_addresses: int, tiny: Running) -> None:
+    silent = []
+    for i in range(150):
+        silent.append(connect(tiny, f"127.0.0.{1 + i % n_addresses}"))
+        silent[-1].sendall(start)
     n_left = connections.MAX_PER_ADDRESS if n_addresses == 1 else connections.MAX_CONNECTIONS
     try:
-        assert complete(tiny, max_tokens=3).usage.completion_tokens == 3
+        assert post(tiny, b'{"prompt": "Tom", "max_tokens": 3}')[0] == 200  # by a connection of its own
         assert all(read_all(connection) == b"" for connection in silent[: 150 - n_left])
     finally:
         for connection in silent:

@@ -180,7 +180,8 @@ def test_a_checkpoint_with_nan_is_passed_over(part: str, capsys: pytest.CaptureF
     torch.save(state, path)
     assert set_up_here("--resume", "auto").start_step == 2
     told = told_paths(capsys)
-    assert "Skipping out/step-00000004" in told and "holds values that are not finite" in told
+    assert "Skipping out/step-00000004: lit_model.pth: " in told and "is damaged" not in told
+    assert "holds values that are not finite (the training diverged)" in told
     if part == "model":
         told = refused("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
         assert "lm_head.weight holds values that are not finite" in told
