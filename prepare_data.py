@@ -2,8 +2,8 @@
 
 Run: uv run python prepare_data.py --dataset demo --train_tokenizer 2048      (3 s on two cores)
 
-Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many stories, split by a line
-<|endoftext|> (or --separator); a file without that line is one story. Every story becomes BOS + ids + EOS
+Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many stories, split by
+<|endoftext|> (or a line --separator); a file without one is one story. Every story becomes BOS + ids + EOS
 in a flat array of ids; manifest.json says what made it, and shards that no longer match are made again.
 """
 

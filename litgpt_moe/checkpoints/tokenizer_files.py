@@ -1,6 +1,6 @@
-"""The files of a tokenizer as training needs them: none cuts or pads a text, and LitGPT can read them.
+"""The files of a tokenizer, with truncation and padding off, and their digests.
 
-Worker processes import this module, so that it imports nothing heavy.
+Nothing heavy is imported here: worker processes import this module.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ CUTS_OR_PADS = re.compile(rb'"(truncation|padding)"\s*:\s*(?!null)\S')
 
 def without_truncation(content: bytes) -> bytes:
     """Return the content of a tokenizer.json with truncation and padding off; unchanged if they are."""
-    if CUTS_OR_PADS.search(content):  # or these are words of the vocabulary
+    if CUTS_OR_PADS.search(content):  # it may also match an entry of the vocabulary
         with contextlib.suppress(ValueError, RecursionError, AttributeError):  # a damaged file stays as it is
             spec = json.loads(content)
             if spec.get("truncation") or spec.get("padding"):

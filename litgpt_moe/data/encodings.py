@@ -1,4 +1,4 @@
-"""What a file is that is not UTF-8 text: the encoding or the format that a message then names."""
+"""Guesses the encoding or the format of a file that is not UTF-8 text, for the message about it."""
 
 import re
 
@@ -18,8 +18,8 @@ BOMS = {  # UTF-32 before UTF-16, whose mark its own begins with
 }
 # ruff: noqa: RUF001 (letters of several languages)
 KANA = "[\u3041-\u30ff\u3001\u3002]"
-# frequent characters of texts in an encoding, and the least share of its non-ASCII ones that they have; the
-# first that agrees is named: read as the later ones, texts in the earlier ones are letters too
+# name, codec, frequent characters, and the least share that they have of a text's non-ASCII characters. The
+# order matters: text in an earlier encoding can often be decoded by a later codec, too.
 ENCODINGS = (
     ("EUC-KR", "euc_kr", "[\uac00-\ud7a3]", 0.8),
     ("EUC-JP", "euc_jp", KANA, 0.3),
@@ -29,12 +29,13 @@ ENCODINGS = (
     ("GB18030", "gb18030", "[的一是不了在人有我他这个们来，。]", 0.1),
     ("Big5", "big5", "[的一是不了在人有我他這個們來，。]", 0.1),
 )
+WESTERN = ("Windows-1252", "cp1252", "[\u00c0-\u00fd\u2013-\u201e\u2026]", 0.6)
 RUN_OF_NULS = b"\0" * 8
-MAX_NULS = 1e-3  # of the bytes; an odd one is let through
+MAX_NULS = 1e-3  # share of the bytes; a text may hold a stray one
 
 
 def known_format(start: bytes) -> str | None:
-    """Return a sentence's part on a file that begins so, None for one that may be UTF-8 text."""
+    """Return what a file with these first bytes is and how to convert it, None if it may be UTF-8 text."""
     for mark, name in FORMATS.items():
         if start.startswith(mark):
             return f"{name} data; unpack it to UTF-8 text"
@@ -43,7 +44,7 @@ def known_format(start: bytes) -> str | None:
 
 
 def nul_problem(chunk: bytes) -> str | None:
-    """Return a sentence's part on a block with more NUL bytes than a text can have."""
+    """Return what a block with many NUL bytes is and what to do, None if it has few."""
     n_nuls = chunk.count(0)
     if n_nuls <= 8 + MAX_NULS * len(chunk) and RUN_OF_NULS not in chunk:
         return None
@@ -62,9 +63,8 @@ def nul_problem(chunk: bytes) -> str | None:
 def likely_encoding(sample: bytes) -> str | None:
     """Return the name of the encoding of text that is not UTF-8, None if it is none of the usual ones."""
     n_high = len(re.findall(rb"[\x80-\xff]", sample))
-    if n_high < 0.3 * len(re.findall(rb"[A-Za-z\x80-\xff]", sample)):
-        return "Windows-1252"  # letters with accents among others
-    for name, codec, frequent, least in ENCODINGS:
+    is_western = n_high < 0.3 * len(re.findall(rb"[A-Za-z\x80-\xff]", sample))  # some accents
+    for name, codec, frequent, least in [WESTERN] if is_western else ENCODINGS:
         others = re.findall(r"[^\x00-\x7f]", sample.decode(codec, "ignore"))
         if others and sum(re.match(frequent, char) is not None for char in others) > least * len(others):
             return name

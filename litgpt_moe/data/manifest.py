@@ -20,7 +20,7 @@ RUN_AGAIN = "run prepare_data.py on that folder"
 
 Manifest = dict[str, Any]  # parsed JSON
 # the forms that `files.fits` checks
-SHARD_FORM = {"path": str, "sha256": str, "n_tokens": 0, "n_stories": 0, "n_bytes": 0}
+SHARD_FORM = {"path": str, "sha256": str, "n_tokens": 1, "n_stories": 0, "n_bytes": 0}
 SPLIT_FORM = {
     **dict.fromkeys(("n_stories", "n_tokens", "n_bytes", "n_duplicates", "n_replaced_bytes"), 0),
     "text": [{"path": str, "sha256": str, "size": 0, "mtime_ns": int}],

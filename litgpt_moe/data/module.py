@@ -1,6 +1,5 @@
 """TextShards: the LitGPT data module that reads our token shards."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,37 +58,23 @@ class TextShards(TextFiles):
         if self.num_workers < 0:
             raise ValueError(f"data: num_workers is {self.num_workers}; choose 0 or more")
         self.train_data_path, self.data_dir = train, train.parent
-        self.is_checked = self.is_right = False  # its contents were hashed; both loaders were made once
+        self.is_checked = self.is_reported = False  # the contents of the shards; the tokens that are not used
         super().__post_init__()
 
     def prepare_data(self) -> None:
         """Make stale shards again; LitGPT calls this in every process, and run_train.py before that."""
         # one process of each machine hashes the contents, once in a run
         is_to_hash = not self.is_checked and is_first_on_machine()
-        with self._found_later():
-            refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
+        refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
         self.is_checked = True
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training split: endless, shuffled by `seed`, shared among the ranks."""
-        with self._found_later():
-            return self._loader("train", self.seed)
+        return self._loader("train", self.seed)
 
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation split: all of it in order on every rank."""
-        with self._found_later():
-            return self._loader("val", None)
-
-    @contextlib.contextmanager
-    def _found_later(self) -> Iterator[None]:
-        """Raise OSError for a ValueError on data that was right when it was first asked for."""
-        was_right = self.is_right
-        try:
-            yield
-        except ValueError as error:
-            if not was_right:
-                raise
-            raise OSError(f"{error} (changed since the run began)") from error
+        return self._loader("val", None)
 
     def _loader(self, split: str, seed: int | None) -> ShardLoader:
         """Return a split's loader; ValueError if its text is too short for one batch (val: one sequence)."""
@@ -115,10 +100,10 @@ class TextShards(TextFiles):
                 f"sequences of {block_size}, but {n_wanted} are needed; {way_out}"
             )
         n_left = len(stream) - 1 - batches.n_sequences * block_size
-        if seed is not None and not self.is_right and n_left > UNUSED * len(stream):
+        if seed is not None and not self.is_reported and n_left > UNUSED * len(stream):
+            self.is_reported = True
             left = f"the last {n_left:,} of {len(stream):,} training tokens"
             note_once(f"{self.data_dir}: {left} fill no sequence of {block_size} and are not used")
-        self.is_right = self.is_right or split == "val"  # the last one that is asked for
         return ShardLoader(batches)
 
 

@@ -23,15 +23,15 @@ class PrepareSettings:
     dataset: str = "custom"
     """custom: your own text; tinystories: download it (2.2 GB); demo: write the built-in stories"""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
-    """folder of tokenizer.json; TinyLlama's is downloaded into it if it has none"""
+    """folder of tokenizer.json; by default the one that made the data, or TinyLlama's, downloaded here"""
     train_tokenizer: int | None = None
     """pieces of a BPE tokenizer to train on the text (default: train none)"""
     separator: str = "<|endoftext|>"
-    """line between two stories; '' splits at blank lines"""
+    """line between two stories ('<|endoftext|>': also inside a line); '' splits at blank lines"""
     on_bad_utf8: str = "replace"
     """replace bytes that are not UTF-8 by U+FFFD, or refuse them; both report file and line"""
     val_fraction: float = 0.01
-    """share of the stories for the val split if there is no val/*.txt"""
+    """share of the text for the val split if there is no val/*.txt"""
     workers: int = 0
     """processes that tokenize, about 100 MB each (0: one per core)"""
     demo_stories: int = 9_000

@@ -18,13 +18,13 @@ from litgpt_moe.data.settings import SPLITS
 
 BLOCK_BYTES = 4 << 20  # text read at once
 MAX_STORY_CHARS = 1 << 20  # a longer story is cut: whole, it may not fit in memory
-END_OF_TEXT = "<|endoftext|>"  # the separator of TinyStories and of GPT-2's training data
 CUTS = ("\n\n", "\n", " ")  # where it is cut: at a paragraph, else at a line, else at a word
+END_OF_TEXT = "<|endoftext|>"  # the separator of TinyStories and of GPT-2's training data
 MAX_NAMES = 5  # of files that are not read
 MAX_REPORTS = 10  # lines with bad UTF-8 that are reported of one file
-MIN_REPLACED, MAX_REPLACED = 50, 0.1  # bytes that are not UTF-8, and their share: more are no slips
-SAMPLE_BYTES = 1 << 14  # of bad lines, by which their encoding is guessed
-NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows a file name that is not
+MIN_REPLACED, MAX_REPLACED = 50, 0.1  # number and share of bad bytes above which a file is refused
+SAMPLE_BYTES = 1 << 14  # of lines that are not UTF-8, from which the encoding is guessed
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # in a file name: how Python shows bytes that are not UTF-8
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
@@ -95,7 +95,7 @@ class TextReader:
         self.report = (lambda _: None) if is_quiet else note
         line = re.escape(separator) + r"[ \t]*" if separator else ""
         self.separator, self.in_lines = re.compile(rf"\n[ \t]*{line}(?=\n)"), separator
-        if separator == END_OF_TEXT:  # it is no word of a text, wherever it stands
+        if separator == END_OF_TEXT:  # no story contains it as text: it also separates inside a line
             self.separator, self.in_lines = re.compile(re.escape(separator)), ""
         self.stat = path.stat()
         self.sha256 = hashlib.sha256()

@@ -106,27 +106,6 @@ def test_a_batch_larger_than_the_text_is_named_as_what_to_change(settings: Prepa
     assert shards.val_dataloader()  # is as long as it is
 
 
-@pytest.mark.parametrize("text", ["none", "short"])
-def test_data_that_changes_between_the_checks_and_training_is_no_setting(
-    settings: PrepareSettings, text: str
-) -> None:
-    prepare(settings)
-    shards = TextShards(settings.data_dir / "train", tokenizer_dir=settings.tokenizer_dir)
-    shards.connect(batch_size=4, max_seq_length=32)
-    for ask in (shards.prepare_data, shards.train_dataloader, shards.val_dataloader):
-        ask()  # as run_train.py does before LitGPT
-    if text == "short":
-        write_text(settings.data_dir / "val" / "b.txt", ["x"])
-    else:
-        for path in settings.data_dir.glob("*/*.txt"):
-            path.unlink()
-        for path in settings.data_dir.glob("*/*/*.bin"):
-            path.write_bytes(b"")
-    with pytest.raises(OSError, match="changed since the run began"):
-        for ask in (shards.prepare_data, shards.train_dataloader, shards.val_dataloader):
-            ask()
-
-
 def test_tokens_that_fill_no_sequence_are_counted_once_where_they_are_many(
     settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:

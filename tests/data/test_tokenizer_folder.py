@@ -86,3 +86,16 @@ def test_a_manifest_cannot_lead_to_an_absolute_place(here: PrepareSettings, fold
     )
     with pytest.raises(ValueError, match="the tokenizer that made it is not in"):
         find_tokenizer(here.data_dir, None)
+
+
+@pytest.mark.parametrize("content", ["{", '{"format_version": 1}'])
+def test_a_damaged_manifest_brings_no_other_tokenizer(
+    here: PrepareSettings, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = here.data_dir / "manifest.json"
+    known = read_json(manifest)["tokenizer"]
+    manifest.write_text(content, encoding="utf-8")
+    status, line = error_of(capsys, "--data_dir", here.data_dir)
+    assert status == 2 and f"{manifest}: damaged; delete it, or name the tokenizer's folder" in line
+    write_json(manifest, {"tokenizer": known})  # what else is lost is made again with it
+    assert prepare(dataclasses.replace(here, tokenizer_dir=DEFAULT_TOKENIZER_DIR))["tokenizer"] == known
