@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
             raise cli.WorkFailed(
-                f"{reason}; what was finished is kept, run again when that is mended"
+                f"{reason}; finished shards are kept, run again once this is fixed"
             ) from error
         if not settings.log_to_wandb:
             return None
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """Return TextShards, which YAML files and checkpoints name here; its import takes seconds."""
+    """Return TextShards, which YAML files name `prepare_data.TextShards`; its import takes seconds."""
     if name == "TextShards":
         from litgpt_moe.data.module import TextShards
 

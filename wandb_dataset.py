@@ -5,7 +5,7 @@ Run: uv run python wandb_dataset.py push --data_dir data/custom_text
 
 The artifact holds manifest.json, the texts and token shards that it lists, and the tokenizer's files
 under tokenizer/, so that a directory fetched by `pull entity/project/name:alias` trains as it is.
-push and pull record the artifact's name in the directory, so that a run knows its data set.
+push and pull record the artifact's name in the directory, so that a training run can log which data it used.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def verify_folder(data_dir: Path) -> str:
-    """Return the sentence on an undamaged data directory; WorkFailed with a line per problem otherwise."""
+    """Return a line that confirms the files of a data directory; WorkFailed has a line for each problem."""
     from litgpt_moe.data.manifest import MANIFEST, listed_files, manifest_fingerprint, read_manifest, verify
 
     if problems := verify(data_dir):
@@ -67,7 +67,7 @@ def transfer(args: argparse.Namespace) -> str:
         return push(folders.data_dir, cli.from_flags(WandbSettings, args), folders.tokenizer_dir)
     reference = args.reference or cli.variable("WANDB_DATASET_ARTIFACT") or ""
     folder = pull(reference, folders.wandb_artifacts_dir)
-    return f"{folder}: whole; train on it with: {cli.train_command('--dataset_dir', folder)}"
+    return f"{folder}: complete; train on it with: {cli.train_command('--dataset_dir', folder)}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,7 +62,7 @@ def log_artifact(
     logged = run.log_artifact(build_artifact(data_dir, tokenizer_dir, name, policy), aliases=aliases)
     if run.offline:
         remember_artifact(data_dir, name)
-        return f"{name}: recorded; send it with: uv run wandb sync {command_line(Path(run.dir).parent)}"
+        return f"{name}: logged offline; upload with: uv run wandb sync {command_line(Path(run.dir).parent)}"
     name = logged.wait().source_qualified_name
     remember_artifact(data_dir, name)
     return f"{name}: uploaded; train on it with: {train_command('--wandb_dataset', name)}"
@@ -155,7 +155,8 @@ def pull(reference: str, artifacts_dir: Path) -> Path:
     try:
         return fetch(reference, artifacts_dir)
     except (Error, ValueError, OSError) as error:
-        reason = first_line(error).removesuffix(f"; {RUN_AGAIN}")  # the folder was deleted
+        # `download` has deleted the folder, so preparing it again is no way out
+        reason = first_line(error).removesuffix(f"; {RUN_AGAIN}")
         raise ConnectionError(f"could not pull {reference}: {reason}") from error
 
 

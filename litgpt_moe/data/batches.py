@@ -106,7 +106,7 @@ class TokenBatches(Dataset[torch.Tensor]):
             yield self._checked(batch)
 
     def _read_ahead(self, plan: Iterator[list[int]]) -> Iterator[torch.Tensor]:
-        # A DataLoader draws a seed: from a generator of its own, to leave the run's random state as it is.
+        # a DataLoader draws a seed; with its own generator the global random state stays as it is
         own = torch.Generator().manual_seed(0)
         return iter(DataLoader(self, None, sampler=plan, num_workers=self.num_workers, generator=own))
 
@@ -150,6 +150,6 @@ class TokenBatches(Dataset[torch.Tensor]):
             raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
         epoch, n_used = state["epoch"], state["n_used"]
         if state["n_sequences"] != self.n_sequences:
-            note(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: new epoch")
+            note(f"the data had {state['n_sequences']:,} sequences, now {self.n_sequences:,}: next epoch")
             epoch, n_used = epoch + 1, 0
         self.n_taken = epoch * self.n_sequences + n_used

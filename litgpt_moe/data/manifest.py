@@ -46,7 +46,7 @@ def listed_files(manifest: Manifest) -> dict[str, str]:
 
 
 def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
-    """Return the manifest of a data directory; `check_shards`: each must be there in its recorded size."""
+    """Return the manifest of a data directory; `check_shards`: each shard must have its recorded size."""
     path = data_dir / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; {RUN_AGAIN}")
@@ -68,7 +68,7 @@ def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
 
 
 def _is_whole(manifest: Manifest) -> bool:
-    """Return whether a manifest has its form, and a number of tokens that its shards add up to."""
+    """Return whether a manifest matches FORM and the tokens of its shards add up to each split's count."""
     if not fits(manifest, FORM) or manifest["dtype"] not in ("uint16", "uint32"):
         return False
     splits = [manifest["splits"][name] for name in SPLITS]
@@ -88,7 +88,7 @@ def _check_sizes(data_dir: Path, manifest: Manifest) -> None:
 
 
 def record_times(data_dir: Path) -> Manifest:
-    """Return the manifest, with new time stamps of the texts recorded: their next check needs no hashing."""
+    """Return the manifest after recording the texts' time stamps, so that the next check hashes nothing."""
     manifest = read_manifest(data_dir)
     for entry in listed(manifest, "text"):
         entry["mtime_ns"] = (data_dir / entry["path"]).stat().st_mtime_ns

@@ -42,11 +42,11 @@ class TextShards(TextFiles):
     train_data_path: Path = DEFAULT_DATA_DIR / "train"
     """Folder of the training text; its parent is the data directory with manifest.json."""
     val_data_path: Path | None = None
-    """Folder of the validation text: val beside train_data_path, and nothing else."""
+    """Folder of the validation text; it must be the folder val beside train_data_path."""
     seed: int = 42
     """Seed of the order of the training sequences."""
     num_workers: int = 0
-    """Processes that read ahead. 0 is fastest on a local disk: reading takes less time than the transfer."""
+    """Processes that read ahead. 0 is fastest on a local disk: transfers between processes cost more."""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
     """Folder of the tokenizer that the shards must have been made with."""
 
@@ -62,8 +62,8 @@ class TextShards(TextFiles):
         super().__post_init__()
 
     def prepare_data(self) -> None:
-        """Make stale shards again; LitGPT calls this in every process, and run_train.py before that."""
-        # one process of each machine hashes the contents, once in a run
+        """Rebuild stale shards; LitGPT calls this in every process, and run_train.py before that."""
+        # hashing all shards takes long: one process of each machine does it, once in a run
         is_to_hash = not self.is_checked and is_first_on_machine()
         refresh(self.data_dir, Path(self.tokenizer_dir), is_to_hash, wait=_is_distributed())
         self.is_checked = True

@@ -169,7 +169,7 @@ def has_changed(path: Path, recorded: dict[str, Any]) -> bool:
 
 
 def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
-    """Make stale shards again with their recorded options; see `stale_reasons` and `prepare`."""
+    """Rebuild stale shards with their recorded options; see `stale_reasons` and `prepare`."""
     tokenizer_dir = choose_tokenizer(data_dir, tokenizer_dir)
     reasons = stale_reasons(data_dir, tokenizer_dir, contents=contents)
     if not reasons:

@@ -1,4 +1,4 @@
-"""The settings of a preparation and of an upload; imports nothing heavy, for the sake of `--help`."""
+"""The settings of prepare_data.py and of a W&B upload; nothing heavy is imported, so `--help` is fast."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ class PrepareSettings:
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
     """folder of tokenizer.json; by default the one that made the data, or TinyLlama's, downloaded here"""
     train_tokenizer: int | None = None
-    """pieces of a BPE tokenizer to train on the text (default: train none)"""
+    """vocabulary size of a BPE tokenizer to train on the text (default: train none)"""
     separator: str = "<|endoftext|>"
     """line between two stories ('<|endoftext|>': also inside a line); '' splits at blank lines"""
     on_bad_utf8: str = "replace"

@@ -178,7 +178,7 @@ class TextReader:
                 continue
             where = f"{self.path}:{number}: {n_bytes} bytes are not UTF-8"
             if self.on_bad_utf8 == "refuse":
-                raise ValueError(f"{where}; mend the file, or replace them with --on_bad_utf8 replace")
+                raise ValueError(f"{where}; repair the file, or replace them with --on_bad_utf8 replace")
             self.n_replaced_bytes += n_bytes
             self.n_bad_lines += 1
             if len(self._bad_text) < SAMPLE_BYTES:

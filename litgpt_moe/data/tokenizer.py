@@ -29,7 +29,7 @@ LLAMA_NORMALIZER = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers
 SPLIT_AT_SPACES = pre_tokenizers.Split(SPACE, "merged_with_next")
 BYTE_PIECES = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}  # LitGPT's decoder expects these ids
 NOT_PLAIN_BPE = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-# the parts of a text that Llama's BPE encodes independently of each other:
+# the parts of a text ("pre-tokens") that Llama's BPE encodes independently of each other:
 # a word with the spaces before it, spaces that no word follows, or a newline
 PIECE = r" *[^ \n]+| +|\n"
 # the same for a tokenizer with SPLIT_AT_SPACES, which separates all but the last of several spaces
@@ -51,7 +51,7 @@ class TokenizerFacts:
     eos_id: int
     special_pieces: tuple[str, ...]
     piece: str | None
-    """Regular expression of the parts of a text that can be encoded independently, if it has any."""
+    """Regular expression of a text's parts that can be encoded independently (pre-tokens); None if unsafe."""
 
     def made(self, recorded: dict[str, Any]) -> bool:
         """Return whether this tokenizer is the one of a manifest's entry."""
@@ -150,7 +150,7 @@ def check_normalizer(spec: dict[str, Any], path: Path) -> None:
 
 
 def can_split_at_spaces(spec: dict[str, Any]) -> bool:
-    """Return whether encoding the parts of a text that PIECE finds one by one gives the same ids.
+    """Return whether a text's parts, as PIECE finds them, can be encoded one by one with the same result.
 
     True for Llama's tokenizer: spaces become "\u2581", and no merge makes a piece with "\u2581" after another
     character or with a newline in it, so no merge joins the two sides of such a place.
