@@ -67,7 +67,7 @@ class TrainLoader:
         self.epoch, self.n_batches = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, of a loader with its own state_dict in the form of that."""
+        """Return the position: the loader's own state dict, or else the epoch and its batches so far."""
         if self.has_state:
             return self.inner.state_dict()
         return {"epoch": self.epoch, "n_batches": self.n_batches}

@@ -147,7 +147,7 @@ def set_up_torch(settings: Settings, device: torch.device) -> tuple[bool, str]:
 
 
 def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
-    """Return the Fabric to train on, its processes running, and whether the model is compiled."""
+    """Start the processes, open the output folder; return the Fabric and whether the model is compiled."""
     loggers = other_loggers(run, hooks)
     fabric = make_fabric(run, hooks, [hooks.metrics, *loggers])
     is_compiled, why = set_up_torch(run.settings, fabric.device)
@@ -155,7 +155,7 @@ def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
     if fabric.is_global_zero:
         if run.settings.overwrite:
             delete_run(run.settings.out_dir)
-        # what is not part of this run's history
+        # renames the checkpoints of later steps, which this run writes anew
         tidy(run.settings.out_dir, run.start_step)
         if run.resume is None:
             hooks.logs.keep({})
@@ -182,7 +182,10 @@ def other_loggers(run: Run, hooks: LoopHooks) -> list[Any]:
 
 @contextlib.contextmanager
 def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
-    """Replace functions that litgpt.pretrain calls and takes no argument for; checked against 0.5.13."""
+    """Replace functions that litgpt.pretrain calls and takes no argument for; checked against 0.5.13.
+
+    Above each stands what LitGPT's own function does that does not fit.
+    """
     replacements: dict[tuple[Any, str], Callable[..., Any]] = {
         # writes the weights in place, and re-parses sys.argv, which exits on our flags
         (pretrain, "save_checkpoint"): hooks.save,
@@ -218,7 +221,7 @@ def _loss(
     hooks: LoopHooks, cross_entropy: Callable[..., torch.Tensor], output: Any, targets: Any, **options: Any
 ) -> torch.Tensor:
     head = hooks.head
-    # `fit` passes chunk_size=0 for the model that counts FLOPs, whose output are logits
+    # `fit` passes chunk_size=0 when it counts FLOPs on a model of its own, which returns logits
     if head is None or options.get("chunk_size") == 0:
         return cross_entropy(output, targets, **options)
     # autocast does not reach into a custom autograd function

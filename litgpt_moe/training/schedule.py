@@ -1,4 +1,4 @@
-"""The learning rate of each optimizer step: pure functions of the progress of a run, set on its optimizer."""
+"""The learning rate of each optimizer step: pure functions of the step, and one that sets it."""
 
 import math
 from collections.abc import Callable

@@ -105,9 +105,9 @@ class ScheduleArgs:
     """The learning rate over the run, from optimizer.init_args.lr down to train.min_lr."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine: half a period; wsd: constant, then down at the end; constant: never down."""
+    """cosine: half a period; wsd: warmup-stable-decay, down only at the end; constant: never down."""
     warmup_tokens: int | None = None
-    """Tokens of linear warm-up, in place of train.lr_warmup_steps (null: as those say)."""
+    """Tokens of linear warm-up, in place of train.lr_warmup_steps (null: that key counts)."""
     decay_fraction: float = 0.2
     """Share of the steps in which wsd goes down (0.2: arxiv.org/abs/2405.18392)."""
 
@@ -135,7 +135,7 @@ class Settings:
     overwrite: bool = False
     """Delete an earlier run in out_dir instead of refusing to touch it."""
     resume: str | bool = False
-    """auto: the newest step-* in out_dir, or a fresh start; true: the newest, or an error; or a path."""
+    """auto: the newest checkpoint in out_dir, or a fresh start; true: the newest, or an error; or a path."""
     initial_checkpoint_dir: Path | None = None
     """Checkpoint whose weights to start from; not together with resume."""
     data: dict[str, Any] = field(default_factory=lambda: {"class_path": "prepare_data.TextShards"})
@@ -143,7 +143,7 @@ class Settings:
     dataset_dir: Path | None = None
     """Data directory (with train/ and val/) that replaces the one in data.init_args."""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
-    """Directory with tokenizer.json, copied into every checkpoint (dataset_dir/tokenizer goes before it)."""
+    """Directory with tokenizer.json, copied into every checkpoint; dataset_dir/tokenizer overrides it."""
     wandb_dataset: str | None = None
     """W&B artifact to train on: entity/project/name:alias, or project/name:alias with WANDB_ENTITY."""
     wandb_artifacts_dir: Path = Path("artifacts")
@@ -151,7 +151,7 @@ class Settings:
     precision: str | None = None
     """bf16-true, bf16-mixed or 32-true (default: bf16-true where CUDA has it, else 32-true)."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
-    """Kind of device."""
+    """Kind of device; auto is CUDA, or else the CPU. mps (Apple) must be asked for."""
     devices: int | str = "auto"
     """Devices on this machine; auto is every GPU, or one CPU process."""
     num_nodes: int = 1
@@ -180,7 +180,7 @@ class Settings:
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Return the settings as YAML and loggers take them: what trained, without which run or files it was."""
+    """Return the settings as plain values for YAML and loggers, without those that name files or a run."""
     left_out = ("config", "model_config", "resume", "overwrite")
     plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
     return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}

@@ -138,10 +138,10 @@ class Judge:
         `now` is on the clock of `began`; the longest step took `step_s` seconds, a save takes `save_s`;
         `failed_save` says why the latest save failed.
         """
-        # weights that are not finite will not be finite at the next save either
         must_save = self.settings.checkpoints.on_full_disk == "stop"
+        # "no numbers": weights that are not finite will not be finite at the next save either
         if failed_save is not None and (must_save or "no numbers" in failed_save):
-            # more than the votes of all ranks for an end
+            # a sum over world_size means fail: votes for an end add up to world_size at most
             return self.world_size + 1
         limit_s = self.settings.train.max_time
         # 1.5: a step may take longer than the longest so far
