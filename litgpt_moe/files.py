@@ -11,7 +11,7 @@ import secrets
 import shutil
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -162,15 +162,27 @@ def make_staging(target: Path) -> Path:
     return staging
 
 
-def put_in_place(staging: Path, target: Path) -> None:
-    """Rename the folder `staging` to `target`; an old `target` moves aside first."""
+def put_in_place(
+    staging: Path, target: Path, foreign: Callable[[Path], list[Path]] = lambda folder: []
+) -> None:
+    """Rename the folder `staging` to `target`; an old `target` moves aside first, and is deleted at the end.
+
+    `foreign` returns what somebody else has put into the old one: that moves into the new one.
+    """
     aside = staging_for(target, "old")
     remove(aside)
     if os.path.lexists(target):
         target.rename(aside)
     staging.rename(target)
+    move_into(target, foreign(aside))
     sync_directory(target.parent)
     remove(aside)
+
+
+def move_into(folder: Path, paths: list[Path]) -> None:
+    """Move files and folders of the same disk into `folder`, where a taken name gets a number."""
+    for path in paths:
+        path.rename(free_name(folder / path.name))
 
 
 def remove(path: Path) -> None:

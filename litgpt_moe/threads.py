@@ -31,6 +31,8 @@ def limit_spinning() -> None:
     if sys.platform == "linux" and not any(name in os.environ for name in OWN_CHOICE):
         # processes that this one starts inherit it
         os.environ["GOMP_SPINCOUNT"] = SPINS
+        # for threads beyond the number of cores alone, which then do not spin at all
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 @contextlib.contextmanager

@@ -220,6 +220,14 @@ def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:
     return {folder / name: entry for name, entry in files.items()}
 
 
+def is_saved(folder: Path, step: int) -> bool:
+    """Return whether `folder` is a checkpoint of this step with all its files."""
+    try:
+        return read_record(folder).get("step") == step and bool(recorded_files(folder))
+    except (ValueError, OSError):
+        return False
+
+
 def refuse_damage(path: Path, reason: str) -> NoReturn:
     """Raise the ValueError for a damaged file of a checkpoint."""
     reason = " ".join(reason.split())[:200]

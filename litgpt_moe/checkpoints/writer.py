@@ -21,9 +21,11 @@ from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     FINAL,
     LEFT_OVER,
+    RECORD_FILE,
     SETTINGS_FILE,
     SUPERSEDED,
     CheckpointArgs,
+    read_record,
     steps_of,
     write_record,
 )
@@ -33,6 +35,7 @@ from litgpt_moe.files import (
     free_name,
     is_disk_full,
     make_staging,
+    move_into,
     new_folder,
     no_room,
     put_in_place,
@@ -66,6 +69,8 @@ class CheckpointWriter:
         self.notes: dict[str, Any] = {}
         # read once: what another command writes into that folder during the run is not what it trains with
         self._tokenizer_files: dict[str, bytes] | None = None
+        self._is_finite = True
+        self._kept: set[Path] = set()
         self._host: dict[str, Any] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -74,6 +79,12 @@ class CheckpointWriter:
         """Read the tokenizer that every checkpoint will hold, unless that has been done."""
         if self._tokenizer_files is None:
             self._tokenizer_files = read_tokenizer_files(folder)
+
+    @property
+    def must_end_run(self) -> bool:
+        """Whether the run must not go on after the latest save, which failed."""
+        # weights that are not finite will not be finite at the next save either
+        return self.failure is not None and (self.args.on_full_disk == "stop" or not self._is_finite)
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
         """Copy the state to host memory and start the thread that writes it."""
@@ -131,17 +142,19 @@ class CheckpointWriter:
                 raise OSError(errno.ENOSPC, "known before a byte is written")
             staging = make_staging(target)
             if name := non_finite(self._host):
+                self._is_finite = False
                 raise ValueError(f"{name} holds values that are no numbers")
             files = {SETTINGS_FILE: self.settings_text.encode("utf-8")} | (self._tokenizer_files or {})
             _fill(staging, step, self._host, config, files, **self.notes)
-            put_in_place(staging, target)
+            put_in_place(staging, target, foreign_files)
         except (OSError, RuntimeError, ValueError, MemoryError) as error:
             remove(staging_for(target))
             reason = str(error) or type(error).__name__
             if is_disk_full(error):
                 reason = no_room(self.out_dir, needed)
             self.failure = f"{target} could not be saved: {reason}"
-            goes_on = "; training goes on" if self.args.on_full_disk == "continue" else ""
+            may_go_on = self.args.on_full_disk == "continue" and target.name != FINAL
+            goes_on = "; training goes on" if may_go_on else ""
             self.tell(f"Warning: {self.failure}{goes_on}")
             return
         self.failure, self.lasting_s = None, time.perf_counter() - started
@@ -151,15 +164,20 @@ class CheckpointWriter:
         self.on_saved(target, step)
 
     def _prune(self) -> None:
-        """Delete the step-* that neither keep_last nor keep_every keeps."""
+        """Delete the step-* that neither keep_last nor keep_every keeps, unless other files are in it."""
         steps = list(steps_of(self.out_dir).items())
         for step, path in steps[: -self.args.keep_last] if self.args.keep_last else []:
-            if not self.args.keeps(step):
-                doomed = staging_for(path)  # so that a kill leaves no half-deleted step-*
-                # on Windows renaming fails while a file is open; the next save tries again
-                with contextlib.suppress(OSError):
-                    path.rename(doomed)
-                    remove(doomed)
+            if self.args.keeps(step) or path in self._kept:
+                continue
+            if foreign := foreign_files(path):
+                self._kept.add(path)
+                self.tell(f"{path} is kept: {foreign[0].name} in it is not the run's")
+                continue
+            doomed = staging_for(path)  # so that a kill leaves no half-deleted step-*
+            # on Windows renaming fails while a file is open; the next save tries again
+            with contextlib.suppress(OSError):
+                path.rename(doomed)
+                remove(doomed)
 
 
 class HashingFile:
@@ -225,12 +243,25 @@ def tidy(out_dir: Path, start_step: int) -> None:
             target = out_dir / match["target"]
             # moved aside for a replacement, which may be missing
             is_last = match["ending"] == "old" and not target.exists()
-            path.rename(target) if is_last else remove(path)
+            if is_last:
+                path.rename(target)
+            else:
+                move_into(target, foreign_files(path) if match["ending"] == "old" else [])
+                remove(path)
     for step, path in steps_of(out_dir).items():
         if step > start_step:
             superseded = free_name(path.with_name(f"superseded-{path.name}"))
             path.rename(superseded)
             note_once(f"{path} is not part of this run's history: renamed to {superseded.name}")
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """Return what is in a checkpoint's folder and not listed in its checkpoint.json; [] without a record."""
+    try:
+        own = {RECORD_FILE, *read_record(folder).get("files", {})}
+    except (ValueError, OSError):
+        return []
+    return [path for path in folder.iterdir() if path.name not in own] if len(own) > 1 else []
 
 
 def delete_run(out_dir: Path) -> None:

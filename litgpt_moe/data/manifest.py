@@ -67,6 +67,18 @@ def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
     return manifest
 
 
+def check_own(data_dir: Path) -> None:
+    """Raise ValueError if the folder has a manifest.json of another program, which would be overwritten."""
+    path, content = data_dir / MANIFEST, None
+    # a damaged one is written again
+    with contextlib.suppress(ValueError, OSError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if content and not (isinstance(content, dict) and content.keys() & FORM.keys()):
+        raise ValueError(
+            f"{path}: not a file of prepare_data.py, which writes one of this name; move it away"
+        )
+
+
 def _is_whole(manifest: Manifest) -> bool:
     """Return whether a manifest matches FORM and the tokens of its shards add up to each split's count."""
     if not fits(manifest, FORM) or manifest["dtype"] not in ("uint16", "uint32"):

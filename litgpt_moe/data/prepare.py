@@ -19,6 +19,7 @@ from litgpt_moe.data.manifest import (
     RUN_AGAIN,
     Manifest,
     altered_shards,
+    check_own,
     listed,
     read_manifest,
     record_times,
@@ -50,6 +51,7 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     if settings.train_tokenizer is None and not is_download:
         folder = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
         settings = replace(settings, tokenizer_dir=folder)
+    check_own(settings.data_dir)
     with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
         try:
             return _prepare(settings, wait)

@@ -75,6 +75,7 @@ def check_settings(settings: PrepareSettings) -> None:
         ("workers", s.workers >= 0, "0 (one per core) or more"),
         ("demo_stories", s.demo_stories >= 2, "2 or more"),
         ("separator", len(s.separator.splitlines()) <= 1, "the text of one line"),
+        ("separator", not any("\ud800" <= letter <= "\udfff" for letter in s.separator), "UTF-8 text"),
     )
     problems = [f"{name} is {getattr(settings, name)!r}; choose {rule}" for name, ok, rule in rules if not ok]
     problems += [

@@ -33,6 +33,7 @@ LOWEST = {
     "moe.z_loss_coef moe.bias_update_rate schedule.warmup_tokens schedule.decay_fraction guard.spike_sigma "
     "eval.max_new_tokens",
 }
+MAY_BE_INF = ("train.max_norm", "guard.spike_sigma")
 
 
 @contextlib.contextmanager
@@ -64,7 +65,8 @@ def _value_problems(settings: Settings) -> Iterator[str]:
     for key, lowest in ((key, lowest) for lowest, keys in LOWEST.items() for key in keys.split()):
         value: Any = functools.reduce(getattr, key.split("."), settings)
         highest = 2**32 - 1 if key == "seed" else 10**15
-        if value is not None and not lowest <= value <= highest and value != float("inf"):
+        is_off = value == float("inf") and key in MAY_BE_INF
+        if value is not None and not lowest <= value <= highest and not is_off:
             above = f", up to {highest}" if value > highest else ""
             yield f"{key} is {value}; choose {lowest} or more{above}"
         elif key.endswith("_fraction") and value is not None and value > 1:
@@ -122,6 +124,13 @@ def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -
             f"Warning: train.lr_warmup_steps is {n_warmup} but the run has {n_steps} steps: "
             "the learning rate never gets to its top."
         )
+
+
+def warn_of_rates(settings: Settings, init_args: dict[str, Any]) -> None:
+    """Warn of a decay of the learning rate that ends above its beginning."""
+    lowest, peak = settings.train.min_lr, init_args.get("lr")
+    if isinstance(peak, float) and lowest > peak and settings.schedule.name != "constant":
+        note_once(f"Warning: train.min_lr is {lowest:g}, above the learning rate {peak:g}, which then rises.")
 
 
 def check_tokenizer(run: "Run") -> None:

@@ -15,7 +15,7 @@ from litgpt.args import TrainArgs
 from torch.optim import Optimizer
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, step_name
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, is_saved, step_name
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -97,7 +97,8 @@ class LoopHooks:
         self.optimizer = optimizer
         save_s = self.writer.lasting_s or self.run.checkpoint_bytes / ASSUMED_BYTES_PER_S
         failed_save = self.writer.failure
-        vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, save_s, failed_save)
+        must_fail = self.writer.must_end_run
+        vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, save_s, must_fail)
         loss, grad_norm, votes = self.in_progress.end(norm, vote)
         lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader))
         self.figures = StepFigures(loss, grad_norm, lr)
@@ -192,7 +193,12 @@ class LoopHooks:
         return val_loss.clamp(max=700.0)
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
-        """Save the loop's `state`, and what `resume` needs besides."""
+        """Save the loop's `state`, and what `resume` needs besides; not what was saved before the resume."""
+        is_old = self.run.resume is not None and state["step_count"] == self.run.start_step
+        # one decision for all ranks, which save together
+        if is_old and fabric.broadcast(is_saved(checkpoint_file.parent, self.run.start_step)):
+            self.metrics.print(f"{checkpoint_file.parent} is there already")
+            return
         self.logs.sync()
         self.saved_step = state["step_count"]
         state = {**state, **collect(self).state_dict()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import math
@@ -76,7 +77,13 @@ class CsvLog:
             self._append()
 
     def _append(self) -> None:
+        if any(folder.is_symlink() for folder in (self.path.parent, self.path.parent.parent)):
+            raise OSError(errno.ELOOP, "its folder has become a link")
         if not self.path.is_file():
+            if (n_lost := self.n_rows - len(self._waiting)) > 0:
+                note(f"Warning: {self.path} is gone, with {n_lost:,} rows; it begins anew")
+                # a checkpoint records how many rows to keep
+                self.n_rows = len(self._waiting)
             self._rewrite([])
         size = self.path.stat().st_size
         try:

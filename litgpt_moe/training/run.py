@@ -130,6 +130,7 @@ def _checked_run(parsed: Parsed) -> Run:
     initial = parsed.attempt(find_initial, settings, model)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
     run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(run))
+    checks.warn_of_rates(settings, optimizer["init_args"])
     parsed.attempt(checks.check_tokenizer, run)
     parsed.attempt(checks.check_memory, run)
     if resume:
@@ -194,7 +195,9 @@ def _wants_demo_data(run: Run) -> bool:
 def optimizer_spec(settings: Settings) -> dict[str, Any]:
     """Return the optimizer's class_path and init_args, typed; BadClass if torch refuses them."""
     # torch checks the values when an optimizer is built: try it on one weight (a matrix, which Muon needs)
-    weight = torch.nn.Parameter(torch.zeros(2, 2))
-    kind = type(class_path.build("optimizer", settings.optimizer, [weight]))
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]} for _ in range(2)]
+    kind = type(class_path.build("optimizer", settings.optimizer, groups))
+    if kind is torch.optim.SparseAdam:
+        raise ValueError("optimizer.class_path is torch.optim.SparseAdam, for sparse gradients; use AdamW")
     init_args = class_path.typed_arguments("optimizer", kind, settings.optimizer)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init_args}

@@ -132,15 +132,13 @@ class Judge:
         self.settings, self.began, self.stops, self.world_size = settings, began, stops, world_size
         self.guard = Guard(settings.guard.spike_sigma)
 
-    def vote(self, now: float, step_s: float, save_s: float, failed_save: str | None) -> int:
+    def vote(self, now: float, step_s: float, save_s: float, must_fail: bool = False) -> int:
         """Return this rank's vote for the end of the run; `verdict` takes the sum over all ranks.
 
         `now` is on the clock of `began`; the longest step took `step_s` seconds, a save takes `save_s`;
-        `failed_save` says why the latest save failed.
+        `must_fail`: the latest save failed, and the run must not go on without it.
         """
-        must_save = self.settings.checkpoints.on_full_disk == "stop"
-        # "no numbers": weights that are not finite will not be finite at the next save either
-        if failed_save is not None and (must_save or "no numbers" in failed_save):
+        if must_fail:
             # a sum over world_size means fail: votes for an end add up to world_size at most
             return self.world_size + 1
         limit_s = self.settings.train.max_time

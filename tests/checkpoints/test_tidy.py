@@ -1,6 +1,7 @@
 """What a killed process or an earlier run leaves, a checkpoint of bare weights, and what a state holds."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,16 @@ def test_the_first_weight_or_moment_that_is_no_number_is_named() -> None:
     assert non_finite(good) is None
     bad = {**good, "optimizer": {"state": [torch.tensor([0.0, torch.inf])]}}
     assert non_finite(bad) == "optimizer.state.0"
+
+
+def test_what_somebody_put_into_a_checkpoint_comes_back_from_one_that_was_moved_aside(tmp_path: Path) -> None:
+    model = GPT(MoEConfig(**TINY_CONFIG))
+    write_checkpoint(tmp_path / "final", model.state_dict(), model.config, {})
+    (tmp_path / "final/notes.txt").write_text("mine", encoding="utf-8")
+    aside = staging_for(tmp_path / "final", "old")
+    (tmp_path / "final").rename(aside.with_name(aside.name.replace(f"-{os.getpid()}.", "-99999999.")))
+    # killed between the two renames and the deletion
+    write_checkpoint(tmp_path / "final", model.state_dict(), model.config, {})
+    tidy(tmp_path, start_step=0)
+    assert names(tmp_path) == ["final"]
+    assert (tmp_path / "final/notes.txt").read_text(encoding="utf-8") == "mine"

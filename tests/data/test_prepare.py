@@ -195,3 +195,22 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
         prepare(wrong)
     for name in ("dataset", "val_fraction", "train_tokenizer", "workers", "separator"):
         assert f"{name} is " in str(caught.value)
+
+
+def test_a_separator_that_is_no_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.txt").write_text("Once upon a time.", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"separator is '\\udcff'; choose UTF-8 text"):
+        prepare(PrepareSettings(tmp_path, separator="\udcff", train_tokenizer=512))
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("content", ['{"my": "notes"}', '"mine"', "[1, 2]"])
+def test_a_manifest_of_another_program_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/a.txt").write_text("Once upon a time.", encoding="utf-8")
+    (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"manifest\.json: not a file of prepare_data\.py.*; move it away"):
+        prepare(PrepareSettings(tmp_path, tokenizer_dir=tmp_path / "tokenizer", train_tokenizer=512))
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "train"]

@@ -40,6 +40,7 @@ BAD_TRAIN_VALUES = {
     "train.lr_warmup_fraction": (0.5, "train.lr_warmup_fraction is 0.5: Can't provide both"),
     "eval.interval": (0, "eval.interval is 0; choose 1 or more"),
     "eval.max_new_tokens": (-5, "eval.max_new_tokens is -5"),
+    "moe.z_loss_coef": (float("inf"), "moe.z_loss_coef is inf; choose 0 or more"),
     "moe.aux_loss_coef": (-0.1, "moe.aux_loss_coef is -0.1; choose 0 or more"),
     "float32_matmul_precision": ("low", "float32_matmul_precision is 'low'; it must be one of highest, high"),
     "weight_decay_on": ("some", "weight_decay_on is 'some'; it must be one of matrices, all"),

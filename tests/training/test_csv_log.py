@@ -172,3 +172,36 @@ def test_the_logs_of_a_run_go_on_behind_the_rows_that_a_checkpoint_counts(tmp_pa
     again.keep(at_checkpoint)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
     assert again.lengths() == at_checkpoint
+
+
+def test_a_log_that_is_deleted_begins_anew_says_so_and_counts_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = CsvLog(tmp_path / "logs/metrics.csv", ["step", "loss"])
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    log.path.unlink()
+    log.path.parent.rmdir()
+    log.write({"step": 4})
+    assert lines(log) == ["step,loss", "4,"] and log.n_rows == 1
+    assert "metrics.csv is gone, with 3 rows; it begins anew" in capsys.readouterr().err
+    log.write({"step": 5})
+    assert lines(log)[1:] == ["4,", "5,"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("folder", ["logs/csv", "logs"])
+def test_no_row_is_written_through_a_folder_that_became_a_link(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = CsvLog(tmp_path / "logs/csv/metrics.csv", ["step"])
+    log.write({"step": 1})
+    (tmp_path / folder).rename(tmp_path / "moved")
+    (tmp_path / folder).symlink_to(tmp_path / "moved")
+    before = log.path.read_bytes()
+    log.write({"step": 2})
+    assert log.path.read_bytes() == before
+    assert "cannot be written (its folder has become a link)" in capsys.readouterr().err
+    (tmp_path / folder).unlink()
+    (tmp_path / "moved").rename(tmp_path / folder)
+    log.write({"step": 3})
+    assert lines(log) == ["step", "1", "2", "3"]

@@ -108,6 +108,16 @@ def test_a_class_named_by_a_flag_takes_what_it_knows_of_the_yaml_s_arguments(
             optimizer_spec(load_settings([*flags, *wrong]).settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("SparseAdam", "for sparse gradients; use AdamW"), ("LBFGS", "doesn't support per-parameter options")],
+)
+def test_an_optimizer_that_no_run_can_use_is_refused_before_it(name: str, reason: str) -> None:
+    settings = Settings(optimizer={"class_path": f"torch.optim.{name}"})
+    with pytest.raises(ValueError, match=f"torch.optim.{name}.*{reason}"):
+        optimizer_spec(settings)
+
+
 def test_an_older_train_config_gives_the_settings_that_it_was_saved_with() -> None:
     plain = plain_settings(Settings())
     for group, key in itertools.product(("train", "eval"), ("max_norm", "interval")):

@@ -279,3 +279,30 @@ def test_a_disk_that_fills_up_while_the_weights_are_written_leaves_the_earlier_c
     assert names == ["final", "step-00000004", "step-00000012"]
     for name in names:
         assert checkpoint_flaw(small_disk / "out" / name) is None
+
+
+def test_what_somebody_puts_into_a_checkpoint_outlives_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--checkpoints.keep_last", 1, "--train.save_interval", 2)
+    assert run(*flags, "--max_tokens", 4 * 256) == 0
+    Path("out/final/notes.txt").write_text("mine", encoding="utf-8")
+    Path("out/final/plots").mkdir()
+    Path("out/final/plots/a.png").write_bytes(b"png")
+    Path("out/step-00000004/notes.txt").write_text("mine too", encoding="utf-8")
+    capsys.readouterr()
+    assert run(*flags, "--resume", "auto") == 0
+    assert Path("out/final/notes.txt").read_text(encoding="utf-8") == "mine"
+    assert Path("out/final/plots/a.png").read_bytes() == b"png"
+    assert sorted(path.name for path in Path("out").glob("step-*")) == ["step-00000004", "step-00000008"]
+    assert "".join(capsys.readouterr()).count("is kept: notes.txt in it is not the run's") == 1
+    assert checkpoint_flaw(Path("out/final")) is None
+
+
+def test_a_finished_run_that_is_resumed_leaves_its_final_checkpoint_as_it_was() -> None:
+    assert run() == 0
+    before = {path.name: path.read_bytes() for path in Path("out/final").iterdir()}
+    assert run("--resume", "auto") == 0
+    assert {path.name: path.read_bytes() for path in Path("out/final").iterdir()} == before
+    Path("out/final/model_config.yaml").unlink()
+    shutil.rmtree("out/final")
+    assert run("--resume", "auto") == 0
+    assert checkpoint_flaw(Path("out/final")) is None
