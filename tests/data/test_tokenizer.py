@@ -3,6 +3,7 @@
 import _thread
 import dataclasses
 import json
+import signal
 import threading
 from pathlib import Path
 
@@ -113,11 +114,16 @@ def test_ctrl_c_is_heard_while_a_tokenizer_is_trained() -> None:
 
     def train() -> None:
         _thread.interrupt_main()
-        ended.wait()
+        ended.wait(60)
 
-    with pytest.raises(KeyboardInterrupt):
-        call_interruptibly(train)
-    ended.set()
+    # a shell starts programs in the background with Ctrl-C ignored, and Python leaves it so
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call_interruptibly(train)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        ended.set()
     with pytest.raises(ValueError, match="invalid literal"):
         call_interruptibly(lambda: int("x"))  # what it raises is raised here
 
