@@ -87,13 +87,16 @@ def test_a_signal_that_cannot_be_reported_raises_nothing_in_training(monkeypatch
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 def test_a_terminal_that_is_closed_ends_the_run_as_other_signals_do_and_nohup_keeps_it() -> None:
-    with StopSignals() as stops:
-        # the kernel and the shell send one each
-        signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)
-    assert stops.reason == "SIGHUP"
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with StopSignals() as stops:
-        signal.raise_signal(signal.SIGHUP)
-    signal.signal(signal.SIGHUP, before)
-    assert stops.reason == ""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignals() as stops:
+            # the kernel and the shell send one each
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+        assert stops.reason == "SIGHUP"
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignals() as stops:
+            signal.raise_signal(signal.SIGHUP)
+        assert stops.reason == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
