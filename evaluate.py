@@ -30,8 +30,8 @@ class EvaluateSettings:
     """Model settings for random weights."""
     tokenizer_dir: Path | None = None
     """Tokenizer for random weights (default: the one that made the data)."""
-    data_dir: Path = Path("data/custom_text")
-    """Prepared data."""
+    data_dir: Path | None = None
+    """Prepared data (default: those that the checkpoint was trained on, else data/custom_text)."""
     split: Literal["train", "val"] = "val"
     """Part of the data to score."""
     text: list[Path] | None = None
@@ -73,12 +73,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     folder = None if settings.random_weights else scoring.pick_checkpoint(settings.ckpt_dir, CHECKPOINTS)
     if folder is None:
         note("Warning: Evaluating random weights!")
-    data_dir = None if settings.text else settings.data_dir
+    data_dir = None if settings.text else settings.data_dir or scoring.data_of(folder)
     tokenizer_dir = scoring.pick_tokenizer(folder or settings.tokenizer_dir, data_dir)
-    if settings.text:
-        corpus = scoring.text_corpus(settings.text, tokenizer_dir)
+    if data_dir is None:
+        corpus = scoring.text_corpus(settings.text or [], tokenizer_dir)
     else:
-        corpus = scoring.split_corpus(settings.data_dir, settings.split, tokenizer_dir)
+        corpus = scoring.split_corpus(data_dir, settings.split, tokenizer_dir)
     if folder:
         model = load_model(folder, device, dtype)
     else:
@@ -136,6 +136,10 @@ def load_row(layer: int, tokens_E: list[int]) -> str:
 
 def run(settings: EvaluateSettings) -> None:
     """Score the model, print the result and append it to the results file."""
+    from litgpt_moe.report.results import check_file
+
+    if settings.results_file not in ("none", "beside"):
+        check_file(Path(settings.results_file))
     result = evaluate(settings)
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))

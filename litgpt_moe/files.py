@@ -207,7 +207,7 @@ def check_no_links(*paths: Path) -> None:
                 f"{path} is a link (to {path.readlink()}), which is not written through; delete it"
             )
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise ValueError(f"{path} is neither a file nor a folder; delete it")
+            raise ValueError(f"{path} is neither a file nor a folder; name another, or delete it")
 
 
 def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:

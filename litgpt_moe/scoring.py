@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
-from litgpt_moe.checkpoints.reader import read_state, sha256_of, verify_checkpoint
+from litgpt_moe.checkpoints.reader import read_settings, read_state, sha256_of, trained_on, verify_checkpoint
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
 from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
-from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
+from litgpt_moe.data.manifest import MANIFEST, manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.data.text import TextReader
 from litgpt_moe.data.tokenizer import StoryEncoder, as_value_error, load_for_encoding, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
@@ -138,6 +139,12 @@ def pick_checkpoint(named: Path | None, default: Path) -> Path | None:
         return None
     verify_checkpoint(folder)
     return folder
+
+
+def data_of(folder: Path | None) -> Path:
+    """Return the prepared data that the checkpoint in `folder` was trained on, if they are here."""
+    place = trained_on(read_settings(folder)) if folder else None
+    return place if place and (place / MANIFEST).is_file() else DEFAULT_DATA_DIR
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import ast
 import errno
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -286,3 +287,22 @@ def test_an_error_of_the_system_is_a_sentence_and_work_that_failed_has_status_1(
 ) -> None:
     told, found = explain(error)
     assert told.startswith(text) and found == status
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes the streams")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error_and_its_number_is_given_to_no_file(closed: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from litgpt_moe.cli import run_script\n"
+        "def main():\n"
+        "    with open('file', 'wb') as file:\n"
+        "        print('out'); print('err', file=sys.stderr)\n"
+        "        return 0 if file.fileno() > 2 else 9\n"
+        "sys.exit(run_script(main))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f'"{sys.executable}" -c "$CODE" {closed}'
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=env | {"CODE": code}, capture_output=True, check=False
+    )
+    assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""

@@ -252,8 +252,10 @@ def test_results_are_not_written_through_a_link(
     if kind == "link":
         target.write_text("mine\n", encoding="utf-8")
     flags = ["--ckpt_dir", str(run), "--data_dir", str(data_dir), "--max_batches", "1", "--device", "cpu"]
-    assert main([*flags, "--results_file", place]) == 1
-    assert "results.jsonl: not recorded (" in capsys.readouterr().err
+    # found before the scoring where the flag names the file
+    assert main([*flags, "--results_file", place]) == (1 if place == "beside" else 2)
+    told = "results.jsonl: not recorded (" if place == "beside" else "error: results.jsonl is "
+    assert told in capsys.readouterr().err
     assert target.exists() == (kind == "link") and (kind != "link" or target.read_text() == "mine\n")
 
 
@@ -450,3 +452,34 @@ def test_a_results_file_that_cannot_be_written_is_named(data_dir, tiny_checkpoin
     output = capsys.readouterr()
     assert f"error: {place}: not recorded" in output.err
     assert "perplexity" in output.out  # the figures are not lost
+
+
+@pytest.mark.parametrize(
+    "content", ["Once upon a time.\n", "PK\x03\x04 weights", "[1]\n", '{"version": "1.0"}', "{\n}"]
+)
+def test_no_row_is_appended_to_a_file_of_something_else(
+    content: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "somebody's"
+    path.write_text(content, encoding="utf-8")
+    (tmp_path / "a.txt").write_text("Once upon a time.", encoding="utf-8")
+    flags = ["--ckpt_dir", tiny_checkpoint, "--text", tmp_path / "a.txt", "--results_file"]
+    assert main([str(flag) for flag in [*flags, path]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "holds something else than results; name another" in captured.err
+    assert path.read_text(encoding="utf-8") == content
+    assert main([str(flag) for flag in [*flags, tmp_path]]) == 2
+    assert f"{tmp_path} is a folder; name a file" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_scored_on_the_data_that_it_was_trained_on(
+    tiny_checkpoint: Path, tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "mine", tiny_tokenizer_dir)
+    shutil.copytree(tiny_checkpoint, "run/final")
+    settings = "data:\n  init_args:\n    train_data_path: data/custom_text/train\n"
+    Path("run/final/train_config.yaml").write_text(f"dataset_dir: mine\n{settings}", encoding="utf-8")
+    Path("run/final/checkpoint.json").unlink(missing_ok=True)
+    assert main(["--ckpt_dir", "run"]) == 0
+    assert json.loads(Path("results.jsonl").read_text(encoding="utf-8"))["data"]["data_dir"] == "mine"

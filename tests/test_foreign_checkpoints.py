@@ -61,7 +61,7 @@ def fill(folder: Path, name: str, value: float) -> None:
 
 COMMANDS: dict[str, Callable[[Path, Path], int]] = {
     "generate": lambda folder, text: generate.main(
-        [f"--ckpt_dir={folder}", "--prompt=Tom", "--max_tokens=3"]
+        [f"--ckpt_dir={folder}", "--prompt=Tom", "--max_tokens=3", "--seed=1"]
     ),
     "evaluate": lambda folder, text: evaluate.main(
         [f"--ckpt_dir={folder}", f"--text={text}", "--results_file=none"]

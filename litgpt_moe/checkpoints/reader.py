@@ -211,6 +211,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return read_mapping(path, is_foreign=True) if path.is_file() else {}
 
 
+def trained_on(settings: dict[str, Any]) -> Path | None:
+    """Return the data directory in the settings of a checkpoint, None if there is none in them."""
+    data: Any = settings.get("data")
+    given = data.get("init_args") if isinstance(data, dict) else None
+    train = given.get("train_data_path") if isinstance(given, dict) else None
+    if isinstance(named := settings.get("dataset_dir"), str):
+        return Path(named)
+    return Path(train).parent if isinstance(train, str) else None
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the checkpoint's tokenizer; ValueError if it is damaged, FileNotFoundError if it is missing."""
     way_out = "copy in the files of the tokenizer it was trained with"

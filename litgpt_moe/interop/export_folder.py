@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE
-from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_settings, read_state
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_settings, read_state, trained_on
 from litgpt_moe.checkpoints.state import tensor_bytes, tokens_seen
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig, model_facts
@@ -211,10 +211,8 @@ def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _describe_data(settings: dict[str, Any]) -> str | None:
     """Return what is known of the training text; of its folder only the name, not the path."""
-    given = _group(_group(settings, "data"), "init_args").get("train_data_path")
-    if not isinstance(given, str):
+    if (folder := trained_on(settings)) is None:
         return None
-    folder = Path(given).parent
     try:
         split = read_json(folder / MANIFEST)["splits"]["train"]
         files = [Path(entry["path"]).name for entry in split["text"]]

@@ -19,6 +19,26 @@ ROW_FORM = {"checkpoint": {"path": str, "sha256": str}, "data": {}, "time": str}
 FIGURES = ("loss", "loss_stderr", "perplexity", "bits_per_byte", "n_tokens")
 
 
+def check_file(path: Path) -> None:
+    """Raise ValueError if `path` is there and no file of results: the row would spoil somebody's file."""
+    check_no_links(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file with --results_file, or none")
+    if path.is_file() and path.stat().st_size and not _is_row(path):
+        raise ValueError(f"{path} holds something else than results; name another --results_file")
+
+
+def _is_row(path: Path) -> bool:
+    """Return whether the first line is a result, or the beginning of one that a full disk cut off."""
+    with path.open("rb") as file:
+        line = file.readline(MAX_LINE_BYTES)
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith(b'{"') and not line.endswith(b"\n")
+    return isinstance(row, dict) and "loss" in row
+
+
 def append(result: dict[str, Any], path: Path) -> None:
     """Append a result to the file `path`; WorkFailed if that is impossible or `path` is a link."""
     try:
