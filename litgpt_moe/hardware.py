@@ -150,8 +150,7 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 1e9
-    # Windows has no such module
-    import resource
+    import resource  # not at the top: Windows has no such module
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -120,7 +120,7 @@ class IdleTeam:
         self._end = None
 
     def _wait(self, asked: threading.Event, end: threading.Event) -> None:
-        import torch  # see sleep_when_busy
+        import torch  # not at the top, as in sleep_when_busy
 
         try:
             # a thread that starts during `for_each_expert` (kernels/cpu.py) may get a team of one

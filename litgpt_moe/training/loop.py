@@ -171,8 +171,7 @@ def other_loggers(run: Run, hooks: LoopHooks) -> list[Any]:
     if run.settings.logger_name == "tensorboard":
         return [choose_logger("tensorboard", run.settings.out_dir, f"pretrain-{run.config.name}")]
     if run.settings.logger_name == "wandb":
-        # its import takes a second
-        from litgpt_moe.training.wandb_log import WandbLog
+        from litgpt_moe.training.wandb_log import WandbLog  # not at the top: importing wandb takes a second
 
         wandb = WandbLog(run, hooks.metrics.print)
         hooks.writer.on_saved = wandb.log_checkpoint
