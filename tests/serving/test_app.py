@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,6 @@ from litgpt_moe.serving import engine
 
 pytestmark = pytest.mark.usefixtures("eager")
 SMILE = "Tom \N{GRINNING FACE} saw a cat."
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """One thread for the servers, too: two threads wait for each other on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Iterator[Running]:
-    with serving(tiny_checkpoint, "--max_tokens=20", "--seed=3") as server:
-        yield server
 
 
 # --- what the clients get -----------------------------------------------------------------------------------

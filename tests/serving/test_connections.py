@@ -4,37 +4,15 @@ import http.client
 import json
 import socket
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import torch
 from conftest import wait_until
-from helpers.server import Running, complete, post, serving
+from helpers.server import Running, complete, post
 
 from litgpt_moe.serving import connections
 
 pytestmark = pytest.mark.usefixtures("eager")
 REQUEST = b"%s %s HTTP/1.1\r\nHost: localhost\r\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """One thread for the servers, too: two threads wait for each other on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Iterator[Running]:
-    with serving(tiny_checkpoint, "--max_tokens=20", "--seed=3") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def talker(chatterbox: Path) -> Iterator[Running]:
-    """A server whose stories go on for 4,000 tokens."""
-    with serving(chatterbox, "--max_tokens=4000") as server:
-        yield server
 
 
 def connect(server: Running, source: str = "127.0.0.1") -> socket.socket:

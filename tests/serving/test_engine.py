@@ -3,7 +3,7 @@
 import http.client
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,6 @@ from helpers.server import Running, complete, serving
 from litgpt_moe.serving.engine import StopText
 
 pytestmark = pytest.mark.usefixtures("eager")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """One thread for the servers, too: two threads wait for each other on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Iterator[Running]:
-    with serving(tiny_checkpoint, "--max_tokens=20", "--seed=3") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def talker(chatterbox: Path) -> Iterator[Running]:
-    """A server whose stories go on for 4,000 tokens."""
-    with serving(chatterbox, "--max_tokens=4000") as server:
-        yield server
 
 
 OVERLAPPING = ("abc", "b")  # whoever sees "ab" first stops at b, and whoever sees "abc" at a

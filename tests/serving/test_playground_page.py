@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import wait_until
 from helpers.browser import PROGRAM, Browser
 from helpers.server import Running, complete, serving
@@ -33,12 +32,6 @@ CONTRASTS = """
   });
 })()
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """One thread for the servers, too: two threads wait for each other on a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,11 @@
 """Requests to /v1/completions: what is refused, in OpenAI's form, and what is taken."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import torch
-from helpers.server import Running, complete, post, serving
+from helpers.server import Running, complete, post
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,18 +13,6 @@ from litgpt_moe.generation.settings import MAX_CHOICES
 from litgpt_moe.serving.requests import MAX_BODY_BYTES, ApiError, error_response, read_request
 
 pytestmark = pytest.mark.usefixtures("eager")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    """One thread for the servers, too: two threads wait for each other on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Iterator[Running]:
-    with serving(tiny_checkpoint, "--max_tokens=20", "--seed=3") as server:
-        yield server
 
 
 BAD = {
