@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import shutil
 import struct
 import tarfile
 import zipfile
@@ -12,26 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.errors import one_sentence
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw, load_model, read_state
 
 pytestmark = pytest.mark.usefixtures("eager")
 
 MARKER = "executed"  # a folder that hostile files try to make
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny checkpoint, to damage, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "final"))
-
-
-def one_sentence(error: BaseException) -> str:
-    """The text of an error that a user sees."""
-    text = str(error)
-    assert text and "\n" not in text and len(text) < 700
-    return text
 
 
 class Harm:

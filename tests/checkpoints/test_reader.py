@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_CONFIG
+from helpers.errors import one_sentence
 from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE
 
@@ -25,20 +26,6 @@ from litgpt_moe.checkpoints.state import RunState, rng_state
 from litgpt_moe.config import MoEConfig
 
 pytestmark = pytest.mark.usefixtures("eager")
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny checkpoint, to damage, in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "final"))
-
-
-def one_sentence(error: BaseException) -> str:
-    """The text of an error that a user sees."""
-    text = str(error)
-    assert text and "\n" not in text and len(text) < 700
-    return text
 
 
 # --- a whole checkpoint -------------------------------------------------------------------------------------
