@@ -58,8 +58,8 @@ def sleep_when_busy() -> Iterator[None]:
 
 def _watch(n_threads: int, end: threading.Event) -> None:
     team = IdleTeam()
-    # without /proc the load of other programs is unknown
-    with contextlib.suppress(OSError):
+    # without /proc the load of other programs is unknown; RuntimeError: no thread can be started
+    with contextlib.suppress(OSError, RuntimeError):
         use = CpuUse(n_threads)
         while not end.wait(1):
             # hysteresis of a tenth of a core, so that the team does not form and leave all the time
@@ -122,13 +122,13 @@ class IdleTeam:
     def _wait(self, asked: threading.Event, end: threading.Event) -> None:
         import torch  # not at the top, as in sleep_when_busy
 
-        try:
+        # without memory there is no team: training itself reports that it runs out
+        with contextlib.suppress(RuntimeError, MemoryError):
             # a thread that starts during `for_each_expert` (kernels/cpu.py) may get a team of one
             if torch.get_num_threads() > 1:
                 # so large that torch uses all threads
                 torch.ones(1 << 20).add_(1)
                 self._end = end
-        finally:
-            asked.set()
+        asked.set()
         if self._end is end:
             end.wait()

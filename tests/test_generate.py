@@ -105,6 +105,7 @@ BAD = {
     "--max_tokens=0": "max_tokens is 0",
     "--num-samples=0": "num_samples is 0",
     "--seed=-1": "seed is -1",
+    "--seed=9223372036854775808": "choose 0 or more, below 2**63",
     "--temperature=-1": "temperature is -1.0",
     "--temperature=nan": "temperature is nan",
     "--top_k=-1": "top_k is -1",

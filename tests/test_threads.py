@@ -128,3 +128,18 @@ def test_a_team_forms_while_a_core_is_missing_and_ends_with_the_process() -> Non
         [sys.executable, "-c", WATCH], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, f"1 {threads.SPINS}\n", "")
+
+
+def test_without_memory_for_a_team_none_forms_and_nothing_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    team = threads.IdleTeam()
+    team.form()
+    assert not team.is_there
+    team.leave()
+    assert capfd.readouterr() == ("", "")

@@ -74,7 +74,7 @@ class GenerateSettings:
         rules = [
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("num_samples", self.num_samples >= 1, "1 or more"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more, below 2**63"),
             ("port", 0 <= self.port < 2**16, "0 (any free one) to 65535"),
             ("num_samples", is_few, f"{MAX_CHOICES} or fewer with --serve"),
         ]
