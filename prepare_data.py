@@ -1,29 +1,54 @@
 """Turn text into token shards that training reads directly.
 
 Run: uv run python prepare_data.py --dataset demo --train_tokenizer 2048      (3 s on two cores)
+     uv run python prepare_data.py stories.jsonl.gz --train_tokenizer 4096
 
-Text: *.txt in data/custom_text/{train,val}/, UTF-8. A file may hold many stories, split by
-<|endoftext|> (or a line --separator); a file without one is one story. Every story becomes BOS + ids + EOS
-in a flat array of ids; manifest.json says what made it, and shards that no longer match are made again.
+PATH: files and folders of text, UTF-8, which are only read; of a folder with train/ and val/ those two.
+Without PATH the text lies in DATA_DIR/train/ and DATA_DIR/val/. Forms: .txt .md .jsonl .json .csv .tsv
+.parquet, each also .gz .zst .xz. A .txt or .md file may hold many stories, split by <|endoftext|> (or a line
+--separator); in the others a row is a story. Every story becomes BOS + ids + EOS in a flat array of ids;
+manifest.json says what made it, and shards that no longer match are made again.
 """
 
+import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 from litgpt_moe import cli
-from litgpt_moe.data.settings import DEMO_MODEL, PrepareSettings, WandbSettings
+from litgpt_moe.data.settings import (
+    DEMO_MODEL,
+    PrepareFlags,
+    PrepareSettings,
+    WandbSettings,
+)
 
 
 def build_parser() -> cli.FlagParser:
     """Return the parser of the command line."""
     parser = cli.FlagParser(description=__doc__)
-    for kind in (PrepareSettings, WandbSettings):
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="text, see above")
+    for kind in (PrepareFlags, WandbSettings):
         cli.add_flags(parser, kind)
+    parser.set_defaults(data_dir=None)
     return parser
+
+
+def settings_of(args: argparse.Namespace) -> PrepareSettings:
+    """Return the settings; a data directory that no flag names is called after the first PATH."""
+    from litgpt_moe.data.inputs import check_free, default_data_dir
+
+    if args.data_dir is None and args.paths:
+        args.data_dir = default_data_dir(args.paths[0])
+        if args.data_dir.resolve() != args.paths[0].resolve():
+            check_free(args.data_dir, args.paths)
+    args.paths = tuple(args.paths)
+    return cli.from_flags(PrepareSettings, args)
 
 
 def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float | None) -> str:
     """Return the counts, the places and the next command; `seconds` is None if nothing had to be made."""
+    from litgpt_moe.data.inputs import what_was_read
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
     from litgpt_moe.yaml_files import read_mapping
@@ -44,19 +69,19 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
         # without CUDA run_train.py takes the demo model, which has no rows for so many pieces
         flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
-    return "\n".join([*lines, f"next   {cli.train_command(*flags)}"])
+    return "\n".join([*what_was_read(manifest), *lines, f"next   {cli.train_command(*flags)}"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work (full disk, no hub), 2 for bad settings or text."""
-    args = build_parser().parse_args(argv)
-    settings = cli.from_flags(PrepareSettings, args)
+    args = build_parser().parse_intermixed_args(argv)
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.prepare import prepare
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
     from litgpt_moe.locks import FolderInUse
 
     def work() -> str | None:
+        settings = settings_of(args)
         start, start_ns = time.perf_counter(), time.time_ns()
         try:
             manifest = prepare(settings)

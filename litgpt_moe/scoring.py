@@ -82,7 +82,7 @@ def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text file")
         before = len(ids)
-        for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(tqdm(disable=True)):
+        for stories in TextReader(path).story_lists(tqdm(disable=True)):
             ids += map(encoder.encode, stories)
             n_bytes += sum(len(story.encode()) for story in stories)
         if len(ids) == before:

@@ -79,6 +79,10 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Polic
         "splits": {name: {key: split[key] for key in counts} for name, split in manifest["splits"].items()},
     }
     artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
+    for split in manifest["splits"].values():
+        split.pop("read", None)  # text on this machine, outside of the folder
+    if isinstance(manifest.get("input"), dict):
+        manifest["input"]["paths"] = []
     for entry in manifests.listed(manifest, "text"):
         entry["mtime_ns"] = 0  # equal data then makes an equal artifact
     with artifact.new_file(MANIFEST, encoding="utf-8") as file:

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from litgpt_moe.cli import note
+from litgpt_moe.data.inputs import refuse_other_text
 from litgpt_moe.data.settings import CONFIGS, PrepareSettings
-from litgpt_moe.data.text import refuse_other_text
 from litgpt_moe.files import read_json, sha256_file, write_json, write_whole
 
 PRONOUNS = {"girl": ("she", "her", "her", "herself"), "boy": ("he", "him", "his", "himself")}

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from litgpt_moe.cli import note
-from litgpt_moe.data.text import refuse_other_text
+from litgpt_moe.data.inputs import refuse_other_text
 from litgpt_moe.files import check_no_links
 
 

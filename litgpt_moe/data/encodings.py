@@ -9,7 +9,14 @@ FORMATS = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
+    b"PAR1": "Parquet",
 }
+ENDINGS = {
+    "gzip": ".gz",
+    "zstd": ".zst",
+    "xz": ".xz",
+    "Parquet": ".parquet",
+}  # of the names of files to be read
 BOMS = {  # UTF-32 before UTF-16, whose mark its own begins with
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -38,7 +45,8 @@ def known_format(start: bytes) -> str | None:
     """Return what a file with these first bytes is and how to convert it, None if it may be UTF-8 text."""
     for mark, name in FORMATS.items():
         if start.startswith(mark):
-            return f"{name} data; unpack it to UTF-8 text"
+            rename = f", or end its name with {ENDINGS[name]}" if name in ENDINGS else ""
+            return f"{name} data; unpack it to UTF-8 text{rename}"
     names = (name for mark, name in BOMS.items() if start.startswith(mark))
     return next((f"{name} text; save it as UTF-8" for name in names), None)
 

@@ -12,8 +12,10 @@ from tqdm import tqdm
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
 from litgpt_moe.cli import note
 from litgpt_moe.data.download import download
+from litgpt_moe.data.forms import Source
+from litgpt_moe.data.parquet import reader_of
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.text import TextReader
+from litgpt_moe.data.text import Reading
 from litgpt_moe.data.tokenizer import (
     BYTE_PIECES,
     LLAMA_NORMALIZER,
@@ -35,9 +37,9 @@ WORD = (
 )
 
 
-def train_tokenizer(settings: PrepareSettings, vocab_size: int, paths: list[Path]) -> None:
+def train_tokenizer(settings: PrepareSettings, vocab_size: int, text: list[Source]) -> None:
     """Train a Llama-style BPE on text files into tokenizer_dir; by byte fallback it encodes any text."""
-    total = sum(path.stat().st_size for path in paths)
+    total = sum(source.path.stat().st_size for source in text)
     every = 1 + total // MAX_TRAINING_BYTES  # every n-th story suffices to count pairs, and bounds memory
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = LLAMA_NORMALIZER
@@ -52,8 +54,8 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, paths: list[Path
     )
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
         # problems of the text are reported when it is tokenized
-        reading = (settings.separator, settings.on_bad_utf8, True)
-        readers = (TextReader(path, *reading) for path in paths)
+        reading = Reading.of(settings, is_quiet=True)
+        readers = (reader_of(source, reading) for source in text)
         stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
         stories = itertools.islice(stories, 0, None, every)
         call_interruptibly(lambda: tokenizer.train_from_iterator(stories, trainer))
@@ -87,7 +89,7 @@ def call_interruptibly(function: Callable[[], object]) -> None:
         raise errors[0]
 
 
-def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerFacts:
+def ensure_tokenizer(settings: PrepareSettings, text: list[Source]) -> TokenizerFacts:
     """Return the facts of the tokenizer in tokenizer_dir, trained or downloaded unless it is there."""
     folder, wanted = settings.tokenizer_dir, settings.train_tokenizer
     is_there = (folder / "tokenizer.json").is_file()
@@ -96,7 +98,7 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
     is_free = is_empty or _trained_size(folder) is not None
     if wanted is not None and (settings.overwrite or (is_free and not is_there)):
         note(f"training a tokenizer of {wanted:,} pieces into {folder}")
-        train_tokenizer(settings, wanted, paths)
+        train_tokenizer(settings, wanted, text)
     elif wanted is not None and _trained_size(folder) != wanted:
         raise ValueError(
             f"{folder}: there is another tokenizer; --overwrite replaces it, --tokenizer_dir names another "

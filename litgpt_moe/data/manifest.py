@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from litgpt_moe.data.forms import FORMS, OLD_FORMS, text_in
 from litgpt_moe.data.settings import SPLITS
 from litgpt_moe.files import check_inside, fits, is_outside, read_json, sha256_file, write_json
 
@@ -20,10 +21,11 @@ RUN_AGAIN = "run prepare_data.py on that folder"
 
 Manifest = dict[str, Any]  # parsed JSON
 # the forms that `files.fits` checks
+TEXT_FORM = {"path": str, "sha256": str, "size": 0, "mtime_ns": int}
 SHARD_FORM = {"path": str, "sha256": str, "n_tokens": 1, "n_stories": 0, "n_bytes": 0}
 SPLIT_FORM = {
     **dict.fromkeys(("n_stories", "n_tokens", "n_bytes", "n_duplicates", "n_replaced_bytes"), 0),
-    "text": [{"path": str, "sha256": str, "size": 0, "mtime_ns": int}],
+    "text": [TEXT_FORM],
     "shards": [SHARD_FORM],
 }
 FORM = {
@@ -38,6 +40,18 @@ FORM = {
 def listed(manifest: Manifest, kind: str) -> list[dict[str, Any]]:
     """Return the entries of both splits' "text" or "shards"."""
     return [entry for split in SPLITS for entry in manifest["splits"][split][kind]]
+
+
+def read_files(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return the entries of all files of text, those outside of the data directory too."""
+    outside = [entry for split in SPLITS for entry in manifest["splits"][split].get("read", ())]
+    return [entry for entry in [*listed(manifest, "text"), *outside] if fits(entry, TEXT_FORM)]
+
+
+def text_forms(manifest: Manifest) -> tuple[str, ...]:
+    """Return the forms of text that were read in the data directory."""
+    recorded = manifest.get("text_forms")
+    return tuple(f for f in FORMS if f in recorded) if isinstance(recorded, list) else OLD_FORMS
 
 
 def listed_files(manifest: Manifest) -> dict[str, str]:
@@ -102,8 +116,9 @@ def _check_sizes(data_dir: Path, manifest: Manifest) -> None:
 def record_times(data_dir: Path) -> Manifest:
     """Return the manifest after recording the texts' time stamps, so that the next check hashes nothing."""
     manifest = read_manifest(data_dir)
-    for entry in listed(manifest, "text"):
-        entry["mtime_ns"] = (data_dir / entry["path"]).stat().st_mtime_ns
+    for entry in read_files(manifest):
+        with contextlib.suppress(FileNotFoundError):  # text that was deleted to save space
+            entry["mtime_ns"] = (data_dir / entry["path"]).stat().st_mtime_ns
     if manifest != read_manifest(data_dir, check_shards=False):
         write_json(data_dir / MANIFEST, manifest)
     return manifest
@@ -127,9 +142,10 @@ def _altered(digests: dict[Path, str]) -> list[Path]:
 
 def verify(data_dir: Path) -> list[str]:
     """Return a sentence for each text or shard that is missing, new or not as recorded."""
-    listed = listed_files(read_manifest(data_dir, check_shards=False))
+    manifest = read_manifest(data_dir, check_shards=False)
+    listed = listed_files(manifest)
     files = {data_dir / name: digest for name, digest in sorted(listed.items())}
-    texts = sorted([*data_dir.glob("train/*.txt"), *data_dir.glob("val/*.txt")])
+    texts = [path for split in SPLITS for path in text_in(data_dir / split, text_forms(manifest))]
     problems = [f"{path}: there but not listed in {MANIFEST}" for path in texts if path not in files]
     for path in list(files):
         if not path.is_file():

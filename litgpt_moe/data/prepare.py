@@ -1,8 +1,8 @@
 """Make the shards of a data directory match its text, tokenizer and options."""
 
 import contextlib
-import functools
 import importlib.metadata
+from collections import Counter
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,28 +12,41 @@ from litgpt_moe import __version__
 from litgpt_moe.cli import note
 from litgpt_moe.data.demo_stories import write_demo_corpus
 from litgpt_moe.data.download import download_tinystories
+from litgpt_moe.data.forms import FORMS, text_in
+from litgpt_moe.data.freshness import stale_reasons
+from litgpt_moe.data.inputs import (
+    Inputs,
+    list_paths,
+    list_text,
+    outside_paths,
+    recorded_paths,
+    relative_name,
+)
 from litgpt_moe.data.make_tokenizer import ensure_tokenizer
 from litgpt_moe.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     RUN_AGAIN,
     Manifest,
-    altered_shards,
     check_own,
-    listed,
     read_manifest,
     record_times,
+    text_forms,
 )
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import check_stories, clean, write_splits
-from litgpt_moe.data.text import list_text, not_read
-from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts, read_tokenizer_facts
+from litgpt_moe.data.text import FileReader
+from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-from litgpt_moe.files import check_no_links, read_json, sha256_file, write_json
+from litgpt_moe.files import check_no_links, read_json, write_json
 from litgpt_moe.locks import locked_folder
-from litgpt_moe.processes import note_once
 
-OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
+OPTIONS = (
+    "separator",
+    "on_bad_utf8",
+    "text_column",
+    "val_fraction",
+)  # the settings on which the shards depend
 WAIT = "wait for it to end, then run again"
 
 
@@ -45,7 +58,10 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     """
     check_settings(settings)
     if settings.dataset == "custom":
-        list_text(settings.data_dir)  # the lock below would create a folder with a mistyped name
+        settings = replace(settings, paths=tuple(_paths_of(settings)))
+        list_inputs(settings)  # the lock below would create a folder with a mistyped name
+    elif settings.paths:
+        raise ValueError(f"{settings.paths[0]}: a PATH and --dataset exclude each other; drop one")
     # TinyStories is downloaded together with a tokenizer
     is_download = settings.dataset == "tinystories" and not (settings.data_dir / MANIFEST).exists()
     if settings.train_tokenizer is None and not is_download:
@@ -63,10 +79,11 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
 
 def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     data_dir = settings.data_dir
-    text, facts = _make_inputs(settings, wait)
+    inputs, facts = _make_inputs(settings, wait)
+    text = inputs.text
     options = {name: getattr(settings, name) for name in OPTIONS}
     options |= {"val_fraction": None} if text["val"] else {}
-    reasons = stale_reasons(data_dir, settings.tokenizer_dir, options)
+    reasons = stale_reasons(data_dir, settings.tokenizer_dir, options, inputs=inputs)
     if not reasons:
         note(f"{data_dir}: the shards match text, tokenizer and options; nothing to do")
         return record_times(data_dir)
@@ -77,7 +94,7 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     if example := StoryEncoder(facts).changed(check_stories(settings, text)):
         note(f"{settings.tokenizer_dir / 'tokenizer.json'}: {example}")
     try:
-        splits = write_splits(settings, text, facts)
+        splits, readers = write_splits(settings, text, facts)
     except BrokenExecutor as error:
         raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
     # for information only: another version makes no shard stale
@@ -88,6 +105,8 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
         "options": options,
         "code": {"litgpt_moe": __version__, **versions},
         "tokenizer": facts.record(data_dir),
+        "text_forms": list(_forms_of(data_dir)),
+        "input": _input_record(settings, inputs, readers),
         "splits": splits,
     }
     write_json(data_dir / MANIFEST, manifest)
@@ -99,7 +118,43 @@ def _written_folders(data_dir: Path) -> list[Path]:
     return [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
 
 
-def _make_inputs(settings: PrepareSettings, wait: bool) -> tuple[dict[str, list[Path]], TokenizerFacts]:
+def _paths_of(settings: PrepareSettings) -> list[Path]:
+    """Return the PATHs to read: the named ones, else those from which the data directory was prepared."""
+    paths = outside_paths(settings.data_dir, settings.paths)
+    if paths or settings.paths or text_in(settings.data_dir / "train"):
+        return paths
+    with contextlib.suppress(FileNotFoundError, ValueError):  # no manifest, or a damaged one
+        return recorded_paths(settings.data_dir, read_json(settings.data_dir / MANIFEST))
+    return []
+
+
+def _forms_of(data_dir: Path) -> tuple[str, ...]:
+    """Return the forms of text read in a data directory: an earlier version's stays as it was."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # no manifest, or a damaged one
+        return text_forms(read_manifest(data_dir, check_shards=False))
+    return FORMS
+
+
+def list_inputs(settings: PrepareSettings) -> Inputs:
+    """Return the files of text; FileNotFoundError or ValueError if there are none that can be used."""
+    if settings.paths:
+        return list_paths(list(settings.paths), settings.data_dir)
+    return list_text(settings.data_dir, _forms_of(settings.data_dir))
+
+
+def _input_record(settings: PrepareSettings, inputs: Inputs, readers: list[FileReader]) -> dict[str, Any]:
+    """Return the manifest's entry on the files that were read, and on what was not."""
+    rows = sum((reader.skipped for reader in readers), Counter())
+    return {
+        "paths": [relative_name(path, settings.data_dir) for path in settings.paths],
+        "n_files": len(readers),
+        "columns": sorted({reader.column for reader in readers if reader.column}),
+        "skipped_files": {reason: len(names) for reason, names in inputs.skipped.items()},
+        "skipped_rows": dict(rows),
+    }
+
+
+def _make_inputs(settings: PrepareSettings, wait: bool) -> tuple[Inputs, TokenizerFacts]:
     """Return the text files and the tokenizer, written, downloaded or trained unless they are there."""
     if settings.dataset != "custom":
         check_no_links(*_written_folders(settings.data_dir))
@@ -107,13 +162,13 @@ def _make_inputs(settings: PrepareSettings, wait: bool) -> tuple[dict[str, list[
         write_demo_corpus(settings)
     elif settings.dataset == "tinystories":
         download_tinystories(settings.data_dir)
-    text = list_text(settings.data_dir)
-    for sentence in not_read(settings.data_dir):
+    inputs = list_inputs(settings)
+    for sentence in inputs.sentences(settings.paths[0] if settings.paths else settings.data_dir):
         note(sentence)
     with lock_tokenizer(settings, wait):
         if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
-            check_stories(settings, text)
-        return text, ensure_tokenizer(settings, text["train"])
+            check_stories(settings, inputs.text)
+        return inputs, ensure_tokenizer(settings, inputs.text["train"])
 
 
 def lock_tokenizer(settings: PrepareSettings, wait: bool) -> contextlib.AbstractContextManager[None]:
@@ -124,64 +179,21 @@ def lock_tokenizer(settings: PrepareSettings, wait: bool) -> contextlib.Abstract
     return locked_folder(folder, "tokenizer", "another command makes a tokenizer", WAIT, wait)
 
 
-def stale_reasons(
-    data_dir: Path, tokenizer_dir: Path, options: dict[str, Any] | None = None, contents: bool = True
-) -> list[str]:
-    """Return why the shards no longer match text, tokenizer, options (None: any) or format; [] if they do.
-
-    `contents`: also hash the shards; False where another process of the run does. Shards whose text was
-    deleted altogether, to save space, still match.
-    """
-    try:
-        manifest = read_manifest(data_dir)
-    except (FileNotFoundError, ValueError) as error:
-        return [str(error)]
-    reasons = []
-    facts = read_tokenizer_facts(tokenizer_dir)
-    if not facts.made(manifest["tokenizer"]):
-        reasons.append(f"{tokenizer_dir / 'tokenizer.json'}: not the tokenizer that made the shards")
-    elif manifest["tokenizer"]["sha256"] != facts.sha256:  # an earlier version made them
-        _warn_of_cut_stories(data_dir)
-    for key, value in (options or {}).items():
-        if (before := manifest["options"].get(key)) != value:
-            reasons.append(f"{key} is {value!r}, was {before!r}")
-    present = {path for split in SPLITS for path in (data_dir / split).glob("*.txt")}
-    recorded = {data_dir / entry["path"]: entry for entry in listed(manifest, "text")}
-    for path in sorted(present | recorded.keys()) if present else ():
-        if path not in present:
-            reasons.append(f"{path}: removed")
-        elif path not in recorded:
-            reasons.append(f"{path}: new")
-        elif has_changed(path, recorded[path]):
-            reasons.append(f"{path}: changed")
-    return reasons or (altered_shards(data_dir, manifest) if contents else [])
-
-
-@functools.cache  # once in a process
-def _warn_of_cut_stories(data_dir: Path) -> None:
-    cut = "truncation or padding in its tokenizer.json cut or padded the stories"
-    note_once(f"{data_dir}: {cut}; delete {MANIFEST} and run prepare_data.py to have them whole")
-
-
-def has_changed(path: Path, recorded: dict[str, Any]) -> bool:
-    """Return whether a text differs from its record; it is hashed if only its time stamp differs."""
-    stat = path.stat()
-    is_touched = stat.st_mtime_ns != recorded["mtime_ns"]
-    return stat.st_size != recorded["size"] or (is_touched and sha256_file(path) != recorded["sha256"])
-
-
 def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bool = False) -> None:
     """Rebuild stale shards with their recorded options; see `stale_reasons` and `prepare`."""
     tokenizer_dir = choose_tokenizer(data_dir, tokenizer_dir)
     reasons = stale_reasons(data_dir, tokenizer_dir, contents=contents)
     if not reasons:
         return
-    if (data_dir / MANIFEST).is_file() and not any((data_dir / "train").glob("*.txt")):
+    before: Manifest = {}
+    with contextlib.suppress(ValueError):  # a damaged manifest
+        before = read_json(data_dir / MANIFEST)
+    paths = recorded_paths(data_dir, before)
+    if before and not (text_in(data_dir / "train") or any(path.exists() for path in paths)):
         reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
         raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
-    options: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # no manifest, or a damaged one
-        before = read_json(data_dir / MANIFEST)["options"]
-        usual = {name: getattr(PrepareSettings, name) for name in OPTIONS}
-        options = {name: before[name] for name in OPTIONS if type(before.get(name)) is type(usual[name])}
+    options = before.get("options")
+    kinds = {"separator": str, "on_bad_utf8": str, "text_column": str, "val_fraction": float}
+    options = options if isinstance(options, dict) else {}
+    options = {name: value for name, value in options.items() if type(value) is kinds.get(name)}
     prepare(PrepareSettings(data_dir=data_dir, tokenizer_dir=tokenizer_dir, **options), wait)

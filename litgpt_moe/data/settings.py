@@ -15,11 +15,11 @@ DEMO_MODEL = CONFIGS / "demo_model.yaml"
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
+class PrepareFlags:
     """The flags of prepare_data.py."""
 
     data_dir: Path = DEFAULT_DATA_DIR
-    """folder with train/*.txt and, if wanted, val/*.txt; shards and manifest.json go there too"""
+    """folder for shards and manifest.json; without PATH the text is its train/* and, if wanted, val/*"""
     dataset: str = "custom"
     """custom: your own text; tinystories: download it (2.2 GB); demo: write the built-in stories"""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
@@ -30,8 +30,10 @@ class PrepareSettings:
     """line between two stories ('<|endoftext|>': also inside a line); '' splits at blank lines"""
     on_bad_utf8: str = "replace"
     """replace bytes that are not UTF-8 by U+FFFD, or refuse them; both report file and line"""
+    text_column: str | None = None
+    """column of the text in rows (default: text, else the only one with strings); a.b: key b within a"""
     val_fraction: float = 0.01
-    """share of the text for the val split if there is no val/*.txt"""
+    """share of the text for the val split if there is no text for it"""
     workers: int = 0
     """processes that tokenize, about 100 MB each (0: one per core)"""
     demo_stories: int = 9_000
@@ -44,6 +46,14 @@ class PrepareSettings:
         default_factory=lambda: (variable("WANDB_LOG_DATASET") or "").lower() in ("1", "true", "yes", "on")
     )
     """upload the data directory to Weights & Biases (default WANDB_LOG_DATASET)"""
+
+
+@dataclass(frozen=True)
+class PrepareSettings(PrepareFlags):
+    """What one preparation needs."""
+
+    paths: tuple[Path, ...] = ()
+    """Files and folders of text, which are only read; (): it lies in `data_dir`, or where it last was."""
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,18 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.cli import note
+from litgpt_moe.data.forms import TEXT_FORMS, Source
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
+from litgpt_moe.data.parquet import reader_of
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
-from litgpt_moe.data.text import SeenStories, TextReader, nearest_cut
+from litgpt_moe.data.text import FileReader, Reading, SeenStories, nearest_cut
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_file, write_json
 
 LONG_STORY = 10_000  # bytes; a longer one may be cut in two, for train and val
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
+MAX_COUNTED_BYTES = 64 << 20  # of files that are read once more, to count the text in them
 SAMPLED_STORIES = 20  # on which a tokenizer is tried
 OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # no other files are deleted
 
@@ -174,15 +177,17 @@ class SplitWriter:
         shards.append(self._submitted[-1])
 
 
-def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: TokenizerFacts) -> Manifest:
-    """Write the shards of both splits and return the manifest's entry of each split."""
-    data_dir, reading = settings.data_dir, (settings.separator, settings.on_bad_utf8)
+def write_splits(
+    settings: PrepareSettings, text: dict[str, list[Source]], facts: TokenizerFacts
+) -> tuple[Manifest, list[FileReader]]:
+    """Write the shards of both splits; return the manifest's entry of each split, and what read the files."""
+    data_dir, reading = settings.data_dir, Reading.of(settings)
     # val first: a story of both splits then counts as a duplicate in train
-    readers = {split: [TextReader(path, *reading) for path in text[split]] for split in reversed(SPLITS)}
+    readers = {split: [reader_of(source, reading) for source in text[split]] for split in reversed(SPLITS)}
     total = sum(reader.stat.st_size for some in readers.values() for reader in some)
     # one worker per two shards: starting a process takes as long as tokenizing some megabytes
     workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
-    val = None if text["val"] else ValShare(settings.val_fraction, total)
+    val = None if text["val"] else ValShare(settings.val_fraction, text_bytes(text["train"], settings))
     writer = SplitWriter(data_dir, facts, workers, val)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
     with start_pool(workers) as pool, bar as progress:
@@ -202,23 +207,37 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
             **{key: sum(shard[key] for shard in shards[split]) for key in counts},
             "n_duplicates": writer.n_duplicates[split],
             "n_replaced_bytes": sum(reader.n_replaced_bytes for reader in readers[split]),
-            "text": [reader.record(data_dir) for reader in readers[split]],
+            # what a command named by its PATH does not travel with the data directory: "read"
+            "text": [reader.record() for reader in readers[split] if reader.source.is_own],
+            "read": [reader.record() for reader in readers[split] if not reader.source.is_own],
             "shards": shards[split],
         }
     if not text["val"]:
         share = splits["val"]["n_bytes"] / sum(split["n_bytes"] for split in splits.values())
         note(f"{data_dir / 'val'}: no text; {share:.2%} of the text was set aside for it (--val_fraction)")
-    return splits
+    return splits, [reader for some in readers.values() for reader in some]
 
 
-def check_stories(settings: PrepareSettings, text: dict[str, list[Path]]) -> list[str]:
+def text_bytes(sources: list[Source], settings: PrepareSettings) -> int:
+    """Return the size of the text in some files: where they are small and not all plain text, that of its
+    stories, which is the same in every form; else the size of the files.
+    """
+    total = sum(source.path.stat().st_size for source in sources)
+    if total > MAX_COUNTED_BYTES or all(s.form in TEXT_FORMS and not s.packing for s in sources):
+        return total
+    reading = Reading.of(settings, is_quiet=True)
+    lists = (reader_of(source, reading).story_lists(tqdm(disable=True)) for source in sources)
+    return sum(len(story.encode("utf-8")) for some in lists for stories in some for story in stories)
+
+
+def check_stories(settings: PrepareSettings, text: dict[str, list[Source]]) -> list[str]:
     """Return some stories; ValueError if the beginning of a text shows that it cannot be used."""
     n_wanted = {"train": 1 if text["val"] else 2, "val": 1}
     found: dict[str, None] = {}  # in their order
     for split in filter(text.get, reversed(SPLITS)):
         found = {}
-        for path in text[split]:
-            reader = TextReader(path, settings.separator, settings.on_bad_utf8, is_quiet=True)
+        for source in text[split]:
+            reader = reader_of(source, Reading.of(settings, is_quiet=True))
             for stories in reader.story_lists(tqdm(disable=True)):
                 found.update(dict.fromkeys(stories))
                 if len(found) >= n_wanted[split]:

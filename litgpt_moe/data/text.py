@@ -5,7 +5,9 @@ import contextlib
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,68 +16,18 @@ from tqdm import tqdm
 
 from litgpt_moe.cli import note
 from litgpt_moe.data.encodings import known_format, likely_encoding, nul_problem
-from litgpt_moe.data.settings import SPLITS
+from litgpt_moe.data.forms import Source, open_unpacked
+from litgpt_moe.data.settings import PrepareSettings
 
 BLOCK_BYTES = 4 << 20  # text read at once
 MAX_STORY_CHARS = 1 << 20  # a longer story is cut: whole, it may not fit in memory
 CUTS = ("\n\n", "\n", " ")  # where it is cut: at a paragraph, else at a line, else at a word
 END_OF_TEXT = "<|endoftext|>"  # the separator of TinyStories and of GPT-2's training data
-MAX_NAMES = 5  # of files that are not read
 MAX_REPORTS = 10  # lines with bad UTF-8 that are reported of one file
 MIN_REPLACED, MAX_REPLACED = 50, 0.1  # number and share of bad bytes above which a file is refused
 SAMPLE_BYTES = 1 << 14  # of lines that are not UTF-8, from which the encoding is guessed
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # in a file name: how Python shows bytes that are not UTF-8
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
-
-
-def list_text(data_dir: Path) -> dict[str, list[Path]]:
-    """Return the text files of both splits; FileNotFoundError or ValueError if they cannot be used."""
-    text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
-    train = data_dir / "train"
-    if not text["train"]:
-        missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
-        others = "".join(f" ({problem})" for problem in not_read(data_dir))
-        fetch = "fetch some with prepare_data.py --dataset demo or --dataset tinystories"
-        raise FileNotFoundError(f"{missing}{others}; put UTF-8 text into {train}/*.txt, or {fetch}")
-    for path in text["train"] + text["val"]:
-        if NOT_UTF8.search(path.name):  # the manifest could not hold it
-            raise ValueError(f"{path.parent}: the file name {path.name!a} is not UTF-8; rename it")
-        if not path.is_file():
-            raise ValueError(f"{path}: not a file; move it away, or put the text itself there")
-        if path.stat().st_size < 1 << 16 and not path.read_bytes().strip():
-            raise ValueError(f"{path}: empty; put text into it or remove it")
-    if (train / "demo.json").is_file() and len(text["train"]) > 1:
-        mixed = f"{train}: the demo corpus (demo.txt, demo.json) is beside other text"
-        raise ValueError(f"{mixed}; remove those two files, or use another --data_dir")
-    return text
-
-
-def not_read(data_dir: Path) -> list[str]:
-    """Return a sentence for each folder with files or folders that could hold text but are not read."""
-    others = {}
-    for split in SPLITS:
-        paths = (data_dir / split).glob("[!.]*")
-        own = ("demo.json", split)  # the folder train/train holds shards
-        others[data_dir / split] = [p for p in paths if not p.match("*.txt") and p.name not in own]
-    beside = (p for p in data_dir.glob("[!.]*") if p.name not in SPLITS)
-    others[data_dir] = [p for p in beside if p.suffix.lower() == ".txt" or any(p.glob("*.txt"))]
-    sentences = []
-    for folder, paths in others.items():
-        names = ", ".join(sorted(f"{path.name}{'/' if path.is_dir() else ''}" for path in paths)[:MAX_NAMES])
-        more = f" and {len(paths) - MAX_NAMES} more" if len(paths) > MAX_NAMES else ""
-        rule = "only *.txt in the folders train and val are"
-        sentences += [f"{folder}: {len(paths)} not read: {names}{more}; {rule}"] if paths else []
-    return sentences
-
-
-def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
-    """Raise ValueError if other text in the folders of a named data set would be mixed with it."""
-    text = [path for split in SPLITS for path in sorted((data_dir / split).glob("*.txt"))]
-    if other := next((path for path in text if path.name != own.get(path.parent.name)), None):
-        raise ValueError(
-            f"{other}: other text is there already; give --dataset {dataset} a folder of its own "
-            "with --data_dir, or leave --dataset out to use that text"
-        )
 
 
 def nearest_cut(text: str, at: int) -> int:
@@ -87,80 +39,99 @@ def nearest_cut(text: str, at: int) -> int:
     return at
 
 
-class TextReader:
-    """Reads a text file in blocks and yields lists of whole stories; counts the bytes it replaced."""
+@dataclass(frozen=True)
+class Reading:
+    """How files are read; the settings of the same names."""
 
-    def __init__(self, path: Path, separator: str, on_bad_utf8: str, is_quiet: bool = False) -> None:
-        self.path, self.on_bad_utf8 = path, on_bad_utf8
-        self.report = (lambda _: None) if is_quiet else note
-        line = re.escape(separator) + r"[ \t]*" if separator else ""
-        self.separator, self.in_lines = re.compile(rf"\n[ \t]*{line}(?=\n)"), separator
-        if separator == END_OF_TEXT:  # no story contains it as text: it also separates inside a line
-            self.separator, self.in_lines = re.compile(re.escape(separator)), ""
-        self.stat = path.stat()
+    separator: str = END_OF_TEXT
+    on_bad_utf8: str = "replace"
+    text_column: str | None = None
+    scratch: Path | None = None
+    """Folder for a packed Parquet file while it is read; None: the system's."""
+    is_quiet: bool = False
+    """Report nothing; another reading of the same file will."""
+
+    @classmethod
+    def of(cls, settings: PrepareSettings, is_quiet: bool = False) -> "Reading":
+        """Return how a preparation reads its files."""
+        options = (settings.separator, settings.on_bad_utf8, settings.text_column, settings.data_dir)
+        return cls(*options, is_quiet)
+
+
+def cut_long(text: str) -> tuple[list[str], str]:
+    """Return what is cut off the beginning of an overlong text, at paragraphs if it has any, and the rest."""
+    parts, start = [], 0
+    while len(text) - start > MAX_STORY_CHARS:
+        middle, limit = start + MAX_STORY_CHARS // 2, start + MAX_STORY_CHARS
+        ends = (text.rfind(mark, middle, limit) for mark in CUTS)
+        end = next((end for end in ends if end > 0), limit)
+        parts.append(text[start:end])
+        start = end
+    return parts, text[start:] if start else text
+
+
+class FileReader:
+    """Reads a file in blocks of UTF-8 text; reports and counts what it had to replace."""
+
+    def __init__(self, source: Source, reading: Reading) -> None:
+        self.source, self.path, self.reading = source, source.path, reading
+        self.report = (lambda _: None) if reading.is_quiet else note
+        self.stat = self.path.stat()
         self.sha256 = hashlib.sha256()
-        self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = self.n_in_lines = 0
+        self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = 0
+        self.skipped: Counter[str] = Counter()  # rows by the reason for which they were not used
+        self.column: str | None = None  # which held the text
         self._bad_text = b""
 
     def story_lists(self, progress: "tqdm[Any]") -> Iterator[list[str]]:
         """Yield the stories in order, stripped and never empty, some megabytes at a time."""
-        carry = "\n"
-        for block in self._blocks(progress):
-            *stories, carry = self.separator.split(carry + block)
-            while len(carry) > MAX_STORY_CHARS:
-                ends = (carry.rfind(mark, MAX_STORY_CHARS // 2, MAX_STORY_CHARS) for mark in CUTS)
-                end = next((end for end in ends if end > 0), MAX_STORY_CHARS)
-                stories.append(carry[:end])
-                carry = carry[end:]
-                self.n_cuts += 1
-            yield self._stripped(stories)
-        yield self._stripped([carry])
-        self._report_faults()
+        raise NotImplementedError
 
-    def _stripped(self, stories: list[str]) -> list[str]:
-        if self.in_lines:
-            self.n_in_lines += sum(story.count(self.in_lines) for story in stories)
-        return [story for story in map(str.strip, stories) if story]
-
-    def _report_faults(self) -> None:
+    def report_faults(self) -> None:
+        """Report at the end of the file what was replaced, cut or not used."""
         if self.n_bad_lines > MAX_REPORTS:
             self.report(f"{self.path}: {self.n_bad_lines - MAX_REPORTS} more lines that are not UTF-8")
         if self.n_bad_lines and (name := likely_encoding(self._bad_text)):
             self.report(f"{self.path}: looks like {name} text; save it as UTF-8 to keep what was replaced")
-        if self.n_in_lines:
-            inside = f"{self.in_lines!r} is inside {self.n_in_lines:,} lines"
-            self.report(f"{self.path}: {inside}, where it separates no stories; make it a line of its own")
         if self.n_cuts:
             cut = f"stories of over {MAX_STORY_CHARS:,} characters were cut {self.n_cuts} times"
             self.report(f"{self.path}: {cut}")
 
-    def record(self, data_dir: Path) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return the manifest's entry of the file; ValueError if it changed while it was read."""
         stat, now = self.stat, self.path.stat()
         if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
-        name, sha256 = self.path.relative_to(data_dir).as_posix(), self.sha256.hexdigest()
-        return {"path": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
+        sha256 = self.sha256.hexdigest()
+        return {
+            "path": self.source.name,
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": sha256,
+        }
 
-    def _blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
+    def blocks(self, progress: "tqdm[Any]") -> Iterator[str]:
+        """Yield the text, unpacked, some megabytes at a time, with a line break added at its end."""
         # "-sig" drops the byte order mark of Windows editors, "surrogateescape" keeps bytes that are no UTF-8
         decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         decode = io.IncrementalNewlineDecoder(decoder, translate=True).decode
-        n_lines = 0
-        with self.path.open("rb") as file:
-            if problem := known_format(file.read(8)):
-                raise ValueError(f"{self.path}: {problem}")
-            file.seek(0)
+        n_lines = n_bytes = 0
+        with open_unpacked(self.source, lambda part: self._count(part, progress)) as file:
             while chunk := file.read(BLOCK_BYTES):
+                if n_bytes == 0 and (problem := known_format(chunk[:8])):
+                    raise ValueError(f"{self.path}: {problem}")
                 if problem := nul_problem(chunk):
                     raise ValueError(f"{self.path}: {problem}")
-                self.sha256.update(chunk)
-                progress.update(len(chunk))
+                n_bytes += len(chunk)
                 text = decode(chunk)
                 yield self._mend(text, n_lines + 1)
                 n_lines += text.count("\n")
-                self._refuse_other_encodings(file.tell())
+                self._refuse_other_encodings(n_bytes)
         yield self._mend(decode(b"", final=True), n_lines + 1) + "\n"
+
+    def _count(self, part: memoryview, progress: "tqdm[Any]") -> None:
+        self.sha256.update(part)
+        progress.update(len(part))
 
     def _refuse_other_encodings(self, n_bytes: int) -> None:
         if self.n_replaced_bytes > max(MIN_REPLACED, MAX_REPLACED * n_bytes):
@@ -177,7 +148,7 @@ class TextReader:
             if not (n_bytes := sum(map(len, BAD_BYTES.findall(line)))):
                 continue
             where = f"{self.path}:{number}: {n_bytes} bytes are not UTF-8"
-            if self.on_bad_utf8 == "refuse":
+            if self.reading.on_bad_utf8 == "refuse":
                 raise ValueError(f"{where}; repair the file, or replace them with --on_bad_utf8 replace")
             self.n_replaced_bytes += n_bytes
             self.n_bad_lines += 1
@@ -186,6 +157,40 @@ class TextReader:
             if self.n_bad_lines <= MAX_REPORTS:
                 self.report(f"{where}, replaced by U+FFFD")
         return BAD_BYTES.sub("\ufffd", text)
+
+
+class TextReader(FileReader):
+    """Yields the stories of a text file, which a separator parts."""
+
+    def __init__(self, source: Source | Path, reading: Reading | None = None) -> None:
+        if isinstance(source, Path):
+            source = Source(source, ".txt", "", source.name)
+        super().__init__(source, reading or Reading())
+        separator = self.reading.separator
+        line = re.escape(separator) + r"[ \t]*" if separator else ""
+        self.separator, self.in_lines = re.compile(rf"\n[ \t]*{line}(?=\n)"), separator
+        if separator == END_OF_TEXT:  # no story contains it as text: it also separates inside a line
+            self.separator, self.in_lines = re.compile(re.escape(separator)), ""
+        self.n_in_lines = 0
+
+    def story_lists(self, progress: "tqdm[Any]") -> Iterator[list[str]]:
+        """Yield the stories in order, stripped and never empty, some megabytes at a time."""
+        carry = "\n"
+        for block in self.blocks(progress):
+            *stories, carry = self.separator.split(carry + block)
+            parts, carry = cut_long(carry)
+            self.n_cuts += len(parts)
+            yield self._stripped(stories + parts)
+        yield self._stripped([carry])
+        if self.n_in_lines:
+            inside = f"{self.in_lines!r} is inside {self.n_in_lines:,} lines"
+            self.report(f"{self.path}: {inside}, where it separates no stories; make it a line of its own")
+        self.report_faults()
+
+    def _stripped(self, stories: list[str]) -> list[str]:
+        if self.in_lines:
+            self.n_in_lines += sum(story.count(self.in_lines) for story in stories)
+        return [story for story in map(str.strip, stories) if story]
 
 
 class SeenStories:

@@ -11,6 +11,7 @@ from litgpt import args as litgpt_args
 
 from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
 from litgpt_moe.data.artifact import pull
+from litgpt_moe.data.forms import text_in
 from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
@@ -187,9 +188,7 @@ def _wants_demo_data(run: Run) -> bool:
     # in the default folder alone: a mistyped folder must not be filled with stories
     if run.settings.dataset_dir is not None or run.data_dir != DEFAULT_DATA_DIR:
         return False
-    return not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not any(
-        Path(run.data.train_data_path).glob("*.txt")
-    )
+    return not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not text_in(Path(run.data.train_data_path))
 
 
 def optimizer_spec(settings: Settings) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import pytest
 from helpers.data import make_text, snapshot, write_text
 
 from litgpt_moe.data.demo_stories import GRAMMAR, StoryTeller, write_demo_corpus
+from litgpt_moe.data.inputs import list_text
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.text import list_text
 
 
 def write_corpus(data_dir: Path, n_stories: int, seed: int, overwrite: bool = False) -> Path:

@@ -8,12 +8,12 @@ from helpers.data import SEPARATOR, error_of, make_text, write_text
 from tqdm import tqdm
 
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.text import SeenStories, TextReader
+from litgpt_moe.data.text import Reading, SeenStories, TextReader
 
 
 def read_stories(path: Path, separator: str = SEPARATOR, on_bad_utf8: str = "replace") -> list[str]:
     """Return all stories of a file."""
-    reader = TextReader(path, separator, on_bad_utf8)
+    reader = TextReader(path, Reading(separator, on_bad_utf8))
     with tqdm(disable=True) as progress:
         return [story for some in reader.story_lists(progress) for story in some]
 

@@ -55,19 +55,20 @@ def test_what_is_not_read_is_counted_and_named(
     settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = settings.data_dir / "train"
-    for name in ("b.TXT", "c.md", "d.jsonl", "e.txt.bak", "f", "g.parquet"):
+    for name in ("b.tx", "c.doc", "d.pdf", "e.txt.bak", "f", "g.html"):
         (train / name).write_text("text", encoding="utf-8")
     write_text(train / "more" / "a.txt", make_text(3))
     write_text(settings.data_dir / "valid" / "a.txt", make_text(3))
     (settings.data_dir / "h.txt").write_text("text", encoding="utf-8")
     prepare(settings)
     err = capsys.readouterr().err
-    assert f"{train}: 7 not read: b.TXT, c.md, d.jsonl, e.txt.bak, f and 2 more; only *.txt in" in err
-    assert f"{settings.data_dir}: 2 not read: h.txt, valid/; only *.txt in the folders train and val" in err
+    names = "train/b.tx, train/c.doc, train/d.pdf, train/e.txt.bak, train/f and 2 more"
+    assert f"{settings.data_dir}: 7 not read: {names}; read are .txt .md .jsonl" in err
+    assert f"{settings.data_dir}: 2 not read: h.txt, valid/; only what is in the folders train and val" in err
     for path in train.glob("*.txt"):
         path.unlink()
     status, line = error_of(capsys, "--data_dir", settings.data_dir)
-    assert status == 2 and "no .txt file there" in line and "b.TXT" in line
+    assert status == 2 and "no .txt file there" in line and "b.tx" in line
 
 
 def test_a_usual_folder_has_nothing_that_is_not_read(
