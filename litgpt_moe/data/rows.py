@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ from litgpt_moe.cli import first_line
 from litgpt_moe.data.text import FileReader, cut_long
 
 SAMPLE_ROWS = 100  # from which the column of the text is chosen
-MAX_ROW_CHARS = 32 << 20  # a longer row is refused: it has to be in memory several times
+MAX_ROW_BYTES = 48 << 20  # a row that takes more memory is refused: it is held about four times
+MAX_DEPTH = 10_000  # of JSON values in one another: each takes some hundred bytes
+MAX_FIELD_CHARS = 16 << 20  # of a CSV field, which Python's reader holds with 4 bytes a character
 MAX_NAMED = 8  # columns that a message lists
 LIST_CHARS = 1 << 20  # text that is passed on at once
 NUMBER = re.compile(r"\s*[-+]?[\d.,:/ eE-]*\s*")  # numbers, dates and times
@@ -66,7 +69,7 @@ class RowReader(FileReader):
             if value is None:
                 return "", "null" if has(row, self.column) else f"without the column {self.column!r}"
         if not isinstance(value, str):
-            return "", f"with a {type(value).__name__} for text"
+            return "", f"with text of type {type(value).__name__}"
         value = value.replace("\r\n", "\n").replace("\r", "\n").strip()
         if HALF_PAIRS.search(value):
             self.n_replaced_bytes += sum(map(len, HALF_PAIRS.findall(value)))
@@ -103,14 +106,14 @@ class RowReader(FileReader):
             n_lines += len(lines)
             for line in lines:
                 yield line + "\n"
-            self.check_size(len(carry), f"line {n_lines + 1}")
+            self.check_size(sys.getsizeof(carry), f"line {n_lines + 1}")
         if carry:
             yield carry
 
-    def check_size(self, n_chars: int, where: str) -> None:
+    def check_size(self, n_bytes: int, where: str) -> None:
         """Raise ValueError if a row is too long to be held in memory."""
-        if n_chars > MAX_ROW_CHARS:
-            limit = f"is longer than {MAX_ROW_CHARS:,} characters"
+        if n_bytes > MAX_ROW_BYTES:
+            limit = f"is longer than {MAX_ROW_BYTES >> 20} MB"
             raise ValueError(f"{self.path}: {where} {limit}; split it, or save the text as .txt")
 
     def broken(self, where: str, error: Exception | str) -> ValueError:
@@ -127,7 +130,7 @@ class JsonLinesReader(RowReader):
         for number, line in enumerate(self.lines(progress), start=1):
             if not line.isspace():
                 try:
-                    yield f"row {number}", json.loads(line)
+                    yield f"row {number}", json.loads(line.strip())
                 except (ValueError, RecursionError) as error:
                     raise self.broken(f"row {number}", error) from None
 
@@ -140,7 +143,7 @@ class JsonReader(RowReader):
         import ijson  # not at the top: it starts a search for its fastest backend, in worker processes too
 
         found: list[Any] = []
-        parser, n_rows, waiting = None, 0, 0
+        parser, n_rows, waiting, depth = None, 0, 0, 0
         try:
             for block in self.blocks(progress):
                 if parser is None and block.strip():
@@ -149,8 +152,13 @@ class JsonReader(RowReader):
                     parser = ijson.items_coro(_Receiver(found), prefix, multiple_values=not is_array)
                 if parser is None:
                     continue
+                # brackets in strings count too: an estimate is enough, since few texts hold as many
+                depth = 0 if not waiting else depth
+                depth += sum(block.count(mark) for mark in "[{") - sum(block.count(mark) for mark in "]}")
+                if depth > MAX_DEPTH:
+                    raise self.broken(f"row {n_rows + 1}", f"nested more than {MAX_DEPTH:,} deep")
                 parser.send(block.encode("utf-8"))
-                waiting = 0 if found else waiting + len(block)
+                waiting = 0 if found else waiting + sys.getsizeof(block)
                 self.check_size(waiting, f"row {n_rows + 1}")
                 for row in found:
                     n_rows += 1
@@ -177,7 +185,7 @@ class TableReader(RowReader):
         lines = self.lines(progress)
         first = next(lines, "")
         delimiter = "\t" if self.source.form == ".tsv" else max(DELIMITERS, key=first.count)
-        csv.field_size_limit(MAX_ROW_CHARS)  # of the whole process, in which nothing else reads CSV
+        csv.field_size_limit(MAX_FIELD_CHARS)  # of the whole process, in which nothing else reads CSV
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header, number = None, 1
         try:
