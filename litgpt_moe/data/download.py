@@ -9,18 +9,29 @@ from litgpt_moe.cli import note
 from litgpt_moe.data.inputs import refuse_other_text
 from litgpt_moe.files import check_no_links
 
+LOG_IN = "check the name; to one that is private or gated log in with: uv run hf auth login"
 
-def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
+
+class MissingOnHub(ConnectionError):
+    """The repository is there, but has no such file."""
+
+
+def download(
+    repo: str, repo_type: str, name: str, folder: Path, way_out: str, revision: str | None = None
+) -> None:
     """Fetch a file of a hub repository into `folder`; an interrupted download is continued."""
     import httpx  # not at the top: each worker process, which downloads nothing, would need 15 MB more
-    from huggingface_hub import constants, hf_hub_download  # likewise
+    from huggingface_hub import constants, errors, hf_hub_download  # likewise
 
     note(f"downloading {name} of {repo} to {folder}")
     check_no_links(part := folder / ".litgpt_moe-download")  # kept for the next command to continue
     try:
-        path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part)
+        path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part, revision=revision)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
-        if not any(part.rglob("*.incomplete")):  # the next call would continue from such a file
+        is_missing = isinstance(error, errors.RemoteEntryNotFoundError)
+        if isinstance(error, errors.RepositoryNotFoundError | errors.GatedRepoError):
+            way_out = LOG_IN
+        if is_missing or not any(part.rglob("*.incomplete")):  # the next call would continue from such a file
             shutil.rmtree(part, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()  # fails unless it is empty
@@ -30,7 +41,9 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
         if isinstance(error, RuntimeError) and "closed" in reason:
             reason = "no connection to it"  # huggingface_hub 1.3 retries with a client that it has closed
         where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
-        raise ConnectionError(f"{where} ({reason}); {way_out}") from error
+        kind = MissingOnHub if is_missing else ConnectionError
+        raise kind(f"{where} ({reason}); {way_out}") from error
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     Path(path).replace(folder / name)
     shutil.rmtree(part)
 

@@ -12,6 +12,7 @@ from litgpt_moe import __version__
 from litgpt_moe.cli import note
 from litgpt_moe.data.demo_stories import write_demo_corpus
 from litgpt_moe.data.download import download_tinystories
+from litgpt_moe.data.foreign_tokenizer import bring_tokenizer, carry_tokenizer, is_foreign
 from litgpt_moe.data.forms import FORMS, text_in
 from litgpt_moe.data.freshness import stale_reasons
 from litgpt_moe.data.inputs import (
@@ -33,11 +34,11 @@ from litgpt_moe.data.manifest import (
     record_times,
     text_forms,
 )
-from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
+from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR, SPLITS, PrepareSettings, check_settings
 from litgpt_moe.data.shards import check_stories, clean, write_splits
 from litgpt_moe.data.text import FileReader
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
-from litgpt_moe.data.tokenizer_folder import choose_tokenizer
+from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer
 from litgpt_moe.files import check_no_links, read_json, write_json
 from litgpt_moe.locks import locked_folder
 
@@ -62,9 +63,10 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
         list_inputs(settings)  # the lock below would create a folder with a mistyped name
     elif settings.paths:
         raise ValueError(f"{settings.paths[0]}: a PATH and --dataset exclude each other; drop one")
+    settings = _place_tokenizer(settings)
     # TinyStories is downloaded together with a tokenizer
     is_download = settings.dataset == "tinystories" and not (settings.data_dir / MANIFEST).exists()
-    if settings.train_tokenizer is None and not is_download:
+    if settings.train_tokenizer is None and not settings.tokenizer and not is_download:
         folder = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
         settings = replace(settings, tokenizer_dir=folder)
     check_own(settings.data_dir)
@@ -111,11 +113,23 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     }
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
+    carry_tokenizer(facts.folder, data_dir / TOKENIZER_FOLDER)
     return manifest
 
 
 def _written_folders(data_dir: Path) -> list[Path]:
     return [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
+
+
+def _place_tokenizer(settings: PrepareSettings) -> PrepareSettings:
+    """Return the settings with a tokenizer that is to be made or copied placed in the data directory."""
+    inside, folder = settings.data_dir / TOKENIZER_FOLDER, settings.tokenizer_dir
+    is_default = folder == DEFAULT_TOKENIZER_DIR
+    if settings.tokenizer or (is_default and settings.train_tokenizer and settings.paths):
+        return replace(settings, tokenizer_dir=inside)
+    if settings.train_tokenizer is None and not is_default and is_foreign(folder):
+        return replace(settings, tokenizer_dir=inside, tokenizer=str(folder))
+    return settings
 
 
 def _paths_of(settings: PrepareSettings) -> list[Path]:
@@ -166,6 +180,9 @@ def _make_inputs(settings: PrepareSettings, wait: bool) -> tuple[Inputs, Tokeniz
     for sentence in inputs.sentences(settings.paths[0] if settings.paths else settings.data_dir):
         note(sentence)
     with lock_tokenizer(settings, wait):
+        if settings.tokenizer:
+            stories = check_stories(settings, inputs.text)
+            bring_tokenizer(settings.tokenizer, settings.tokenizer_dir, stories, settings.overwrite)
         if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
             check_stories(settings, inputs.text)
         return inputs, ensure_tokenizer(settings, inputs.text["train"])

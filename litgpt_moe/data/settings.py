@@ -24,6 +24,8 @@ class PrepareFlags:
     """custom: your own text; tinystories: download it (2.2 GB); demo: write the built-in stories"""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
     """folder of tokenizer.json; by default the one that made the data, or TinyLlama's, downloaded here"""
+    tokenizer: str | None = None
+    """another tokenizer, copied into DATA_DIR/tokenizer: a hub id (OWNER/NAME), a folder, or a file"""
     train_tokenizer: int | None = None
     """vocabulary size of a BPE tokenizer to train on the text (default: train none)"""
     separator: str = "<|endoftext|>"
@@ -87,7 +89,11 @@ def check_settings(settings: PrepareSettings) -> None:
         ("separator", len(s.separator.splitlines()) <= 1, "the text of one line"),
         ("separator", not any("\ud800" <= letter <= "\udfff" for letter in s.separator), "UTF-8 text"),
     )
+    s_dir = s.tokenizer_dir != DEFAULT_TOKENIZER_DIR
+    others = [name for name, is_on in (("train_tokenizer", vocab), ("tokenizer_dir", s_dir)) if is_on]
     problems = [f"{name} is {getattr(settings, name)!r}; choose {rule}" for name, ok, rule in rules if not ok]
+    if s.tokenizer and others:
+        problems += [f"tokenizer is {s.tokenizer!r}, and {others[0]} is given too; drop one"]
     problems += [
         f"{folder}: a file; name a folder with --{name}"
         for name in ("data_dir", "tokenizer_dir")

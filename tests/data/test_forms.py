@@ -210,7 +210,9 @@ def test_rows_without_text_are_counted_and_their_reasons_named(
     )
     assert read(tmp_path / "a.jsonl") == ["one", "two", "half \ufffd\nend"]
     err = capsys.readouterr().err
-    reasons = "1 null, 1 without the column 'text', 2 with text of type int, 1 with text of type list, 1 empty"
+    reasons = (
+        "1 null, 1 without the column 'text', 2 with text of type int, 1 with text of type list, 1 empty"
+    )
     assert f"{reasons}; the first is row 2" in err
 
 

@@ -15,8 +15,9 @@ from litgpt_moe.files import read_json, write_json
 
 @pytest.fixture
 def here(settings: PrepareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareSettings:
-    """Prepared data, and a working directory without a default tokenizer."""
+    """Data of an earlier version, without a copy of its tokenizer, and no default one."""
     prepare(settings)
+    shutil.rmtree(settings.data_dir / "tokenizer")
     monkeypatch.chdir(tmp_path)
     return settings
 
@@ -74,6 +75,7 @@ def test_a_default_tokenizer_that_was_replaced_in_its_place_makes_the_shards_aga
     manifest["tokenizer"]["folder"] = "../data/tokenizer"  # as if it had made them
     write_json(here.data_dir / "manifest.json", manifest)
     prepare(usual)
+    shutil.rmtree(here.data_dir / "tokenizer")  # which such data did not carry
     shutil.copytree(trained_tokenizer_dir, DEFAULT_TOKENIZER_DIR, dirs_exist_ok=True)
     assert prepare(usual)["tokenizer"]["vocab_size"] == 700
 
