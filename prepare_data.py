@@ -17,10 +17,12 @@ from typing import Any
 
 from litgpt_moe import cli
 from litgpt_moe.data.settings import (
+    DEFAULT_DATA_DIR,
     DEMO_MODEL,
     PrepareFlags,
     PrepareSettings,
     WandbSettings,
+    is_hub_name,
 )
 
 
@@ -42,6 +44,8 @@ def settings_of(args: argparse.Namespace) -> PrepareSettings:
         args.data_dir = default_data_dir(args.paths[0])
         if args.data_dir.resolve() != args.paths[0].resolve():
             check_free(args.data_dir, args.paths)
+    elif args.data_dir is None and is_hub_name(args.dataset):
+        args.data_dir = DEFAULT_DATA_DIR.parent / args.dataset.rpartition("/")[2]
     args.paths = tuple(args.paths)
     return cli.from_flags(PrepareSettings, args)
 

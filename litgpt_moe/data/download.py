@@ -17,9 +17,15 @@ class MissingOnHub(ConnectionError):
 
 
 def download(
-    repo: str, repo_type: str, name: str, folder: Path, way_out: str, revision: str | None = None
+    repo: str,
+    repo_type: str,
+    name: str,
+    folder: Path,
+    way_out: str,
+    revision: str | None = None,
+    to: str = "",
 ) -> None:
-    """Fetch a file of a hub repository into `folder`; an interrupted download is continued."""
+    """Fetch a file of a hub repository into `folder`, named `to` there; an interrupted one is continued."""
     import httpx  # not at the top: each worker process, which downloads nothing, would need 15 MB more
     from huggingface_hub import constants, errors, hf_hub_download  # likewise
 
@@ -43,8 +49,7 @@ def download(
         where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
         kind = MissingOnHub if is_missing else ConnectionError
         raise kind(f"{where} ({reason}); {way_out}") from error
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).replace(folder / name)
+    Path(path).replace(folder / (to or name))
     shutil.rmtree(part)
 
 

@@ -13,11 +13,11 @@ from litgpt_moe.checkpoints.tokenizer_files import tokenizer_sha256
 from litgpt_moe.cli import note
 from litgpt_moe.data.download import MissingOnHub, download
 from litgpt_moe.data.sentencepiece_model import convert
+from litgpt_moe.data.settings import HUB_ID
 from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
 from litgpt_moe.files import make_staging, read_json, remove, write_whole
 
 COPIED_FROM = "copied_from"  # key in tokenizer_config.json: where this tokenizer comes from
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # what holds the vocabulary, in the order in which it is looked for
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")

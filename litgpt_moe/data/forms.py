@@ -19,8 +19,17 @@ OLD_FORMS = (".txt",)  # what earlier versions read
 MAGIC = {".gz": (b"\x1f\x8b", "gzip"), ".zst": (b"\x28\xb5\x2f\xfd", "zstd"), ".xz": (b"\xfd7zXZ", "xz")}
 PARQUET_MAGIC = b"PAR1"
 NAMED_FORMS = f"{' '.join(FORMS)}, each also with {' '.join(MAGIC)} after it"
+HUB_RECORD = "hub.json"  # in a data directory: which files of a hub data set it has
 NO_TEXT = {  # files of programs, whose .json or .txt holds no text
-    *("manifest.json", "demo.json", "artifact.json", "checkpoint.json", "config.json", "package.json"),
+    *(
+        "manifest.json",
+        HUB_RECORD,
+        "demo.json",
+        "artifact.json",
+        "checkpoint.json",
+        "config.json",
+        "package.json",
+    ),
     *("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "dataset_infos.json", "requirements.txt"),
 }

@@ -15,6 +15,7 @@ from litgpt_moe.data.download import download_tinystories
 from litgpt_moe.data.foreign_tokenizer import bring_tokenizer, carry_tokenizer, is_foreign
 from litgpt_moe.data.forms import FORMS, text_in
 from litgpt_moe.data.freshness import stale_reasons
+from litgpt_moe.data.hub_dataset import fetch_dataset
 from litgpt_moe.data.inputs import (
     Inputs,
     list_paths,
@@ -34,7 +35,13 @@ from litgpt_moe.data.manifest import (
     record_times,
     text_forms,
 )
-from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR, SPLITS, PrepareSettings, check_settings
+from litgpt_moe.data.settings import (
+    DEFAULT_TOKENIZER_DIR,
+    SPLITS,
+    PrepareSettings,
+    check_settings,
+    is_hub_name,
+)
 from litgpt_moe.data.shards import check_stories, clean, write_splits
 from litgpt_moe.data.text import FileReader
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
@@ -125,7 +132,9 @@ def _place_tokenizer(settings: PrepareSettings) -> PrepareSettings:
     """Return the settings with a tokenizer that is to be made or copied placed in the data directory."""
     inside, folder = settings.data_dir / TOKENIZER_FOLDER, settings.tokenizer_dir
     is_default = folder == DEFAULT_TOKENIZER_DIR
-    if settings.tokenizer or (is_default and settings.train_tokenizer and settings.paths):
+    if settings.tokenizer or (
+        is_default and settings.train_tokenizer and (settings.paths or is_hub_name(settings.dataset))
+    ):
         return replace(settings, tokenizer_dir=inside)
     if settings.train_tokenizer is None and not is_default and is_foreign(folder):
         return replace(settings, tokenizer_dir=inside, tokenizer=str(folder))
@@ -176,6 +185,8 @@ def _make_inputs(settings: PrepareSettings, wait: bool) -> tuple[Inputs, Tokeniz
         write_demo_corpus(settings)
     elif settings.dataset == "tinystories":
         download_tinystories(settings.data_dir)
+    elif is_hub_name(settings.dataset):
+        fetch_dataset(settings)
     inputs = list_inputs(settings)
     for sentence in inputs.sentences(settings.paths[0] if settings.paths else settings.data_dir):
         note(sentence)

@@ -1,5 +1,6 @@
 """The settings of prepare_data.py and of a W&B upload; nothing heavy is imported, so `--help` is fast."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from litgpt_moe.cli import variable, words_of
 SPLITS = ("train", "val")
 MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
 DEFAULT_DATA_DIR = Path("data/custom_text")
+# data sets of the hub by short names of ours; "tinystories" is the text file of its authors
+SHORT_NAMES = {"tinystories_clean": "karpathy/tinystories-gpt4-clean"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
 REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,7 +25,12 @@ class PrepareFlags:
     data_dir: Path = DEFAULT_DATA_DIR
     """folder for shards and manifest.json; without PATH the text is its train/* and, if wanted, val/*"""
     dataset: str = "custom"
-    """custom: your own text; tinystories: download it (2.2 GB); demo: write the built-in stories"""
+    """custom: your own text; tinystories: download it (2.2 GB); tinystories_clean: its cleaned GPT-4 version;
+    demo: write the built-in stories; OWNER/NAME: a data set of the Hugging Face hub, by its Parquet files"""
+    subset: str | None = None
+    """subset (configuration) of --dataset OWNER/NAME (default: its default, or the only one)"""
+    split: str | None = None
+    """split of --dataset OWNER/NAME that becomes the train split (default train, or the only one)"""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
     """folder of tokenizer.json; by default the one that made the data, or TinyLlama's, downloaded here"""
     tokenizer: str | None = None
@@ -76,11 +85,20 @@ class WandbSettings:
     """name of the W&B run (WANDB_RUN_NAME; default: made up by W&B)"""
 
 
+def is_hub_name(dataset: str) -> bool:
+    """Return whether --dataset names a data set of the hub by its Parquet files."""
+    return dataset in SHORT_NAMES or HUB_ID.fullmatch(dataset) is not None
+
+
 def check_settings(settings: PrepareSettings) -> None:
     """Raise ValueError with every problem of the settings, before anything is written."""
     s, vocab = settings, settings.train_tokenizer
+    own = ("custom", "tinystories", "demo", *SHORT_NAMES)
+    is_own = s.dataset in own
     rules = (
-        ("dataset", s.dataset in ("custom", "tinystories", "demo"), "one of custom, tinystories, demo"),
+        ("dataset", is_own or is_hub_name(s.dataset), f"one of {', '.join(own)}, or OWNER/NAME of the hub"),
+        ("subset", s.subset is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
+        ("split", s.split is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
         ("on_bad_utf8", s.on_bad_utf8 in ("replace", "refuse"), "one of replace, refuse"),
         ("val_fraction", 0 < s.val_fraction <= 0.5, "a number above 0, at most 0.5"),
         ("train_tokenizer", vocab is None or vocab >= MIN_VOCAB, f"{MIN_VOCAB} pieces or more"),

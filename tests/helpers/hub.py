@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 COMMIT = "0" * 40
-LISTING = re.compile(r"/api/models/(.+)/revision/main")
+LISTING = re.compile(r"/api/(models|datasets)/(.+)/revision/main")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -17,6 +17,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     files: dict[str, bytes] = {}  # noqa: RUF012 (set by the fixture)
     listed: list[str] = []  # noqa: RUF012 (paths in the list beside those in `files`)
     asked: list[str] = []  # noqa: RUF012 (what was fetched)
+    card: dict[str, object] = {}  # noqa: RUF012 (what the answer on a repository says beside its files)
     ranges: list[str] = []  # noqa: RUF012
     to_break: list[str] = []  # noqa: RUF012 (paths whose first download ends half way)
 
@@ -28,9 +29,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self, send_body: bool) -> None:
         path = self.path.replace(f"/resolve/{COMMIT}/", "/resolve/main/")
-        body = self.listing(match[1]) if (match := LISTING.match(path)) else self.files.get(path)
+        body = self.listing(*match.groups()) if (match := LISTING.match(path)) else self.files.get(path)
         if body is None:
-            self.send_error(404)
+            self.send_response(404)
+            repository = path.partition("/resolve/")[0]
+            if any(name.startswith(f"{repository}/resolve/") for name in self.files):
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         start = 0
         if send_body:
@@ -52,12 +58,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif send_body:
             self.wfile.write(body[start:])
 
-    def listing(self, repository: str) -> bytes | None:
-        """Return the answer on a model, None if there is none of that name."""
-        prefix = f"/{repository}/resolve/main/"
+    def listing(self, kind: str, repository: str) -> bytes | None:
+        """Return the answer on a model or a data set, None if there is none of that name."""
+        prefix = f"/{'datasets/' if kind == 'datasets' else ''}{repository}/resolve/main/"
         names = [path.removeprefix(prefix) for path in [*self.files, *self.listed] if path.startswith(prefix)]
         siblings = [{"rfilename": name} for name in dict.fromkeys(names)]
-        return json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode() if names else None
+        return (
+            json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings, **self.card}).encode()
+            if names
+            else None
+        )
 
     def log_message(self, *_: object) -> None:
         """Keep quiet."""
@@ -66,7 +76,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def serve(files: dict[str, bytes]) -> Iterator[tuple[str, type[Hub]]]:
     """Yield the address of a hub that has `files`, by path, and its handler, whose lists may be changed."""
-    lists = {"listed": [], "asked": [], "ranges": [], "to_break": []}
+    lists = {"card": {}, "listed": [], "asked": [], "ranges": [], "to_break": []}
     handler = type("FilledHub", (Hub,), {"files": dict(files), **lists})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,0 +1,162 @@
+"""Text data sets of the Hugging Face hub: which Parquet files a subset and a split are, and fetching them."""
+
+import fnmatch
+import re
+from typing import Any
+
+from litgpt_moe.cli import first_line, note
+from litgpt_moe.data.download import LOG_IN, download
+from litgpt_moe.data.forms import HUB_RECORD, text_in
+from litgpt_moe.data.settings import SHORT_NAMES, SPLITS, PrepareSettings
+from litgpt_moe.files import fits, read_json, write_json
+
+CONVERTED = "refs/convert/parquet"  # where the hub keeps each public data set as SUBSET/SPLIT/0000.parquet
+NO_PARQUET = "no Parquet files on the hub, nor converted ones; download its files and name them as PATH"
+VAL_SPLITS = ("validation", "valid", "val", "dev")
+SPLIT_WORDS = ("train", "training", *VAL_SPLITS, "test", "testing", "eval", "evaluation")
+SHARD_NUMBER = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?([-_][0-9a-f]{16})?$")
+RECORD = {"repo": str, "subset": str, "split": str, "revision": str, "files": {}}
+
+Layout = dict[str, dict[str, list[str]]]  # subset -> split -> paths in the repository
+
+
+def fetch_dataset(settings: PrepareSettings) -> None:
+    """Fetch the Parquet files of a hub data set into the data directory; those that are there stay.
+
+    What is to be fetched is recorded first, with its commit: an interrupted fetch goes on with the same.
+    """
+    record = read_json(settings.data_dir / HUB_RECORD)
+    repo = SHORT_NAMES.get(settings.dataset, settings.dataset)
+    asked = {"repo": repo, "asked_subset": settings.subset, "asked_split": settings.split}
+    if record:
+        if not fits(record, RECORD) or any(record.get(key) != value for key, value in asked.items()):
+            was = " ".join(str(record.get(key)) for key in ("repo", "subset", "split"))
+            raise ValueError(f"{settings.data_dir}: has {was}; name another folder with --data_dir")
+    else:
+        if other := [path for split in SPLITS for path in text_in(settings.data_dir / split)]:
+            what = f"other text is there already; give --dataset {settings.dataset} a folder of its own"
+            raise ValueError(f"{other[0]}: {what} with --data_dir, or leave --dataset out to use that text")
+        record = asked | _choose(repo, settings.subset, settings.split)
+        write_json(settings.data_dir / HUB_RECORD, record)
+    wanted = {(split, path) for split in SPLITS for path in record["files"].get(split, ())}
+    way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
+    for number, (split, path) in enumerate(sorted(wanted), start=1):
+        target = settings.data_dir / split / _flat(path)
+        if not target.is_file():
+            note(f"file {number} of {len(wanted)}")
+            folder = settings.data_dir / split
+            download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
+
+
+def _flat(path: str) -> str:
+    """Return a file's name in the data directory: its path in the repository without folders."""
+    return re.sub(r"[^\w.-]", "_", path.replace("/", "--"))
+
+
+def _choose(repo: str, subset: str | None, split: str | None) -> dict[str, Any]:
+    """Return subset, split, commit and files of what was asked for; ValueError if there is no such thing."""
+    layout, revision, defaults = _look_up(repo)
+    usual = [name for name in (*defaults, "default") if name in layout]
+    subset = _one_of("subset", repo, subset, list(layout), usual[:1])
+    splits = layout[subset]
+    split = _one_of("split", f"{repo}, subset {subset}", split, list(splits), ["train"])
+    for name in splits:
+        if name.startswith("partial-"):
+            note(f"{repo}: {name} is the first part of a data set too large for the hub to convert")
+    val = next((name for name in VAL_SPLITS if name in splits and name != split), None)
+    files = {"train": splits[split], "val": splits[val] if val else []}
+    return {"subset": subset, "split": split, "revision": revision, "files": files}
+
+
+def _one_of(kind: str, where: str, asked: str | None, names: list[str], usual: list[str]) -> str:
+    """Return the name asked for, else the usual one, else the only one; ValueError that lists them."""
+    if asked is None:
+        found = [name for name in usual if name in names] or (names if len(names) == 1 else [])
+        if found:
+            return found[0]
+    elif asked in names:
+        return asked
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    what = "several" if asked is None else f"no {kind} {asked!r}"
+    raise ValueError(f"{where}: {what}; choose one with --{kind}: {shown}")
+
+
+def _look_up(repo: str) -> tuple[Layout, str, list[str]]:
+    """Return the layout of a data set, its commit, and the subsets marked as default."""
+    info = _info(repo, "main")
+    paths = _parquet_files(info)
+    configs = (info.card_data.to_dict() if info.card_data else {}).get("configs")
+    defaults = []
+    layout: Layout = {}
+    if paths and isinstance(configs, list):
+        layout = _by_configs(configs, paths)
+        defaults = [c["config_name"] for c in configs if isinstance(c, dict) and c.get("default")]
+    if paths and not layout:
+        layout = by_names(paths)
+    if not layout:
+        info = _info(repo, CONVERTED)
+        layout = by_names(_parquet_files(info))
+    if not layout:
+        raise ValueError(f"{repo}: {NO_PARQUET}")
+    return layout, info.sha or "main", defaults
+
+
+def _info(repo: str, revision: str) -> Any:
+    import httpx  # not at the top: it takes 15 MB in each worker process
+    from huggingface_hub import HfApi, constants  # likewise
+
+    try:
+        return HfApi().dataset_info(repo, revision=revision)
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403, 404) and revision == CONVERTED:
+            raise ValueError(f"{repo}: {NO_PARQUET}") from None
+        if status in (401, 403, 404):
+            raise ConnectionError(f"{repo}: no such data set on {constants.ENDPOINT}; {LOG_IN}") from None
+        reason = first_line(error).split(". ")[0]
+        where = f"the list of its files could not be read from {constants.ENDPOINT}"
+        way_out = "try again, or set HF_ENDPOINT to a mirror"
+        raise ConnectionError(f"{repo}: {where} ({reason}); {way_out}") from error
+
+
+def _parquet_files(info: Any) -> list[str]:
+    return sorted(f.rfilename for f in info.siblings or () if f.rfilename.lower().endswith(".parquet"))
+
+
+def _by_configs(configs: list[Any], paths: list[str]) -> Layout:
+    """Return the layout that a data set's card describes: patterns of file names by subset and split."""
+    layout: Layout = {}
+    for config in configs:
+        if not isinstance(config, dict) or "data_files" not in config:
+            continue
+        entries = config["data_files"]
+        entries = entries if isinstance(entries, list) else [entries]
+        for entry in entries:
+            entry = entry if isinstance(entry, dict) else {"split": "train", "path": entry}
+            patterns = entry.get("path", [])
+            patterns = [patterns] if isinstance(patterns, str) else patterns
+            # "**" crosses folders, as fnmatch's "*" does anyway
+            found = [p for p in paths if any(fnmatch.fnmatchcase(p, str(pattern)) for pattern in patterns)]
+            if found:
+                layout.setdefault(str(config.get("config_name", "default")), {})[str(entry["split"])] = found
+    return layout
+
+
+def by_names(paths: list[str]) -> Layout:
+    """Return the layout that the names tell: [SUBSET/][SPLIT/]NAME, where NAME may begin with the split."""
+    layout: Layout = {}
+    for path in paths:
+        *folders, name = path.split("/")
+        stem = SHARD_NUMBER.sub("", name.rsplit(".", 1)[0])
+        is_split = stem.removeprefix("partial-").split("-")[0].split("_")[0].lower() in SPLIT_WORDS
+        if is_split:
+            split = stem
+        elif folders and folders[-1].removeprefix("partial-").lower() in SPLIT_WORDS:
+            split = folders.pop()
+        elif len(folders) > 1 and folders[0] != "data":
+            split = folders.pop()  # the hub's own conversion: SUBSET/SPLIT/0000.parquet
+        else:
+            split = "train"
+        subset = "/".join(folder for folder in folders if folder != "data") or "default"
+        layout.setdefault(subset, {}).setdefault(split, []).append(path)
+    return layout
