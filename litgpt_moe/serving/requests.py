@@ -171,6 +171,8 @@ async def read_body(request: Request) -> Any:
     # any page may send text or forms to any address; JSON needs a preflight request first, which is refused
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the request as Content-Type: application/json")
+    if {"content-length", "transfer-encoding"} <= set(request.headers):  # RFC 9112, section 6.1
+        raise ApiError(400, "send Content-Length or Transfer-Encoding, not both")
     body = bytearray()
     try:
         async with asyncio.timeout(ARRIVAL_S):
