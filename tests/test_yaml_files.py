@@ -28,16 +28,12 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("text", MISREAD)
 def test_a_number_that_yaml_reads_in_another_base_is_refused(text: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"settings\.yaml is not readable YAML: line 2 has .* without leading"
-    ):
+    with pytest.raises(ValueError, match=r"settings\.yaml is not readable YAML: line 2 has .* without"):
         from_file(text)
     if text.startswith("!"):
         return
     for give in (lambda: from_file(f"'{text}'"), lambda: from_flag(text)):
-        with pytest.raises(
-            ValueError, match="max_tokens is '.*'; it must be a whole number .* without leading"
-        ):
+        with pytest.raises(ValueError, match=r"max_tokens is '.*'; it must be a whole number .* without"):
             give()
     with pytest.raises(ValueError, match=r"--optimizer\.lr: .* without leading zeros or colons"):
         read_flags(["--optimizer.lr", text])

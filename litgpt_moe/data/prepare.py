@@ -25,7 +25,7 @@ from litgpt_moe.data.manifest import (
     record_times,
 )
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
-from litgpt_moe.data.shards import check_stories, clean, write_splits
+from litgpt_moe.data.shards import check_memory_limit, check_stories, clean, write_splits
 from litgpt_moe.data.text import list_text, not_read
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
@@ -44,6 +44,7 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     unless told to `wait` for it.
     """
     check_settings(settings)
+    check_memory_limit()
     if settings.dataset == "custom":
         list_text(settings.data_dir)  # the lock below would create a folder with a mistyped name
     # TinyStories is downloaded together with a tokenizer
@@ -79,7 +80,8 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     try:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
-        raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
+        way_out = "free memory or raise its limit, or try fewer --workers"
+        raise OSError(f"a worker process ended early (out of memory, or killed); {way_out}") from error
     # for information only: another version makes no shard stale
     versions = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
     manifest = {
