@@ -5,6 +5,7 @@ Exit status: 0; 1 for failed work (no network, full disk); 2 for bad input; 130 
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
 import io
@@ -180,8 +181,9 @@ def train_command(*flags: object) -> str:
 
 
 def note(text: str) -> None:
-    """Print a line on stderr, without breaking a progress bar."""
-    tqdm.write(printable(text), file=sys.stderr)
+    """Print a line on stderr, without breaking a progress bar; a full disk there ends no work."""
+    with contextlib.suppress(OSError):
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -270,8 +272,9 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def fail(error: object, status: int) -> int:
     """Print each line of `error` on stderr and return `status`."""
-    for line in str(error).splitlines():
-        print(f"error: {printable(line)}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        for line in str(error).splitlines():
+            print(f"error: {printable(line)}", file=sys.stderr)
     return status
 
 

@@ -34,6 +34,7 @@ from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
 
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
+BLOCK_SIZE = 1024  # of model_config.yaml, the default
 WAIT = "wait for it to end, then run again"
 
 
@@ -94,6 +95,10 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     }
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
+    if (n_tokens := splits["val"]["n_tokens"]) <= BLOCK_SIZE:
+        few = f"{data_dir / 'val'}: {n_tokens:,} tokens, too few for one sequence of {BLOCK_SIZE:,}"
+        more = "put more text there" if text["val"] else "give more text or a larger --val_fraction"
+        note(f"{few} (MoE-200M; the demo model's have 256), which a validation needs; {more}")
     return manifest
 
 
