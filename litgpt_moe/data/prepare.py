@@ -42,7 +42,7 @@ from litgpt_moe.data.settings import (
     check_settings,
     is_hub_name,
 )
-from litgpt_moe.data.shards import check_stories, clean, write_splits
+from litgpt_moe.data.shards import check_memory_limit, check_stories, clean, write_splits
 from litgpt_moe.data.text import FileReader
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer
@@ -55,6 +55,7 @@ OPTIONS = (
     "text_column",
     "val_fraction",
 )  # the settings on which the shards depend
+BLOCK_SIZE = 1024  # of model_config.yaml, the default
 WAIT = "wait for it to end, then run again"
 
 
@@ -65,6 +66,7 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     unless told to `wait` for it.
     """
     check_settings(settings)
+    check_memory_limit()
     if settings.dataset == "custom":
         settings = replace(settings, paths=tuple(_paths_of(settings)))
         list_inputs(settings)  # the lock below would create a folder with a mistyped name
@@ -105,7 +107,8 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     try:
         splits, readers = write_splits(settings, text, facts)
     except BrokenExecutor as error:
-        raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
+        way_out = "free memory or raise its limit, or try fewer --workers"
+        raise OSError(f"a worker process ended early (out of memory, or killed); {way_out}") from error
     # for information only: another version makes no shard stale
     versions = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
     manifest = {
@@ -121,6 +124,10 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
     carry_tokenizer(facts.folder, data_dir / TOKENIZER_FOLDER)
+    if (n_tokens := splits["val"]["n_tokens"]) <= BLOCK_SIZE:
+        few = f"{data_dir / 'val'}: {n_tokens:,} tokens, too few for one sequence of {BLOCK_SIZE:,}"
+        more = "put more text there" if text["val"] else "give more text or a larger --val_fraction"
+        note(f"{few} (MoE-200M; the demo model's have 256), which a validation needs; {more}")
     return manifest
 
 

@@ -27,16 +27,16 @@ class PrepareFlags:
     dataset: str = "custom"
     """custom: your own text; tinystories: download it (2.2 GB); tinystories_clean: its cleaned GPT-4 version;
     demo: write the built-in stories; OWNER/NAME: a data set of the Hugging Face hub, by its Parquet files"""
+    tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
+    """folder of tokenizer.json; by default the one that made the data, or TinyLlama's, downloaded here"""
+    train_tokenizer: int | None = None
+    """vocabulary size of a BPE tokenizer to train on the text (default: train none)"""
     subset: str | None = None
     """subset (configuration) of --dataset OWNER/NAME (default: its default, or the only one)"""
     split: str | None = None
     """split of --dataset OWNER/NAME that becomes the train split (default train, or the only one)"""
-    tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
-    """folder of tokenizer.json; by default the one that made the data, or TinyLlama's, downloaded here"""
     tokenizer: str | None = None
     """another tokenizer, copied into DATA_DIR/tokenizer: a hub id (OWNER/NAME), a folder, or a file"""
-    train_tokenizer: int | None = None
-    """vocabulary size of a BPE tokenizer to train on the text (default: train none)"""
     separator: str = "<|endoftext|>"
     """line between two stories ('<|endoftext|>': also inside a line); '' splits at blank lines"""
     on_bad_utf8: str = "replace"

@@ -30,6 +30,16 @@ NOT_UTF8 = re.compile("[\ud800-\udfff]")  # in a file name: how Python shows byt
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
+def check_text_file(path: Path) -> None:
+    """Raise ValueError or FileNotFoundError if `path` is no file of text."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a text file in it")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such text file; name one that is there")
+    if not path.is_file():  # it is read twice, for its text and for its digest
+        raise ValueError(f"{path} is a device, pipe or socket; save its text to a file and name that")
+
+
 def nearest_cut(text: str, at: int) -> int:
     """Return the end of the paragraph, else line, else word that is nearest to a position in a text."""
     for mark in CUTS:
