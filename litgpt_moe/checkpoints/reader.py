@@ -234,8 +234,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     # tokenizers raises plain Exception, LitGPT among others KeyError
     except Exception as error:
         raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
-    tokenizer.processor.no_truncation()  # which would cut a text
-    tokenizer.processor.no_padding()
+    processor_of(tokenizer).no_truncation()  # which would cut a text
+    processor_of(tokenizer).no_padding()
     config = read_json(folder / "tokenizer_config.json")
     for name in ("bos", "eos"):
         number = getattr(tokenizer, f"{name}_id")
@@ -247,5 +247,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def processor_of(tokenizer: Tokenizer) -> Any:
+    """Return the tokenizers library's tokenizer in LitGPT's (in other folders it is sentencepiece's)."""
+    return tokenizer.processor
+
+
 def _is_piece(tokenizer: Tokenizer, number: Any) -> bool:
-    return type(number) is int and 0 <= number < 2**31 and tokenizer.processor.id_to_token(number) is not None
+    if type(number) is not int or not 0 <= number < 2**31:
+        return False
+    return processor_of(tokenizer).id_to_token(number) is not None

@@ -1,6 +1,7 @@
 """Which files are the text: those in the data directory, or those of the PATHs that a command names."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,6 +15,7 @@ from litgpt_moe.files import read_json
 MAX_NAMES = 5  # of files that are not read
 SMALL_BYTES = 1 << 16  # a file up to this size is looked into before anything is written
 VAL_NAMES = ("val", "valid", "validation")
+SPLIT_FILE = re.compile(rf"(train|{'|'.join(VAL_NAMES)})([-_.]\d.*)?")
 
 
 @dataclass
@@ -100,15 +102,37 @@ def list_paths(paths: list[Path], data_dir: Path) -> Inputs:
                 raise ValueError(f"{path}: its name says no form that is read; those are {NAMED_FORMS}")
             _add(found, "train", path, data_dir, seen, path.name)
         elif path.is_dir():
-            for split, folder in _split_folders(path, found):
-                for file in _walk(folder, data_dir, found):
-                    _add(found, split, file, data_dir, seen, file.relative_to(path).as_posix())
+            for split, file in _files_in(path, data_dir, found):
+                _add(found, split, file, data_dir, seen, file.relative_to(path).as_posix())
         else:
             raise ValueError(f"{path}: not a file or folder; save what it sends in a file first")
     if not found.text["train"]:
         others = "".join(f"; {len(names)} {some(names)}: {why}" for why, names in found.skipped.items())
         raise ValueError(f"{' '.join(map(str, paths))}: no text there; read are {NAMED_FORMS}{others}")
     return found
+
+
+def _files_in(path: Path, data_dir: Path, found: Inputs) -> Iterator[tuple[str, Path]]:
+    """Yield split and path of what may be text in a folder; count the rest."""
+    if split_files := _split_files(path):
+        for file in sorted(path.glob("[!.]*")):
+            if file in split_files:
+                yield split_files[file], file
+            else:
+                found.skip("beside the files train and val", file.name + ("/" if file.is_dir() else ""))
+        return
+    for split, folder in _split_folders(path, found):
+        for file in _walk(folder, data_dir, found):
+            yield split, file
+
+
+def _split_files(path: Path) -> dict[Path, str]:
+    """Return the split of files called train.txt, val.parquet or train-00000.csv, {} without both splits."""
+    splits = {}
+    for file in path.glob("[!.]*"):
+        if file.is_file() and form_of(file) and (match := SPLIT_FILE.fullmatch(stem_of(file))):
+            splits[file] = "train" if match[1] == "train" else "val"
+    return splits if len(set(splits.values())) == 2 and not (path / "train").is_dir() else {}
 
 
 def _split_folders(path: Path, found: Inputs) -> list[tuple[str, Path]]:

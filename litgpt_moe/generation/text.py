@@ -18,7 +18,7 @@ from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
-from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, processor_of, verify_checkpoint
 from litgpt_moe.cli import WorkFailed, note, printable, say, silence_stdout
 from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
 from litgpt_moe.files import read_json
@@ -46,7 +46,7 @@ def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text as LitGPT's `Tokenizer.encode` does; ValueError if the library fails."""
     # encode_batch releases the GIL, which encode holds: the server tokenizes in a thread
-    releasing, encode_batch = copy.copy(tokenizer), tokenizer.processor.encode_batch
+    releasing, encode_batch = copy.copy(tokenizer), processor_of(tokenizer).encode_batch
     releasing.processor = SimpleNamespace(encode=lambda text: encode_batch([text])[0])  # pyright: ignore
     with as_value_error(
         Path("the tokenizer"), "it fails on the prompt", "change the prompt or the tokenizer"
@@ -181,7 +181,7 @@ def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -
         if sampling.temperature > 0:
             note(f"seed {seed + number}")
         new_ids = generate(model, prompt_ids, settings.max_tokens, sampling, tokenizer.eos_id, generator)
-        count = write_sample(AsyncTokenStreamer(tokenizer.processor), prompt_ids, new_ids)
+        count = write_sample(AsyncTokenStreamer(processor_of(tokenizer)), prompt_ids, new_ids)
         if count < settings.max_tokens and len(prompt_ids) + count == model.max_seq_length:
             note(f"stopped: the context of {model.max_seq_length:,} tokens is full")
 

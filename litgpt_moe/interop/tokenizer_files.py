@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES, read_files
-from litgpt_moe.checkpoints.reader import load_tokenizer
+from litgpt_moe.checkpoints.reader import load_tokenizer, processor_of
 from litgpt_moe.checkpoints.tokenizer_files import without_truncation
 from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
 from litgpt_moe.files import read_json
@@ -20,14 +20,15 @@ def to_hf_tokenizer(folder: Path, block_size: int) -> tuple[dict[str, dict[str, 
     does. `PreTrainedTokenizerFast` uses that file unchanged (`LlamaTokenizer` would build another pipeline).
     """
     tokenizer = load_tokenizer(folder)
+    processor = processor_of(tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    bos, eos = (None if i is None else tokenizer.processor.id_to_token(i) for i in ids.values())
+    bos, eos = (None if i is None else processor.id_to_token(i) for i in ids.values())
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     whole |= {"post_processor": None, "truncation": None, "padding": None}
     if tokenizer.use_bos:
         single, pair = f"{bos}:0 $A:0", f"{bos}:0 $A:0 {bos}:1 $B:1"
-        tokenizer.processor.post_processor = TemplateProcessing(single, pair, [(bos, tokenizer.bos_id)])
-        whole["post_processor"] = json.loads(tokenizer.processor.to_str())["post_processor"]
+        processor.post_processor = TemplateProcessing(single, pair, [(bos, tokenizer.bos_id)])
+        whole["post_processor"] = json.loads(processor.to_str())["post_processor"]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(tokenizer.use_bos)}
     settings |= {"add_eos_token": False, "clean_up_tokenization_spaces": False}
     settings |= {"model_max_length": block_size, "bos_token": bos, "eos_token": eos}

@@ -11,6 +11,7 @@ import torch
 from litgpt.model import GPT
 
 from litgpt_moe.balance import layers_of
+from litgpt_moe.checkpoints.reader import processor_of
 from litgpt_moe.cli import first_line, is_out_of_memory
 from litgpt_moe.generation.decode import Diverged, generate, room_for
 from litgpt_moe.generation.text import TextDecoder
@@ -91,7 +92,7 @@ def continuation(served: Served, request: CompletionRequest, number: int) -> Gen
     ids = generate(model, prompt_ids, body.max_tokens, request.sampling, tokenizer.eos_id, generator)
     room = room_for(prompt_ids, body.max_tokens, context)
     full = f"the context of {context:,} tokens is full" if room < body.max_tokens else "max_tokens reached"
-    decoder, stop = TextDecoder(tokenizer.processor), StopText(body.stop)
+    decoder, stop = TextDecoder(processor_of(tokenizer)), StopText(body.stop)
     unread = [decoder.put(token_id) for token_id in prompt_ids]
     echo = "".join(unread) if body.echo else ""
     # the decoder may hold back the prompt's last character until the next token: that is not new text

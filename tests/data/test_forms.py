@@ -256,3 +256,19 @@ def test_a_path_that_is_the_data_directory_or_would_be_mixed_with_text_there(
         == 0
     )
     assert read_manifest(settings.data_dir)["splits"]["train"]["n_stories"] == 200
+
+
+def test_files_called_train_and_val_are_the_splits_of_a_flat_folder(
+    tmp_path: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "in" / "train-00001.csv", make_text(9, seed=1))
+    write_rows(tmp_path / "in" / "train-00000.csv", make_text(9))
+    write_rows(tmp_path / "in" / "validation.csv", make_text(3, seed=2))
+    write_rows(tmp_path / "in" / "ATTRIBUTION.txt", ["thanks"])
+    settings = PrepareSettings(
+        tmp_path / "d", tokenizer_dir=tiny_tokenizer_dir, workers=1, paths=(tmp_path / "in",)
+    )
+    prepare(settings)
+    assert stories_of(tmp_path / "d", tiny_tokenizer_dir, "val") == make_text(3, seed=2)
+    assert stories_of(tmp_path / "d", tiny_tokenizer_dir, "train") == make_text(9) + make_text(9, seed=1)
+    assert "1 not read: ATTRIBUTION.txt; beside the files train and val" in capsys.readouterr().err
