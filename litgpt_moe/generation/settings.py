@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_PROMPT = "Once upon a time"
+ENGINES, QUANTIZERS = ("auto", "native", "torch"), ("none", "int8")
 MAX_CHOICES = 8  # samples per request to a server; each has a KV cache of its own
 
 
@@ -62,6 +63,10 @@ class GenerateSettings:
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
     """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
+    engine: str = "auto"
+    """auto, native (code compiled once by this machine's C++ compiler; CPU), torch (works everywhere)."""
+    quantize: str = "none"
+    """int8 = weights rounded to 8 bits, a row at a time, for the native engine; none."""
     serve: bool = False
     """Open a playground and OpenAI's /v1/completions instead."""
     host: str = "127.0.0.1"
@@ -76,6 +81,8 @@ class GenerateSettings:
             ("num_samples", self.num_samples >= 1, "1 or more"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more, below 2**63"),
             ("port", 0 <= self.port < 2**16, "0 (any free one) to 65535"),
+            ("engine", self.engine in ENGINES, "auto, native or torch"),
+            ("quantize", self.quantize in QUANTIZERS, "int8 or none"),
             ("num_samples", is_few, f"{MAX_CHOICES} or fewer with --serve"),
         ]
         check_ranges(self, rules)
