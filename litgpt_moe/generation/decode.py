@@ -123,6 +123,8 @@ class Batch:
 
     def step(self) -> list[Advance]:
         """Read each member's next tokens and draw a new one for each that has read all of its own."""
+        if not self.members:
+            return []
         counts = self._counts()
         work = [(member.cache, member.unread[:n]) for member, n in zip(self.members, counts, strict=True)]
         found = self.decoder.read(work, any(member.wants_routing for member in self.members))
@@ -178,7 +180,7 @@ def generate(
         batch.leave(member)
 
 
-def generate_together(decoder: Decoder, members: Sequence[Continuation]) -> Iterator[Iterator[int]]:
+def generate_together(decoder: Decoder, members: Sequence[Continuation]) -> Generator[Iterator[int]]:
     """Yield an iterator over each continuation's new tokens, in their order; meanwhile all advance together.
 
     It raises Diverged. Closing it frees the memory of those that have not ended.

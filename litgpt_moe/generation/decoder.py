@@ -90,7 +90,8 @@ class TorchDecoder:
     def __init__(self, model: GPT) -> None:
         self.model, self.block_size, self.vocab = model, model.max_seq_length, model.lm_head.weight.size(0)
         self.device = model.lm_head.weight.device
-        self._attentions = [block.attn for block in model.transformer.h]
+        blocks: Any = model.transformer.h
+        self._attentions = [block.attn for block in blocks]
         config = model.config
         # these caches have their own shapes and orders
         self._has_plain_caches = config.sliding_window_size is None and not config.latent_attention

@@ -4,15 +4,17 @@ import ctypes
 import dataclasses
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
+from typing import Any
 
 import torch
 from litgpt.config import Config
-from litgpt.model import GPT, CausalSelfAttention
+from litgpt.model import GPT
 from torch import nn
 
 from litgpt_moe.balance import layers_of
 from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.generation.decoder import Read, Routing
+from litgpt_moe.generation.quantization import quantize_rows
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MLP_CLASSES = ("LLaMAMoE", "LLaMAMLP")
@@ -108,8 +110,8 @@ class NativeDecoder:
 
     def open(self, capacity: int) -> NativeCache:
         """Return an empty cache with room for `capacity` tokens."""
-        config = self.model.config
-        return NativeCache(torch.empty(config.n_layer, 2, config.n_query_groups, capacity, config.head_size))
+        struct = self._struct
+        return NativeCache(torch.empty(struct.n_layer, 2, struct.n_query_groups, capacity, struct.head_size))
 
     def close(self, cache: NativeCache) -> None:
         """Free the cache's memory."""
@@ -143,21 +145,21 @@ class NativeDecoder:
     # --- where the weights lie ---
 
     def _describe(self, model: GPT) -> _Model:
-        config, attention = model.config, model.transformer.h[0].attn
-        assert isinstance(attention, CausalSelfAttention)
-        size = config.attention_scores_scalar or config.head_size
-        layers = [self._layer(block) for block in model.transformer.h]
+        transformer: Any = model.transformer
+        config, attention = model.config, transformer.h[0].attn
+        layers = [self._layer(block) for block in transformer.h]
         kind = torch.int8 if self.quantize else model.lm_head.weight.dtype
+        scale = (config.attention_scores_scalar or attention.config.head_size) ** -0.5 * attention.mscale**2
         return _Model(
             *(DTYPES[kind], config.n_layer, config.n_embd, config.n_head, config.n_query_groups),
             *(config.head_size, config.rope_n_elem, self.vocab),
-            *(config.norm_eps, size**-0.5 * attention.mscale**2, config.routed_scaling_factor),
+            *(config.norm_eps, scale, config.routed_scaling_factor),
             (_Layer * len(layers))(*layers),
-            *(self._matrix(model.transformer.wte), self._matrix(model.lm_head)),
-            *map(self._floats, (model.transformer.ln_f.weight, model.cos, model.sin)),
+            *(self._matrix(transformer.wte), self._matrix(model.lm_head)),
+            *map(self._floats, (transformer.ln_f.weight, model.cos, model.sin)),
         )
 
-    def _layer(self, block: nn.Module) -> _Layer:
+    def _layer(self, block: Any) -> _Layer:
         mlp, attention = block.mlp, block.attn
         has_experts = hasattr(mlp, "experts")
         shared = mlp if not has_experts else getattr(mlp, "shared_experts", None)
@@ -194,10 +196,3 @@ class NativeDecoder:
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a matrix in int8 and the float32 scale of each row: symmetric, the largest value becomes 127."""
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale

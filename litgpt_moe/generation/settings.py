@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 DEFAULT_PROMPT = "Once upon a time"
-ENGINES, QUANTIZERS = ("auto", "native", "torch"), ("none", "int8")
 MAX_CHOICES = 8  # samples per request to a server; each has a KV cache of its own
 
 
@@ -63,9 +63,9 @@ class GenerateSettings:
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
     """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
-    engine: str = "auto"
+    engine: Literal["auto", "native", "torch"] = "auto"
     """auto, native (code compiled once by this machine's C++ compiler; CPU), torch (works everywhere)."""
-    quantize: str = "none"
+    quantize: Literal["none", "int8"] = "none"
     """int8 = weights rounded to 8 bits, a row at a time, for the native engine; none."""
     serve: bool = False
     """Open a playground and OpenAI's /v1/completions instead."""
@@ -81,8 +81,6 @@ class GenerateSettings:
             ("num_samples", self.num_samples >= 1, "1 or more"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 or more, below 2**63"),
             ("port", 0 <= self.port < 2**16, "0 (any free one) to 65535"),
-            ("engine", self.engine in ENGINES, "auto, native or torch"),
-            ("quantize", self.quantize in QUANTIZERS, "int8 or none"),
             ("num_samples", is_few, f"{MAX_CHOICES} or fewer with --serve"),
         ]
         check_ranges(self, rules)

@@ -183,11 +183,8 @@ class Engine:
                 choice = self._joining.popleft()
                 if choice.is_wanted:
                     self.batch.join(choice)
-            return (
-                [(advance.member, self._piece_of(advance)) for advance in self.batch.step()]
-                if members
-                else []
-            )
+            advances: Any = self.batch.step()
+            return [(advance.member, self._piece_of(advance)) for advance in advances]
         except Exception as error:  # noqa: BLE001  the requests raise it
             failed, self._joining = [*members, *self._joining], deque()
             for choice in failed:
