@@ -83,10 +83,11 @@ class Continuation:
             seen = torch.zeros(logits.size(0), dtype=torch.bool, device=logits.device)
             seen[self._ids] = True
         token = sample(logits, self._sampling, self._generator, seen)
-        self.n_left -= 1
-        self.has_ended = token == self._eos_id or self.n_left == 0
         if token == self._eos_id:
+            self.has_ended = True
             return None
+        self.n_left -= 1
+        self.has_ended = self.n_left == 0
         self._ids.append(token)
         self.unread = [token]
         return token

@@ -20,7 +20,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
-from litgpt_moe.cli import WorkFailed, note, printable, silence_stdout
+from litgpt_moe.cli import WorkFailed, note, printable, say, silence_stdout
 from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
 from litgpt_moe.files import read_json
 from litgpt_moe.generation.decode import (
@@ -198,7 +198,7 @@ def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -
             with closing(generate_together(decoder, members)) as texts:
                 for number, new_ids in enumerate(texts, first):
                     if number:
-                        print("<|endoftext|>", flush=True)
+                        say("<|endoftext|>")
                     if sampling.temperature > 0:
                         note(f"seed {seed + number}")
                     write_sample(AsyncTokenStreamer(tokenizer.processor), prompt_ids, speed.count(new_ids))
@@ -218,7 +218,8 @@ def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: I
         # `| head` closes the pipe when it has seen enough; Windows says EINVAL for that
         if error.errno in (errno.EPIPE, errno.EINVAL):
             raise BrokenPipeError from None
-        raise WorkFailed(f"the text could not be written ({error}); free space or write elsewhere") from None
+        reason = f"standard output could not be written ({error.strerror or error})"
+        raise WorkFailed(f"{reason}; make room, or send it elsewhere") from None
 
 
 class Speed(AbstractContextManager):
