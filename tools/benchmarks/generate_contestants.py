@@ -26,6 +26,7 @@ from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.interop.gguf import write_gguf
 from litgpt_moe.interop.transformers import to_hf_weights
 
+WORKER = "import sys, llama_worker; sys.exit(llama_worker.serve(*sys.argv[1:]))"
 GREEDY = Sampling(temperature=0.0)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -92,10 +93,10 @@ class LlamaCpp:
     """llama.cpp in a process of its own."""
 
     def __init__(self, python: Path, gguf: Path, n_threads: int, batch: int, context: int) -> None:
-        words = [python, Path(__file__).with_name("llama_worker.py"), gguf, n_threads, batch, context]
-        pipe = subprocess.PIPE
+        words = [Path(python).absolute(), "-c", WORKER, gguf.absolute(), n_threads, batch, context]
+        pipe, folder = subprocess.PIPE, Path(__file__).parent
         self._process = subprocess.Popen(
-            [str(word) for word in words], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            [str(w) for w in words], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=folder
         )
         self.version = self._answer()["xllamacpp"]
 

@@ -36,7 +36,3 @@ def serve(path: str, n_threads: str, n_parallel: str, n_context: str) -> int:
         first_s = found[0]["timings"]["prompt_ms"] / 1000
         print(json.dumps({"seconds": seconds, "first_s": first_s}), file=answers, flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(serve(*sys.argv[1:]))
