@@ -54,6 +54,8 @@ class LoopHooks:
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
         settings = run.settings
         self.run, self.train_args, self.step = run, train_args, run.start_step
+        # LitGPT's loop takes all steps of a run as equally large
+        train_args.max_tokens = run.n_steps * run.tokens_per_step
         self.ending = ""
         """Why the run ends early, after this step; empty while it goes on."""
         self.judge = Judge(settings, run.started, stops, run.world_size)

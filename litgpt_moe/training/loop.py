@@ -41,8 +41,11 @@ class TrainingFabric(L.Fabric):
     def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
         hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
-        n_steps, seed = hooks.run.n_steps, hooks.run.settings.seed
-        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, hooks.between_batches)
+        run, n_steps = hooks.run, hooks.run.n_steps
+        size = run.settings.train.micro_batch_size * run.world_size
+        hooks.loader = TrainLoader(
+            train, run.settings.seed, lambda: hooks.step >= n_steps, hooks.between_batches, size
+        )
         return [hooks.loader, ValLoader(val, hooks.between_val_batches)]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:

@@ -19,6 +19,7 @@ def collect(hooks: "LoopHooks") -> RunState:
         time_s=hooks.clock.seconds,
         guard=hooks.judge.guard.state_dict(),
         told_step=hooks.stories.last_step,
+        batch_sizes=hooks.run.batch_sizes.to_list(),
         router=router_counts(hooks.gpt, hooks.sum_over_ranks),
         rng=rng_state(),
         **hooks.logs.lengths(),
