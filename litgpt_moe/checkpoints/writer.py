@@ -86,6 +86,11 @@ class CheckpointWriter:
         # weights that are not finite will not be finite at the next save either
         return self.failure is not None and (self.args.on_full_disk == "stop" or not self._is_finite)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is in progress in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
         """Copy the state to host memory and start the thread that writes it."""
         self.wait()  # the previous save still reads the buffers

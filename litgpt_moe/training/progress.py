@@ -91,10 +91,9 @@ class StepInProgress:
         self.loss_sum, self.n_batches, self.are_long = 0.0, 0, n_long > 0
         return total / self.hooks.run.world_size, grad_norm, round(votes)
 
-    def seconds_left(self) -> float:
-        """Return the time that the micro-batches still to come take, at the speed so far."""
-        n_left = self.hooks.run.accumulation - self.n_batches
-        return (time.perf_counter() - self.began) / self.n_batches * n_left
+    def seconds_per_batch(self) -> float:
+        """Return the mean time of the micro-batches so far."""
+        return (time.perf_counter() - self.began) / self.n_batches
 
     def must_leave(self, left_s: float) -> bool:
         """Return whether the run is asked to end and what it does takes too long; the same on every rank."""

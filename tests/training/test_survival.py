@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,31 @@ def test_a_signal_amid_a_long_step_drops_it_and_resume_gives_the_run_that_never_
     assert checkpoint_flaw(Path("parts/step-00000006")) is None and not Path("parts/final").exists()
     assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
     assert_same_run("parts", "whole")
+
+
+@pytest.mark.usefixtures("long_steps")
+def test_max_time_cuts_off_a_long_step_too(
+    at_batch: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+    common = ["--max_tokens", 12 * 256, "--micro_batch_size", 1, "--train.log_interval", 2, *BALANCED]
+    assert run("--out_dir", "whole", *common) == 0
+    at_batch(6 * 4 + 2, lambda: passed.append(passed.pop() + 10**6))
+    capsys.readouterr()
+    assert run("--out_dir", "parts", *common, "--train.max_time", 10**6) == 0
+    output = capsys.readouterr()
+    assert (
+        "Step 7 takes " in output.err
+        and "Stopped after step 6 of 12 (train.max_time of 1e+06 s)" in output.out
+    )
+    assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+    # in a first step that takes too long nothing is done, and nothing saved
+    at_batch(2, lambda: passed.append(passed.pop() + 10**6))
+    assert run("--out_dir", "first", *common, "--train.max_time", 10**6) == 0
+    assert "(train.max_time of 1e+06 s, in which no step was done: raise it)" in capsys.readouterr().out
+    assert list(Path("first").glob("step-*")) == []
 
 
 @pytest.mark.usefixtures("long_steps")
