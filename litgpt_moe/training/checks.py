@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
+from litgpt_moe.checkpoints.layout import (
+    FINAL,
+    CheckpointArgs,
+    checkpoints_of,
+    others_of,
+    steps_of,
+)
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.checkpoints.writer import BESIDE_BYTES
+from litgpt_moe.checkpoints.writer import BESIDE_BYTES, foreign_files, run_folders
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import check_no_links, existing_parent
 from litgpt_moe.hardware import has_cuda, memory_bytes
@@ -194,6 +200,14 @@ def check_out_dir(run: "Run") -> None:
         raise ValueError(
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
         )
+    if others := others_of(out_dir):
+        raise ValueError(
+            f"{others[0]} is no checkpoint, but has a name under which this run saves; move it elsewhere, "
+            "or choose another --out_dir"
+        )
+    in_runs = [path for folder in run_folders(out_dir) for path in foreign_files(folder)]
+    if settings.overwrite and in_runs:
+        raise ValueError(f"{in_runs[0]} is not the run's, and --overwrite would delete it; move it elsewhere")
     earlier = [path for path in (out_dir / FINAL, *steps_of(out_dir).values()) if path.exists()]
     if earlier and run.resume is None and not settings.overwrite:
         is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))

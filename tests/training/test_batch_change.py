@@ -2,16 +2,15 @@
 
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, edit_yaml, losses, rows, run
 
 from litgpt_moe.data.batches import TokenBatches
+from tools import show_batch
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 # 40 steps of 8 x 64 tokens
@@ -63,9 +62,6 @@ def test_a_run_with_another_batch_size_trains_on_the_next_sequences_and_counts_t
     assert "step 21/30 | epoch 3" in output.err and "Trained    10,240 tokens in 10 steps" in output.out
     state = torch.load("out/final/lit_model.pth", weights_only=True)
     assert state["run"]["batch_sizes"] == [[0, 8], [20, 16]] and state["step_count"] == 30
-    sys.path.insert(0, str(ROOT / "tools"))
-    import show_batch
-
     for step, n in ((20, 8), (21, 16)):
         assert show_batch.main(["out", "--step", str(step)]) == 0
         shown = capsys.readouterr().out
