@@ -48,6 +48,8 @@ class RunState:
     """For each MoE layer since the last log row, over all ranks: `load` (E,) int64, `sums` (4,)."""
     batch_sizes: list[list[int]] = field(default_factory=list)
     """List of `BatchSizes`; empty in a checkpoint of an earlier version."""
+    n_threads: int = 0
+    """Threads of a run on one CPU; 0 for other devices and in a checkpoint of an earlier version."""
     rng: dict[str, Any] = field(default_factory=dict)
     """State of the random generators, from `rng_state`."""
 
@@ -65,6 +67,7 @@ class RunState:
             setattr(self, name, value)
         BatchSizes.from_state(state, 1)
         self.batch_sizes = (run or {}).get("batch_sizes") or []
+        self.n_threads = _check("run.n_threads", (run or {}).get("n_threads", 0), 0)
         self.rng = _check("rng", state.get("rng"), RNG_FORM)
 
 

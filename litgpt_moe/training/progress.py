@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def collect(hooks: "LoopHooks") -> RunState:
     """Return what a resumed run needs beside LitGPT's own state; all ranks call it."""
+    is_cpu = hooks.fabric.device.type == "cpu" and hooks.run.world_size == 1
     return RunState(
+        n_threads=torch.get_num_threads() if is_cpu else 0,
         time_s=hooks.clock.seconds,
         guard=hooks.judge.guard.state_dict(),
         told_step=hooks.stories.last_step,

@@ -40,7 +40,15 @@ def test_a_run_s_state_has_the_keys_that_checkpoints_of_before_have() -> None:
     state = run_state().state_dict()
     assert set(state) == {"run", "rng"}
     counts = {"n_rows", "n_spikes", "n_loads", "n_stories"}
-    assert set(state["run"]) == {"time_s", "guard", "told_step", "router", "batch_sizes", *counts}
+    assert set(state["run"]) == {
+        "time_s",
+        "guard",
+        "told_step",
+        "router",
+        "batch_sizes",
+        "n_threads",
+        *counts,
+    }
     assert set(state["rng"]) == {"python", "numpy", "torch", "cuda"}
 
 
@@ -55,7 +63,17 @@ def test_a_run_s_state_goes_through_a_file(tmp_path: Path) -> None:
     assert loaded.rng["python"] == saved.rng["python"]
 
 
-FIGURES = ("time_s", "told_step", "n_rows", "n_spikes", "n_loads", "n_stories", "router", "guard")
+FIGURES = (
+    "n_threads",
+    "time_s",
+    "told_step",
+    "n_rows",
+    "n_spikes",
+    "n_loads",
+    "n_stories",
+    "router",
+    "guard",
+)
 ODD = (torch.zeros(0), torch.zeros(2), [torch.zeros(0)], None, "1", True, -2, {}, float("nan"), -(10**400))
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.training import batches, progress
+from litgpt_moe.training import batches, loop, progress
 from litgpt_moe.training.checks import run_lock
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loop import TrainingFabric
@@ -171,6 +171,26 @@ def test_final_is_resumed_as_exactly_as_a_step(capsys: pytest.CaptureFixture[str
     assert run("--out_dir", "more", "--max_tokens", 12 * 256, *flags, "--resume", "parts/final") == 0
     one, other = weights("whole/final"), weights("more/final")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--max_tokens", 1024) == 0
+    shutil.copytree("out", "other")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(loop, "usable_cores", lambda: 2)
+    torch.set_num_threads(2)
+    assert run("--max_tokens", 2048, "--resume", "auto") == 0
+    assert torch.get_num_threads() == 1 and "threads" not in capsys.readouterr().err
+    # what the user says wins, and is told
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert run("--max_tokens", 2048, "--resume", "auto", "--out_dir", "other") == 0
+    assert torch.get_num_threads() == 2
+    told = "The run had 1 threads so far, now it has 2: it goes on, but not bit for bit"
+    assert told in capsys.readouterr().err
+    assert torch.load("other/final/lit_model.pth", weights_only=True)["run"]["n_threads"] == 2
 
 
 def test_rows_that_a_killed_process_wrote_after_its_last_checkpoint_come_once(at_step: Callable) -> None:
