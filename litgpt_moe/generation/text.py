@@ -19,7 +19,7 @@ from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
-from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer
 from litgpt_moe.cli import WorkFailed, note, printable, say, silence_stdout
 from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
 from litgpt_moe.files import read_json
@@ -43,10 +43,9 @@ def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer, Decoder]:
     """Return the checkpoint's model, its tokenizer, and the decoder for the model."""
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(settings.ckpt_dir)
-    verify_checkpoint(folder)
+    model = load_model(folder, device, dtype)  # first: it finds what is damaged
     tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
     check_normalizer(read_json(path), path)
-    model = load_model(folder, device, dtype)
     decoder = make_decoder(model, settings.engine, settings.quantize == "int8")
     if isinstance(decoder, TorchDecoder) and device.type == "cpu":
         lay_out_for_decoding(model)
