@@ -30,6 +30,8 @@ def build_parser() -> cli.FlagParser:
     """Return the parser of the command line."""
     parser = cli.FlagParser(description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="text, see above")
+    mix_help = "prepared data directories to draw from, by weight (or a YAML file of such lines)"
+    parser.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT", help=mix_help)
     for kind in (PrepareFlags, WandbSettings):
         cli.add_flags(parser, kind)
     parser.set_defaults(data_dir=None)
@@ -44,9 +46,11 @@ def settings_of(args: argparse.Namespace) -> PrepareSettings:
         args.data_dir = default_data_dir(args.paths[0])
         if args.data_dir.resolve() != args.paths[0].resolve():
             check_free(args.data_dir, args.paths)
+    elif args.data_dir is None and args.mix:
+        args.data_dir = DEFAULT_DATA_DIR.parent / "mix"
     elif args.data_dir is None and is_hub_name(args.dataset):
         args.data_dir = DEFAULT_DATA_DIR.parent / args.dataset.rpartition("/")[2]
-    args.paths = tuple(args.paths)
+    args.paths, args.mix = tuple(args.paths), tuple(args.mix)
     return cli.from_flags(PrepareSettings, args)
 
 

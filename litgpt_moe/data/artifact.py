@@ -81,6 +81,8 @@ def build_artifact(data_dir: Path, tokenizer_dir: Path, name: str, policy: Polic
     artifact = wandb.Artifact(name, type="dataset", metadata=metadata)
     for split in manifest["splits"].values():
         split.pop("read", None)  # text on this machine, outside of the folder
+    for entry in manifest.get("mix", ()):
+        entry["folder"] = Path(entry["folder"]).name
     if isinstance(manifest.get("input"), dict):
         manifest["input"]["paths"] = []
     for entry in manifests.listed(manifest, "text"):

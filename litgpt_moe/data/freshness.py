@@ -6,6 +6,7 @@ from typing import Any
 
 from litgpt_moe.data.inputs import Inputs, list_paths, own_text, recorded_paths
 from litgpt_moe.data.manifest import MANIFEST, Manifest, altered_shards, read_files, read_manifest, text_forms
+from litgpt_moe.data.mix import changed_parts
 from litgpt_moe.data.settings import SPLITS
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import sha256_file
@@ -37,6 +38,7 @@ def stale_reasons(
     for key, value in (options or {}).items():
         if (before := manifest["options"].get(key)) != value:
             reasons.append(f"{key} is {value!r}, was {before!r}")
+    reasons += changed_parts(data_dir, manifest)
     reasons += _changes_of_text(data_dir, manifest, inputs)
     return reasons or (altered_shards(data_dir, manifest) if contents else [])
 

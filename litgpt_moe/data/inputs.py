@@ -271,7 +271,8 @@ def what_was_read(manifest: dict[str, Any]) -> list[str]:
     """Return the lines on the files of text and on what was skipped; [] for data of an earlier version."""
     record = manifest.get("input")
     if not record:
-        return []
+        line = "mix    {folder}: weight {weight:.3g}, {n_drawn:,} of {n_tokens:,} tokens, {passes:.2f} passes"
+        return [line.format(**entry) for entry in manifest.get("mix", ())]
     parts = manifest["splits"].values()
     n_bytes = sum(entry["size"] for part in parts for key in ("text", "read") for entry in part[key])
     columns = "".join(f", column {column}" for column in record["columns"])

@@ -36,6 +36,7 @@ from litgpt_moe.data.manifest import (
     record_times,
     text_forms,
 )
+from litgpt_moe.data.mix import make_mix, open_parts
 from litgpt_moe.data.settings import (
     DEFAULT_TOKENIZER_DIR,
     SPLITS,
@@ -68,6 +69,12 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     """
     check_settings(settings)
     check_memory_limit()
+    if settings.mix:
+        if settings.paths or settings.dataset != "custom":
+            raise ValueError("mix: it draws from prepared data; drop PATH and --dataset")
+        open_parts(settings)  # before the lock makes a folder
+        with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
+            return make_mix(settings)
     check_no_place_of_run(settings.data_dir)
     if settings.dataset == "custom":
         settings = replace(settings, paths=tuple(_paths_of(settings)))
@@ -226,6 +233,8 @@ def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bo
     with contextlib.suppress(ValueError):  # a damaged manifest
         before = read_json(data_dir / MANIFEST)
     paths = recorded_paths(data_dir, before)
+    if before.get("mix"):
+        raise ValueError(f"{reasons[0].removesuffix(f'; {RUN_AGAIN}')}; mix again with prepare_data.py --mix")
     if before and not (text_in(data_dir / "train") or any(path.exists() for path in paths)):
         reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
         raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")

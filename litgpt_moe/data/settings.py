@@ -63,6 +63,8 @@ class PrepareFlags:
 class PrepareSettings(PrepareFlags):
     """What one preparation needs."""
 
+    mix: tuple[str, ...] = ()
+    """NAME=WEIGHT of prepared data directories to draw from, or a YAML file of them; (): no mix."""
     paths: tuple[Path, ...] = ()
     """Files and folders of text, which are only read; (): it lies in `data_dir`, or where it last was."""
 
