@@ -64,16 +64,22 @@ def read_mix(words: list[str]) -> dict[str, float]:
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
+def _places(name: str) -> list[Path]:
+    return list(dict.fromkeys([Path(name), Path("data") / name, Path("data") / name.rpartition("/")[2]]))
+
+
+def folder_of(name: str) -> Path | None:
+    """Return the prepared data directory that a name of a mix means, None if there is none."""
+    return next((folder for folder in _places(name) if (folder / MANIFEST).is_file()), None)
+
+
 def open_parts(settings: PrepareSettings) -> list[Part]:
     """Return the sources of a mix; ValueError or FileNotFoundError if they do not go together."""
     parts = []
     for name, weight in read_mix(list(settings.mix)).items():
-        folders = [Path(name), Path("data") / name]
-        folder = next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
-        if folder is None:
-            raise FileNotFoundError(
-                f"mix: {name}: no prepared data in {folders[0]} or {folders[1]}; prepare it first"
-            )
+        if (folder := folder_of(name)) is None:
+            places = " or ".join(str(place) for place in _places(name))
+            raise FileNotFoundError(f"mix: {name}: no prepared data in {places}; prepare it first")
         if folder.resolve() == settings.data_dir.resolve():
             raise ValueError(f"mix: {folder} is the folder to be made; name another with --data_dir")
         parts.append(Part(folder, weight, read_manifest(folder)))

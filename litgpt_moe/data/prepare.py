@@ -36,7 +36,7 @@ from litgpt_moe.data.manifest import (
     record_times,
     text_forms,
 )
-from litgpt_moe.data.mix import make_mix, open_parts
+from litgpt_moe.data.mix import folder_of, make_mix, open_parts, read_mix
 from litgpt_moe.data.settings import (
     DEFAULT_TOKENIZER_DIR,
     SPLITS,
@@ -47,7 +47,7 @@ from litgpt_moe.data.settings import (
 from litgpt_moe.data.shards import check_memory_limit, check_stories, clean, write_splits
 from litgpt_moe.data.text import FileReader
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
-from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer
+from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer, find_tokenizer
 from litgpt_moe.files import check_no_links, read_json, write_json
 from litgpt_moe.locks import locked_folder
 
@@ -72,6 +72,7 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     if settings.mix:
         if settings.paths or settings.dataset != "custom":
             raise ValueError("mix: it draws from prepared data; drop PATH and --dataset")
+        _prepare_hub_parts(settings, wait)
         open_parts(settings)  # before the lock makes a folder
         with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
             return make_mix(settings)
@@ -142,6 +143,18 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
 
 def _written_folders(data_dir: Path) -> list[Path]:
     return [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
+
+
+def _prepare_hub_parts(settings: PrepareSettings, wait: bool) -> None:
+    """Prepare the data sets of the hub that a mix names, with the tokenizer of its other sources."""
+    folders = {name: folder_of(name) for name in read_mix(list(settings.mix))}
+    known = next((find_tokenizer(folder, None) for folder in folders.values() if folder), None)
+    for name, folder in folders.items():
+        if folder is None and is_hub_name(name):
+            data_dir = Path("data") / name.rpartition("/")[2]
+            own = replace(settings, mix=(), dataset=name, data_dir=data_dir)
+            prepare(replace(own, tokenizer_dir=known) if known else own, wait)
+            known = known or find_tokenizer(data_dir, None)
 
 
 def _place_tokenizer(settings: PrepareSettings) -> PrepareSettings:

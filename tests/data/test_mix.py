@@ -91,3 +91,15 @@ def test_what_cannot_be_mixed_is_named(
 def test_a_mix_is_read_from_a_file_too(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text("stories: 3\nme/classics: 1.0\n", encoding="utf-8")
     assert read_mix([str(tmp_path / "mix.yaml")]) == {"stories": 0.75, "me/classics": 0.25}
+
+
+def test_a_data_set_of_the_hub_is_prepared_for_a_mix_with_the_tokenizer_of_the_others(
+    sources: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(settings: PrepareSettings) -> None:
+        write_text(settings.data_dir / "train" / "a.txt", make_text(30, seed=4))
+
+    monkeypatch.setattr("litgpt_moe.data.prepare.fetch_dataset", fetch)
+    manifest = prepare(PrepareSettings(Path("data/mix"), mix=("me/tales=1", "small=1"), workers=1))
+    assert [entry["folder"] for entry in manifest["mix"]] == ["../tales", "../small"]
+    assert manifest["tokenizer"]["sha256"] == read_manifest(Path("data/small"))["tokenizer"]["sha256"]
