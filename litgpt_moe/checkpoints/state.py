@@ -26,6 +26,8 @@ RUN_FORM = {
     **dict.fromkeys(("n_rows", "n_spikes", "n_loads", "n_stories"), 0),
     "router": [{"load": torch.Tensor, "sums": torch.Tensor}],
 }
+# only in checkpoints of precision 16-mixed
+SCALE_FORM = {"scale": 1.0, "growth_tracker": 0, "n_overflows": 0}
 RNG_FORM = {"python": tuple, "numpy": tuple, "torch": torch.Tensor, "cuda": list}
 
 
@@ -46,12 +48,16 @@ class RunState:
     """Rows of logs/csv/metrics.csv, and of spikes.csv, expert_load.csv and stories.csv in logs/."""
     router: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """For each MoE layer since the last log row, over all ranks: `load` (E,) int64, `sums` (4,)."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """State of the loss scaling; empty in other precisions than 16-mixed."""
     rng: dict[str, Any] = field(default_factory=dict)
     """State of the random generators, from `rng_state`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the entries `run` and `rng` of a checkpoint."""
         run = {name: value for name, value in vars(self).items() if name != "rng"}
+        if not self.loss_scale:
+            del run["loss_scale"]
         return {"run": run, "rng": self.rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -61,6 +67,8 @@ class RunState:
             value = run.get(name) if isinstance(run, dict) else None
             _check(f"run.{name}", value, form)
             setattr(self, name, value)
+        if loss_scale := state["run"].get("loss_scale"):
+            self.loss_scale = _check("run.loss_scale", loss_scale, SCALE_FORM)
         self.rng = _check("rng", state.get("rng"), RNG_FORM)
 
 
