@@ -46,7 +46,9 @@ def linear_cross_entropy(
     # asked here: inside `forward` of an autograd.Function gradients are always off
     has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight_VC.requires_grad)
     dtype = dtype or weight_VC.dtype
-    return _LinearCrossEntropy.apply(hidden_NC, weight_VC, targets.reshape(-1), dtype, expected_grad, has_backward)
+    return _LinearCrossEntropy.apply(
+        hidden_NC, weight_VC, targets.reshape(-1), dtype, expected_grad, has_backward
+    )
 
 
 class _LinearCrossEntropy(Function):

@@ -61,7 +61,8 @@ class LoopHooks:
         self.ending = ""
         """Why the run ends early, after this step; empty while it goes on."""
         self.judge = Judge(settings, run.started, stops, run.world_size)
-        self.clock, self.logs = Clock(run.start_step), RunLogs(settings.out_dir / "logs", run.config, run.precision)
+        self.clock = Clock(run.start_step)
+        self.logs = RunLogs(settings.out_dir / "logs", run.config, run.precision)
         self.metrics, self.stories = MetricLog(run, self.logs), StoryLog(self.logs.stories, run)
         text = saved_text(settings)
         self.writer = CheckpointWriter(settings.out_dir, settings.checkpoints, text, self.metrics.print)

@@ -72,9 +72,7 @@ class LossScaling(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what `state_dict` returned."""
         scale, tracker = float(state_dict["scale"]), state_dict["growth_tracker"]
-        self.scaler.load_state_dict(
-            {**self.scaler.state_dict(), "scale": scale, "_growth_tracker": tracker}
-        )
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": tracker})
         self.current.fill_(scale)
         self.n_overflows = state_dict["n_overflows"]
 

@@ -66,8 +66,8 @@ def report(hooks: LoopHooks, argv: list[str]) -> str:
     lines += [f"Loss       {', '.join(losses)}"] if losses else []
     if n_skipped := hooks.judge.guard.n_skipped:
         lines.append(f"Skipped    {n_skipped} steps without a finite gradient")
-    if scaling := hooks.scaling:
-        lines.append(f"Loss scale {scaling.current.item():,g} after {scaling.n_overflows} steps that overflowed")
+    if (scaling := hooks.scaling) is not None:
+        lines.append(f"Loss scale {scaling.current.item():,g}; {scaling.n_overflows} steps overflowed")
     lines.append(f"Memory     {peak_memory_gb():.2f} GB{' on the GPU' if has_cuda() else ''} at its peak")
     lines += [f"Checkpoint {final}", f"Log        {hooks.logs.metrics.path}"]
     if run.data_dir is not None:

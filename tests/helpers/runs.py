@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -79,13 +79,32 @@ def assert_same_run(out_dir: str, expected: str) -> None:
 @contextlib.contextmanager
 def loss_times(factor: float, *calls: int) -> Iterator[None]:
     """Multiply the loss of the given calls of LitGPT's loop (1 is the first after its sanity check)."""
+    with _changed_losses(lambda loss: loss * factor, calls):
+        yield
+
+
+@contextlib.contextmanager
+def gradient_times(factor: float, *calls: int) -> Iterator[None]:
+    """Multiply the gradients of the given calls of LitGPT's loop, whose losses stay what they are."""
+
+    def change(loss: torch.Tensor) -> torch.Tensor:
+        same = loss * 1
+        same.register_hook(lambda grad: grad * factor)
+        return same
+
+    with _changed_losses(change, calls):
+        yield
+
+
+@contextlib.contextmanager
+def _changed_losses(change: Callable[[torch.Tensor], torch.Tensor], calls: Sequence[int]) -> Iterator[None]:
     original, n_calls = loop.linear_cross_entropy, 0
 
     def cross_entropy(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         nonlocal n_calls
         n_calls += hidden.requires_grad
         loss = original(hidden, *args, **options)
-        return loss * factor if hidden.requires_grad and n_calls in calls else loss
+        return change(loss) if hidden.requires_grad and n_calls in calls else loss
 
     loop.linear_cross_entropy = cross_entropy
     try:
