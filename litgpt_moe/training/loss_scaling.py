@@ -54,8 +54,11 @@ class LossScaling(Precision):
         self.scaler.unscale_(optimizer)
 
     def optimizer_step(self, optimizer: Any, **options: Any) -> Any:
-        """Take a step unless the gradient overflowed, and adapt the scale; the host need not wait."""
-        output = super().optimizer_step(optimizer, **options)
+        """Take a step, and adapt the scale; without the gradients of a step that must be skipped."""
+        # Not `scaler.step`, which makes the host wait to learn whether to skip the step: the gradient's norm has
+        # told that. And ShardedGradScaler (torch 2.10) has no shape that a fused optimizer takes.
+        output = optimizer.step(**options)
+        self.scaler.update()
         self.current.copy_(self._scale(self.current.device).clamp_(min=MIN_SCALE))
         self.scaler.update(self.current)
         return output

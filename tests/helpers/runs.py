@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import run_train
 from litgpt_moe.checkpoints.state import tensors_of
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
+from litgpt_moe.training import run as run_module
 from litgpt_moe.training.run import set_up
 
 # what a clock or the machine says; everything else must be equal
@@ -79,35 +80,52 @@ def assert_same_run(out_dir: str, expected: str) -> None:
 @contextlib.contextmanager
 def loss_times(factor: float, *calls: int) -> Iterator[None]:
     """Multiply the loss of the given calls of LitGPT's loop (1 is the first after its sanity check)."""
-    with _changed_losses(lambda loss: loss * factor, calls):
-        yield
-
-
-@contextlib.contextmanager
-def gradient_times(factor: float, *calls: int) -> Iterator[None]:
-    """Multiply the gradients of the given calls of LitGPT's loop, whose losses stay what they are."""
-
-    def change(loss: torch.Tensor) -> torch.Tensor:
-        same = loss * 1
-        same.register_hook(lambda grad: grad * factor)
-        return same
-
-    with _changed_losses(change, calls):
-        yield
-
-
-@contextlib.contextmanager
-def _changed_losses(change: Callable[[torch.Tensor], torch.Tensor], calls: Sequence[int]) -> Iterator[None]:
     original, n_calls = loop.linear_cross_entropy, 0
 
     def cross_entropy(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         nonlocal n_calls
         n_calls += hidden.requires_grad
         loss = original(hidden, *args, **options)
-        return change(loss) if hidden.requires_grad and n_calls in calls else loss
+        return loss * factor if hidden.requires_grad and n_calls in calls else loss
 
     loop.linear_cross_entropy = cross_entropy
     try:
         yield
     finally:
         loop.linear_cross_entropy = original
+
+
+@contextlib.contextmanager
+def gradient_times(factor: float, *calls: int) -> Iterator[None]:
+    """Multiply the gradients of the given backward passes (1 is the first), whose losses stay as they are."""
+    original, n_calls = loop.TrainingFabric.backward, 0
+
+    def backward(fabric: loop.TrainingFabric, loss: torch.Tensor) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls in calls:
+            loss.register_hook(lambda grad: grad * factor)
+        original(fabric, loss)
+
+    loop.TrainingFabric.backward = backward
+    try:
+        yield
+    finally:
+        loop.TrainingFabric.backward = original
+
+
+@contextlib.contextmanager
+def fp16_on_the_cpu() -> Iterator[None]:
+    """Let a run have 16-mixed on a CPU, which a user is refused."""
+    choose = run_module.training_device
+
+    def choose_fp16_too(accelerator: str, devices: int, num_nodes: int, precision: str) -> tuple[str, int]:
+        if precision != "16-mixed":
+            return choose(accelerator, devices, num_nodes, precision)
+        return precision, choose(accelerator, devices, num_nodes, "32-true")[1]
+
+    run_module.training_device = choose_fp16_too
+    try:
+        yield
+    finally:
+        run_module.training_device = choose

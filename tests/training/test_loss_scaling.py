@@ -12,12 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import assert_same_run, edit_yaml, gradient_times, loss_times, losses, rows, run, weights
+from helpers.runs import (
+    assert_same_run,
+    edit_yaml,
+    fp16_on_the_cpu,
+    gradient_times,
+    loss_times,
+    losses,
+    rows,
+    run,
+    weights,
+)
 from torch.amp.grad_scaler import GradScaler
 
 from litgpt_moe.loss import LossHead
 from litgpt_moe.training import loss_scaling
-from litgpt_moe.training import run as run_module
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -30,18 +39,10 @@ MUON = {"class_path": "torch.optim.Muon", "init_args": {"lr": 0.01}}
 
 
 @pytest.fixture(autouse=True)
-def fp16_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def fp16_is_allowed() -> Iterator[None]:
     """Let a run have 16-mixed here."""
-    choose = run_module.training_device
-
-    def choose_fp16_too(
-        accelerator: str, devices: int | str, num_nodes: int, precision: str | None
-    ) -> tuple[str, int]:
-        if precision != "16-mixed":
-            return choose(accelerator, devices, num_nodes, precision)
-        return precision, choose(accelerator, devices, num_nodes, "32-true")[1]
-
-    monkeypatch.setattr(run_module, "training_device", choose_fp16_too)
+    with fp16_on_the_cpu():
+        yield
 
 
 @pytest.fixture
