@@ -45,7 +45,7 @@ class EvaluateSettings:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
-    """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
+    """auto (bf16-true where CUDA has it, else 32-true), 32-true, bf16-true, 16-true."""
     seed: int = 42
     """Seed of the random weights."""
     json: bool = False

@@ -61,7 +61,7 @@ class GenerateSettings:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
-    """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
+    """auto (bf16-true where CUDA has it, else 32-true), 32-true, bf16-true, 16-true."""
     serve: bool = False
     """Open a playground and OpenAI's /v1/completions instead."""
     host: str = "127.0.0.1"

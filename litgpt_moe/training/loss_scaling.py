@@ -21,13 +21,15 @@ MIN_SCALE = 1.0
 class LossScaling(Precision):
     """What Fabric's two plugins for 16-mixed lack: fused optimizers, and a scale that others can multiply by.
 
-    lightning 2.6.6 refuses to clip the gradients of a fused optimizer, because it once unscaled them itself;
-    since torch 2.0 it does not if `unscale_` has done so before.
+    lightning 2.6.6 refuses to clip gradients for a fused optimizer, since such a one can unscale them itself.
+    It does not if `unscale_` has done so already.
+
+    The caller drops the gradients of a step whose norm is not finite, before it calls `optimizer_step`.
     """
 
     scaler: GradScaler
     current: torch.Tensor
-    """The scale, a scalar on the device that keeps its place in memory: reading it here costs no wait."""
+    """The scale, a scalar on the device. It is changed in place, so whoever multiplies by it may keep it."""
     n_overflows: int = 0
     """Steps skipped so far because their gradient overflowed."""
 
@@ -54,9 +56,9 @@ class LossScaling(Precision):
         self.scaler.unscale_(optimizer)
 
     def optimizer_step(self, optimizer: Any, **options: Any) -> Any:
-        """Take a step, and adapt the scale; without the gradients of a step that must be skipped."""
-        # Not `scaler.step`, which makes the host wait to learn whether to skip the step: the gradient's norm has
-        # told that. And ShardedGradScaler (torch 2.10) has no shape that a fused optimizer takes.
+        """Take a step, and adapt the scale to what `unscale_gradients` has found."""
+        # `scaler.step` would skip a step too, but makes the host wait for an optimizer that is not fused, and
+        # torch 2.10's ShardedGradScaler gives a fused one a `found_inf` of a shape that it refuses
         output = optimizer.step(**options)
         self.scaler.update()
         self.current.copy_(self._scale(self.current.device).clamp_(min=MIN_SCALE))

@@ -111,6 +111,21 @@ def test_the_losses_and_the_balance_are_those_of_float32_but_for_rounding(
     assert Path("rounded/logs/stories.csv").read_text(encoding="utf-8").count("Once upon a time") == 2 * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_on_a_gpu_the_losses_are_those_of_float32_but_for_rounding(
+    compile: str, linear_dtypes: set[torch.dtype]
+) -> None:
+    flags = ("--accelerator", "cuda", "--max_tokens", 30 * 256, *BALANCED)
+    assert run("--out_dir", "exact", *flags, "--float32_matmul_precision", "highest") == 0
+    linear_dtypes.clear()
+    assert run("--out_dir", "rounded", *flags, *FP16, "--compile", compile) == 0
+    assert compile == "on" or linear_dtypes == {torch.float16}
+    assert losses("rounded") == pytest.approx(losses("exact"), abs=0.02)
+    assert column("overflow_steps", "rounded")[-1] == 0
+
+
 def test_micro_batches_add_up_to_the_step_of_one() -> None:
     assert run("--out_dir", "one", "--micro_batch_size", 4, *FP16, "--moe.z_loss_coef", 0.1) == 0
     assert run("--out_dir", "four", "--micro_batch_size", 1, *FP16, "--moe.z_loss_coef", 0.1) == 0
