@@ -31,7 +31,7 @@ def _has_bf16() -> bool:
 
 
 def _has_fast_fp16() -> bool:
-    # tensor cores, from V100 on; before, fp16 is slower than float32 or no faster
+    # from V100 on, the first with tensor cores
     return has_cuda() and torch.cuda.get_device_capability() >= (7, 0)
 
 
