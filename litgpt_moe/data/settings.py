@@ -23,7 +23,8 @@ class PrepareFlags:
     """The flags of prepare_data.py."""
 
     data_dir: Path = DEFAULT_DATA_DIR
-    """folder for shards and manifest.json; without PATH the text is its train/* and, if wanted, val/*"""
+    """folder for shards and manifest.json; without PATH the text is its train/* and, if wanted, val/*
+    (default data/custom_text; with PATH or OWNER/NAME data/ and the name)"""
     dataset: str = "custom"
     """custom: your own text; tinystories: download it (2.2 GB); tinystories_clean: its cleaned GPT-4 version;
     demo: write the built-in stories; OWNER/NAME: a data set of the Hugging Face hub, by its Parquet files"""
