@@ -15,9 +15,9 @@ from litgpt_moe.data.download import MissingOnHub, download
 from litgpt_moe.data.sentencepiece_model import convert
 from litgpt_moe.data.settings import HUB_ID
 from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
-from litgpt_moe.files import make_staging, read_json, remove, write_whole
+from litgpt_moe.files import make_staging, read_json, remove, write_json, write_whole
 
-COPIED_FROM = "copied_from"  # key in tokenizer_config.json: where this tokenizer comes from
+MARK = ".copied_from.json"  # beside a copy: the name of what was copied, and the digest of its tokenizer.json
 # what holds the vocabulary, in the order in which it is looked for
 VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
@@ -54,9 +54,8 @@ def bring_tokenizer(name: str, target: Path, stories: list[str], overwrite: bool
 
     ValueError if it cannot be used or another one is there, ConnectionError without the hub.
     """
-    there = target / "tokenizer.json"
-    before = read_json(target / "tokenizer_config.json") if there.is_file() else {}
-    if before.get(COPIED_FROM) == name and not Path(name).exists():
+    there, before = target / "tokenizer.json", _copied_from(target)
+    if before == name and not Path(name).exists():
         return  # from the hub, once
     staging = make_staging(target)
     try:
@@ -66,17 +65,30 @@ def bring_tokenizer(name: str, target: Path, stories: list[str], overwrite: bool
     if there.is_file() and tokenizer_sha256(there.read_bytes()) != tokenizer_sha256(
         files[TOKENIZER_FILES[0]]
     ):
-        if not (overwrite or COPIED_FROM in before):
+        if not (overwrite or before):
             raise ValueError(f"{target}: there is another tokenizer; --overwrite replaces it")
         note(f"{target}: replacing the tokenizer there by {name}")
-    write_files(files, target)
+    write_files(files, target, name)
 
 
-def write_files(files: dict[str, bytes], target: Path) -> None:
+def _copied_from(target: Path) -> str | None:
+    """Return what the tokenizer in a folder was copied from; None if it is none of our copies."""
+    with contextlib.suppress(OSError, ValueError):
+        mark = read_json(target / MARK)
+        if mark.get("sha256") == tokenizer_sha256((target / "tokenizer.json").read_bytes()):
+            return str(mark.get("name"))
+    return None
+
+
+def write_files(files: dict[str, bytes], target: Path, name: str) -> None:
     """Write a tokenizer's files, tokenizer.json last: a folder that has it counts as complete."""
+    for file in TOKENIZER_FILES[:0:-1]:
+        if file not in files:  # of the copy before
+            remove(target / file)
     for file in sorted(files, key=lambda file: file == "tokenizer.json"):
         if not (target / file).is_file() or (target / file).read_bytes() != files[file]:
             write_whole(target / file, files[file].decode("utf-8"))
+    write_json(target / MARK, {"name": name, "sha256": tokenizer_sha256(files["tokenizer.json"])})
 
 
 def _collect(name: str, staging: Path) -> Path:
@@ -146,7 +158,7 @@ def _standard(folder: Path, name: str, stories: list[str]) -> dict[str, bytes]:
         chosen["bos"] = chosen["eos"]
     tokens = {f"{key}_token": token for key, token in chosen.items()}
     ids = {f"{key}_token_id": tokenizer.token_to_id(str(token)) for key, token in chosen.items()}
-    config = configs["tokenizer_config.json"] | tokens | {COPIED_FROM: name}
+    config = configs["tokenizer_config.json"] | tokens
     if not isinstance(config.get("tokenizer_class"), str):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return {
@@ -201,14 +213,8 @@ def _from_merges(folder: Path, config: dict[str, Any]) -> str:
 
 def carry_tokenizer(folder: Path, target: Path) -> None:
     """Copy the tokenizer that made the shards to `target`, unless a tokenizer of the user's own is there."""
-    there = target / "tokenizer.json"
-    if folder.resolve() == target.resolve():
-        return
-    config = read_json(target / "tokenizer_config.json")
-    if there.is_file() and COPIED_FROM not in config:
+    is_there = (target / "tokenizer.json").is_file()
+    if folder.resolve() == target.resolve() or (is_there and _copied_from(target) is None):
         return
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    config = read_json(folder / "tokenizer_config.json")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", COPIED_FROM: folder.name} | config
-    files["tokenizer_config.json"] = json.dumps(config, indent=1, ensure_ascii=False).encode("utf-8")
-    write_files(files, target)
+    write_files(files, target, folder.name)
