@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -28,6 +27,7 @@ from tqdm import tqdm
 CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+MAX_WINDOWS_PATH = 259  # characters, unless LongPathsEnabled is set in the registry
 INTERRUPTED = 130  # a shell reports this status for a command that Ctrl-C ended
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -161,7 +161,23 @@ def words_of(name: str) -> list[str] | None:
 def command_line(*words: object) -> str:
     """Return the words quoted for the shell of this system, ready to paste."""
     texts = [str(word) for word in words]
-    return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)
+    return " ".join(map(_quoted_on_windows, texts)) if sys.platform == "win32" else shlex.join(texts)
+
+
+def _quoted_on_windows(word: str) -> str:
+    """Return the word so that both cmd and PowerShell pass it on unchanged.
+
+    `subprocess.list2cmdline` quotes for neither: both end a command at & and |, PowerShell also at ;.
+    """
+    if re.fullmatch(r"[\w./\\:=+-]+", word):
+        return word
+    if re.search(r"\$\w|`", word) and "'" not in word:
+        return (
+            f"'{word}'"  # inside double quotes PowerShell would replace $name; cmd has no way to write this
+        )
+    # as a program's own parser wants it: a quotation mark is escaped, and so are the backslashes before it
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), word)
+    return f'"{escaped}"'
 
 
 def train_command(*flags: object) -> str:
@@ -220,16 +236,22 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
             print(printable(str(text)), flush=True)
     except KeyboardInterrupt:
         return fail(interrupted, INTERRUPTED)
-    except BrokenPipeError:
-        silence_stdout()  # `| head`: the reader has seen enough
     except (ValueError, OSError, WorkFailed) as error:
-        return fail(*explain(error))
+        if not is_closed_pipe(error):
+            return fail(*explain(error))
+        silence_stdout()  # `| head`: the reader has seen enough
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         way_out = "close other programs, or choose a smaller model, text or batch"
         return fail(f"out of memory ({first_line(error)[:120]}); {way_out}", 1)
     return 0
+
+
+def is_closed_pipe(error: BaseException) -> bool:
+    """Return whether a write failed because the reader of the pipe has gone; Windows says EINVAL for that."""
+    is_einval = isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and is_einval)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -251,6 +273,10 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f"{name or 'the file'} could not be written, the disk is full; make room there", 1
         if error.errno in (errno.EIO, errno.ENOMEM, errno.ESTALE):
             return f"{name or 'a file'}: {reason}; try again", 1
+        n_chars = len(str(Path(str(name)).absolute()))
+        if name and sys.platform == "win32" and n_chars > MAX_WINDOWS_PATH:
+            rule = f"Windows takes {MAX_WINDOWS_PATH} unless long paths are switched on"
+            return f"{name}: the path has {n_chars} characters and {rule}; use a shorter folder", 2
         if name:
             return f"{name}: {reason}; check the path and its permissions", 2
     return str(error), 2

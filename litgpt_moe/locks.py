@@ -32,7 +32,8 @@ def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool 
             folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(folder / f".{name}.lock", timeout=-1 if wait else 0)
         if lock is not None:
-            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            me = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
             with contextlib.suppress(OSError):  # a full disk: only the message will lack it
                 write_json(identity, me)
     except Timeout:

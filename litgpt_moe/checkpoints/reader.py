@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -217,8 +217,14 @@ def trained_on(settings: dict[str, Any]) -> Path | None:
     given = data.get("init_args") if isinstance(data, dict) else None
     train = given.get("train_data_path") if isinstance(given, dict) else None
     if isinstance(named := settings.get("dataset_dir"), str):
-        return Path(named)
-    return Path(train).parent if isinstance(train, str) else None
+        return path_of_any_system(named)
+    return path_of_any_system(train).parent if isinstance(train, str) else None
+
+
+def path_of_any_system(name: str) -> Path:
+    """Return the path that a checkpoint's settings name; one written on Windows may have backslashes."""
+    path = Path(name)
+    return path if "\\" not in name or path.exists() else Path(PureWindowsPath(name).as_posix())
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

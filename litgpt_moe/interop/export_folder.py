@@ -1,5 +1,6 @@
 """Export a checkpoint to a folder for Transformers, with a model card, and compare it with LitGPT."""
 
+import gc
 import re
 from importlib import import_module
 from importlib.util import find_spec
@@ -64,7 +65,7 @@ def write_folder(
     with new_folder(out, size * (2 if gguf else 1)) as staging:
         for file, content in files.items():
             write_json(staging / file, content)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / "README.md").write_text(card, encoding="utf-8", newline="\n")
         save_file({k: w.contiguous() for k, w in renamed.items()}, staging / WEIGHTS_FILE, {"format": "pt"})
         # safetensors 0.8 creates a file that other users may not read
         (staging / WEIGHTS_FILE).chmod((staging / "README.md").stat().st_mode)
@@ -73,6 +74,8 @@ def write_folder(
             lines.append(f"GGUF    {out / gguf_name}")
         if is_checked:
             lines.append(check_folder(staging, folder, kind))
+            # Transformers' model is in a cycle of references; Windows renames no folder with a mapped file
+            gc.collect()
         sync_files(staging)
     return lines
 
