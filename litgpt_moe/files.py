@@ -128,6 +128,12 @@ def check_inside(name: str) -> str:
     return name
 
 
+def path_of_any_system(name: str) -> Path:
+    """Return the path that a checkpoint's settings name; one written on Windows may have backslashes."""
+    path = Path(name)
+    return path if "\\" not in name or path.exists() else Path(PureWindowsPath(name).as_posix())
+
+
 def is_outside(path: Path, folder: Path) -> bool:
     """Return whether `path`, with links resolved, lies outside `folder`."""
     return folder.resolve() not in path.resolve().parents

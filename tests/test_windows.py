@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 import os
 import pickle
 import signal
@@ -31,7 +32,8 @@ from litgpt_moe.files import new_folder, put_in_place, write_whole
 from litgpt_moe.training.checks import check_path_lengths
 from litgpt_moe.training.output import LastingStream
 from litgpt_moe.training.settings import Settings, plain_settings
-from tools import export_hf, import_hf
+from tools import env_sanity_check, export_hf, import_hf
+from tools.show_batch import data_dir_of
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; Windows itself has these rules")
 
@@ -205,7 +207,10 @@ def test_data_are_found_by_the_settings_of_an_earlier_version_on_windows(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert trained_on({"dataset_dir": "data\\mine"}) == Path("data/mine")
-    assert trained_on({"data": {"init_args": {"train_data_path": "data\\mine\\train"}}}) == Path("data/mine")
+    settings = {"out_dir": "runs\\a", "data": {"init_args": {"train_data_path": "data\\mine\\train"}}}
+    assert trained_on(settings) == Path("data/mine")
+    Path("here/data/mine").mkdir(parents=True)
+    assert data_dir_of(Path("here/runs/a/final"), settings) == Path("here/data/mine").resolve()
     Path("a\\b").mkdir()  # a name as good as any other here
     assert trained_on({"dataset_dir": "a\\b"}) == Path("a\\b")
 
@@ -250,6 +255,28 @@ def test_an_out_dir_in_which_no_checkpoint_could_be_written_is_refused_before_tr
 
 
 # --- streams and processes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code_page", ["cp1252", "cp437"])
+def test_text_that_a_code_page_lacks_ends_no_command(code_page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, before = "caf\u00e9 \u2581 \u732b", signal.getsignal(signal.SIGINT)
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=code_page) for _ in range(3)]
+    with pytest.raises(UnicodeEncodeError):
+        print(text, file=streams[2], flush=True)
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    try:
+        assert cli.run_script(lambda: print(text, flush=True) or 0) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert streams[0].buffer.getvalue().decode("utf-8").rstrip() == text
+    # this tool needs none of our modules
+    monkeypatch.setattr(sys, "stdout", streams[1])
+    line = env_sanity_check.Check("ok", "disk", f"9 GB free at {text}")
+    monkeypatch.setattr(env_sanity_check, "run_checks", lambda _: [line])
+    assert env_sanity_check.main([]) == 0
+    sys.stdout.flush()
+    assert b"caf\xe9" in streams[1].buffer.getvalue() or b"caf\x82" in streams[1].buffer.getvalue()
+    assert b"\\u732b" in streams[1].buffer.getvalue()
 
 
 class ClosedPipe:

@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from functools import lru_cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from litgpt_moe.checkpoints.layout import (
 )
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import is_outside, read_json, sha256_file
+from litgpt_moe.files import is_outside, path_of_any_system, read_json, sha256_file
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.yaml_files import read_mapping
@@ -219,12 +219,6 @@ def trained_on(settings: dict[str, Any]) -> Path | None:
     if isinstance(named := settings.get("dataset_dir"), str):
         return path_of_any_system(named)
     return path_of_any_system(train).parent if isinstance(train, str) else None
-
-
-def path_of_any_system(name: str) -> Path:
-    """Return the path that a checkpoint's settings name; one written on Windows may have backslashes."""
-    path = Path(name)
-    return path if "\\" not in name or path.exists() else Path(PureWindowsPath(name).as_posix())
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
