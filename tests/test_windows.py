@@ -29,6 +29,7 @@ from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.text import list_text
 from litgpt_moe.files import new_folder, put_in_place, write_whole
+from litgpt_moe.interop import export_folder
 from litgpt_moe.training.checks import check_path_lengths
 from litgpt_moe.training.output import LastingStream
 from litgpt_moe.training.settings import Settings, plain_settings
@@ -113,7 +114,9 @@ def test_scoring_and_exporting_rename_and_delete_nothing_that_is_open(
     # Transformers maps the weights in the staging folder, which is then renamed
     assert export_hf.main([str(tiny_checkpoint), "exported", "--gguf"]) == 0
     assert import_hf.main(["exported", "imported"]) == 0
-    assert rules.refused == []
+    monkeypatch.setattr(export_folder, "TOLERANCE", -1.0)  # as if the logits differed: all is deleted
+    assert export_hf.main([str(tiny_checkpoint), "differs"]) == 1
+    assert rules.refused == [] and not [path for path in tmp_path.iterdir() if "differs" in path.name]
     expected = weights(str(tiny_checkpoint))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights("imported").items())
 
