@@ -143,7 +143,7 @@ def run(settings: EvaluateSettings) -> None:
     result = evaluate(settings)
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
-        print(text, flush=True)
+        cli.say(text)
     except OSError as error:
         if not cli.is_closed_pipe(error):
             raise

@@ -5,13 +5,13 @@ Exit status: 0; 1 for failed work (no network, full disk); 2 for bad input; 130 
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
 import io
 import itertools
 import os
 import re
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -23,11 +23,14 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from docstring_parser import parse_from_object
 from tqdm import tqdm
 
+from litgpt_moe.shell import command_line
+
 # what a terminal obeys, what reorders a line, and half surrogate pairs, as of file names that are not UTF-8
 CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 MAX_WINDOWS_PATH = 259  # characters, unless LongPathsEnabled is set in the registry
+STDOUT = "standard output"
 INTERRUPTED = 130  # a shell reports this status for a command that Ctrl-C ended
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -91,6 +94,15 @@ class FlagParser(argparse.ArgumentParser):
                 way_out = f"did you mean {near[0]}?" if near else "see --help for the flags"
                 self.error(f"{flag[0]} is no flag; {way_out}")
         return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse would end with status 0 where it cannot be written."""
+        try:
+            say(self.format_help().rstrip())
+        except BrokenPipeError:
+            silence_stdout()
+        except OSError as error:
+            self.exit(fail(*explain(error)))
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one sentence; argparse would print the usage too."""
@@ -158,36 +170,15 @@ def words_of(name: str) -> list[str] | None:
     return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()] or None
 
 
-def command_line(*words: object) -> str:
-    """Return the words quoted for the shell of this system, ready to paste."""
-    texts = [str(word) for word in words]
-    return " ".join(map(_quoted_on_windows, texts)) if sys.platform == "win32" else shlex.join(texts)
-
-
-def _quoted_on_windows(word: str) -> str:
-    """Return the word so that both cmd and PowerShell pass it on unchanged.
-
-    `subprocess.list2cmdline` quotes for neither: both end a command at & and |, PowerShell also at ;.
-    """
-    if re.fullmatch(r"[\w./\\:=+-]+", word):
-        return word
-    if re.search(r"\$\w|`", word) and "'" not in word:
-        return (
-            f"'{word}'"  # inside double quotes PowerShell would replace $name; cmd has no way to write this
-        )
-    # as a program's own parser wants it: a quotation mark is escaped, and so are the backslashes before it
-    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), word)
-    return f'"{escaped}"'
-
-
 def train_command(*flags: object) -> str:
     """Return the command that trains with `flags`."""
     return command_line("uv", "run", "python", "run_train.py", *flags)
 
 
 def note(text: str) -> None:
-    """Print a line on stderr, without breaking a progress bar."""
-    tqdm.write(printable(text), file=sys.stderr)
+    """Print a line on stderr, without breaking a progress bar; a full disk there ends no work."""
+    with contextlib.suppress(OSError):
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -233,7 +224,7 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
     try:
         hear_ctrl_c()
         if (text := work()) is not None:
-            print(printable(str(text)), flush=True)
+            say(printable(str(text)))
     except KeyboardInterrupt:
         return fail(interrupted, INTERRUPTED)
     except (ValueError, OSError, WorkFailed) as error:
@@ -250,7 +241,9 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
 
 def is_closed_pipe(error: BaseException) -> bool:
     """Return whether a write failed because the reader of the pipe has gone; Windows says EINVAL for that."""
-    is_einval = isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is None
+    is_einval = (
+        isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename in (None, STDOUT)
+    )
     return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and is_einval)
 
 
@@ -267,6 +260,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), 1
     if isinstance(error, OSError) and error.strerror:
         name, reason = error.filename, error.strerror
+        if name == STDOUT:
+            return f"{name} could not be written ({reason}); make room, or send it elsewhere", 1
         if "; " in reason:  # a whole sentence of ours about a disk
             return reason, 1
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -284,9 +279,18 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def fail(error: object, status: int) -> int:
     """Print each line of `error` on stderr and return `status`."""
-    for line in str(error).splitlines():
-        print(f"error: {printable(line)}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        for line in str(error).splitlines():
+            print(f"error: {printable(line)}", file=sys.stderr)
     return status
+
+
+def say(text: str) -> None:
+    """Print a result at once; an OSError names standard output, as that of a file names the file."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, STDOUT) from None
 
 
 def silence_stdout() -> None:

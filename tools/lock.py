@@ -231,7 +231,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {problems[0]}{more}", file=sys.stderr)
         return 1
     wheels = f"wheels for Windows with Python {' and '.join(PYTHONS)}"
-    print(f"uv.lock is fit to commit: packages from {MIRROR_SIMPLE}, {wheels}, in step with pyproject.toml")
+    fit = f"uv.lock is fit to commit: packages from {MIRROR_SIMPLE}, {wheels}, in step with pyproject.toml"
+    try:
+        print(fit, flush=True)
+    except OSError as error:
+        print(f"error: standard output could not be written ({error.strerror})", file=sys.stderr)
+        return 1
     return 0
 
 
