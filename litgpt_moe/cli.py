@@ -99,10 +99,10 @@ class FlagParser(argparse.ArgumentParser):
         """Print the help; argparse would end with status 0 where it cannot be written."""
         try:
             say(self.format_help().rstrip())
-        except BrokenPipeError:
-            silence_stdout()
         except OSError as error:
-            self.exit(fail(*explain(error)))
+            if not is_closed_pipe(error):
+                self.exit(fail(*explain(error)))
+            silence_stdout()
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one sentence; argparse would print the usage too."""

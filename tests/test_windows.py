@@ -301,6 +301,12 @@ def test_a_pipe_that_is_closed_ends_a_command_in_silence(
         ClosedPipe().write("text")
 
     assert cli.run_command(work) == 0 and silenced == [True]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", ClosedPipe())
+        assert cli.run_command(lambda: "a result") == 0 and len(silenced) == 2
+        with pytest.raises(SystemExit) as ended:
+            cli.FlagParser().parse_args(["--help"])
+        assert ended.value.code == 0 and len(silenced) == 3
     assert capsys.readouterr().err == ""
     # a file that cannot be read is another matter, and so is this error elsewhere
     assert not cli.is_closed_pipe(OSError(errno.EINVAL, "Invalid argument", "file"))
