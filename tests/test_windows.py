@@ -29,6 +29,7 @@ from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.text import list_text
 from litgpt_moe.files import new_folder, put_in_place, write_whole
+from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.interop import export_folder
 from litgpt_moe.training.checks import check_path_lengths
 from litgpt_moe.training.output import LastingStream
@@ -358,3 +359,9 @@ def test_ctrl_c_which_a_terminal_sends_to_the_workers_too_leaves_them_at_work(ti
             worker.send_signal(name)
     # more than are read ahead
     assert all(torch.equal(batch, next(batches)) for batch in expected[1:])
+
+
+def test_no_code_is_compiled_where_the_compiler_s_flags_would_be_others(like_windows: list[float]) -> None:
+    load_library.cache_clear()
+    with pytest.raises(NoLibrary, match="needs Linux or macOS .* use --engine torch"):
+        load_library()
