@@ -7,7 +7,7 @@ from pathlib import Path
 
 from litgpt_moe.cli import note
 from litgpt_moe.data.inputs import refuse_other_text
-from litgpt_moe.files import check_no_links
+from litgpt_moe.files import check_no_links, patient_rename
 
 LOG_IN = "check the name; to one that is private or gated log in with: uv run hf auth login"
 
@@ -49,7 +49,7 @@ def download(
         where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
         kind = MissingOnHub if is_missing else ConnectionError
         raise kind(f"{where} ({reason}); {way_out}") from error
-    Path(path).replace(folder / (to or name))
+    patient_rename(Path(path), folder / (to or name), is_replacing=True)
     shutil.rmtree(part)
 
 

@@ -72,7 +72,9 @@ def text_in(folder: Path, forms: tuple[str, ...] = FORMS) -> list[Path]:
     paths = (path for path in folder.glob("[!.]*") if path.name not in NO_TEXT)
     paths = (path for path in paths if (found := form_of(path)) and found[0] in forms)
     # what earlier versions read had the ending .txt exactly
-    return sorted(path for path in paths if forms != OLD_FORMS or path.suffix == ".txt")
+    paths = (path for path in paths if forms != OLD_FORMS or path.suffix == ".txt")
+    # paths compare without regard to case on Windows, and the shards depend on the order
+    return sorted(paths, key=lambda path: path.name)
 
 
 class RawFile(io.RawIOBase):

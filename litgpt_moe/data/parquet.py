@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from litgpt_moe.data.forms import PARQUET_MAGIC, TEXT_FORMS, Source, open_unpacked
 from litgpt_moe.data.rows import JsonLinesReader, JsonReader, Row, RowReader, TableReader
+from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.text import FileReader, Reading, TextReader
 
+MAX_COUNTED_BYTES = 64 << 20  # of files that are read once more, to count the text in them
 ROWS_AT_ONCE = 32
 BUFFER_BYTES = 1 << 20  # of a column; without a buffer the column of a whole row group is held
 MAX_GROWTH, MIN_GROWN = 100, 1 << 30  # times and bytes to which a packed Parquet file may grow on the disk
@@ -104,3 +106,15 @@ READERS: dict[str, type[FileReader]] = {
 def reader_of(source: Source, reading: Reading) -> FileReader:
     """Return the reader for the form of a file."""
     return READERS[source.form](source, reading)
+
+
+def text_bytes(sources: list[Source], settings: PrepareSettings) -> int:
+    """Return the size of the text in some files: where they are small and not all plain text, that of its
+    stories, which is the same in every form; else the size of the files.
+    """
+    total = sum(source.path.stat().st_size for source in sources)
+    if total > MAX_COUNTED_BYTES or all(s.form in TEXT_FORMS and not s.packing for s in sources):
+        return total
+    reading = Reading.of(settings, is_quiet=True)
+    lists = (reader_of(source, reading).story_lists(tqdm(disable=True)) for source in sources)
+    return sum(len(story.encode("utf-8")) for some in lists for stories in some for story in stories)

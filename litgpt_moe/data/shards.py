@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from litgpt_moe.cli import note
-from litgpt_moe.data.forms import TEXT_FORMS, Source
+from litgpt_moe.data.forms import Source
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
-from litgpt_moe.data.parquet import reader_of
+from litgpt_moe.data.parquet import reader_of, text_bytes
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
 from litgpt_moe.data.text import FileReader, Reading, SeenStories, nearest_cut
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
@@ -32,7 +33,6 @@ from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_f
 LONG_STORY = 10_000  # bytes; a longer one may be cut in two, for train and val
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
-MAX_COUNTED_BYTES = 64 << 20  # of files that are read once more, to count the text in them
 MIN_MEMORY = 512 << 20  # of address space; with 300 to 410 MB tokenizers 0.22 aborted or never ended
 SAMPLED_STORIES = 20  # on which a tokenizer is tried
 OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # no other files are deleted
@@ -88,6 +88,15 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def n_workers(wanted: int, n_bytes: int) -> int:
+    """Return the number of workers for a text of so many bytes; `wanted` of 0 means one per core."""
+    wanted = wanted or os.cpu_count() or 1
+    if sys.platform == "win32":
+        wanted = min(wanted, 61)  # a pool cannot wait for more processes there
+    # one per two shards: starting a process takes as long as tokenizing some megabytes
+    return min(wanted, 1 + n_bytes // (2 * SHARD_BYTES))
 
 
 def memory_limit() -> int | None:
@@ -208,8 +217,7 @@ def write_splits(
     # val first: a story of both splits then counts as a duplicate in train
     readers = {split: [reader_of(source, reading) for source in text[split]] for split in reversed(SPLITS)}
     total = sum(reader.stat.st_size for some in readers.values() for reader in some)
-    # one worker per two shards: starting a process takes as long as tokenizing some megabytes
-    workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
+    workers = n_workers(settings.workers, total)
     val = None if text["val"] else ValShare(settings.val_fraction, text_bytes(text["train"], settings))
     writer = SplitWriter(data_dir, facts, workers, val)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
@@ -239,18 +247,6 @@ def write_splits(
         share = splits["val"]["n_bytes"] / sum(split["n_bytes"] for split in splits.values())
         note(f"{data_dir / 'val'}: no text; {share:.2%} of the text was set aside for it (--val_fraction)")
     return splits, [reader for some in readers.values() for reader in some]
-
-
-def text_bytes(sources: list[Source], settings: PrepareSettings) -> int:
-    """Return the size of the text in some files: where they are small and not all plain text, that of its
-    stories, which is the same in every form; else the size of the files.
-    """
-    total = sum(source.path.stat().st_size for source in sources)
-    if total > MAX_COUNTED_BYTES or all(s.form in TEXT_FORMS and not s.packing for s in sources):
-        return total
-    reading = Reading.of(settings, is_quiet=True)
-    lists = (reader_of(source, reading).story_lists(tqdm(disable=True)) for source in sources)
-    return sum(len(story.encode("utf-8")) for some in lists for stories in some for story in stories)
 
 
 def check_stories(settings: PrepareSettings, text: dict[str, list[Source]]) -> list[str]:

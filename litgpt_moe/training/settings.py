@@ -5,7 +5,7 @@ have LitGPT's names, types and defaults: `import litgpt.args` would load torch. 
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
@@ -183,7 +183,8 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain values for YAML and loggers, without those that name files or a run."""
     left_out = ("config", "model_config", "resume", "overwrite")
     plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+    # with slashes on Windows too, so that a checkpoint can go on elsewhere
+    return {name: value.as_posix() if isinstance(value, PurePath) else value for name, value in plain.items()}
 
 
 def saved_text(settings: Settings) -> str:

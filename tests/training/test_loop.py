@@ -14,6 +14,7 @@ from litgpt import pretrain
 from torch._inductor import config as inductor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.torch_version import TorchVersion
 
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
@@ -56,7 +57,8 @@ def test_a_compiled_run_goes_without_the_fusion_that_gives_wrong_gradients(compi
     settings = set_up(["--config=train_config.yaml", f"--compile={compile}"]).settings
     with inductor.patch({"triton.mix_order_reduction": True}):
         set_up_torch(settings, torch.device("cpu"))
-        assert inductor.triton.mix_order_reduction == (compile == "off")
+        is_wrong = TorchVersion(torch.__version__) < "2.14"
+        assert inductor.triton.mix_order_reduction == (compile == "off" or not is_wrong)
 
 
 def test_only_the_model_is_left_uncompiled() -> None:

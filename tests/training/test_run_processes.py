@@ -1,5 +1,6 @@
 """Real processes: two of them train one model, and one that is killed again and again still gets there."""
 
+import gc
 import json
 import math
 import os
@@ -215,6 +216,7 @@ def survive(n_kills: int, seed: int) -> dict[str, int]:
         if moment == "tokenizing":  # from nothing, or again because a shard is gone
             Path("text/manifest.json").unlink(missing_ok=True)
             for shard in Path("text").glob("**/*.bin"):
+                gc.collect()  # a run of this process has had them mapped, and Windows deletes no such file
                 shard.unlink()
         process = start(*flags)
         if moment == "anywhere":

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,16 +136,18 @@ def test_training_waits_for_the_copy_alone_and_the_copy_does_not_change_with_the
 ) -> None:
     assert run("--max_tokens", 7 * 256, "--out_dir", "out") == 0
     order: list[str] = []
-    write, before_step = writer.write_state, LoopHooks.before_step
+    write, before_step, at_last_step = writer.write_state, LoopHooks.before_step, threading.Event()
 
     def slow_write(*args: object) -> dict:
-        time.sleep(0.5)
+        at_last_step.wait(60)
         result = write(*args)
         order.append("written")
         return result
 
     def step(hooks: LoopHooks, *args: object) -> None:
         order.append(f"step {hooks.step + 1}")
+        if hooks.step == 6:
+            at_last_step.set()
         before_step(hooks, *args)
 
     monkeypatch.setattr(writer, "write_state", slow_write)
