@@ -26,13 +26,20 @@ class TrainLoader:
     """LitGPT's training batches, with their position for checkpoints, and a place between two of them.
 
     `between_batches` is called there, before the next batch is taken. It may raise to leave the loop.
+    `with_first`, if given, is called with the first batch before that is trained on.
     """
 
     def __init__(
-        self, loader: Any, seed: int, is_finished: Callable[[], bool], between_batches: Callable[[], None]
+        self,
+        loader: Any,
+        seed: int,
+        is_finished: Callable[[], bool],
+        between_batches: Callable[[], None],
+        with_first: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.loader, self.seed = loader, seed
         self.is_finished, self.between_batches = is_finished, between_batches
+        self.with_first = with_first
         # without Fabric's wrapper; our own loader knows its position
         self.inner = getattr(loader, "_dataloader", loader)
         self.has_state = hasattr(self.inner, "state_dict")
@@ -46,6 +53,9 @@ class TrainLoader:
         if self.is_finished():
             return
         for batch in self.loader if self.has_state else self._replayed():
+            if self.with_first is not None:
+                with_first, self.with_first = self.with_first, None
+                with_first(batch)
             yield batch
             # litgpt 0.5.13 takes one more batch, which a run that goes on from final/ would then miss
             if self.is_finished():

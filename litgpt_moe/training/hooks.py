@@ -54,6 +54,8 @@ class LoopHooks:
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
         settings = run.settings
         self.run, self.train_args, self.step = run, train_args, run.start_step
+        self.is_compiled = False
+        """Set when the run is launched."""
         self.ending = ""
         """Why the run ends early, after this step; empty while it goes on."""
         self.judge = Judge(settings, run.started, stops, run.world_size)

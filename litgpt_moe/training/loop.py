@@ -21,6 +21,7 @@ from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
 from litgpt_moe.hardware import avoid_wrong_gradients, has_cuda, keep_freed_memory, will_compile
 from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.training.batches import TrainLoader, ValLoader
+from litgpt_moe.training.compiled import check_compiled
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.optimizer import clone_state, make_optimizer
 from litgpt_moe.training.resume import OpenCheckpoint
@@ -42,7 +43,8 @@ class TrainingFabric(L.Fabric):
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
         hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
         n_steps, seed = hooks.run.n_steps, hooks.run.settings.seed
-        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, hooks.between_batches)
+        check = functools.partial(check_compiled, hooks) if hooks.is_compiled else None
+        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, hooks.between_batches, check)
         return [hooks.loader, ValLoader(val, hooks.between_val_batches)]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -151,6 +153,7 @@ def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
     loggers = other_loggers(run, hooks)
     fabric = make_fabric(run, hooks, [hooks.metrics, *loggers])
     is_compiled, why = set_up_torch(run.settings, fabric.device)
+    hooks.is_compiled = is_compiled
     fabric.launch()
     if fabric.is_global_zero:
         if run.settings.overwrite:
@@ -196,6 +199,8 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
         (pretrain, "instantiate_torch_optimizer"): lambda spec, *_, **__: make_optimizer(
             hooks.run.settings, hooks.gpt, spec
         ),
+        # waits for the device at each micro-batch to ask whether the loss is NaN
+        (pretrain, "RunningMean"): LatestLoss,
         # needs all logits at once
         (pretrain, "chunked_cross_entropy"): functools.partial(_loss, hooks, pretrain.chunked_cross_entropy),
     }
@@ -207,6 +212,25 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
             at_exit.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield
+
+
+class LatestLoss:
+    """What LitGPT's loop fetches at a row of the log in place of the mean of torchmetrics."""
+
+    def __init__(self, **_: Any) -> None:
+        self._loss = torch.zeros(())
+
+    def to(self, _: torch.device) -> "LatestLoss":
+        """Return itself: the loss lies where the model does."""
+        return self
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Remember the loss of a micro-batch, on its device."""
+        self._loss = loss
+
+    def compute(self) -> torch.Tensor:
+        """Return the loss of the latest micro-batch."""
+        return self._loss
 
 
 def _get_dataloaders(get: Callable[..., Any], *args: Any) -> Any:
