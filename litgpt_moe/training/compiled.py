@@ -130,10 +130,10 @@ def compare(hooks: "LoopHooks", compiled: Outcome, eager: Outcome, limits: Limit
     """Return the difference of the loss and the worst group, over all ranks; None if eager is not finite."""
     losses = hooks.sum_over_ranks(torch.stack([compiled[0], eager[0]])).tolist()
     groups: dict[str, torch.Tensor] = {}
-    for (name, _), *pair in zip(hooks.gpt.named_parameters(), compiled[1], eager[1], strict=True):
+    for (name, _), one, other in zip(hooks.gpt.named_parameters(), compiled[1], eager[1], strict=True):
         # one group for all experts of a layer: a few tokens more or less are much for one of them
         group = re.sub(r"experts\.\d+", "experts", plain_name(name))
-        groups[group] = groups.get(group, 0.0) + _squares(*pair, hooks.fabric.device)
+        groups[group] = groups.get(group, 0.0) + _squares(one, other, hooks.fabric.device)
     rows = hooks.sum_over_ranks(torch.stack(list(groups.values()))).sqrt().tolist()
     whole = math.hypot(*(eager_norm for _, eager_norm, _ in rows))
     if not math.isfinite(whole + losses[1]):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from litgpt_moe.cli import WorkFailed, run_command, run_script
 from litgpt_moe.generation.settings import Sampling
@@ -38,14 +38,18 @@ class GenerateBenchmark:
     """Timed rounds, after one to warm up."""
     threads: int | None = None
     """CPU threads (default: torch's choice)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What to compute on."""
     seed: int = 0
     """Seed of the weights and the prompt."""
     json: Path | None = None
     """File for the figures (default: none is written)."""
 
 
-def build_models(config_file: Path, ckpt_dir: Path | None, seed: int) -> "tuple[GPT, GPT]":
-    """Return the stock model and ours, on the CPU in float32, with equal weights."""
+def build_models(
+    config_file: Path, ckpt_dir: Path | None, seed: int, device: str = "cpu"
+) -> "tuple[GPT, GPT]":
+    """Return the stock model and ours, in float32, with equal weights."""
     import torch
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -63,6 +67,7 @@ def build_models(config_file: Path, ckpt_dir: Path | None, seed: int) -> "tuple[
     else:
         ours = load_model(ckpt_dir, "cpu", torch.float32)
         stock.load_state_dict(ours.state_dict())
+    stock, ours = stock.to(device), ours.to(device)
     lay_out_for_decoding(ours)
     return stock, ours
 
@@ -74,8 +79,8 @@ def stock_tokens(model: "GPT", prompt_ids: list[int], n_tokens: int) -> list[int
 
     total = len(prompt_ids) + n_tokens
     model.max_seq_length = total
-    model.set_kv_cache(batch_size=1)
-    prompt = torch.tensor(prompt_ids)
+    model.set_kv_cache(batch_size=1, device=model.lm_head.weight.device)
+    prompt = torch.tensor(prompt_ids, device=model.lm_head.weight.device)
     steps = generate_fn(model, prompt, total, temperature=0.0, include_prompt=False, include_eos=True)
     return [int(token) for token in steps]
 
@@ -119,13 +124,13 @@ def run(settings: GenerateBenchmark) -> None:
         torch.set_num_threads(settings.threads)
     ckpt_dir = settings.ckpt_dir and find_checkpoint(settings.ckpt_dir)
     config = ckpt_dir / CONFIG_FILE if ckpt_dir else settings.config
-    stock, ours = build_models(config, ckpt_dir, settings.seed)
+    stock, ours = build_models(config, ckpt_dir, settings.seed, settings.device)
     draw = torch.Generator().manual_seed(settings.seed)
     n_prompt, n_tokens = settings.prompt_tokens, settings.max_tokens
     prompt_ids = torch.randint(stock.config.vocab_size, (n_prompt,), generator=draw).tolist()
     given = {"config": str(config), "prompt_tokens": n_prompt, "max_tokens": n_tokens}
     where, figures = machine(), benchmark(stock, ours, prompt_ids, n_tokens, settings.rounds)
-    print(f"{config}, {where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    print(f"{config}, {settings.device}, {where['cpu']}, {where['threads']} threads, torch {where['torch']}")
     for name, rate in figures["median_tokens_per_s"].items():
         print(f"{name:6} {rate:8.1f} tokens/s")
     print(f"ratio  {figures['ratio']:8.2f}    tokens equal: {'yes' if figures['tokens_equal'] else 'NO'}")
