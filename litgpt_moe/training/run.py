@@ -10,7 +10,6 @@ import torch
 from litgpt import args as litgpt_args
 
 from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
-from litgpt_moe.data.artifact import pull
 from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
@@ -144,6 +143,8 @@ def _checked_run(parsed: Parsed) -> Run:
 def with_dataset(settings: Settings) -> Settings:
     """Return the settings with the downloaded W&B data set, and the tokenizer in the data folder, if any."""
     if settings.wandb_dataset:
+        from litgpt_moe.data.artifact import pull  # not at the top: importing wandb takes a second
+
         folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
         settings = replace(settings, dataset_dir=folder)
         if (folder / "tokenizer/tokenizer.json").is_file():

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.training import compiled
 from litgpt_moe.training.compiled import FLOAT32, HALF, compare
+from tools.benchmarks.gpu_checks import check_model, check_norm
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -89,6 +91,16 @@ def test_too_little_memory_for_eager_is_no_end(
     monkeypatch.setattr(compiled, "compare", none_left)
     assert run("--compile", "on", "--max_tokens", 256) == 0
     assert "Compiled and eager are not compared: eager needs more memory" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("check", [check_norm, check_model])
+def test_gradients_that_a_gpu_computes_compiled_are_eager_s(check: Callable[..., dict[str, Any]]) -> None:
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+    found = check("cuda", "bf16-true") if check is check_model else check("cuda")
+    assert found["right"], found
 
 
 def outcome(loss: float, **changes: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
