@@ -38,12 +38,13 @@ class InspectSettings:
 
 def check(settings: InspectSettings, text: Path) -> None:
     """Raise ValueError or OSError for mistakes that can be found before the slow imports."""
+    from litgpt_moe.data.text import check_text_file
+
     if settings.max_tokens < 2:
         raise ValueError(f"max_tokens is {settings.max_tokens}; choose 2 or more")
     if find_spec("matplotlib") is None:
         raise ValueError("the package matplotlib is not installed; run uv sync --extra report")
-    if not text.is_file():
-        raise FileNotFoundError(f"{text}: no such text file")
+    check_text_file(text)
     if settings.out.exists() and not settings.out.is_dir():
         raise FileExistsError(f"{settings.out} is a file; name a folder")
     for path in (settings.out / JSON_NAME, settings.out / PNG_NAME):

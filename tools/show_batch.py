@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, printable, run_command, run_script
+from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 
 
@@ -54,7 +54,7 @@ def show(run: Path, step: int, data_dir: Path | None) -> None:
     tokenizer = load_tokenizer(checkpoint_dir)
     for number, ids in enumerate(next(iter(batches)), 1):
         text = f"--- step {step}, sequence {number} of {n_sequences}\n{tokenizer.decode(ids)}\n"
-        print(printable(text) if sys.stdout.isatty() else text)
+        say(printable(text) if sys.stdout.isatty() else text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,6 +57,9 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, paths: list[Path
         stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
         stories = itertools.islice(stories, 0, None, every)
         call_interruptibly(lambda: tokenizer.train_from_iterator(stories, trainer))
+    if (n_pieces := tokenizer.get_vocab_size()) < vocab_size:
+        why = "no pair of pieces occurs twice in what is left of the text"
+        note(f"the tokenizer has {n_pieces:,} pieces, not {vocab_size:,}: {why}; more text gives more")
     spec = json.loads(tokenizer.to_str())
     spec["pre_tokenizer"] = None  # as in Llama's tokenizer, where only the merges decide
     # byte pieces are not special tokens: a text that spells "<0x41>" has these six characters
