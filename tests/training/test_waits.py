@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
 # each reads a tensor's values, for which the host would wait if the tensor lay on a GPU
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero")
-# These read what lies on the CPU in every run: a batch before it is copied to the device, statistics after they
+# These read what lies on the CPU in every run: a batch before it is on the device, statistics after they
 # were; the last four act when the steps are done.
 OF_THE_CPU = ("data/batches.py", "kernels/cpu.py", "balance.py")
 OF_THE_CPU += ("checkpoints/", "generation/", "kernels/decode.py", "tokenizer.py")
