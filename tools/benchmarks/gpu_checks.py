@@ -1,6 +1,6 @@
 """The checks of measure_gpu.py: is what a device computes right, and does a step wait for it?
 
-Run: uv run python -m tools.benchmarks.gpu_checks --part check --out check.json
+Run: uv run python tools/benchmarks/gpu_checks.py --part check --out check.json
 """
 
 import collections
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe.cli import run_script
+from tools.benchmarks.gpu_parts import GpuPart
 from tools.benchmarks.machine import machine, parse
 
 # Of the norm of the difference over that of what is right: bf16 keeps 8 bits, and a token whose experts
@@ -195,9 +196,9 @@ def driver() -> dict[str, Any]:
 def sync(settings: Any, records: Any) -> bool:
     """Add whether a step waits for the device, eager and compiled, and where the loop of a run does."""
     from litgpt_moe.hardware import default_precision
-    from tools.benchmarks.gpu_step import TrainStep, shorter
+    from tools.benchmarks.gpu_step import TrainStep, model_config, shorter
 
-    config = shorter(settings.config(), 2)
+    config = shorter(model_config(settings.model_config, settings.device), 2)
 
     def steps(is_compiled: bool) -> dict[str, Any]:
         step = TrainStep(config, settings.device, default_precision(settings.device), is_compiled)
@@ -234,14 +235,16 @@ def sync_debug_mode(mode: str, device: str) -> Any:
 
 def waits_of_loop(settings: Any) -> dict[str, int]:
     """Return where a run's own loop waits for the device, and how often."""
-    from tools.benchmarks.gpu_step import shorter
+    from tools.benchmarks.gpu_step import model_config, shorter
     from tools.benchmarks.train_contestants import make_run, step_ends, train_ours, write_tokenizer
     from tools.benchmarks.train_settings import TrainBenchmark
 
     benchmark = TrainBenchmark(steps=2, micro_batch_size=1, accumulation=2, compile="off")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         write_tokenizer(Path(folder))
-        run = make_run(benchmark, shorter(settings.config(), 2), Path(folder))
+        run = make_run(
+            benchmark, shorter(model_config(settings.model_config, settings.device), 2), Path(folder)
+        )
         warnings.simplefilter("always")
         with sync_debug_mode("warn", settings.device):
             step_ends(lambda: train_ours(run))
@@ -251,9 +254,9 @@ def waits_of_loop(settings: Any) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return 0; 1 if a check is not right."""
-    from tools.benchmarks.gpu_step import GpuPart, Records
-
     settings: GpuPart = parse(__doc__, GpuPart, argv)
+    from tools.benchmarks.gpu_step import Records  # not at the top: it imports torch
+
     parts = {"check": check, "sync": sync}
     return 0 if parts[settings.part](settings, Records(settings.out)) else 1
 

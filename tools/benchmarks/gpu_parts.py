@@ -2,12 +2,31 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tools.benchmarks.machine import ROOT
 
 CHECKS, SPEED = ("-m", "tools.benchmarks.gpu_checks"), ("-m", "tools.benchmarks.gpu_speed")
 # of rehearsals: what `gpu_step.TINY` is for the other parts
 TINY = "n_layer=1 n_embd=32 n_head=2 n_expert=4 n_expert_per_token=2 moe_intermediate_size=16 block_size=32"
+
+
+@dataclass(frozen=True)
+class GpuPart:
+    """The settings of a part of measure_gpu.py."""
+
+    part: str = ""
+    """What to do."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What to compute on; on a CPU the models are tiny."""
+    model_config: Path = ROOT / "configs/moe_200m.yaml"
+    """Model configuration."""
+    micro_batch_sizes: str = "16"
+    """Sequences of a micro-batch, one size after the other."""
+    steps: int = 10
+    """Timed steps of each size."""
+    out: Path = Path("part.json")
+    """JSON file, written whole after each result."""
 
 
 @dataclass(frozen=True)

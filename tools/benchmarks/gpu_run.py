@@ -1,6 +1,7 @@
 """Runs the parts of measure_gpu.py, each in a process with a budget, and keeps their results."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -126,10 +127,12 @@ def _read(path: Path) -> Any:
 
 def measure(settings: MeasureGpu) -> str:
     """Run the parts; return what to print at the end. WorkFailed if nothing can be run."""
-    out = settings.out or results_path(__file__, settings.device)
+    out = settings.out or results_path(str(ROOT / "tools/benchmarks/measure_gpu.py"), settings.device)
+    own = sys.executable if importlib.util.find_spec("transformers") else ""
+    hf_python = settings.hf_python or own
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        parts = parts_of(settings.device, folder, settings.hf_python, settings.budget_share)
+        parts = parts_of(settings.device, folder, hf_python, settings.budget_share)
         wanted = settings.only.split(",") if settings.only else [part.name for part in parts]
         if unknown := [name for name in wanted if name not in [part.name for part in parts]]:
             raise ValueError(f"--only {unknown[0]!r}: choose of {', '.join(part.name for part in parts)}")

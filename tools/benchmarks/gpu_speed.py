@@ -1,6 +1,6 @@
 """The speed of whole steps for measure_gpu.py: tokens/s, MFU and memory by micro-batch, time by kernel.
 
-Run: uv run python -m tools.benchmarks.gpu_speed --part steps --micro_batch_sizes 16,32 --out steps.json
+Run: uv run python tools/benchmarks/gpu_speed.py --part steps --micro_batch_sizes 16,32 --out steps.json
 
 Each model is compiled anew for each size of micro-batch. `--part profile` adds the kernels of a step.
 """
@@ -9,6 +9,7 @@ import statistics
 from typing import Any
 
 from litgpt_moe.cli import run_script
+from tools.benchmarks.gpu_parts import GpuPart
 from tools.benchmarks.machine import parse
 
 N_KERNELS = 30  # listed of a profile
@@ -71,7 +72,7 @@ def steps(settings: Any, records: Any) -> bool:
     import torch
 
     from litgpt_moe.hardware import default_precision, peak_flops
-    from tools.benchmarks.gpu_step import TrainStep
+    from tools.benchmarks.gpu_step import TrainStep, model_config
 
     device = settings.device
     precision = default_precision(device)
@@ -81,7 +82,7 @@ def steps(settings: Any, records: Any) -> bool:
         "maker": peak_flops(torch.device(device), precision),
     }
     records.add("peak TFLOP/s", {name: round(peak / 1e12, 2) for name, peak in peaks.items()})
-    config, step, works = settings.config(), None, True
+    config, step, works = model_config(settings.model_config, settings.device), None, True
     for size in map(int, settings.micro_batch_sizes.split(",")):
         torch._dynamo.reset()
         step = TrainStep(config, device, precision)
@@ -123,9 +124,9 @@ def kernels(step: Any, micro_batch_size: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return 0; 1 if a size failed."""
-    from tools.benchmarks.gpu_step import GpuPart, Records
-
     settings: GpuPart = parse(__doc__, GpuPart, argv)
+    from tools.benchmarks.gpu_step import Records  # not at the top: it imports torch
+
     return 0 if steps(settings, Records(settings.out)) else 1
 
 

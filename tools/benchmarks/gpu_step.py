@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from litgpt.model import GPT
@@ -34,28 +34,6 @@ TINY = {
     "padded_vocab_size": 512,
 }
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 0.1}}
-
-
-@dataclass(frozen=True)
-class GpuPart:
-    """The settings of a part of measure_gpu.py."""
-
-    part: str = ""
-    """What to do."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """What to compute on; on a CPU the models are tiny."""
-    model_config: Path = ROOT / "configs/moe_200m.yaml"
-    """Model configuration."""
-    micro_batch_sizes: str = "16"
-    """Sequences of a micro-batch, one size after the other."""
-    steps: int = 10
-    """Timed steps of each size."""
-    out: Path = Path("part.json")
-    """JSON file, written whole after each result."""
-
-    def config(self) -> MoEConfig:
-        """Return the model's configuration."""
-        return model_config(self.model_config, self.device)
 
 
 def model_config(path: str | Path, device: str) -> MoEConfig:

@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     """Return 0; 2 after a message when something is missing."""
     settings = parse(__doc__, LayerBenchmark, argv)
     if argv is None and sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+        # orig_argv: started by -m it is a module, whose path alone is no command
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
     return run_command(lambda: f"\nWritten to {run(settings)}")
 
 

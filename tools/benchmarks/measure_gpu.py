@@ -1,6 +1,6 @@
 """Check and measure on a GPU all that needs one, in ten minutes: what tells most comes first.
 
-Run: uv run python -m tools.benchmarks.measure_gpu     (10 min with CUDA; --device cpu rehearses it in 3)
+Run: uv run python tools/benchmarks/measure_gpu.py     (10 min with CUDA; --device cpu rehearses it in 3)
 
 The first minute tells whether training works and is right: compiled, eager and the CPU must agree. Then: a
 step that must not wait for the device, a short real run, steps of the shipped models with MFU, memory and a
@@ -36,14 +36,11 @@ def with_wheels(wheels: Path, minutes: float, argv: list[str]) -> int:
             return 1
         left = minutes - (time.monotonic() - began) / 60
         # this Python's own packages, not the wheels, are Transformers'
-        flags = ["--minutes", f"{left:.2f}", "--hf_python", hf_python()]
+        flags = ["--minutes", f"{left:.2f}"]
+        if importlib.util.find_spec("transformers"):
+            flags += ["--hf_python", sys.executable]
         root = Path(__file__).parents[2]
         return subprocess.run([str(python), "-m", MODULE, *argv, *flags], cwd=root, check=False).returncode
-
-
-def hf_python() -> str:
-    """Return this Python if it has Transformers, else ""."""
-    return sys.executable if importlib.util.find_spec("transformers") else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return with_wheels(own.wheels.resolve(), own.minutes, [_whole(word) for word in others])
     from tools.benchmarks import gpu_run  # needs the packages
 
-    return gpu_run.main([*argv, *([] if "--hf_python" in argv else ["--hf_python", hf_python()])], __doc__)
+    return gpu_run.main(argv, __doc__)
 
 
 def _whole(word: str) -> str:
