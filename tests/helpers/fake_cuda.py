@@ -36,13 +36,13 @@ def run_bodies(patch: pytest.MonkeyPatch) -> Started:
 
 
 @contextlib.contextmanager
-def fake_gpu(capability: tuple[int, int]) -> Iterator[Started]:
+def fake_gpu(capability: tuple[int, int], with_bodies: bool = True) -> Iterator[Started]:
     """A GPU of this compute capability: what is created is fake and lies there; `.item()` and such raise.
 
-    Yields the grids of the Triton kernels that would be started.
+    Yields the grids of the Triton kernels that would be started, if operators run `with_bodies`.
     """
     with pytest.MonkeyPatch.context() as patch:
-        started = run_bodies(patch)
+        started = run_bodies(patch) if with_bodies else Started()
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: capability >= (8, 0))
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

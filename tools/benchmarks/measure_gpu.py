@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     own, others = first.parse_known_args(argv)
     if own.wheels is not None:
         return with_wheels(own.wheels.resolve(), own.minutes, [_whole(word) for word in others])
-    from tools.benchmarks import gpu_run  # needs the packages
+    from tools.benchmarks.gpu_run import main as run_parts  # needs the packages
 
-    return gpu_run.main(argv, __doc__)
+    return run_parts(argv, __doc__)
 
 
 def _whole(word: str) -> str:

@@ -1,0 +1,78 @@
+"""Inductor's code for a GPU that is not there: the graph of a whole training step, and its Triton kernels."""
+
+import contextlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config as inductor_config
+import torch._subclasses.fake_tensor as fake_tensor
+from torch._inductor import async_compile, compile_fx
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from litgpt_moe.hardware import avoid_wrong_gradients
+
+RTX_3090 = types.SimpleNamespace(
+    name="NVIDIA GeForce RTX 3090",
+    type="cuda",
+    index=0,
+    major=8,
+    minor=6,
+    multi_processor_count=82,
+    warp_size=32,
+    max_threads_per_block=1024,
+    max_threads_per_multi_processor=1536,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=101376,
+    L2_cache_size=6 << 20,
+    total_memory=24 << 30,
+)
+
+
+def trace(step: Callable[..., Any], fakes: list[torch.Tensor]) -> torch.fx.GraphModule:
+    """Return the graph of `step` in the operators that Inductor takes; call it where the fakes' mode is on."""
+    return make_fx(step, decomposition_table=select_decomp_table())(*fakes)
+
+
+def kernels_of(graph: torch.fx.GraphModule, fakes: list[torch.Tensor]) -> list[str]:
+    """Return the sources of the Triton kernels that Inductor makes of a graph, for an RTX 3090.
+
+    `fakes` are its inputs, fake tensors on CUDA. Nothing is started, nor compiled by Triton.
+    """
+    sources: list[str] = []
+
+    def note(_: Any, name: str, source: str, **__: Any) -> None:
+        sources.append(source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch)
+        patch.setattr(async_compile.AsyncCompile, "triton", note)
+        patch.setattr(async_compile.AsyncCompile, "wait", lambda *_: None)
+        avoid_wrong_gradients()
+        with inductor_config.patch(compile_threads=1, force_disable_caches=True):
+            compile_fx.compile_fx_inner(graph, fakes)
+    return sources
+
+
+def pretend(patch: pytest.MonkeyPatch) -> None:
+    """Answer what Inductor asks of the driver."""
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "synchronize": lambda *_: None,
+        "get_device_properties": lambda *_: RTX_3090,
+        "get_device_capability": lambda *_: (RTX_3090.major, RTX_3090.minor),
+        "_get_device_properties": lambda *_: RTX_3090,
+        "_exchange_device": lambda _: 0,
+        "_maybe_exchange_device": lambda _: 0,
+        "_lazy_init": lambda: None,
+    }
+    for name, answer in answers.items():
+        patch.setattr(torch.cuda, name, answer, raising=False)
+    patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
+    patch.setattr(compile_fx.dynamo_utils, "preserve_rng_state", contextlib.nullcontext)

@@ -1,0 +1,65 @@
+"""The kernels that Inductor makes of a whole training step, for a GPU that is not there."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from helpers.fake_cuda import backward, fake_gpu
+from litgpt.model import GPT
+
+from litgpt_moe import balance
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.loss import defer_head, linear_cross_entropy
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.slow]
+
+
+def kernels_of_a_step(**config: Any) -> list[str]:
+    """Return the sources of the kernels of forward, loss and backward."""
+    from helpers.inductor import kernels_of, trace  # not at the top: Inductor's import takes seconds
+
+    with pytest.MonkeyPatch.context() as patch, fake_gpu((8, 6), with_bodies=False):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = GPT(MoEConfig(**{**TINY_CONFIG, "n_embd": 64, "moe_intermediate_size": 32, **config}))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        balance.set_balance(model, aux_loss_coef=0.01, z_loss_coef=0.001)
+        head = defer_head(model)
+        names = [name for name, _ in model.named_parameters()]
+
+        def step(tokens: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+            leaves = [weight.detach().requires_grad_() for weight in weights]
+            by_name = dict(zip(names, leaves, strict=True))
+            hidden = torch.func.functional_call(model, by_name, (tokens,))
+            loss = linear_cross_entropy(hidden, by_name["lm_head.weight"], tokens)
+            backward(loss)
+            return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+        assert head is not None
+        # what a graph of torch.compile takes
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        tokens = torch.zeros(2, 64, dtype=torch.int64)
+        fakes = [tokens, *(weight.detach() for weight in model.parameters())]
+        graph = trace(step, fakes)
+    return kernels_of(graph, fakes)
+
+
+@functools.cache
+def n_kernels(**config: Any) -> int:
+    return len(kernels_of_a_step(**config))
+
+
+def test_the_number_of_kernels_does_not_grow_with_the_experts() -> None:
+    few, many = n_kernels(n_expert=4), n_kernels(n_expert=16)
+    print(few, many)
+    assert few == many > 10
+
+
+def test_a_layer_takes_a_few_dozen_kernels() -> None:
+    per_layer = n_kernels(n_expert=4, n_layer=3) - n_kernels(n_expert=4)
+    print(per_layer)
+    assert 5 < per_layer <= 40
