@@ -14,6 +14,24 @@ from litgpt_moe.kernels import grouped_mm, rows, triton
 OPERATORS = (triton._expert_rows, triton._expert_matrices, rows._exact_product)
 
 
+class Driver:
+    """What Triton asks of a driver to compile for `arch`, without a device to ask."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends import compiler  # not every machine has Triton
+
+        return compiler.GPUTarget("cuda", self.arch, 32)
+
+
 class Started:
     """A kernel whose start is noted and not done."""
 

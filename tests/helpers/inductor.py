@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 import torch._subclasses.fake_tensor as fake_tensor
+from helpers.fake_cuda import Driver
 from torch._inductor import async_compile, compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from triton.runtime import driver
 
 from litgpt_moe.hardware import avoid_wrong_gradients
 
@@ -33,9 +35,26 @@ RTX_3090 = types.SimpleNamespace(
 )
 
 
-def trace(step: Callable[..., Any], fakes: list[torch.Tensor]) -> torch.fx.GraphModule:
-    """Return the graph of `step` in the operators that Inductor takes; call it where the fakes' mode is on."""
-    return make_fx(step, decomposition_table=select_decomp_table())(*fakes)
+def trace(
+    step: Callable[..., Any], fakes: list[torch.Tensor]
+) -> tuple[torch.fx.GraphModule, list[torch.Tensor]]:
+    """Return the graph of `step` in the operators that Inductor takes, and its inputs; in the fakes' mode.
+
+    What the step reads beside its arguments, such as buffers, becomes an input too: of a constant Inductor
+    reads the values, which a fake tensor has not.
+    """
+    module = make_fx(step, decomposition_table=select_decomp_table())(*fakes)
+    inputs, nodes = list(fakes), list(module.graph.nodes)
+    last = [node for node in nodes if node.op == "placeholder"][-1]
+    for node in [node for node in nodes if node.op == "get_attr"]:
+        with module.graph.inserting_after(last):
+            last = module.graph.placeholder(f"read_{len(inputs)}")
+        inputs.append(getattr(module, node.target))
+        last.meta["val"] = inputs[-1]
+        node.replace_all_uses_with(last)
+        module.graph.erase_node(node)
+    module.recompile()
+    return module, inputs
 
 
 def kernels_of(graph: torch.fx.GraphModule, fakes: list[torch.Tensor]) -> list[str]:
@@ -74,5 +93,6 @@ def pretend(patch: pytest.MonkeyPatch) -> None:
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, answer, raising=False)
+    patch.setattr(driver, "_active", Driver(10 * RTX_3090.major + RTX_3090.minor))
     patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
     patch.setattr(compile_fx.dynamo_utils, "preserve_rng_state", contextlib.nullcontext)

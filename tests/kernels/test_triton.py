@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from helpers.fake_cuda import Driver
 from helpers.layers import GROUPS, pair, run
 from litgpt.model import GPT, LLaMAMoE
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,22 +187,6 @@ def test_flops_are_those_of_the_active_experts(device: str) -> None:
 
 
 # --- compiled for GPUs that are not there -------------------------------------------------------------------
-
-
-class Driver:
-    """What Triton asks of a driver to compile for `arch`, without a device to ask."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
 
 
 class Compiled:

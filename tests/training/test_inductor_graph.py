@@ -11,14 +11,14 @@ from litgpt.model import GPT
 
 from litgpt_moe import balance
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.loss import defer_head, linear_cross_entropy
+from litgpt_moe.loss import defer_head
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.slow]
 
 
 def kernels_of_a_step(**config: Any) -> list[str]:
-    """Return the sources of the kernels of forward, loss and backward."""
+    """Return the sources of the kernels of a model's forward and backward."""
     from helpers.inductor import kernels_of, trace  # not at the top: Inductor's import takes seconds
 
     with pytest.MonkeyPatch.context() as patch, fake_gpu((8, 6), with_bodies=False):
@@ -28,24 +28,24 @@ def kernels_of_a_step(**config: Any) -> list[str]:
         finally:
             torch.set_default_dtype(torch.float32)
         balance.set_balance(model, aux_loss_coef=0.01, z_loss_coef=0.001)
-        head = defer_head(model)
+        assert defer_head(model) is not None
         names = [name for name, _ in model.named_parameters()]
 
-        def step(tokens: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+        def step(tokens: torch.Tensor, grad: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
             leaves = [weight.detach().requires_grad_() for weight in weights]
             by_name = dict(zip(names, leaves, strict=True))
             hidden = torch.func.functional_call(model, by_name, (tokens,))
-            loss = linear_cross_entropy(hidden, by_name["lm_head.weight"], tokens)
-            backward(loss)
-            return [loss.detach(), *(leaf.grad for leaf in leaves)]
+            # the loss, which is not compiled in training, has a backward of its own
+            backward((hidden * grad).sum())
+            return [hidden.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-        assert head is not None
         # what a graph of torch.compile takes
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         tokens = torch.zeros(2, 64, dtype=torch.int64)
-        fakes = [tokens, *(weight.detach() for weight in model.parameters())]
-        graph = trace(step, fakes)
-    return kernels_of(graph, fakes)
+        grad = torch.zeros(2, 64, 64, dtype=torch.bfloat16)
+        fakes = [tokens, grad, *(weight.detach() for weight in model.parameters())]
+        graph, inputs = trace(step, fakes)
+    return kernels_of(graph, inputs)
 
 
 @functools.cache
@@ -54,12 +54,11 @@ def n_kernels(**config: Any) -> int:
 
 
 def test_the_number_of_kernels_does_not_grow_with_the_experts() -> None:
-    few, many = n_kernels(n_expert=4), n_kernels(n_expert=16)
-    print(few, many)
-    assert few == many > 10
+    few, many = n_kernels(n_expert=16), n_kernels(n_expert=32)
+    assert 10 < many <= few
 
 
-def test_a_layer_takes_a_few_dozen_kernels() -> None:
-    per_layer = n_kernels(n_expert=4, n_layer=3) - n_kernels(n_expert=4)
-    print(per_layer)
-    assert 5 < per_layer <= 40
+def test_a_layer_takes_two_dozen_kernels() -> None:
+    # torch 2.10: 21; beside them it starts 5 GEMMs of attention, its flash kernels, and 6 of ours
+    per_layer = n_kernels(n_expert=16, n_layer=3) - n_kernels(n_expert=16)
+    assert 5 < per_layer <= 25, per_layer
