@@ -12,6 +12,7 @@ import torch._subclasses.fake_tensor as fake_tensor
 from helpers.fake_cuda import Driver
 from torch._inductor import async_compile, compile_fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime import driver
 
@@ -57,24 +58,22 @@ def trace(
     return module, inputs
 
 
-def kernels_of(graph: torch.fx.GraphModule, fakes: list[torch.Tensor]) -> list[str]:
-    """Return the sources of the Triton kernels that Inductor makes of a graph, for an RTX 3090.
+def code_of(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> str:
+    """Return the code that Inductor makes of a graph, for an RTX 3090; its fake inputs lie on CUDA.
 
-    `fakes` are its inputs, fake tensors on CUDA. Nothing is started, nor compiled by Triton.
+    Nothing is started, nor compiled by Triton.
     """
-    sources: list[str] = []
-
-    def note(_: Any, name: str, source: str, **__: Any) -> None:
-        sources.append(source)
-
+    codes: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch)
-        patch.setattr(async_compile.AsyncCompile, "triton", note)
+        patch.setattr(GraphLowering, "save_output_code", staticmethod(codes.append))
+        patch.setattr(async_compile.AsyncCompile, "triton", lambda *_, **__: None)
         patch.setattr(async_compile.AsyncCompile, "wait", lambda *_: None)
         avoid_wrong_gradients()
         with inductor_config.patch(compile_threads=1, force_disable_caches=True):
-            compile_fx.compile_fx_inner(graph, fakes)
-    return sources
+            compile_fx.compile_fx_inner(graph, inputs)
+    (code,) = codes
+    return code
 
 
 def pretend(patch: pytest.MonkeyPatch) -> None:

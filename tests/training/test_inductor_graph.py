@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.slow]
 
 
-def kernels_of_a_step(**config: Any) -> list[str]:
-    """Return the sources of the kernels of a model's forward and backward."""
-    from helpers.inductor import kernels_of, trace  # not at the top: Inductor's import takes seconds
+def code_of_a_step(**config: Any) -> str:
+    """Return Inductor's code of a model's forward and backward."""
+    from helpers.inductor import code_of, trace  # not at the top: Inductor's import takes seconds
 
     with pytest.MonkeyPatch.context() as patch, fake_gpu((8, 6), with_bodies=False):
         torch.set_default_dtype(torch.bfloat16)
@@ -45,20 +45,20 @@ def kernels_of_a_step(**config: Any) -> list[str]:
         grad = torch.zeros(2, 64, 64, dtype=torch.bfloat16)
         fakes = [tokens, grad, *(weight.detach() for weight in model.parameters())]
         graph, inputs = trace(step, fakes)
-    return kernels_of(graph, inputs)
+    return code_of(graph, inputs)
 
 
 @functools.cache
 def n_kernels(**config: Any) -> int:
-    return len(kernels_of_a_step(**config))
+    """Return how many Triton kernels of Inductor's a step starts; beside them there are GEMMs and operators."""
+    return code_of_a_step(**config).partition("def call(")[2].count(".run(")
 
 
 def test_the_number_of_kernels_does_not_grow_with_the_experts() -> None:
-    few, many = n_kernels(n_expert=16), n_kernels(n_expert=32)
-    assert 10 < many <= few
+    assert 10 < n_kernels(n_expert=32) <= n_kernels(n_expert=16)
 
 
-def test_a_layer_takes_two_dozen_kernels() -> None:
-    # torch 2.10: 21; beside them it starts 5 GEMMs of attention, its flash kernels, and 6 of ours
+def test_a_layer_takes_a_few_dozen_kernels() -> None:
+    # 34 with torch 2.10; attention is computed by its formula, because fake tensors choose no flash attention
     per_layer = n_kernels(n_expert=16, n_layer=3) - n_kernels(n_expert=16)
-    assert 5 < per_layer <= 25, per_layer
+    assert 10 < per_layer <= 40, per_layer
