@@ -13,7 +13,7 @@ from typing import Any
 
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
-from litgpt_moe.files import open_whole, write_json
+from litgpt_moe.files import check_replaceable, open_whole, read_json, write_json
 
 JSON_NAME, PNG_NAME = "routing.json", "routing.png"
 
@@ -50,6 +50,7 @@ def check(settings: InspectSettings, text: Path) -> None:
     for path in (settings.out / JSON_NAME, settings.out / PNG_NAME):
         if path.exists() and not settings.overwrite:
             raise FileExistsError(f"{path} exists; add --overwrite or name another --out")
+        check_replaceable(path, ".png", is_own=lambda path: {"overlap", "layers"} <= read_json(path).keys())
 
 
 def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe import __version__
+from litgpt_moe.checkpoints.layout import check_no_place_of_run
 from litgpt_moe.cli import note
 from litgpt_moe.data.demo_stories import write_demo_corpus
 from litgpt_moe.data.download import download_tinystories
@@ -46,6 +47,7 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     """
     check_settings(settings)
     check_memory_limit()
+    check_no_place_of_run(settings.data_dir)
     if settings.dataset == "custom":
         list_text(settings.data_dir)  # the lock below would create a folder with a mistyped name
     # TinyStories is downloaded together with a tokenizer

@@ -61,6 +61,10 @@ def test_another_tokenizer_is_only_replaced_on_request(
     wanted = dataclasses.replace(settings, tokenizer_dir=folder, train_tokenizer=340)
     with pytest.raises(ValueError, match="--overwrite replaces it"):
         prepare(wanted)
+    (folder / "lit_model.pth").touch()
+    with pytest.raises(ValueError, match="holds a model, whose tokenizer is not replaced; name another"):
+        prepare(dataclasses.replace(wanted, overwrite=True))
+    (folder / "lit_model.pth").unlink()
     assert prepare(dataclasses.replace(wanted, overwrite=True))["tokenizer"]["vocab_size"] == 340
     before = snapshot(folder)
     prepare(wanted)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, wait_until
 
-from tools.benchmarks import generate, gpu_parts, gpu_run, gpu_wheels, layer, machine, measure_gpu, train
+from tools.benchmarks import gpu_parts, gpu_run, gpu_wheels, layer, machine, measure_gpu, train
 from tools.benchmarks.gpu_parts import Part, parts_of
 from tools.benchmarks.gpu_run import MeasureGpu, Measurement
 
@@ -80,10 +80,11 @@ def test_the_parts_are_commands_that_the_scripts_take(device: str, tmp_path: Pat
             assert (ROOT / f"{script.replace('.', '/')}.py").is_file()
         for word in command:
             assert "{" not in word and (not word.startswith("configs/") or (ROOT / word).is_file())
-    flags = {name: parts[name].commands[0][2:] for name in ("layer", "train_200m", "generate")}
+    flags = {name: parts[name].commands[0][2:] for name in ("layer", "train_200m", "generate", "check")}
     assert machine.parse("", layer.LayerBenchmark, flags["layer"]).hf_python == "/usr/bin/python3"
     train.parse(flags["train_200m"])
-    machine.parse("", generate.GenerateBenchmark, flags["generate"])
+    for name in ("generate", "check"):
+        assert machine.parse("", gpu_parts.GpuPart, flags[name]).device == device
     assert sum(each.budget_s for each in parts.values()) < 900
     assert any(path.endswith("test_triton.py") for path in gpu_parts.tests_on_gpu())
 
@@ -147,5 +148,6 @@ def test_a_rehearsal_runs_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert parts["sync"]["results"]["compiled step"] == {"right": True}
     assert any("kernels of MoE-200M" in name for name in parts["steps_200m"]["results"])
     assert parts["train_200m"]["results"]["of_stock"] > 0
-    assert parts["generate"]["results"]["tokens_equal"] is True
+    ours, stock = (parts["generate"]["results"][f"{name}, MoE-200M, 32-true"] for name in ("ours", "stock"))
+    assert ours["tokens"] == stock["tokens"]
     assert gpu_run._read(tmp_path / "none.json") is None

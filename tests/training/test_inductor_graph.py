@@ -50,7 +50,7 @@ def code_of_a_step(**config: Any) -> str:
 
 @functools.cache
 def n_kernels(**config: Any) -> int:
-    """Return how many Triton kernels of Inductor's a step starts; beside them there are GEMMs and operators."""
+    """Return how many of Inductor's Triton kernels a step starts; GEMMs and operators come on top."""
     return code_of_a_step(**config).partition("def call(")[2].count(".run(")
 
 

@@ -47,7 +47,7 @@ def a_run(out_dir: Path, resume: object = None, **settings: Any) -> Any:
         data_dir=None,
         config=config,
         resume=resume,
-        tokens_per_step=256,
+        tokens_at=lambda step: step * 256,
     )
 
 

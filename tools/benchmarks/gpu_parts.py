@@ -77,7 +77,7 @@ def parts_of(device: str, folder: Path, hf_python: str, budget_share: float) -> 
     add("train_200m", 90, _train(is_cpu, "configs/moe_200m.yaml"))
     add("steps_30m", 50, speed("steps_30m", "configs/moe_30m_debug.yaml", "64,128"))
     add("steps_400m", 80, speed("steps_400m", "configs/moe_400m.yaml", "16,32"))
-    add("generate", 40, _generate(device))
+    add("generate", 40, speed("generate", "configs/moe_200m.yaml", "1", "generate"))
     add("tests", 120, ["-m", "pytest", "-m", "gpu", "-n", "0", "-q", *tests_on_gpu()])
     return parts
 
@@ -119,19 +119,3 @@ def _train(is_cpu: bool, config: str) -> list[object]:
     if is_cpu:
         return [*command, "--steps", 1, "--compile", "off", "--override", *TINY.split()]
     return [*command, "--steps", 10, "--micro_batch_size", 16]
-
-
-def _generate(device: str) -> list[object]:
-    config = "configs/demo_model.yaml" if device == "cpu" else "configs/moe_200m.yaml"
-    size = ["--max_tokens", 4, "--rounds", 1] if device == "cpu" else ["--rounds", 3]
-    return [
-        "-m",
-        "tools.benchmarks.generate",
-        "--device",
-        device,
-        "--config",
-        config,
-        *size,
-        "--json",
-        "{out}",
-    ]

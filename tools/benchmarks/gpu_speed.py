@@ -122,12 +122,58 @@ def kernels(step: Any, micro_batch_size: int) -> dict[str, Any]:
     return {"all_ms": round(whole, 2), "calls": n_calls, "longest": longest}
 
 
+def generate(settings: Any, records: Any) -> bool:
+    """Add the tokens/s of our decoding and of stock LitGPT's: one text, greedy, equal weights."""
+    import torch
+    from litgpt.config import Config
+    from litgpt.generate.base import generate_fn
+    from litgpt.model import GPT
+
+    from litgpt_moe.balance import BIAS_NAME
+    from litgpt_moe.generation import decode
+    from litgpt_moe.generation.settings import Sampling
+    from litgpt_moe.hardware import DTYPES, default_precision
+    from tools.benchmarks.gpu_step import build_model, model_config, now
+
+    device, config = settings.device, model_config(settings.model_config, settings.device)
+    precision = default_precision(device)
+    ours = build_model(config, device, precision).requires_grad_(False).eval()
+    keys = Config.__annotations__
+    stock = GPT(Config(**{key: value for key, value in vars(config).items() if key in keys}))
+    stock = stock.to(device, DTYPES[precision]).requires_grad_(False).eval()
+    stock.load_state_dict({name: value for name, value in ours.state_dict().items() if BIAS_NAME not in name})
+    n_tokens, prompt = (4, [1, 2, 3]) if device == "cpu" else (128, list(range(1, 17)))
+
+    def of_stock() -> list[int]:
+        total = len(prompt) + n_tokens
+        stock.max_seq_length = total
+        stock.set_kv_cache(batch_size=1, device=torch.device(device))
+        ids = torch.tensor(prompt, device=device)
+        options = {"temperature": 0.0, "include_prompt": False, "include_eos": True}
+        return [int(token) for token in generate_fn(stock, ids, total, **options)]
+
+    def of_ours() -> list[int]:
+        return list(decode.generate(decode.make_decoder(ours), prompt, n_tokens, Sampling(temperature=0.0)))
+
+    for name, continuation in (("ours", of_ours), ("stock", of_stock)):
+
+        def rate(continuation: Any = continuation) -> dict[str, Any]:
+            continuation()
+            began = now(device)
+            tokens = continuation()
+            return {"tokens_per_s": round(len(tokens) / (now(device) - began), 1), "tokens": tokens[:20]}
+
+        records.attempt(f"{name}, {config.name}, {precision}", rate)
+    return all("failed" not in result for result in records.values.values())
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Return 0; 1 if a size failed."""
+    """Return 0; 1 if something failed."""
     settings: GpuPart = parse(__doc__, GpuPart, argv)
     from tools.benchmarks.gpu_step import Records  # not at the top: it imports torch
 
-    return 0 if steps(settings, Records(settings.out)) else 1
+    part = generate if settings.part == "generate" else steps
+    return 0 if part(settings, Records(settings.out)) else 1
 
 
 if __name__ == "__main__":
