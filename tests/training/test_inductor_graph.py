@@ -55,7 +55,8 @@ def n_kernels(**config: Any) -> int:
 
 
 def test_the_number_of_kernels_does_not_grow_with_the_experts() -> None:
-    assert 10 < n_kernels(n_expert=32) <= n_kernels(n_expert=16)
+    # in two layers; a kernel for each expert would be 32 more
+    assert 10 < n_kernels(n_expert=32) < n_kernels(n_expert=16) + 4
 
 
 def test_a_layer_takes_a_few_dozen_kernels() -> None:
