@@ -45,7 +45,7 @@ class EvaluateSettings:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
-    """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
+    """auto (bf16-true where CUDA has it, else 32-true), 32-true, bf16-true, 16-true."""
     quantize: Literal["none", "int8"] = "none"
     """int8 = round the weights as generate.py does with this flag, to measure what it costs."""
     seed: int = 42

@@ -15,6 +15,7 @@ from litgpt_moe.balance import layers_of
 from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.generation.decoder import Read, Routing
 from litgpt_moe.generation.quantization import quantize_rows
+from litgpt_moe.threads import free_threads
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 MLP_CLASSES = ("LLaMAMoE", "LLaMAMLP")
@@ -128,7 +129,7 @@ class NativeDecoder:
                 cache.n_read += 1
         routing = torch.empty(len(rows) * sum(self._routers)) if with_routing else None
         routing_at = None if routing is None else routing.data_ptr()
-        struct, n_threads = ctypes.byref(self._struct), torch.get_num_threads()
+        struct, n_threads = ctypes.byref(self._struct), free_threads()
         if self._step(struct, (_Row * len(rows))(*rows), len(rows), n_threads, logits.data_ptr(), routing_at):
             raise MemoryError
         return Read(logits, [] if routing is None else self._routing(routing, len(rows)))

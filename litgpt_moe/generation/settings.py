@@ -62,7 +62,7 @@ class GenerateSettings:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
-    """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
+    """auto (bf16-true where CUDA has it, else 32-true), 32-true, bf16-true, 16-true."""
     engine: Literal["auto", "native", "torch"] = "auto"
     """auto, native (code compiled once by this machine's C++ compiler; CPU), torch (works everywhere)."""
     quantize: Literal["none", "int8"] = "none"

@@ -113,8 +113,10 @@ def _outcome(hooks: "LoopHooks", batch: torch.Tensor) -> Outcome:
     length = hooks.gpt.max_seq_length
     output = hooks.module(batch[:, :length].contiguous().long())
     loss = pretrain.chunked_cross_entropy(output, batch[:, 1 : length + 1].contiguous().long())
+    # Fabric multiplies by the scale in 16-mixed, and a gradient that overflows cannot be compared
+    scale = 1.0 if hooks.scaling is None else hooks.scaling.current
     # not TrainingFabric's, which would count the loss as one of the step
-    L.Fabric.backward(hooks.fabric, loss)
+    L.Fabric.backward(hooks.fabric, loss / scale)
     gradients = [weight.grad for weight in hooks.gpt.parameters()]
     _forget(hooks)
     return loss.detach().float(), gradients

@@ -15,13 +15,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litgpt_moe.cli import WorkFailed, run_command, run_script
 from tools.benchmarks.busy import busy_process
-from tools.benchmarks.machine import ROOT, machine, parse
+from tools.benchmarks.machine import ROOT, machine, parse, recorded
 
 if TYPE_CHECKING:
     from litgpt.model import GPT
@@ -137,7 +137,7 @@ def run(settings: GenerateBenchmark) -> None:
     ours = made.our_contestants(model, config)
     draw = torch.Generator().manual_seed(settings.seed)
     prompt = torch.randint(3, model.config.vocab_size, (settings.prompt_tokens,), generator=draw).tolist()
-    report: dict[str, Any] = {"settings": asdict(settings), "machine": machine(), "cases": []}
+    report: dict[str, Any] = {"settings": recorded(settings), "machine": machine(), "cases": []}
     with tempfile.TemporaryDirectory() as folder, busy_process(settings.busy):
         ggufs = made.write_ggufs(model, ckpt_dir, Path(folder)) if python else {}
         for n_threads in range(1, settings.max_threads + 1):
