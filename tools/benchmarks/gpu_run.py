@@ -16,7 +16,7 @@ from typing import Any, Literal
 from litgpt_moe.cli import FlagParser, WorkFailed, add_flags, fail, from_flags, note, run_command
 from litgpt_moe.files import write_json
 from tools.benchmarks.gpu_parts import Part, parts_of
-from tools.benchmarks.machine import ROOT, results_path
+from tools.benchmarks.machine import ROOT, check_counts, results_path
 
 POLL_S = 1.0
 
@@ -153,6 +153,7 @@ def main(argv: list[str], description: str | None) -> int:
     parser = FlagParser(prog="measure_gpu.py", description=description)
     add_flags(parser, MeasureGpu)
     settings: MeasureGpu = from_flags(MeasureGpu, parser.parse_args(argv))
+    check_counts(parser, settings)
     import torch
 
     if settings.device == "cuda" and not torch.cuda.is_available():
