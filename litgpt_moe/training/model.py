@@ -10,6 +10,7 @@ from litgpt import GPT
 
 from litgpt_moe import balance
 from litgpt_moe.kernels.matmul import use_fast_linear
+from litgpt_moe.recompute import recompute_blocks
 from litgpt_moe.training.run import Run
 
 
@@ -20,6 +21,8 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
     """
     gpt: GPT = module.module
     use_fast_linear(gpt)
+    if run.settings.activation_checkpointing:
+        recompute_blocks(gpt)
     # LitGPT divides its own loss by the number of micro-batches, but not the loss that a layer attaches
     balance.set_balance(gpt, **asdict(run.settings.moe), scale=1 / run.accumulation)
     source = run.initial or run.resume
