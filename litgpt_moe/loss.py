@@ -74,6 +74,8 @@ class _LinearCrossEntropy(Function):
             loss -= (log_probs_SV.gather(1, targets_N1[rows]) * is_kept_N1[rows]).sum()
             if gradients is not None:
                 _add_gradients(log_probs_SV.exp_(), targets_N1, is_kept_N1, rows, x_NC, w_VC, *gradients)
+            # before the next chunk needs the memory
+            del logits_SV, log_probs_SV
         if gradients is not None:
             ctx.save_for_backward(*gradients, n_kept)
             ctx.weight_dtype = weight_VC.dtype
