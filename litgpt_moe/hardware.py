@@ -171,6 +171,11 @@ def cgroup_limits(root: Path = Path("/")) -> list[int]:
     return limits
 
 
+def gpu_bytes(n_devices: int) -> int:
+    """Return the memory of the smallest of the first CUDA devices of this machine."""
+    return min(torch.cuda.get_device_properties(n).total_memory for n in range(n_devices))
+
+
 def peak_memory_gb() -> float:
     """Return the peak memory in 1e9 bytes: the GPU's where there is one, else this process's."""
     if has_cuda():

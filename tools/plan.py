@@ -1,4 +1,4 @@
-"""Show which model fits which graphics card. Run: uv run python tools/plan.py --gpu "RTX 3060" (one minute)
+"""Show which model fits which graphics card. Run: uv run python tools/plan.py --gpu "RTX 3060" (a minute)
 
 For each shipped configuration: its parameters, and the peak memory of a training step by micro-batch size,
 without and with activation checkpointing. The step is counted tensor by tensor, which needs no GPU.
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = [ROOT / f"configs/{name}.yaml" for name in ("demo_model", "moe_30m_debug", "moe_200m", "moe_400m")]
 SIZES = (1, 2, 4, 8, 16, 32)
 SHOWN = 4  # the micro-batch size whose parts are listed
-CARDS = ["6GB", "8GB", "12GB", "24GB"]
+CARDS = ["6 GB", "8 GB", "12 GB", "24 GB"]
 PRECISIONS = ["bf16-true", "bf16-mixed", "16-mixed", "32-true"]
 MARGIN = "What fits leaves 1 GiB of the card, and 5% of the step, for CUDA, the desktop and fragmentation."
 
@@ -82,8 +82,7 @@ def text(plans: list[Plan], cards: dict[str, int]) -> str:
     lines = [
         "Peak of a step in GB, by micro-batch size, without and with --activation_checkpointing:",
         f"\n{peaks}\n",
-        f"Its parts at a micro-batch of {SHOWN}, without:",
-        "",
+        f"Its parts at a micro-batch of {SHOWN}, without:\n",
         *parts,
         "\nThe largest micro-batch that fits; in brackets, with --activation_checkpointing:",
         f"\n{table(['Card', *(plan.name for plan in plans)], rows)}\n",
@@ -95,19 +94,12 @@ def text(plans: list[Plan], cards: dict[str, int]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Return 0, or 2 for a card, precision, optimizer or configuration that cannot be read."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("--gpu", action="append", help="name of a card, such as 'RTX 3060'; may be repeated")
-    parser.add_argument(
-        "--memory", action="append", help="or its memory, such as 12GB (default: 6, 8, 12, 24)"
-    )
-    parser.add_argument(
-        "--model_config", action="append", type=Path, help="a model (default: ours); may be repeated"
-    )
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the run (%(default)s)"
-    )
-    parser.add_argument(
-        "--optimizer", default="torch.optim.AdamW", help="class, such as bitsandbytes.optim.AdamW8bit"
-    )
+    add = parser.add_argument
+    add("--gpu", action="append", help="name of a card, such as 'RTX 3060'; may be repeated")
+    add("--memory", action="append", help="or its memory, such as 12GB (default: 6, 8, 12 and 24 GB)")
+    add("--model_config", action="append", type=Path, help="a model (default: ours); may be repeated")
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the run (%(default)s)")
+    add("--optimizer", default="torch.optim.AdamW", help="class, such as bitsandbytes.optim.AdamW8bit")
     args = parser.parse_args(argv)
 
     def run() -> None:

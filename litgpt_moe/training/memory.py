@@ -2,11 +2,38 @@
 
 import torch
 
-from litgpt_moe.hardware import DTYPES, fits
+from litgpt_moe.hardware import DTYPES, fits, gpu_bytes, has_cuda, memory_bytes
 from litgpt_moe.kernels.choice import choose_kernel
 from litgpt_moe.planning import StepMemory, StepPlanner
 from litgpt_moe.training.optimizer import make_optimizer
+from litgpt_moe.training.parse import resume_command
 from litgpt_moe.training.run import Run
+
+
+def out_of_memory(run: Run, argv: list[str]) -> str:
+    """Return the sentence for a run whose memory ran out: what a step takes by plan, and what would fit."""
+    size, smaller = run.settings.train.micro_batch_size, smaller_micro_batches(run)
+    planned, fitting = _figures(run) if run.world_size == 1 else ("", None)
+    told = f"out of memory with train.micro_batch_size {size}{planned}"
+    saving = "" if run.settings.activation_checkpointing else "--activation_checkpointing"
+    if not smaller:
+        others = "a smaller model, a shorter train.max_seq_length or a machine with more memory"
+        return f"{told}, and none is smaller; choose {', '.join(filter(None, [saving, others]))}"
+    command = resume_command(argv, micro_batch_size=fitting or smaller[0])
+    saving = saving and f"{saving} saves some; "
+    return f"{told}; {saving}with less memory it goes on by: {command}"
+
+
+def _figures(run: Run) -> tuple[str, int | None]:
+    """Return the plan of a step in words, and the largest smaller micro-batch that fits the device."""
+    is_on_gpu = run.settings.accelerator != "cpu" and has_cuda()
+    try:
+        planner = planner_of(run, "cuda" if is_on_gpu else "cpu")
+        has = gpu_bytes(run.devices) if is_on_gpu else memory_bytes()
+        step = planner.memory(run.settings.train.micro_batch_size, run.accumulation > 1)
+        return f" (planned: {step}, of {has / 1e9:.1f})", largest_that_fits(run, planner, has)
+    except Exception:  # noqa: BLE001 - memory is short, and no error may hide the one that is to be told
+        return "", None
 
 
 def planner_of(run: Run, device_type: str) -> StepPlanner:
@@ -32,6 +59,29 @@ def plan(run: Run, device_type: str) -> StepMemory:
     """Return the memory of the run's steps on one device, where several of them are trained by DDP."""
     micro_batch_size = run.settings.train.micro_batch_size
     return planner_of(run, device_type).memory(micro_batch_size, run.accumulation > 1, run.world_size > 1)
+
+
+def choose_strategy(run: Run, gpu_bytes: int | None) -> tuple[str, str]:
+    """Return how several devices train, `ddp` or `fsdp`, or `auto` for a single one, and the reason.
+
+    `gpu_bytes` is the memory of the smallest GPU, None on CPUs. DDP keeps whole weights on each device, which
+    Muon needs, and the loss that never has all logits in memory.
+    """
+    if run.world_size == 1:
+        return "auto", "one device"
+    if run.settings.strategy != "auto":
+        return run.settings.strategy, f"strategy: {run.settings.strategy}"
+    if gpu_bytes is None:
+        return "ddp", "FSDP needs GPUs"
+    if "Muon" in run.optimizer["class_path"]:
+        return "ddp", "Muon needs whole matrices"
+    planner = planner_of(run, "cuda")
+    step = planner.memory(run.settings.train.micro_batch_size, run.accumulation > 1, has_buckets=True)
+    if fits(step.peak, gpu_bytes):
+        return "ddp", f"its plan fits a GPU's {gpu_bytes / 1e9:.1f} GB: {step}"
+    smaller = largest_that_fits(run, planner, gpu_bytes)
+    way_on = f"; DDP fits with train.micro_batch_size {smaller}" if smaller else ""
+    return "fsdp", f"DDP does not fit a GPU's {gpu_bytes / 1e9:.1f} GB: {step}{way_on}"
 
 
 def smaller_micro_batches(run: Run) -> list[int]:

@@ -40,6 +40,8 @@ class Run:
     initial: OpenCheckpoint | None = None
     start_step: int = 0
     """Steps done before this process."""
+    is_second_try: bool = False
+    """Whether the GPU's memory ran out in a first try, with twice the micro-batch."""
     demo_data: bool = False
     """Whether the demo stories are written, because there is no text yet."""
     started: float = field(default_factory=time.monotonic)

@@ -51,6 +51,7 @@ def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
     two = start("--out_dir", "two", *flags, "--devices", 2)
     assert run("--out_dir", "one", *flags) == 0
     finish(two)
+    assert Path("log.txt").read_text(encoding="utf-8").count("Devices 2 by DDP (FSDP needs GPUs)") == 1
     assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
     assert validation("two") == pytest.approx(validation("one"), abs=1e-5)
     for column in ("step", *(key for key in rows("one")[0] if key.startswith("moe/dead_experts"))):
@@ -76,7 +77,8 @@ def test_sharded_processes_train_as_one_and_either_resumes_the_other(tied: bool)
     both = start("--out_dir", "sharded", *flags, command=sharded)
     assert run("--out_dir", "one", *flags) == 0
     finish(both)
-    assert "ShardedStrategy" in Path("log.txt").read_text(encoding="utf-8")
+    text = Path("log.txt").read_text(encoding="utf-8")
+    assert "ShardedStrategy" in text and text.count("Devices 2 by FSDP (asked for here)") == 1
     expected = losses("one")
     assert losses("sharded") == pytest.approx(expected, abs=1e-5)
 
