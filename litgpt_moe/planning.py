@@ -200,7 +200,8 @@ class StepPlanner:
         before = self._counter.live
         if make_optimizer is None:
             state = sum(adamw_8bit_bytes(weight.numel()) for weight in self.model.parameters())
-            return state, Peak(before + self._all_gradients + state, self._all_gradients)
+            self._optimizer: Any = torch.empty(state, dtype=torch.uint8)
+            return state, Peak(self._counter.live + self._all_gradients, self._all_gradients)
         self._optimizer = make_optimizer(self.model)
         for weight in self.model.parameters():
             weight.grad = torch.zeros_like(weight)
@@ -221,37 +222,25 @@ class StepPlanner:
         with self._precision.forward_context():
             output = self.model(ids)
         output = self._precision.convert_output(output)
-        peaks = [counter.highest]
         del last
+        peaks = [counter.highest]
         before_loss = counter.begin()
         loss = self._loss(output, ids)
-        in_loss = counter.highest if self.kernel is None else self._loss_on_cuda(output, before_loss)
-        peaks.append(in_loss)
+        peaks.append(counter.highest)
+        logits = counter.highest.live - before_loss
         counter.begin()
         hooks = [w.register_post_accumulate_grad_hook(counter.add_gradient) for w in self.model.parameters()]
         loss.backward()
         for hook in hooks:
             hook.remove()
         peaks.append(counter.highest)
-        return peaks, before_loss - start, in_loss.live - before_loss
+        return peaks, before_loss - start, logits
 
     def _loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._head is None:
             return chunked_cross_entropy(output, targets)
-        return linear_cross_entropy(output, self._head.weight, targets, self._loss_dtype)
-
-    def _loss_on_cuda(self, output: torch.Tensor, before: int) -> Peak:
-        """Return the peak of the loss on CUDA, whose chunks of logits are larger and not changed in place."""
-        if self._head is None:
-            return self._counter.highest
-        weight = self._head.weight
-        # no device is needed, because the loss computes its gradients in the forward pass
-        like = {"device": "cuda", "requires_grad": True}
-        on_cuda = [torch.empty(x.shape, dtype=x.dtype, **like) for x in (output, weight)]
-        targets = torch.empty(output.shape[:-1], dtype=torch.int64, device="cuda")
-        start = self._counter.begin()
-        linear_cross_entropy(on_cuda[0], on_cuda[1], targets, self._loss_dtype)
-        return Peak(before + self._counter.highest.live - start, self._counter.gradients)
+        device = torch.device("cpu" if self.kernel is None else "cuda")
+        return linear_cross_entropy(output, self._head.weight, targets, self._loss_dtype, as_on=device)
 
 
 def adamw_8bit_bytes(n_values: int) -> int:

@@ -111,6 +111,9 @@ def test_the_parts_of_a_step_on_cuda_are_what_they_must_be(on_cuda: dict[str, St
     assert twice.peak > plain.peak > on_cuda["recomputed"].memory(2).peak
     # the largest matrices alone have 4,096 values, from which on they are kept in 8 bits
     assert on_cuda["8-bit"].memory(2).optimizer == 2 * 2 * (8192 + 4 * 32) + 8 * (weights - 2 * 8192)
+    assert (
+        plain.peak - plain.optimizer == on_cuda["8-bit"].memory(2).peak - on_cuda["8-bit"].memory(2).optimizer
+    )
     assert on_cuda["whole logits"].memory(2).peak > plain.peak
 
 

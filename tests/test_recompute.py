@@ -25,7 +25,9 @@ CONFIGS = {
 }
 
 
-def two_micro_batches(recomputed: bool, config: MoEConfig, wrap: Callable = lambda model: model) -> GPT:
+def two_micro_batches(
+    recomputed: bool, config: MoEConfig, wrap: Callable = lambda model: model, autocasts: bool = False
+) -> GPT:
     """Return a model after two forward and backward passes, with gradients and the routers' counters."""
     torch.manual_seed(0)
     model = GPT(config)
@@ -37,7 +39,8 @@ def two_micro_batches(recomputed: bool, config: MoEConfig, wrap: Callable = lamb
     called = wrap(model)
     for _ in range(2):
         ids = torch.randint(0, 512, (2, 64))
-        output = called(ids)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            output = called(ids).float()
         loss = torch.nn.functional.cross_entropy(output.mT, ids) if head is None else None
         (linear_cross_entropy(output, model.lm_head.weight, ids) if loss is None else loss).backward()
     return model
@@ -59,6 +62,12 @@ def test_gradients_and_counters_are_equal_bit_for_bit(changes: dict) -> None:
     plain, recomputed = (two_micro_batches(flag, config) for flag in (False, True))
     assert_equal(recomputed, plain)
     assert list(recomputed.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_block_is_computed_again_in_the_precision_of_the_first_time(tiny_config: MoEConfig) -> None:
+    plain, recomputed = (two_micro_batches(flag, tiny_config, autocasts=True) for flag in (False, True))
+    assert_equal(recomputed, plain)
 
 
 def test_a_compiled_model_recomputes_without_a_graph_break(tiny_config: MoEConfig) -> None:

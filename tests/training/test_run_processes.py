@@ -45,9 +45,10 @@ def validation(out_dir: str) -> list[float]:
 # --- two processes ------------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one_and_either_resumes_the_other() -> None:
+@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Muon", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_and_either_resumes_the_other(optimizer: str) -> None:
     # 93 sequences and 28 steps of 4: both reach into the second epoch
-    flags = ["--max_tokens", 28 * 256, "--micro_batch_size", 1, *BALANCED]
+    flags = ["--max_tokens", 28 * 256, "--micro_batch_size", 1, "--optimizer", optimizer, *BALANCED]
     two = start("--out_dir", "two", *flags, "--devices", 2)
     assert run("--out_dir", "one", *flags) == 0
     finish(two)
