@@ -47,14 +47,16 @@ def validation(out_dir: str) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Muon", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_and_either_resumes_the_other(optimizer: str) -> None:
+    # Muon orthogonalises in bf16, whatever the precision of the weights
+    rounding = {"AdamW": 1e-5, "Muon": 1e-2}[optimizer]
     # 93 sequences and 28 steps of 4: both reach into the second epoch
     flags = ["--max_tokens", 28 * 256, "--micro_batch_size", 1, "--optimizer", optimizer, *BALANCED]
     two = start("--out_dir", "two", *flags, "--devices", 2)
     assert run("--out_dir", "one", *flags) == 0
     finish(two)
     assert Path("log.txt").read_text(encoding="utf-8").count("Devices 2 by DDP (FSDP needs GPUs)") == 1
-    assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
-    assert validation("two") == pytest.approx(validation("one"), abs=1e-5)
+    assert losses("two") == pytest.approx(losses("one"), abs=rounding)
+    assert validation("two") == pytest.approx(validation("one"), abs=rounding)
     for column in ("step", *(key for key in rows("one")[0] if key.startswith("moe/dead_experts"))):
         assert [row[column] for row in rows("two")] == [row[column] for row in rows("one")]
 
@@ -63,9 +65,9 @@ def test_two_processes_train_as_one_and_either_resumes_the_other(optimizer: str)
     more = start("--out_dir", "one", *flags, "--devices", 2, "--resume", "auto", "--activation_checkpointing")
     assert run("--out_dir", "two", *flags, "--resume", "auto") == 0
     finish(more)
-    assert losses("two") == pytest.approx(first, abs=1e-5)
-    assert losses("one") == pytest.approx(first, abs=1e-5)
-    assert validation("one") == pytest.approx(validation("two"), abs=1e-5)
+    assert losses("two") == pytest.approx(first, abs=rounding)
+    assert losses("one") == pytest.approx(first, abs=rounding)
+    assert validation("one") == pytest.approx(validation("two"), abs=rounding)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no NCCL, which FSDP wants on GPUs")
