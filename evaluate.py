@@ -143,7 +143,7 @@ def run(settings: EvaluateSettings) -> None:
     result = evaluate(settings)
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
-        print(text, flush=True)
+        cli.say(text)
     except BrokenPipeError:
         cli.silence_stdout()  # `| head` closes the pipe
     finally:  # also after a full disk behind stdout

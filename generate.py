@@ -21,6 +21,7 @@ from litgpt_moe import threads
 from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_command, run_script
 from litgpt_moe.generation.settings import DEFAULT_PROMPT, GenerateSettings, Sampling
 
+MAX_PROMPT_BYTES = 1 << 24  # far beyond any context
 SERVE_PACKAGES = ("pydantic", "starlette", "uvicorn")
 
 
@@ -50,17 +51,20 @@ def read_prompt(settings: GenerateSettings) -> str:
     prompt, file = settings.prompt, settings.prompt_file
     if file is not None:
         try:
-            return _utf8(file.read_bytes(), str(file))
+            with file.open("rb") as opened:
+                return _utf8(opened.read(MAX_PROMPT_BYTES + 1), str(file))
         except OSError as error:
             reason = f"--prompt_file is {file}: {error.strerror}"
             raise ValueError(f"{reason}; name a UTF-8 text file that can be read") from None
     if prompt == "-" or (prompt is None and not settings.serve and _is_piped_in()):
-        text = _utf8(sys.stdin.buffer.read(), "standard input")
+        text = _utf8(sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "standard input")
         return text if text or prompt else DEFAULT_PROMPT
     return DEFAULT_PROMPT if prompt is None else _utf8(os.fsencode(prompt), "--prompt")
 
 
 def _utf8(data: bytes, place: str) -> str:
+    if len(data) > MAX_PROMPT_BYTES:  # also a device, which never ends
+        raise ValueError(f"{place} has over {MAX_PROMPT_BYTES:,} bytes; shorten the prompt")
     try:
         # editors add the last line break; it is not part of the prompt
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")

@@ -56,13 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
     from litgpt_moe.locks import FolderInUse
 
-    def work() -> str | None:
+    def prepared() -> str:
         start, start_ns = time.perf_counter(), time.time_ns()
         try:
             manifest = prepare(settings)
             is_new = (settings.data_dir / MANIFEST).stat().st_mtime_ns >= start_ns
-            seconds = time.perf_counter() - start if is_new else None
-            print(cli.printable(summary(manifest, settings, seconds)), flush=True)
         except (FileNotFoundError, NotADirectoryError, FolderInUse, ConnectionError):
             raise
         except OSError as error:
@@ -70,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
             raise cli.WorkFailed(
                 f"{reason}; finished shards are kept, run again once this is fixed"
             ) from error
+        return summary(manifest, settings, time.perf_counter() - start if is_new else None)
+
+    def work() -> str | None:
+        cli.say(cli.printable(prepared()))
         if not settings.log_to_wandb:
             return None
         from litgpt_moe.data.artifact import push

@@ -104,7 +104,7 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
         return cli.fail(sentence, 1)
     try:
         if is_main_process():
-            print(cli.printable(report(hooks, argv)), flush=True)
+            cli.say(cli.printable(report(hooks, argv)))
     except KeyboardInterrupt:
         return cli.fail(f"stopped; the model is in {final}", cli.INTERRUPTED)
     except (OSError, RuntimeError, MemoryError) as error:

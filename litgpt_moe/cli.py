@@ -5,6 +5,7 @@ Exit status: 0; 1 for failed work (no network, full disk); 2 for bad input; 130 
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
 import io
@@ -28,6 +29,7 @@ from tqdm import tqdm
 CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+STDOUT = "standard output"
 INTERRUPTED = 130  # a shell reports this status for a command that Ctrl-C ended
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -91,6 +93,15 @@ class FlagParser(argparse.ArgumentParser):
                 way_out = f"did you mean {near[0]}?" if near else "see --help for the flags"
                 self.error(f"{flag[0]} is no flag; {way_out}")
         return super().parse_known_args(args, namespace)
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; argparse would end with status 0 where it cannot be written."""
+        try:
+            say(self.format_help().rstrip())
+        except BrokenPipeError:
+            silence_stdout()
+        except OSError as error:
+            self.exit(fail(*explain(error)))
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one sentence; argparse would print the usage too."""
@@ -170,8 +181,9 @@ def train_command(*flags: object) -> str:
 
 
 def note(text: str) -> None:
-    """Print a line on stderr, without breaking a progress bar."""
-    tqdm.write(printable(text), file=sys.stderr)
+    """Print a line on stderr, without breaking a progress bar; a full disk there ends no work."""
+    with contextlib.suppress(OSError):
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -217,7 +229,7 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
     try:
         hear_ctrl_c()
         if (text := work()) is not None:
-            print(printable(str(text)), flush=True)
+            say(printable(str(text)))
     except KeyboardInterrupt:
         return fail(interrupted, INTERRUPTED)
     except BrokenPipeError:
@@ -245,6 +257,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), 1
     if isinstance(error, OSError) and error.strerror:
         name, reason = error.filename, error.strerror
+        if name == STDOUT:
+            return f"{name} could not be written ({reason}); make room, or send it elsewhere", 1
         if "; " in reason:  # a whole sentence of ours about a disk
             return reason, 1
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -258,9 +272,18 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def fail(error: object, status: int) -> int:
     """Print each line of `error` on stderr and return `status`."""
-    for line in str(error).splitlines():
-        print(f"error: {printable(line)}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        for line in str(error).splitlines():
+            print(f"error: {printable(line)}", file=sys.stderr)
     return status
+
+
+def say(text: str) -> None:
+    """Print a result at once; an OSError names standard output, as that of a file names the file."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, STDOUT) from None
 
 
 def silence_stdout() -> None:

@@ -210,6 +210,19 @@ def check_no_links(*paths: Path) -> None:
             raise ValueError(f"{path} is neither a file nor a folder; name another, or delete it")
 
 
+def check_replaceable(path: Path, *endings: str, is_own: Callable[[Path], bool] = lambda path: False) -> None:
+    """Raise OSError if writing a result to `path` would replace something of another kind.
+
+    Of its kind are a file for which `is_own` holds and one whose name has one of the `endings`, as .json.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if os.path.lexists(path) and not path.is_file():
+        raise FileExistsError(f"{path} is no ordinary file; name another")
+    if path.exists() and path.suffix.lower() not in endings and not is_own(path):
+        raise FileExistsError(f"{path} exists and is no earlier result; name another file")
+
+
 def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
     """Return `path` if it does not exist, else the first numbered name (`path.1`) that does not."""
     numbered = (path.with_name(f"{path.name}{separator}{n}") for n in itertools.count(start))

@@ -1,5 +1,6 @@
 """The rank of this process, from the environment variables of a launcher."""
 
+import contextlib
 import os
 import re
 import sys
@@ -20,9 +21,10 @@ def is_first_on_machine() -> bool:
 
 
 def note_once(text: str) -> None:
-    """Print a line on stderr, on rank 0 only."""
+    """Print a line on stderr, on rank 0 only; a full disk there ends no work."""
     if is_main_process():
-        print(printable(text), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def launcher_problems(world_size: int | None = None) -> list[str]:

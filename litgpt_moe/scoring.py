@@ -33,7 +33,7 @@ from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import MANIFEST, manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
-from litgpt_moe.data.text import TextReader
+from litgpt_moe.data.text import TextReader, check_text_file
 from litgpt_moe.data.tokenizer import StoryEncoder, as_value_error, load_for_encoding, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
 from litgpt_moe.files import sha256_file
@@ -79,8 +79,7 @@ def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
     encoder = StoryEncoder(read_tokenizer_facts(tokenizer_dir))
     ids, n_bytes = [], 0
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such text file")
+        check_text_file(path)
         before = len(ids)
         for stories in TextReader(path, "<|endoftext|>", "replace").story_lists(tqdm(disable=True)):
             ids += map(encoder.encode, stories)

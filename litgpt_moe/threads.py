@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Half a millisecond. Spinning beyond that competes with the threads that run experts (kernels/cpu.py).
@@ -71,8 +71,32 @@ def _watch(n_threads: int, end: threading.Event) -> None:
     team.leave()
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use; on Windows and macOS all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_of_others() -> Callable[[], float | None]:
+    """Return a function that returns the cores used by other processes since its last call.
+
+    It returns None where that is not known: on Windows and macOS.
+    """
+    try:
+        use = CpuUse(n_threads=0)
+    except (OSError, AttributeError):
+        return lambda: None
+
+    def load() -> float | None:
+        try:
+            return max(0.0, use.other_cores())
+        except OSError:
+            return None
+
+    return load
+
+
 class CpuUse:
-    """Measures, from one call to the next, how many cores are missing of those this process may use."""
+    """Measures, from one call of a method to the next, who uses the cores that this process may use."""
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads, self.cores = n_threads, os.sched_getaffinity(0)
@@ -80,10 +104,13 @@ class CpuUse:
 
     def missing_cores(self) -> float:
         """Return how many more cores than there are this process and all others could use on average."""
+        return self.other_cores() + self.n_threads - len(self.cores)
+
+    def other_cores(self) -> float:
+        """Return how many cores other processes used on average."""
         before, self.last = self.last, self._now()
         elapsed, idle, own = (new - old for old, new in zip(before, self.last, strict=True))
-        others = len(self.cores) * elapsed - idle - own
-        return others / elapsed + self.n_threads - len(self.cores)
+        return (len(self.cores) * elapsed - idle - own) / elapsed
 
     def _now(self) -> tuple[float, float, float]:
         """Return the time, how long the cores have idled, and how long this process has computed, in s."""

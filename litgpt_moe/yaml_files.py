@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import re
 from collections import Counter
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -11,7 +13,13 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows the bytes of a name that is not UTF-8
 MAX_YAML_BYTES = 1 << 17  # reading time and memory grow faster than the file
+# numbers that YAML 1.1 reads in base 8 (010 is 8) or in base 60 (1:30 is 90), which nobody means
+MISREAD = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
+PLAINLY = "without leading zeros or colons, which YAML reads in base 8 or 60"
+# PyYAML does not catch what int(), date() and others raise
+YAML_ERRORS = (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError)
 TYPE_WORDS = {  # how messages describe a type
     int: "a whole number",
     float: "a number",
@@ -37,6 +45,18 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"the key {twice[0]} is given twice; keep one of them")
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Return the number; YAMLError if YAML 1.1 means another one than the digits say."""
+        if MISREAD.fullmatch(node.value):
+            line = f"line {node.start_mark.line + 1} has {node.value}"
+            raise yaml.YAMLError(f"{line}; write a number {PLAINLY}, and a text in quotes")
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    UniqueKeyLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", UniqueKeyLoader.construct_number)
+
 
 class ForeignLoader(UniqueKeyLoader):
     """The loader for a checkpoint's files; no aliases ("billion laughs": 10 lines mean 10**9 values)."""
@@ -57,8 +77,7 @@ def read_mapping(path: Path, is_foreign: bool = False) -> dict[str, Any]:
         raise ValueError(f"{path} has {size:,} bytes; a configuration has {MAX_YAML_BYTES:,} at most")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), ForeignLoader if is_foreign else UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError, LookupError) as error:
-        # PyYAML does not catch what int(), date() and others raise
+    except YAML_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not readable YAML: {reason[:300]}") from error
     if not isinstance(values, dict):
@@ -82,6 +101,7 @@ def typed(values: dict[str, Any], kind: type, path: Path) -> dict[str, Any]:
     with contextlib.suppress(ArgumentError):  # it names only the first problem
         if not odd:
             parsed = parser.parse_object(values)
+            check_numbers(values, parsed)
             return {key: parsed[key] for key in values}
     problems = [_key_problem(parser, types, key, value) for key, value in values.items()]
     raise ValueError("\n".join(f"{path}: {text}" for text in problems if text))
@@ -97,10 +117,35 @@ def _key_problem(parser: ArgumentParser, types: dict[str, Any], key: str, value:
         way_out = f"did you mean {near[0]}?" if near else "see litgpt.Config for the keys"
         return f"unknown key {key!r}; {way_out}"
     with contextlib.suppress(ArgumentError):
-        parser.parse_object({key: value})
+        check_numbers({key: value}, parser.parse_object({key: value}))
         if not _is_wrongly_null(types[key], value):
             return None
-    return f"{key} is {value!r}; it must be {type_words(types[key])}"
+    return must_be(key, value, type_words(types[key]))
+
+
+def check_numbers(values: dict[str, Any], parsed: Any) -> None:
+    """Raise ArgumentError if a value given as text was parsed to another number than its digits say."""
+    for key, value in values.items():
+        if (
+            isinstance(value, str)
+            and isinstance(parsed[key], int | float)
+            and MISREAD.fullmatch(value.strip())
+        ):
+            raise ArgumentError(None, PLAINLY)
+
+
+def must_be(key: str, value: Any, words: str) -> str:
+    """Return the sentence on a value of the wrong type; `words` describe the right one."""
+    shown = str(value) if isinstance(value, date) else repr(value)
+    if isinstance(value, str) and NOT_UTF8.search(value):
+        return f"{key} is {shown}, which is not UTF-8; rename it, or name another"
+    if isinstance(value, str) and MISREAD.fullmatch(value.strip()):
+        words += f", {PLAINLY}"
+    elif isinstance(value, bool | int | float | date) and words.startswith(("text", "a path")):
+        words += (
+            "; put it in quotes if it is meant as that"  # YAML reads no, 0x1 and 2024-01-01 as other things
+        )
+    return f"{key} is {shown}; it must be {words}"
 
 
 def type_words(kind: Any) -> str:

@@ -306,3 +306,43 @@ def test_a_closed_stream_is_no_error_and_its_number_is_given_to_no_file(closed: 
         command, shell=True, cwd=tmp_path, env=env | {"CODE": code}, capture_output=True, check=False
     )
     assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("work", ["run_command(lambda: 'a')", "run_command(lambda: say('a'))", "help_of()"])
+def test_a_full_disk_behind_stdout_is_told_as_such(work: str) -> None:
+    code = (
+        "import sys; from litgpt_moe.cli import *\n"
+        "help_of = lambda: FlagParser().parse_args(['--help'])\n"
+        f"sys.exit(run_script(lambda: {work}))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    told = "error: standard output could not be written (No space left on device); make room, or "
+    assert done.returncode == 1 and done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.parent.name != "benchmarks"], ids=relative
+)
+def test_a_script_prints_its_results_by_say(script: Path) -> None:
+    # say names standard output when it cannot be written; the two others run before the packages are there
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    to_stdout = [call for call in prints if not any(word.arg == "file" for word in call.keywords)]
+    assert len(to_stdout) == (script.name in ("lock.py", "env_sanity_check.py"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(("work", "status"), [("note('a') or say('b') or 0", 0), ("fail('a', 2)", 2)])
+def test_a_full_disk_behind_stderr_ends_no_work(work: str, status: int) -> None:
+    code = f"import sys; from litgpt_moe.cli import *; sys.exit(run_script(lambda: {work}))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, stderr=full, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == status and done.stdout == ("" if status else "b\n")

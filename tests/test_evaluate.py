@@ -405,6 +405,20 @@ def test_a_text_file_that_is_not_there_is_one_sentence(tmp_path, tiny_checkpoint
     )
 
 
+@pytest.mark.skipif(os.name != "posix", reason="named pipes and /dev/null are POSIX's")
+def test_what_is_no_text_file_is_told_as_what_it_is(tmp_path, tiny_checkpoint, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty.txt").touch()
+    for path, words in {
+        tmp_path: "is a folder; name a text file in it",
+        tmp_path / "pipe": "is a device, pipe or socket; save its text to a file",
+        Path("/dev/null"): "is a device, pipe or socket; save its text to a file",
+        tmp_path / "empty.txt": "holds no text; name a UTF-8 text file with at least one word",
+    }.items():
+        text = failure(capsys, "--ckpt_dir", tiny_checkpoint, "--text", path)
+        assert str(path) in text and words in text
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [

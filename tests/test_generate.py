@@ -247,3 +247,9 @@ def test_a_prompt_file_that_cannot_be_read_is_told_in_one_sentence(
     wanted = f"error: --prompt_file is {path}: {reason}; name a UTF-8 text file that can be read\n"
     if sys.platform != "win32":  # whose words are others
         assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+def test_a_prompt_that_never_ends_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--prompt_file", "/dev/zero"]) == 2
+    assert capsys.readouterr().err == "error: /dev/zero has over 16,777,216 bytes; shorten the prompt\n"

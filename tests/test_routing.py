@@ -163,6 +163,7 @@ def test_bad_input_ends_in_one_sentence(
         (tiny_checkpoint, text, ("--layer", 2), "layer is 2; "),
         (tiny_checkpoint, text, ("--max_tokens", 1), "max_tokens is 1; choose 2 or more"),
         (tiny_checkpoint, text, ("--out", tmp_path / "taken"), "routing.json exists; add --overwrite"),
+        (tiny_checkpoint, text, ("--out", tmp_path / "taken", "--overwrite"), "and is no earlier result"),
         (tiny_checkpoint, text, ("--out", text), "is a file; name a folder"),
         (tiny_checkpoint, text, ("--device", "nowhere"), "--device nowhere cannot be used"),
     ):

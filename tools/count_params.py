@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser, WorkFailed, printable, run_command, run_script
+from litgpt_moe.cli import FlagParser, WorkFailed, printable, run_command, run_script, say
 
 if TYPE_CHECKING:
     from litgpt_moe.config import MoEConfig
@@ -85,9 +85,9 @@ def run(paths: list[Path], as_json: bool) -> None:
         paths = [path for path in (ROOT / "model_config.yaml", *in_configs) if path.exists()]
     counts = [(path, count_params(MoEConfig.from_file(path))) for path in paths]
     if as_json:
-        print(json.dumps([{"path": str(path), **asdict(count)} for path, count in counts], indent=2))
+        say(json.dumps([{"path": str(path), **asdict(count)} for path, count in counts], indent=2))
     else:
-        print(printable(format_table(counts)))
+        say(printable(format_table(counts)))
     wrong = [
         f"{path}: {count.name} has {count.total_params:,} parameters, {count.deviation:+.1%} off its name; "
         "rename it or resize it to within 5%"

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -226,11 +227,14 @@ def main(argv: list[str] | None = None) -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = run_checks(project)
     width = max(len(line.subject) for line in lines)
-    for line in lines:
-        print(f"{line.state:<7} {line.subject:<{width}}  {line.detail}")
+    rows = [f"{line.state:<7} {line.subject:<{width}}  {line.detail}" for line in lines]
     broken = [line.subject for line in lines if line.state == "BROKEN"]
     state = f"broken: {', '.join(broken)}" if broken else "ready, uv run python run_train.py can start"
-    print(f"verdict: {state}")
+    try:
+        print("\n".join([*rows, f"verdict: {state}"]), flush=True)
+    except OSError as error:
+        print(f"error: standard output could not be written ({error.strerror})", file=sys.stderr)
+        return 1
     return 1 if broken else 0
 
 

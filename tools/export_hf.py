@@ -19,14 +19,12 @@ GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 def export(args: argparse.Namespace) -> str:
     """Export the checkpoint; return the lines to print."""
-    from litgpt_moe.checkpoints.layout import check_utf8, find_checkpoint
+    from litgpt_moe.checkpoints.layout import check_new_place, find_checkpoint
     from litgpt_moe.checkpoints.reader import load_tokenizer, verify_checkpoint
-    from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop.export_folder import check_packages, write_folder
 
     check_packages(bool(args.gguf), not args.no_check)
-    check_utf8(args.out.absolute())
-    check_new_folder(args.out, 0)
+    check_new_place(args.out)
     folder = find_checkpoint(args.checkpoint)
     verify_checkpoint(folder)
     load_tokenizer(folder)

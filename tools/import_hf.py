@@ -16,14 +16,12 @@ from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
 
 def import_checkpoint(args: argparse.Namespace) -> str:
     """Import the model; return the lines to print."""
-    from litgpt_moe.checkpoints.layout import check_utf8
-    from litgpt_moe.files import check_new_folder
+    from litgpt_moe.checkpoints.layout import check_new_place, check_utf8
     from litgpt_moe.interop.import_folder import import_model
     from litgpt_moe.interop.upcycle import NEXT, training_command
 
-    check_utf8(args.out)
+    check_new_place(args.out)
     check_utf8(Path(args.source))
-    check_new_folder(args.out, 0)
     line, has_experts = import_model(args.source, args.out)
     model = command_line("--ckpt_dir", args.out)
     upcycle = command_line(args.out, f"{args.out}_moe", "--n_expert", 8, "--n_expert_per_token", 2)

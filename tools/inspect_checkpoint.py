@@ -8,7 +8,7 @@ Status 0: complete. 1: something is missing or damaged. 2: there is no checkpoin
 
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, WorkFailed, printable, run_command, run_script
+from litgpt_moe.cli import STDOUT, FlagParser, WorkFailed, printable, run_command, run_script, say
 
 
 def inspect(path: Path, with_tensors: bool) -> list[str]:
@@ -27,6 +27,8 @@ def inspect(path: Path, with_tensors: bool) -> list[str]:
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename == STDOUT:
+            raise
         raise WorkFailed(str(error)) from None
     except (KeyError, TypeError, AttributeError) as error:
         # the structure of a JSON or YAML file is not the expected one
@@ -37,7 +39,7 @@ def inspect(path: Path, with_tensors: bool) -> list[str]:
 
 def show(*lines: str) -> None:
     """Print lines, in which a foreign checkpoint's names may stand, each as one line."""
-    print("\n".join(printable(line).replace("\n", "\\n") for line in lines), flush=True)
+    say("\n".join(printable(line).replace("\n", "\\n") for line in lines))
 
 
 def main(argv: list[str] | None = None) -> int:

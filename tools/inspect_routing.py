@@ -13,7 +13,7 @@ from typing import Any
 
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
-from litgpt_moe.files import open_whole, write_json
+from litgpt_moe.files import check_replaceable, open_whole, read_json, write_json
 
 JSON_NAME, PNG_NAME = "routing.json", "routing.png"
 
@@ -38,17 +38,19 @@ class InspectSettings:
 
 def check(settings: InspectSettings, text: Path) -> None:
     """Raise ValueError or OSError for mistakes that can be found before the slow imports."""
+    from litgpt_moe.data.text import check_text_file
+
     if settings.max_tokens < 2:
         raise ValueError(f"max_tokens is {settings.max_tokens}; choose 2 or more")
     if find_spec("matplotlib") is None:
         raise ValueError("the package matplotlib is not installed; run uv sync --extra report")
-    if not text.is_file():
-        raise FileNotFoundError(f"{text}: no such text file")
+    check_text_file(text)
     if settings.out.exists() and not settings.out.is_dir():
         raise FileExistsError(f"{settings.out} is a file; name a folder")
     for path in (settings.out / JSON_NAME, settings.out / PNG_NAME):
         if path.exists() and not settings.overwrite:
             raise FileExistsError(f"{path} exists; add --overwrite or name another --out")
+        check_replaceable(path, ".png", is_own=lambda path: {"overlap", "layers"} <= read_json(path).keys())
 
 
 def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:

@@ -111,7 +111,12 @@ def main(argv: list[str] | None = None) -> int:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         print(f"error: {problems[0]}{more}", file=sys.stderr)
         return 1
-    print(f"uv.lock is fit to commit: packages from {MIRROR_SIMPLE}, in step with pyproject.toml")
+    fit = f"uv.lock is fit to commit: packages from {MIRROR_SIMPLE}, in step with pyproject.toml"
+    try:
+        print(fit, flush=True)
+    except OSError as error:
+        print(f"error: standard output could not be written ({error.strerror})", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -12,13 +12,12 @@ from litgpt_moe.cli import FlagParser, run_command, run_script
 
 def report(out: Path, paths: list[Path], results: Path, overwrite: bool) -> str:
     """Write the page; return the line to print."""
-    from litgpt_moe.files import write_whole
+    from litgpt_moe.files import check_replaceable, write_whole
     from litgpt_moe.report.page import is_page, make_page
     from litgpt_moe.report.read import find_run, read_run
 
-    if out.is_dir():
-        raise IsADirectoryError(f"{out} is a folder; name a file with --out, like report.html")
-    if out.is_file() and not overwrite and not is_page(out):
+    check_replaceable(out, ".html", ".htm", is_own=is_page)
+    if out.exists() and not overwrite and not is_page(out):
         raise FileExistsError(f"{out} exists and is no report; add --overwrite or name another --out")
     folders = {folder.resolve(): folder for folder in map(find_run, paths)}
     names = [folder.name for folder in folders]
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     add("runs", type=Path, nargs="*", default=[Path("checkpoints")], help="out_dirs of runs (checkpoints)")
     add("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
     add("--results_file", type=Path, default=Path("results.jsonl"), help="of evaluate.py (%(default)s)")
-    add("--overwrite", action="store_true", help="replace the file even if it is not a report")
+    add("--overwrite", action="store_true", help="replace an .html file that is no report, too")
     args = parser.parse_args(argv)
     return run_command(lambda: report(args.out, args.runs, args.results_file, args.overwrite))
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, printable, run_command, run_script
+from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 
 
@@ -26,8 +26,9 @@ def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
 
 def show(run: Path, step: int, data_dir: Path | None) -> None:
     """Print the stories of the step."""
-    from litgpt_moe.checkpoints.layout import CONFIG_FILE, SETTINGS_FILE, find_checkpoint
-    from litgpt_moe.checkpoints.reader import load_tokenizer
+    from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, SETTINGS_FILE, find_checkpoint
+    from litgpt_moe.checkpoints.reader import load_tokenizer, read_state
+    from litgpt_moe.checkpoints.state import batch_sizes_of
     from litgpt_moe.config import MoEConfig
     from litgpt_moe.data.batches import TokenBatches, TokenStream
     from litgpt_moe.data.manifest import MANIFEST
@@ -45,16 +46,18 @@ def show(run: Path, step: int, data_dir: Path | None) -> None:
     block_size = train.get("max_seq_length") or MoEConfig.from_file(checkpoint_dir / CONFIG_FILE).block_size
     seed = (data.get("init_args") or {}).get("seed", settings.get("seed"))
     # micro-batch and devices have no influence on the order of the data: one batch here is one step
-    n_sequences = train["global_batch_size"]
-    batches = TokenBatches(TokenStream(data_dir, "train"), n_sequences, block_size, seed)
-    n_steps = train["max_tokens"] // (n_sequences * block_size)
+    if (sizes := batch_sizes_of(read_state(checkpoint_dir / CHECKPOINT_FILE), settings)) is None:
+        raise ValueError(f"{checkpoint_dir / SETTINGS_FILE}: train.global_batch_size is missing; put it back")
+    n_steps = sizes.steps(train["max_tokens"] // block_size)
     if not 1 <= step <= n_steps:
         raise ValueError(f"--step is {step}; choose 1 to {n_steps}, the steps of {checkpoint_dir.parent}")
-    batches.n_taken = (step - 1) * n_sequences
+    n_sequences = sizes.size(step)
+    batches = TokenBatches(TokenStream(data_dir, "train"), n_sequences, block_size, seed)
+    batches.n_taken = sizes.sequences(step - 1)
     tokenizer = load_tokenizer(checkpoint_dir)
     for number, ids in enumerate(next(iter(batches)), 1):
         text = f"--- step {step}, sequence {number} of {n_sequences}\n{tokenizer.decode(ids)}\n"
-        print(printable(text) if sys.stdout.isatty() else text)
+        say(printable(text) if sys.stdout.isatty() else text)
 
 
 def main(argv: list[str] | None = None) -> int:

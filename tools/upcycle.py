@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files
     from litgpt_moe.checkpoints.writer import write_checkpoint
     from litgpt_moe.config import MoEConfig, model_facts
-    from litgpt_moe.files import check_new_folder
     from litgpt_moe.interop import upcycle
 
     rules = [
@@ -51,8 +50,7 @@ def run(args: argparse.Namespace) -> str:
     ]
     check_ranges(args, rules)
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)
-    layout.check_utf8(args.out)
-    check_new_folder(args.out, 0)
+    layout.check_new_place(args.out)
     folder = layout.find_checkpoint(args.dense)
     dense = MoEConfig.from_file(folder / layout.CONFIG_FILE)
     sizes = (args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size)

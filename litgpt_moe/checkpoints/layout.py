@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from litgpt_moe.files import fits, sha256_file, sync_files, write_json
+from litgpt_moe.files import check_new_folder, fits, sha256_file, sync_files, write_json
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -21,6 +21,7 @@ SETTINGS_FILE = "train_config.yaml"
 RECORD_FILE = "checkpoint.json"  # the step, and size and SHA-256 of each file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 FINAL = "final"
+LOGS = "logs"
 RECORD_FORMAT = 1
 ENTRY_FORM = {"bytes": int, "sha256": str}  # schema of a file's entry, for `files.fits`
 MAX_RECORD_BYTES = 1 << 20
@@ -69,9 +70,26 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds anything of a checkpoint, whole or damaged, or nothing at all.
+
+    Others may have exported a model to a name like step-00000100: that folder is theirs.
+    """
+    if not folder.is_dir():
+        return False
+    own = (CHECKPOINT_FILE, CONFIG_FILE, SETTINGS_FILE, RECORD_FILE)
+    return any((folder / name).exists() for name in own) or not any(folder.iterdir())
+
+
+def others_of(out_dir: Path) -> list[Path]:
+    """Return what has a checkpoint's name in `out_dir` and is none."""
+    named = [path for path in out_dir.glob("*") if path.name == FINAL or STEP_NAME.fullmatch(path.name)]
+    return sorted(path for path in named if not is_checkpoint(path))
+
+
 def steps_of(out_dir: Path) -> dict[int, Path]:
     """Return the step-* directories of a run by step in ascending order, damaged ones too."""
-    steps = {step_of(path): path for path in out_dir.glob("step-*") if path.is_dir()}
+    steps = {step_of(path): path for path in out_dir.glob("step-*") if is_checkpoint(path)}
     return {step: steps[step] for step in sorted(step for step in steps if step is not None)}
 
 
@@ -81,7 +99,7 @@ def checkpoints_of(out_dir: Path) -> list[Path]:
     At the same step, step-* precedes `final/`; a `final/` without a record comes last.
     """
     found = [(step, path.name) for step, path in steps_of(out_dir).items()]
-    if (final := out_dir / FINAL).is_dir():
+    if is_checkpoint(final := out_dir / FINAL):
         step = step_of(final)
         found.append((-1 if step is None else step, FINAL))
     return [out_dir / name for _, name in sorted(found, reverse=True)]
@@ -94,6 +112,23 @@ def check_utf8(path: Path) -> None:
     except UnicodeEncodeError:
         only = "torch, safetensors and tokenizers open UTF-8 names only"
         raise ValueError(f"{str(path)!a}: the name is not UTF-8; {only}, so rename it") from None
+
+
+def check_new_place(out: Path) -> None:
+    """Raise ValueError or OSError if a tool must not make the folder `out`."""
+    check_utf8(out := out.absolute())
+    check_no_place_of_run(out)
+    check_new_folder(out, 0)
+
+
+def check_no_place_of_run(folder: Path) -> None:
+    """Raise ValueError if `folder` has, in a run's out_dir, a name under which the run writes."""
+    folder = folder.resolve()
+    run, name = folder.parent, folder.name
+    is_name = name in (FINAL, LOGS) or STEP_NAME.fullmatch(name) or SUPERSEDED.fullmatch(name)
+    marks = (run / ".run.json", run / LOGS / "run.json", run / LOGS / "csv")
+    if is_name and (any(mark.exists() for mark in marks) or checkpoints_of(run)):
+        raise ValueError(f"{folder}: the run in {run} keeps this name for itself; choose another")
 
 
 def find_checkpoint(path: Path) -> Path:

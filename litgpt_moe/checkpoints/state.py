@@ -1,7 +1,6 @@
 """The training state in a checkpoint: counters and random generators, and the checks of a loaded state."""
 
 import contextlib
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.checkpoints.layout import RECORD_FILE, read_record, step_of
 from litgpt_moe.files import fits
 
@@ -46,6 +46,10 @@ class RunState:
     """Rows of logs/csv/metrics.csv, and of spikes.csv, expert_load.csv and stories.csv in logs/."""
     router: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """For each MoE layer since the last log row, over all ranks: `load` (E,) int64, `sums` (4,)."""
+    batch_sizes: list[list[int]] = field(default_factory=list)
+    """List of `BatchSizes`; empty in a checkpoint of an earlier version."""
+    n_threads: int = 0
+    """Threads of a run on one CPU; 0 for other devices and in a checkpoint of an earlier version."""
     rng: dict[str, Any] = field(default_factory=dict)
     """State of the random generators, from `rng_state`."""
 
@@ -61,6 +65,9 @@ class RunState:
             value = run.get(name) if isinstance(run, dict) else None
             _check(f"run.{name}", value, form)
             setattr(self, name, value)
+        BatchSizes.from_state(state, 1)
+        self.batch_sizes = (run or {}).get("batch_sizes") or []
+        self.n_threads = _check("run.n_threads", (run or {}).get("n_threads", 0), 0)
         self.rng = _check("rng", state.get("rng"), RNG_FORM)
 
 
@@ -185,10 +192,21 @@ def set_rng_state(state: dict[str, Any]) -> None:
         raise ValueError(f"the state of its random generators cannot be set ({reason})") from error
 
 
+def batch_sizes_of(state: dict[str, Any], settings: dict[str, Any]) -> BatchSizes | None:
+    """Return the sequences in each step of the run that saved `state`; None if that is not known."""
+    train = settings.get("train")
+    size = train.get("global_batch_size") if isinstance(train, dict) else 0
+    with contextlib.suppress(ValueError):
+        sizes = BatchSizes.from_state(state, size if isinstance(size, int) else 0)
+        return sizes if sizes.size(1) > 0 else None
+    return None
+
+
 def tokens_seen(state: dict[str, Any], settings: dict[str, Any], block_size: int) -> int | None:
     """Return the number of training tokens over all devices, None if the checkpoint does not record it."""
     train = settings.get("train")
-    train = train if isinstance(train, dict) else {}
-    sizes = state.get("step_count"), train.get("global_batch_size"), train.get("max_seq_length") or block_size
-    known = [size for size in sizes if isinstance(size, int)]
-    return math.prod(known) if len(known) == len(sizes) else None
+    length = (train.get("max_seq_length") if isinstance(train, dict) else None) or block_size
+    sizes, n_steps = batch_sizes_of(state, settings), state.get("step_count")
+    if sizes is None or not isinstance(length, int) or not isinstance(n_steps, int):
+        return None
+    return sizes.sequences(n_steps) * length

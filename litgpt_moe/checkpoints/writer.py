@@ -21,10 +21,12 @@ from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     FINAL,
     LEFT_OVER,
+    LOGS,
     RECORD_FILE,
     SETTINGS_FILE,
     SUPERSEDED,
     CheckpointArgs,
+    is_checkpoint,
     read_record,
     steps_of,
     write_record,
@@ -44,6 +46,11 @@ from litgpt_moe.files import (
 )
 from litgpt_moe.processes import note_once
 
+# what a run writes into logs/; version_*: LitGPT's loggers
+LOG_NAMES = (
+    *("run.json", "spikes.csv", "expert_load.csv", "stories.csv", "csv/metrics.csv"),
+    *("csv/version_*", "tensorboard/version_*"),
+)
 SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
 # what a save needs beside weights and moments; 64 KiB: random generators and counters
 BESIDE_BYTES = SMALL_FILES_BYTES + (1 << 16)
@@ -85,6 +92,11 @@ class CheckpointWriter:
         """Whether the run must not go on after the latest save, which failed."""
         # weights that are not finite will not be finite at the next save either
         return self.failure is not None and (self.args.on_full_disk == "stop" or not self._is_finite)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is in progress in the background."""
+        return self._thread is not None and self._thread.is_alive()
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
         """Copy the state to host memory and start the thread that writes it."""
@@ -256,7 +268,12 @@ def tidy(out_dir: Path, start_step: int) -> None:
 
 
 def foreign_files(folder: Path) -> list[Path]:
-    """Return what is in a checkpoint's folder and not listed in its checkpoint.json; [] without a record."""
+    """Return what is in a checkpoint's folder and not listed in its checkpoint.json.
+
+    Without a record that is nothing, or all if nothing in it is a checkpoint's.
+    """
+    if folder.is_dir() and not is_checkpoint(folder):
+        return list(folder.iterdir())
     try:
         own = {RECORD_FILE, *read_record(folder).get("files", {})}
     except (ValueError, OSError):
@@ -266,6 +283,16 @@ def foreign_files(folder: Path) -> list[Path]:
 
 def delete_run(out_dir: Path) -> None:
     """Remove the checkpoints and logs of an earlier run from `out_dir`, and nothing else."""
-    superseded = [path for path in out_dir.glob("superseded-*") if SUPERSEDED.fullmatch(path.name)]
-    for old in (out_dir / FINAL, out_dir / "logs", *steps_of(out_dir).values(), *superseded):
+    logs = out_dir / LOGS
+    for old in [*run_folders(out_dir), *(path for name in LOG_NAMES for path in logs.glob(name))]:
         remove(old)
+    for folder in (logs / "csv", logs / "tensorboard", logs):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # fails unless it is empty
+
+
+def run_folders(out_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, those included that a resume has renamed."""
+    superseded = [path for path in out_dir.glob("superseded-*") if SUPERSEDED.fullmatch(path.name)]
+    folders = [out_dir / FINAL, *steps_of(out_dir).values(), *superseded]
+    return [folder for folder in folders if is_checkpoint(folder)]

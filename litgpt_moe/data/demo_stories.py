@@ -87,7 +87,9 @@ def write_demo_corpus(settings: PrepareSettings) -> Path:
         written, sha256 = read_json(about), sha256_file(path)
         if written == asked | {"sha256": sha256}:
             return path
-        if written.get("sha256") != sha256 and not settings.overwrite:
+        if "sha256" not in written:
+            raise ValueError(f"{path}: not written by --dataset demo; move it, or name another --data_dir")
+        if written["sha256"] != sha256 and not settings.overwrite:
             raise ValueError(f"{path}: edited since it was written; --overwrite writes the demo stories anew")
     note(f"writing {n_stories:,} stories to {path}")
     teller = StoryTeller(GRAMMAR, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, TOKENIZER_FILES
 from litgpt_moe.cli import note
 from litgpt_moe.data.download import download
 from litgpt_moe.data.settings import PrepareSettings
@@ -24,6 +24,7 @@ from litgpt_moe.data.tokenizer import (
 from litgpt_moe.files import read_json, write_json, write_whole
 
 TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+OF_A_MODEL = (CHECKPOINT_FILE, CONFIG_FILE, "model.safetensors")
 TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the requested size
 MAX_TRAINING_BYTES = 100 << 20  # of text; more hardly changes the merges
 # The pre-tokenizer for training: no merge crosses a word, a digit, a run of punctuation or a newline. The
@@ -57,6 +58,9 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, paths: list[Path
         stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
         stories = itertools.islice(stories, 0, None, every)
         call_interruptibly(lambda: tokenizer.train_from_iterator(stories, trainer))
+    if (n_pieces := tokenizer.get_vocab_size()) < vocab_size:
+        why = "no pair of pieces occurs twice in what is left of the text"
+        note(f"the tokenizer has {n_pieces:,} pieces, not {vocab_size:,}: {why}; more text gives more")
     spec = json.loads(tokenizer.to_str())
     spec["pre_tokenizer"] = None  # as in Llama's tokenizer, where only the merges decide
     # byte pieces are not special tokens: a text that spells "<0x41>" has these six characters
@@ -95,6 +99,9 @@ def ensure_tokenizer(settings: PrepareSettings, paths: list[Path]) -> TokenizerF
     # a killed training leaves our own configuration without a tokenizer.json
     is_free = is_empty or _trained_size(folder) is not None
     if wanted is not None and (settings.overwrite or (is_free and not is_there)):
+        if any((folder / name).exists() for name in OF_A_MODEL):
+            rule = "whose tokenizer is not replaced; name another folder with --tokenizer_dir"
+            raise ValueError(f"{folder} holds a model, {rule}")
         note(f"training a tokenizer of {wanted:,} pieces into {folder}")
         train_tokenizer(settings, wanted, paths)
     elif wanted is not None and _trained_size(folder) != wanted:

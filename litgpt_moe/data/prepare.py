@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe import __version__
+from litgpt_moe.checkpoints.layout import check_no_place_of_run
 from litgpt_moe.cli import note
 from litgpt_moe.data.demo_stories import write_demo_corpus
 from litgpt_moe.data.download import download_tinystories
@@ -25,7 +26,7 @@ from litgpt_moe.data.manifest import (
     record_times,
 )
 from litgpt_moe.data.settings import SPLITS, PrepareSettings, check_settings
-from litgpt_moe.data.shards import check_stories, clean, write_splits
+from litgpt_moe.data.shards import check_memory_limit, check_stories, clean, write_splits
 from litgpt_moe.data.text import list_text, not_read
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
@@ -34,6 +35,7 @@ from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
 
 OPTIONS = ("separator", "on_bad_utf8", "val_fraction")  # the settings on which the shards depend
+BLOCK_SIZE = 1024  # of model_config.yaml, the default
 WAIT = "wait for it to end, then run again"
 
 
@@ -44,6 +46,8 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
     unless told to `wait` for it.
     """
     check_settings(settings)
+    check_memory_limit()
+    check_no_place_of_run(settings.data_dir)
     if settings.dataset == "custom":
         list_text(settings.data_dir)  # the lock below would create a folder with a mistyped name
     # TinyStories is downloaded together with a tokenizer
@@ -79,7 +83,8 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     try:
         splits = write_splits(settings, text, facts)
     except BrokenExecutor as error:
-        raise OSError("a worker process was killed (out of memory?); try fewer --workers") from error
+        way_out = "free memory or raise its limit, or try fewer --workers"
+        raise OSError(f"a worker process ended early (out of memory, or killed); {way_out}") from error
     # for information only: another version makes no shard stale
     versions = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
     manifest = {
@@ -92,6 +97,10 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     }
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
+    if (n_tokens := splits["val"]["n_tokens"]) <= BLOCK_SIZE:
+        few = f"{data_dir / 'val'}: {n_tokens:,} tokens, too few for one sequence of {BLOCK_SIZE:,}"
+        more = "put more text there" if text["val"] else "give more text or a larger --val_fraction"
+        note(f"{few} (MoE-200M; the demo model's have 256), which a validation needs; {more}")
     return manifest
 
 

@@ -30,9 +30,14 @@ from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_f
 LONG_STORY = 10_000  # bytes; a longer one may be cut in two, for train and val
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
+MIN_MEMORY = 512 << 20  # of address space; with 300 to 410 MB tokenizers 0.22 aborted or never ended
 SAMPLED_STORIES = 20  # on which a tokenizer is tried
 OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # no other files are deleted
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
 Entry = dict[str, Any]  # a shard's entry in the manifest
 encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one encoder
 
@@ -82,10 +87,28 @@ def start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+def memory_limit() -> int | None:
+    """Return the limit of a process's address space (`ulimit -v`) in bytes, None without one."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else -1
+    return limit if resource and limit != resource.RLIM_INFINITY else None
+
+
+def check_memory_limit() -> None:
+    """Raise ValueError if the limit of memory is so low that the tokenizers library would abort or hang."""
+    if (limit := memory_limit()) is not None and limit < MIN_MEMORY:
+        has = f"a process may use {limit >> 20:,} MiB of memory here (ulimit -v)"
+        raise ValueError(f"{has}, but tokenizing needs {MIN_MEMORY >> 20:,} MiB; raise the limit")
+
+
 def start_pool(workers: int) -> Executor:
-    """Return a pool of worker processes, or of one thread, which starts at once, for a single worker."""
+    """Return a pool of worker processes, or of one thread, which starts at once, for a single worker.
+
+    Where memory has a limit even a single worker is a process: the tokenizers library aborts the one that it
+    is in when memory ends, and the main process has to say so.
+    """
+    is_alone = workers == 1 and memory_limit() is None
     spawn = multiprocessing.get_context("spawn")  # safe where the parent has threads; Windows has no other
-    return ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn, start_worker)
+    return ThreadPoolExecutor(1) if is_alone else ProcessPoolExecutor(workers, spawn, start_worker)
 
 
 def hash_of(story: bytes) -> bytes:

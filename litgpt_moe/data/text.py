@@ -50,6 +50,16 @@ def list_text(data_dir: Path) -> dict[str, list[Path]]:
     return text
 
 
+def check_text_file(path: Path) -> None:
+    """Raise ValueError or FileNotFoundError if `path` is no file of text."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a text file in it")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such text file; name one that is there")
+    if not path.is_file():  # it is read twice, for its text and for its digest
+        raise ValueError(f"{path} is a device, pipe or socket; save its text to a file and name that")
+
+
 def not_read(data_dir: Path) -> list[str]:
     """Return a sentence for each folder with files or folders that could hold text but are not read."""
     others = {}

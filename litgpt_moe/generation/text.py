@@ -19,7 +19,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
-from litgpt_moe.cli import WorkFailed, note, printable, silence_stdout
+from litgpt_moe.cli import WorkFailed, note, printable, say, silence_stdout
 from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
 from litgpt_moe.files import read_json
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
@@ -175,7 +175,7 @@ def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -
     seed = generator.seed() % 2**32 if settings.seed is None else settings.seed
     for number in range(settings.num_samples):
         if number:
-            print("<|endoftext|>", flush=True)
+            say("<|endoftext|>")
         # a seed for each, so that --seed repeats any of them alone and the server can interleave them
         generator.manual_seed(seed + number)
         if sampling.temperature > 0:
@@ -203,7 +203,8 @@ def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: I
         # `| head` closes the pipe when it has seen enough; Windows says EINVAL for that
         if error.errno in (errno.EPIPE, errno.EINVAL):
             raise BrokenPipeError from None
-        raise WorkFailed(f"the text could not be written ({error}); free space or write elsewhere") from None
+        reason = f"standard output could not be written ({error.strerror or error})"
+        raise WorkFailed(f"{reason}; make room, or send it elsewhere") from None
     finally:  # after Ctrl-C, too
         seconds = time.perf_counter() - started
         rate = f"{count / seconds:.1f} tokens/s, the first after {first_s:.2f} s"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, read_settings, read_state, trained_on
-from litgpt_moe.checkpoints.state import tensor_bytes, tokens_seen
+from litgpt_moe.checkpoints.state import batch_sizes_of, tensor_bytes, tokens_seen
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.manifest import MANIFEST
@@ -186,8 +186,9 @@ def _training_rows(folder: Path, config: MoEConfig, settings: dict[str, Any]) ->
     optimizer = _group(settings, "optimizer")
     rows = []
     if (tokens := tokens_seen(state, settings, config.block_size)) is not None:
-        steps = state["step_count"]
-        rows.append(("Tokens", f"{tokens:,} in {steps:,} steps of {tokens // max(steps, 1):,}"))
+        steps, sizes = state["step_count"], batch_sizes_of(state, settings)
+        each = f"of {tokens // max(steps, 1):,}" + (" on average" if sizes and len(sizes.changes) > 1 else "")
+        rows.append(("Tokens", f"{tokens:,} in {steps:,} steps {each}"))
     if data := _describe_data(settings):
         rows.append(("Data", data))
     if optimizer.get("class_path"):

@@ -55,6 +55,20 @@ class Connection(H11Protocol):
         if not self.is_idle:
             self._stop("header")
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP with the status 400, or close the connection if an answer has begun.
+
+        uvicorn would send a second answer, which h11 refuses, and let the application send one after this.
+        """
+        can_answer = self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the application reads and sends no more
+            self.cycle.message_event.set()
+        if can_answer:
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
     def on_response_complete(self) -> None:
         """Go on to a request that has arrived already, or wait for the next one."""
         self._waits_since = self.loop.time()

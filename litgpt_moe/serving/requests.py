@@ -13,11 +13,14 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import printable
+from litgpt_moe.generation.decode import room_for
 from litgpt_moe.generation.settings import MAX_CHOICES, GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt
 
 MAX_BODY_BYTES = 1 << 18  # the text of 1,024 tokens has about 5,000 bytes
+MAX_ROUTING = 1 << 20  # numbers in an answer with `"routing": true`, about 5 MB of JSON
 ARRIVAL_S = 30  # timeout for the body of a request
 
 
@@ -59,11 +62,11 @@ def _as_list(value: Any) -> Any:
     """Return a single text as a list of one."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise PydanticCustomError("texts", "input should be a text or a list of texts")
+        raise PydanticCustomError("texts", "no texts")
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
-        raise PydanticCustomError("texts", "half a surrogate pair is no character; leave it out") from None
+        raise PydanticCustomError("surrogates", "half a surrogate pair") from None
     return texts
 
 
@@ -109,6 +112,28 @@ class CompletionBody(BaseModel, strict=True, extra="forbid"):
     user: str = ""
 
 
+SWITCH, NUMBER = "true or false", "a number"
+ALLOWED = {  # what messages say of each parameter
+    "prompt": f"a text or a list of 1 to {MAX_CHOICES} texts",
+    "model": "the name of this server's model, a text",
+    "max_tokens": "a whole number, 1 or more",
+    "n": f"a whole number from 1 to {MAX_CHOICES}",
+    "seed": f"a whole number from 0 to {2**63 - 1}",
+    "stop": "a text of 1 to 100 characters or a list of up to 4 of them",
+    "stream_options": 'an object, as {"include_usage": true}',
+    "include_usage": SWITCH,
+    **dict.fromkeys(("stream", "echo", "routing"), SWITCH),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), NUMBER),
+    "top_k": "a whole number",
+    "best_of": "1 or left out",
+    "logprobs": "null or left out",
+    "logit_bias": "{} or left out",
+    "suffix": "'' or left out",
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), "0 or left out"),
+    "user": "a text",
+}
+
+
 @dataclass(frozen=True)
 class CompletionRequest:
     """A checked request: the samples of prompt p are the choices p*n to p*n + n - 1."""
@@ -145,11 +170,26 @@ def read_request(body: Any, served: Served) -> CompletionRequest:
         prompts = [encode_prompt(served.model, served.tokenizer, p, asked.max_tokens) for p in asked.prompt]
     except ValueError as error:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded") from None
+    if asked.routing:
+        check_routing(asked, prompts, served)
     try:
         sampling = Sampling(**asked.model_dump(include=set(asdict(served.sampling))))
     except ValueError as error:
         raise ApiError(400, str(error), str(error).split()[0]) from None
     return CompletionRequest(asked, prompts, sampling)
+
+
+def check_routing(asked: CompletionBody, prompts: list[list[int]], served: Served) -> None:
+    """Raise ApiError if the routing of all tokens, which are in each sample's answer, would be too large."""
+    config, context = served.model.config, served.model.max_seq_length
+    n_layers = len(layers_of(served.model))
+    n_tokens = asked.n * sum(len(ids) + room_for(ids, asked.max_tokens, context) for ids in prompts)
+    limit = MAX_ROUTING // max(1, n_layers * (config.n_expert + config.n_expert_per_token))
+    if n_tokens > limit:
+        model = f"{n_layers} layers of {config.n_expert} experts"
+        asks = f"with {model} it is given for up to {limit:,} tokens, and this request may have {n_tokens:,}"
+        message = f"routing is true, but {asks}; shorten the prompt, or lower n or max_tokens"
+        raise ApiError(400, message, "routing", "invalid_value")
 
 
 def check_types(body: dict[str, Any]) -> CompletionBody:
@@ -160,10 +200,16 @@ def check_types(body: dict[str, Any]) -> CompletionBody:
         first = error.errors(include_url=False, include_context=False)[0]
         # the name of an unknown parameter may hold half a surrogate pair, which JSON cannot represent
         names = [ascii(part).strip("'")[:80] for part in first["loc"] or (first["input"],)]
-        if first["type"] in ("extra_forbidden", "string_unicode"):
-            raise ApiError(400, f"unknown parameter {'.'.join(names)}; leave it out", names[-1]) from None
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise ApiError(400, f"{'.'.join(names)} is {first['input']!r:.80}; {reason}", names[0]) from None
+        key, place = names[-1] if names[-1] in ALLOWED else names[0], ".".join(names)
+        if first["type"] == "extra_forbidden" or key not in ALLOWED:
+            raise ApiError(400, f"unknown parameter {place}; leave it out", names[-1]) from None
+        if first["type"] in ("surrogates", "string_unicode"):
+            reason = "half a surrogate pair is no character; leave it out"
+            raise ApiError(400, f"{place} is {first['input']!a:.80}; {reason}", names[0]) from None
+        if first["input"] is None:
+            raise ApiError(400, f"{place} is missing; it must be {ALLOWED[key]}", names[0]) from None
+        shown = json.dumps(first["input"], ensure_ascii=True)
+        raise ApiError(400, f"{place} is {shown:.80}; it must be {ALLOWED[key]}", names[0]) from None
 
 
 async def read_body(request: Request) -> Any:
@@ -171,6 +217,8 @@ async def read_body(request: Request) -> Any:
     # any page may send text or forms to any address; JSON needs a preflight request first, which is refused
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the request as Content-Type: application/json")
+    if {"content-length", "transfer-encoding"} <= set(request.headers):  # RFC 9112, section 6.1
+        raise ApiError(400, "send Content-Length or Transfer-Encoding, not both")
     body = bytearray()
     try:
         async with asyncio.timeout(ARRIVAL_S):
@@ -181,5 +229,9 @@ async def read_body(request: Request) -> Any:
         return json.loads(body)
     except TimeoutError:
         raise ApiError(408, f"the request did not arrive within {ARRIVAL_S} s") from None
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the request is not readable JSON ({error})") from None
+    except RecursionError:
+        raise ApiError(400, "the request is not readable JSON (its lists or objects are too deep)") from None
+    except ValueError:  # Python's limit for int()
+        raise ApiError(400, "the request is not readable JSON (a number has thousands of digits)") from None

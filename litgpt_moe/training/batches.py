@@ -26,12 +26,18 @@ class TrainLoader:
     """LitGPT's training batches, with their position for checkpoints, and a place between two of them.
 
     `between_batches` is called there, before the next batch is taken. It may raise to leave the loop.
+    A batch of all devices has `batch_size` sequences.
     """
 
     def __init__(
-        self, loader: Any, seed: int, is_finished: Callable[[], bool], between_batches: Callable[[], None]
+        self,
+        loader: Any,
+        seed: int,
+        is_finished: Callable[[], bool],
+        between_batches: Callable[[], None],
+        batch_size: int = 1,
     ) -> None:
-        self.loader, self.seed = loader, seed
+        self.loader, self.seed, self.batch_size = loader, seed, batch_size
         self.is_finished, self.between_batches = is_finished, between_batches
         # without Fabric's wrapper; our own loader knows its position
         self.inner = getattr(loader, "_dataloader", loader)
@@ -70,7 +76,7 @@ class TrainLoader:
         """Return the position: the loader's own state dict, or else the epoch and its batches so far."""
         if self.has_state:
             return self.inner.state_dict()
-        return {"epoch": self.epoch, "n_batches": self.n_batches}
+        return {"epoch": self.epoch, "n_batches": self.n_batches, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
@@ -78,7 +84,17 @@ class TrainLoader:
             return self.inner.load_state_dict(state)
         if not fits(state, {"epoch": 0, "n_batches": 0}):
             raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
-        self.epoch, self.n_batches = state["epoch"], state["n_batches"]
+        # earlier versions did not record it
+        size = state.get("batch_size", self.batch_size)
+        if not fits(size, 1):
+            raise ValueError(f"train_dataloader.batch_size is {size!r:.60}, which is no batch size")
+        self.epoch = state["epoch"]
+        self.n_batches, n_again = divmod(state["n_batches"] * size, self.batch_size)
+        if n_again:
+            note_once(
+                f"The data go on where a batch of {self.batch_size} begins: the {n_again} sequences before "
+                "the place where they stopped come again."
+            )
 
 
 class ValLoader:

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import FINAL, CheckpointArgs, checkpoints_of, steps_of
+from litgpt_moe.checkpoints.layout import (
+    FINAL,
+    CheckpointArgs,
+    checkpoints_of,
+    others_of,
+    steps_of,
+)
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.checkpoints.writer import BESIDE_BYTES
+from litgpt_moe.checkpoints.writer import BESIDE_BYTES, foreign_files, run_folders
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import check_no_links, existing_parent
 from litgpt_moe.hardware import has_cuda, memory_bytes
@@ -111,7 +117,7 @@ def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -
         )
     if block_size is None or length is None:
         return
-    step_tokens, n_warmup = train.global_batch_size * length, train.lr_warmup_steps or 0
+    step_tokens = train.global_batch_size * length
     if not 1 <= length <= block_size:
         yield (
             f"train.max_seq_length is {length} but the model's block_size is {block_size}; "
@@ -122,16 +128,17 @@ def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -
             f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x "
             f"{length} = {step_tokens} tokens; raise it or lower train.global_batch_size"
         )
-    elif n_warmup > (n_steps := train.max_tokens // step_tokens) and not train.global_batch_size % unit:
+
+
+def warn_of_rates(run: "Run") -> None:
+    """Warn of a learning rate whose warm-up does not end, or whose decay ends above its beginning."""
+    settings, n_warmup = run.settings, run.settings.train.lr_warmup_steps or 0
+    if n_warmup > run.n_steps:
         note_once(
-            f"Warning: train.lr_warmup_steps is {n_warmup} but the run has {n_steps} steps: "
+            f"Warning: train.lr_warmup_steps is {n_warmup} but the run has {run.n_steps} steps: "
             "the learning rate never gets to its top."
         )
-
-
-def warn_of_rates(settings: Settings, init_args: dict[str, Any]) -> None:
-    """Warn of a decay of the learning rate that ends above its beginning."""
-    lowest, peak = settings.train.min_lr, init_args.get("lr")
+    lowest, peak = settings.train.min_lr, run.optimizer["init_args"].get("lr")
     if isinstance(peak, float) and lowest > peak and settings.schedule.name != "constant":
         note_once(f"Warning: train.min_lr is {lowest:g}, above the learning rate {peak:g}, which then rises.")
 
@@ -196,6 +203,14 @@ def check_out_dir(run: "Run") -> None:
         raise ValueError(
             f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
         )
+    if others := others_of(out_dir):
+        raise ValueError(
+            f"{others[0]} is no checkpoint, but has a name under which this run saves; move it elsewhere, "
+            "or choose another --out_dir"
+        )
+    in_runs = [path for folder in run_folders(out_dir) for path in foreign_files(folder)]
+    if settings.overwrite and in_runs:
+        raise ValueError(f"{in_runs[0]} is not the run's, and --overwrite would delete it; move it elsewhere")
     earlier = [path for path in (out_dir / FINAL, *steps_of(out_dir).values()) if path.exists()]
     if earlier and run.resume is None and not settings.overwrite:
         is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.data import DataModule
 
 from litgpt_moe.processes import note_once
-from litgpt_moe.yaml_files import type_words
+from litgpt_moe.yaml_files import check_numbers, must_be, type_words
 
 # keys whose value names a class: its base class, the package of a name without dots, the usual class
 CLASS_KEYS: dict[str, tuple[type, str, str]] = {
@@ -90,6 +90,7 @@ def typed_arguments(key: str, kind: type, spec: dict[str, Any]) -> dict[str, Any
             if name not in words:
                 raise ArgumentError(None, "unknown")
             typed[name] = parser.parse_object({name: value}, defaults=False)[name]
+            check_numbers({name: value}, typed)
         except ArgumentError:
             wrong = _wrong_argument(spec["class_path"], name, value, words)
             raise BadClass(f"{key}.init_args: {wrong}", [f"{key}.init_args.{name}"]) from None
@@ -107,7 +108,7 @@ def arguments_of(kind: type) -> tuple[ArgumentParser, dict[str, str]]:
 
 def _wrong_argument(class_path: str, name: str, value: Any, words: dict[str, str]) -> str:
     if name in words:
-        return f"{name} is {value!r}; it must be {words[name]}"
+        return must_be(name, value, words[name])
     near = difflib.get_close_matches(name, words, n=1)
     if name in ("lr", "learning_rate") and "lr" in words:
         near = ["lr"]

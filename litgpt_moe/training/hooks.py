@@ -22,6 +22,8 @@ from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.files import remove
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
+from litgpt_moe.threads import load_of_others, usable_cores
+from litgpt_moe.training import slowness
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
 from litgpt_moe.training.model import prepare_model
@@ -31,6 +33,7 @@ from litgpt_moe.training.run import Run
 from litgpt_moe.training.schedule import set_learning_rate
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
+from litgpt_moe.training.slowness import SlowSteps
 from litgpt_moe.training.steps import Clock, Ending, Judge, RunFailed, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
 
@@ -55,6 +58,8 @@ class LoopHooks:
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
         settings = run.settings
         self.run, self.train_args, self.step = run, train_args, run.start_step
+        # LitGPT's loop takes all steps of a run as equally large
+        train_args.max_tokens = run.n_steps * run.tokens_per_step
         self.ending = ""
         """Why the run ends early, after this step; empty while it goes on."""
         self.judge = Judge(settings, run.started, stops, run.world_size)
@@ -65,6 +70,11 @@ class LoopHooks:
         self.writer.keep_tokenizer(settings.tokenizer_dir)
         self.figures = StepFigures()
         self.in_progress = StepInProgress(self)
+        # a run of several processes would take its own for others
+        is_alone = run.devices == 1 and not getattr(run.data, "num_workers", 0)
+        self.slow_steps = SlowSteps(load_of_others() if is_alone else lambda: None)
+        self.is_saving = False
+        """Whether a save was in progress when this step began."""
         self.saved_step = run.start_step
         self.has_validated = False
         self.is_discarded = False
@@ -95,13 +105,16 @@ class LoopHooks:
             return None
         return peak_flops(self.fabric.device, self.run.precision) * self.run.world_size
 
+    @property
+    def save_s(self) -> float:
+        """Seconds that a save takes."""
+        return self.writer.lasting_s or self.run.checkpoint_bytes / ASSUMED_BYTES_PER_S
+
     def before_step(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
         """Judge the step, whose gradient is complete, and set its learning rate."""
         self.optimizer = optimizer
-        save_s = self.writer.lasting_s or self.run.checkpoint_bytes / ASSUMED_BYTES_PER_S
-        failed_save = self.writer.failure
-        must_fail = self.writer.must_end_run
-        vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, save_s, must_fail)
+        failed_save, must_fail = self.writer.failure, self.writer.must_end_run
+        vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, self.save_s, must_fail)
         loss, grad_norm, votes = self.in_progress.end(norm, vote)
         lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader))
         self.figures = StepFigures(loss, grad_norm, lr)
@@ -135,29 +148,50 @@ class LoopHooks:
         balance.update_selection_bias(self.gpt, self.sum_over_ranks)
         self.step += 1
         self.clock.end_step()
+        self._watch_speed()
         self.metrics.advance(self.step)
+
+    def _watch_speed(self) -> None:
+        """Say so when steps have become slow; the first one prepares much, and a save takes a core."""
+        if self.step == self.run.start_step + 1 or self.is_saving or self.writer.is_writing:
+            return
+        if slow := self.slow_steps.add(time.perf_counter() - self.in_progress.began):
+            counts = usable_cores(), torch.get_num_threads()
+            self.metrics.print(slowness.warning(slow, self.step, self.fabric.device.type, *counts))
 
     def between_batches(self) -> None:
         """Leave the loop if the run must end: after a whole step, or amid one that would take long."""
         if self.in_progress.n_batches == 0:
             if self.ending:
                 raise Ending(self.ending)
+            self.is_saving = self.writer.is_writing
             self.in_progress.begin()
-        elif self.in_progress.must_leave(left_s := self.in_progress.seconds_left()):
+            return
+        batch_s = self.in_progress.seconds_per_batch()
+        left_s = batch_s * (self.run.accumulation - self.in_progress.n_batches)
+        if self._must_leave(batch_s, left_s):
             self.metrics.print(f"Step {self.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
             self._leave()
 
     def between_val_batches(self, n_done: int, n_batches: float) -> None:
         """Leave the loop if the run must end and the validation would take long."""
         began, max_iters = self.validation
-        n_left = min(max_iters, n_batches) - n_done
-        if self.in_progress.must_leave((time.perf_counter() - began) / n_done * n_left):
+        batch_s = (time.perf_counter() - began) / n_done
+        if self._must_leave(batch_s, batch_s * (min(max_iters, n_batches) - n_done)):
             self.metrics.print(f"The validation at step {self.step} is cut off.")
             self._leave()
+
+    def _must_leave(self, batch_s: float, left_s: float) -> bool:
+        """Return whether to leave amid a step or validation with `left_s` to go, `batch_s` a micro-batch."""
+        # 1.5 as in `vote`; as long as another micro-batch fits, the estimate of the rest may still shrink
+        self.judge.check_time(time.monotonic(), min(1.5 * batch_s, left_s) + self.save_s)
+        return self.in_progress.must_leave(left_s)
 
     def _leave(self) -> None:
         """Save the last whole step, unless that is done, and leave the loop."""
         self.ending = self.judge.stops.reason or "the request of another process"
+        if self.step == self.run.start_step and self.ending.startswith("train.max_time"):
+            self.ending += ", in which no step was done: raise it"
         if self.saved_step != self.step:
             self.in_progress.roll_back()
             state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}

@@ -173,7 +173,7 @@ class StepFigures(NamedTuple):
 
 def validation_row(run: Run, step: int, seconds: float, losses: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a validation: when it was, and its losses."""
-    when = {"step": step, "total_tokens": step * run.tokens_per_step, "time_s": seconds}
+    when = {"step": step, "total_tokens": run.tokens_at(step), "time_s": seconds}
     return when | {key: float(value) for key, value in losses.items()}
 
 
@@ -191,7 +191,7 @@ def metric_row(
     It replaces LitGPT's, whose loss is rank 0's and whose rates include the validations. `peak_flops` is that
     of all devices, None where it is not known.
     """
-    tokens, rate = step * run.tokens_per_step, steps_per_s * run.tokens_per_step
+    tokens, rate = run.tokens_at(step), steps_per_s * run.tokens_per_step
     # model FLOPs utilization: the share of the devices' peak
     mfu = {} if peak_flops is None else {"mfu": rate * run.facts.flops_per_token / peak_flops}
     return {
@@ -258,7 +258,7 @@ class MetricLog:
 
     def report_spike(self, step: int, figures: StepFigures, spike: Spike) -> None:
         """Log a loss spike with the place of its batch in the data, for tools/show_batch.py."""
-        first = (step - 1) * self.run.settings.train.global_batch_size
+        first = self.run.batch_sizes.sequences(step - 1)
         row = {"step": step, "loss": figures.loss, "grad_norm": figures.grad_norm, **spike._asdict()}
         self.logs.spikes.write({**row, "first_sequence": first})
         self.print(
@@ -271,7 +271,7 @@ class MetricLog:
         """Move the bar on after a step; the first step creates it."""
         n_tokens = self.run.tokens_per_step
         if self.bar is None and self.is_live:
-            total, done = self.run.n_steps * n_tokens, (step - 1) * n_tokens
+            total, done = self.run.tokens_at(self.run.n_steps), self.run.tokens_at(step - 1)
             self.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True)
         if self.bar is not None:
             self.bar.update(n_tokens)

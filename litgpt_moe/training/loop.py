@@ -5,6 +5,7 @@ It was checked against litgpt 0.5.13; tests/training/test_litgpt_contract.py fai
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
 from litgpt_moe.hardware import avoid_wrong_gradients, gpu_bytes, has_cuda, keep_freed_memory, will_compile
 from litgpt_moe.loss import linear_cross_entropy
+from litgpt_moe.processes import note_once
+from litgpt_moe.threads import usable_cores
 from litgpt_moe.training.batches import TrainLoader, ValLoader
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.memory import choose_strategy
@@ -42,8 +45,11 @@ class TrainingFabric(L.Fabric):
     def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
         hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
-        n_steps, seed = hooks.run.n_steps, hooks.run.settings.seed
-        hooks.loader = TrainLoader(train, seed, lambda: hooks.step >= n_steps, hooks.between_batches)
+        run, n_steps = hooks.run, hooks.run.n_steps
+        size = run.settings.train.micro_batch_size * run.world_size
+        hooks.loader = TrainLoader(
+            train, run.settings.seed, lambda: hooks.step >= n_steps, hooks.between_batches, size
+        )
         return [hooks.loader, ValLoader(val, hooks.between_val_batches)]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -144,6 +150,21 @@ def set_up_torch(settings: Settings, device: torch.device) -> tuple[bool, str]:
     return is_compiled, why
 
 
+def keep_threads(run: Run) -> None:
+    """Compute with as many threads as the run did before: another number adds up sums in another order."""
+    recorded = run.resume.state.get("run", {}) if run.resume else {}
+    before, now = recorded.get("n_threads", 0), torch.get_num_threads()
+    if before in (0, now) or run.world_size > 1:
+        return
+    if "OMP_NUM_THREADS" not in os.environ and before <= usable_cores():
+        torch.set_num_threads(before)
+        return
+    note_once(
+        f"The run had {before} threads so far, now it has {now}: it goes on, but not bit for bit "
+        f"(OMP_NUM_THREADS={before} would, with as many cores)."
+    )
+
+
 def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
     """Start the processes, open the output folder; return the Fabric and whether the model is compiled."""
     loggers = other_loggers(run, hooks)
@@ -151,6 +172,8 @@ def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
     strategy, reason = choose_strategy(run, gpu_bytes(run.devices) if is_on_gpus else None)
     fabric = make_fabric(run, hooks, [hooks.metrics, *loggers], strategy)
     is_compiled, why = set_up_torch(run.settings, fabric.device)
+    if fabric.device.type == "cpu":
+        keep_threads(run)
     fabric.launch()
     refuse_two_strategies(fabric, strategy)
     if fabric.is_global_zero:

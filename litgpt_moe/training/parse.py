@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from litgpt_moe.cli import join_switches, train_command
+from litgpt_moe.cli import first_line, join_switches, train_command
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.class_path import CLASS_KEYS, BadClass, arguments_of, without_foreign_arguments
 from litgpt_moe.training.settings import Settings
-from litgpt_moe.yaml_files import read_mapping
+from litgpt_moe.yaml_files import YAML_ERRORS, UniqueKeyLoader, check_numbers, must_be, read_mapping
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAG_TO_KEY = {
@@ -113,9 +113,10 @@ def read_flags(argv: list[str]) -> Given:
             if argument != "class_path":
                 key = f"{group}.init_args.{argument.removeprefix('init_args.')}"
             try:
-                value = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise ValueError(f"--{name}: {value!r} is not readable as a YAML value; quote it") from None
+                value = yaml.load(value, UniqueKeyLoader)
+            except YAML_ERRORS as error:
+                text = f"--{name}: {value!r} is not readable as a YAML value"
+                raise ValueError(f"{text} ({first_line(error)[:200]}); quote it") from None
         given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, f"--{name}")
     return given
 
@@ -224,6 +225,7 @@ def _typed(parser: ArgumentParser, words: dict[str, str], key: str, value: Any) 
         raise ArgumentError(None, "unknown")
     # only a whole group needs the defaults; without them parsing takes a fortieth of the time
     typed = parser.parse_object(Namespace({key: value}).as_dict(), defaults=key in GROUPS)[key]
+    check_numbers({key: value}, {key: typed})
     if (value is None and "null" not in words[key]) or (value == "" and "a path" in words[key]):
         raise ArgumentError(None, words[key])
     return typed
@@ -233,7 +235,7 @@ def _wrong(key: str, value: Any, words: dict[str, str]) -> str:
     if key in GROUPS:
         return f"{key} is {value!r}; give one of its keys, as in --{key}.KEY VALUE"
     if key in words:
-        return f"{key} is {value!r}; it must be {words[key]}"
+        return must_be(key, value, words[key])
     if key in MoEConfig.__dataclass_fields__:
         return f"unknown key {key}; it describes the model: set it in the file of --model_config"
     near = difflib.get_close_matches(key, words, n=1)

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 def collect(hooks: "LoopHooks") -> RunState:
     """Return what a resumed run needs beside LitGPT's own state; all ranks call it."""
+    is_cpu = hooks.fabric.device.type == "cpu" and hooks.run.world_size == 1
     return RunState(
+        n_threads=torch.get_num_threads() if is_cpu else 0,
         time_s=hooks.clock.seconds,
         guard=hooks.judge.guard.state_dict(),
         told_step=hooks.stories.last_step,
+        batch_sizes=hooks.run.batch_sizes.to_list(),
         router=router_counts(hooks.gpt, hooks.sum_over_ranks),
         rng=rng_state(),
         **hooks.logs.lengths(),
@@ -90,10 +93,9 @@ class StepInProgress:
         self.loss_sum, self.n_batches, self.are_long = 0.0, 0, n_long > 0
         return total / self.hooks.run.world_size, grad_norm, round(votes)
 
-    def seconds_left(self) -> float:
-        """Return the time that the micro-batches still to come take, at the speed so far."""
-        n_left = self.hooks.run.accumulation - self.n_batches
-        return (time.perf_counter() - self.began) / self.n_batches * n_left
+    def seconds_per_batch(self) -> float:
+        """Return the mean time of the micro-batches so far."""
+        return (time.perf_counter() - self.began) / self.n_batches
 
     def must_leave(self, left_s: float) -> bool:
         """Return whether the run is asked to end and what it does takes too long; the same on every rank."""

@@ -1,15 +1,17 @@
 """The checkpoint that a run resumes, or whose weights it starts from: found, checked and opened once."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from litgpt import GPT
 
 from litgpt_moe.balance import has_selection_bias
 from litgpt_moe.checkpoints import reader
+from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -22,17 +24,21 @@ from litgpt_moe.checkpoints.layout import (
 from litgpt_moe.checkpoints.state import check_state
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
 from litgpt_moe.training.settings import Settings, plain_settings
+
+if TYPE_CHECKING:
+    from litgpt_moe.training.run import Run
 
 # keys of a model's configuration that do not change what it computes (padded_vocab_size does)
 SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
 # settings whose change on a resume is told
 TOLD = (
     *("optimizer.", "schedule.", "moe.", "guard.", "data.", "dataset_dir", "wandb_dataset", "precision"),
-    *("devices", "num_nodes", "accelerator", "seed", "train.micro_batch_size", "train.max_tokens"),
-    *("train.lr_warmup", "train.min_lr", "train.max_norm"),
+    *("devices", "num_nodes", "accelerator", "seed", "train.global_batch_size"),
+    *("train.micro_batch_size", "train.max_tokens", "train.lr_warmup", "train.min_lr", "train.max_norm"),
 )
 
 
@@ -52,6 +58,12 @@ class OpenCheckpoint:
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict, until `state` is emptied."""
         return self.state.get("model", self.state)
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings by their dotted names."""
+        file = self.folder / SETTINGS_FILE
+        return {key: value for key, (value, _) in read_yaml(file, is_foreign=True).items()}
 
 
 def find_resume(settings: Settings) -> OpenCheckpoint | None:
@@ -102,39 +114,72 @@ def find_initial(settings: Settings, model: GPT) -> OpenCheckpoint | None:
     return opened
 
 
-def check_resume(
-    opened: OpenCheckpoint, settings: Settings, model: GPT, optimizer: str, tokens_per_step: int
-) -> int:
-    """Return the steps done in a checkpoint; ValueError if these settings cannot continue it."""
+def place_of(opened: OpenCheckpoint, settings: Settings, block_size: int) -> tuple[int, BatchSizes]:
+    """Return the steps done in a checkpoint and the sequences in each step of the run that goes on from it.
+
+    ValueError if it holds no training state, or one that is past the end of the run.
+    """
     check_state(opened.state, opened.folder)
-    folder, step = opened.folder, opened.state["step_count"]
+    step, size = opened.state["step_count"], settings.train.global_batch_size
+    before = opened.settings.get("train.global_batch_size", size)
+    # LitGPT's own checkpoints may hold another type
+    sizes = BatchSizes.from_state(opened.state, before if fits(before, 1) else size).changed(step, size)
+    if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.max_tokens or 0):
+        raise ValueError(
+            f"{opened.folder} is past the end of the run: it has been trained on {n_tokens} tokens, "
+            f"and train.max_tokens is {most}; raise that"
+        )
+    return step, sizes
+
+
+def say_if_batch_changed(run: "Run") -> None:
+    """Say what another batch size than the checkpoint's means for the steps that follow."""
+    start, sizes, n_steps = run.start_step, run.batch_sizes, run.n_steps
+    if sizes.changes[-1][0] != start or n_steps == start:
+        return
+    left = (run.settings.train.max_tokens or 0) - run.tokens_at(n_steps)
+    end = f"{run.tokens_at(n_steps):,} tokens" + (f"; the last {left:,} fill no step" if left else "")
+    note_once(
+        f"From step {start + 1:,} on a step takes {sizes.size(start + 1):,} sequences, "
+        f"{run.tokens_per_step:,} tokens; it took {sizes.size(start):,}. The data go on where they stopped, "
+        f"at sequence {sizes.sequences(start):,}. The run ends after step {n_steps:,} with {end}. The "
+        "learning rate follows the tokens; intervals, and a warm-up in steps, count steps as before."
+    )
+
+
+def check_resume(run: "Run", model: GPT) -> None:
+    """Raise ValueError if these settings cannot continue the checkpoint that the run resumes."""
+    opened, settings = cast(OpenCheckpoint, run.resume), run.settings
+    folder = opened.folder
     reader.check_weights(folder, model, opened.weights)
     if settings.moe.bias_update_rate and not opened.has_selection_bias:
         raise ValueError(
             f"{folder} was trained without a selection bias; drop moe.bias_update_rate, or start "
             "from its weights with --initial_checkpoint_dir"
         )
-    before = {key: value for key, (value, _) in read_yaml(folder / SETTINGS_FILE, is_foreign=True).items()}
     if changes := [
         *changed_meaning(folder, settings, cast(MoEConfig, model.config)),
-        *_changed_run(before, settings, optimizer, model.config.block_size),
+        *_changed_run(opened.settings, settings, run.optimizer["class_path"], model.config.block_size),
     ]:
         raise ValueError("\n".join(f"{folder}: {text}; resume with what it was" for text in changes))
-    _say_what_changed(folder, before, settings)
-    n_steps = (settings.train.max_tokens or 0) // tokens_per_step
-    if step > n_steps:
-        raise ValueError(f"{folder} is past the {n_steps} steps of train.max_tokens; raise that")
-    if step == n_steps:
+    _say_what_changed(folder, opened.settings, settings)
+    if run.start_step == run.n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
-    total = before.get("train.max_tokens")
+    _warn_of_another_end(run, opened)
+
+
+def _warn_of_another_end(run: "Run", opened: OpenCheckpoint) -> None:
+    """Warn if the learning rate was to reach its end elsewhere."""
+    before, now = opened.settings.get("train.max_tokens"), run.tokens_at(run.n_steps)
+    # in whole steps: those of another size end elsewhere by less than one step
+    step = run.block_size * max(size for _, size in run.batch_sizes.changes)
     # LitGPT's own checkpoints may hold another type
-    n_before = total // tokens_per_step if isinstance(total, int) else n_steps
-    if n_before != n_steps and settings.schedule.name != "constant":
+    if isinstance(before, int) and abs(before - now) >= step and run.settings.schedule.name != "constant":
+        n_before = run.batch_sizes.steps(before // run.block_size)
         note_once(
-            f"Warning: {folder} is of a run of {n_before:,} steps, now train.max_tokens makes it "
-            f"{n_steps:,}; the learning rates so far followed the old total, the rest follows the new."
+            f"Warning: {opened.folder} is of a run of {n_before:,} steps, now train.max_tokens makes it "
+            f"{run.n_steps:,}; the learning rates so far followed the old total, the rest follows the new."
         )
-    return step
 
 
 def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
@@ -166,7 +211,6 @@ def _changed_run(
 ) -> Iterator[str]:
     """Yield the settings with which the training state does not fit any more."""
     for key, value in (
-        ("train.global_batch_size", settings.train.global_batch_size),
         ("train.max_seq_length", settings.train.max_seq_length),
         ("train.tie_embeddings", settings.train.tie_embeddings),
         ("optimizer.class_path", optimizer),

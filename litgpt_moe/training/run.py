@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from litgpt import args as litgpt_args
 
+from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
 from litgpt_moe.data.artifact import pull
 from litgpt_moe.data.manifest import MANIFEST
@@ -19,7 +20,14 @@ from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
 from litgpt_moe.training.parse import Parsed, load_settings
-from litgpt_moe.training.resume import OpenCheckpoint, check_resume, find_initial, find_resume
+from litgpt_moe.training.resume import (
+    OpenCheckpoint,
+    check_resume,
+    find_initial,
+    find_resume,
+    place_of,
+    say_if_batch_changed,
+)
 from litgpt_moe.training.settings import Settings
 
 
@@ -42,6 +50,8 @@ class Run:
     """Steps done before this process."""
     is_second_try: bool = False
     """Whether the GPU's memory ran out in a first try, with twice the micro-batch."""
+    resumed_sizes: BatchSizes | None = None
+    """Sequences in each step of a run that is resumed, this process's included."""
     demo_data: bool = False
     """Whether the demo stories are written, because there is no text yet."""
     started: float = field(default_factory=time.monotonic)
@@ -54,13 +64,22 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in a step, over all devices."""
+        """Tokens in a step of this process, over all devices."""
         return self.settings.train.global_batch_size * self.block_size
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences in each step of the whole run, over all devices."""
+        return self.resumed_sizes or BatchSizes.constant(self.settings.train.global_batch_size)
+
+    def tokens_at(self, step: int) -> int:
+        """Return the tokens trained on after `step` steps of the whole run, over all devices."""
+        return self.batch_sizes.sequences(step) * self.block_size
 
     @property
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return (self.settings.train.max_tokens or 0) // self.tokens_per_step
+        return self.batch_sizes.steps((self.settings.train.max_tokens or 0) // self.block_size)
 
     @property
     def world_size(self) -> int:
@@ -131,13 +150,15 @@ def _checked_run(parsed: Parsed) -> Run:
     facts = model_facts(config, settings.train.max_seq_length, model)
     initial = parsed.attempt(find_initial, settings, model)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
+    if resume and (place := parsed.attempt(place_of, resume, settings, run.block_size)):
+        run = replace(run, start_step=place[0], resumed_sizes=place[1])
+        say_if_batch_changed(run)
     run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(run))
-    checks.warn_of_rates(settings, optimizer["init_args"])
+    checks.warn_of_rates(run)
     parsed.attempt(checks.check_tokenizer, run)
     parsed.attempt(checks.check_memory, run)
-    if resume:
-        checked = (resume, run.settings, model, optimizer["class_path"], run.tokens_per_step)
-        run = replace(run, start_step=parsed.attempt(check_resume, *checked) or 0)
+    if run.resumed_sizes:
+        parsed.attempt(check_resume, run, model)
     parsed.attempt(checks.check_out_dir, run)
     parsed.raise_all()
     return run
@@ -165,7 +186,7 @@ def _as_run(run: Run) -> Settings:
     # max_tokens in whole steps, and log_interval so that at least one step is logged
     train = run.settings.train
     log_interval = min(train.log_interval, run.n_steps)
-    train = replace(train, max_tokens=run.n_steps * run.tokens_per_step, log_interval=log_interval)
+    train = replace(train, max_tokens=run.tokens_at(run.n_steps), log_interval=log_interval)
     return replace(run.settings, train=train, precision=run.precision, devices=run.devices)
 
 

@@ -1,5 +1,10 @@
-"""The learning rate of each optimizer step: pure functions of the step, and one that sets it."""
+"""The learning rate of each optimizer step: pure functions of the step, and one that sets it.
 
+After a resume with another batch size it follows the tokens: steps of the earlier sizes then count as parts
+or multiples of a present one. A warm-up that is given in steps goes on by steps.
+"""
+
+import functools
 import math
 from collections.abc import Callable
 
@@ -14,18 +19,33 @@ def set_learning_rate(
 ) -> float:
     """Set the learning rate of optimizer step `step`, and return it."""
     settings, train = run.settings, run.settings.train
+    rate = functools.partial(learning_rate, settings.schedule, peak=float(optimizer.defaults["lr"]))
     # the loader of an endless stream has no length: it is asked for only where it is needed
     steps_in_epoch = batches_in_epoch() / run.accumulation if train.lr_warmup_fraction else 0.0
-    warmup = warmup_steps(settings.schedule, train, run.n_steps, run.tokens_per_step, steps_in_epoch)
-    peak = float(optimizer.defaults["lr"])
-    lr = learning_rate(settings.schedule, step, run.n_steps, warmup, peak, train.min_lr)
+    warm_by_steps = settings.schedule.warmup_tokens is None and not train.lr_warmup_fraction
+    n_steps = run.n_steps if warm_by_steps else math.ceil(present_steps(run, run.n_steps))
+    warmup = warmup_steps(settings.schedule, train, n_steps, run.tokens_per_step, steps_in_epoch)
+    if warm_by_steps and step <= warmup:
+        lr = rate(step, n_steps, warmup, lowest=train.min_lr)
+    else:
+        warmed = present_steps(run, warmup) if warm_by_steps else warmup
+        now, end = present_steps(run, step), present_steps(run, run.n_steps)
+        lr = rate(now, end, warmed, lowest=train.min_lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
 
 
+def present_steps(run: Run, n_steps: int) -> float:
+    """Return the tokens of the run's first `n_steps` steps as a number of steps of the present size.
+
+    It is `n_steps` itself, exactly, where the size has never changed.
+    """
+    return run.batch_sizes.sequences(n_steps) / run.settings.train.global_batch_size
+
+
 def learning_rate(
-    args: ScheduleArgs, step: int, n_steps: int, warmup_steps: int, peak: float, lowest: float
+    args: ScheduleArgs, step: float, n_steps: float, warmup_steps: float, peak: float, lowest: float
 ) -> float:
     """Return the learning rate of optimizer step 1 <= `step` <= `n_steps`; a decay ends at `lowest`.
 

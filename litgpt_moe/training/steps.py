@@ -141,12 +141,15 @@ class Judge:
         if must_fail:
             # a sum over world_size means fail: votes for an end add up to world_size at most
             return self.world_size + 1
-        limit_s = self.settings.train.max_time
         # 1.5: a step may take longer than the longest so far
-        ends_at = now - self.began + 1.5 * step_s + save_s
-        if limit_s is not None and ends_at >= limit_s and not self.stops.reason:
-            self.stops.reason = f"train.max_time of {limit_s:g} s"
+        self.check_time(now, 1.5 * step_s + save_s)
         return int(bool(self.stops.reason))
+
+    def check_time(self, now: float, needed_s: float) -> None:
+        """Ask for the end of the run if train.max_time leaves less than `needed_s` seconds."""
+        limit_s = self.settings.train.max_time
+        if limit_s is not None and now - self.began + needed_s >= limit_s and not self.stops.reason:
+            self.stops.reason = f"train.max_time of {limit_s:g} s"
 
     def verdict(self, loss: float, norm: float, votes: int, failed_save: str | None) -> Verdict:
         """Return what becomes of the step with this loss and gradient norm; the guard remembers both."""

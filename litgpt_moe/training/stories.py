@@ -24,8 +24,8 @@ class StoryLog:
     """Writes a continuation of PROMPT by the model in training to logs/stories.csv, one per step at most."""
 
     def __init__(self, log: CsvLog, run: Run) -> None:
-        self.log, self.tokenizer_dir = log, run.settings.tokenizer_dir
-        self.max_new_tokens, self.tokens_per_step = run.settings.eval.max_new_tokens, run.tokens_per_step
+        self.run, self.log, self.tokenizer_dir = run, log, run.settings.tokenizer_dir
+        self.max_new_tokens = run.settings.eval.max_new_tokens
         # -1 before the first story
         self.last_step = -1
 
@@ -46,7 +46,8 @@ class StoryLog:
         if head is not None:
             head.is_deferred = True
         model.train()
-        self.log.write({"step": step, "tokens": step * self.tokens_per_step, "prompt": PROMPT, "text": text})
+        row = {"step": step, "tokens": self.run.tokens_at(step), "prompt": PROMPT, "text": text}
+        self.log.write(row)
 
 
 def final_story(checkpoint_dir: Path) -> str:

@@ -31,11 +31,14 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     has_idle_mps = device.type == "cpu" and torch.backends.mps.is_available()
     mps = ", and there is MPS: try it by --accelerator mps" if has_idle_mps else ""
     resumed = f", resuming after step {run.start_step} ({run.resume.folder})" if run.resume else ""
+    steps = f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens"
+    if len(run.batch_sizes.changes) > 1:
+        steps = f"{run.n_steps:,} steps, now of {run.tokens_per_step:,} tokens"
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
         f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
         f"Experts {describe_kernel(run.config, device, dtype)}\n"
-        f"Run     {run.n_steps:,} steps of {run.tokens_per_step:,} tokens, seed {run.settings.seed}{resumed}"
+        f"Run     {steps}, seed {run.settings.seed}{resumed}"
     )
 
 

@@ -58,7 +58,7 @@ class WandbLog:
         args, is_final = self.run.settings.checkpoints, folder.name == "final"
         if args.to_wandb == "none" or not (is_final or (args.to_wandb == "kept" and args.keeps(step))):
             return
-        reached: dict[str, Any] = {"step": step, "tokens": step * self.run.tokens_per_step, **self.latest}
+        reached: dict[str, Any] = {"step": step, "tokens": self.run.tokens_at(step), **self.latest}
         reached["dataset"] = self.lineage
         self._uploads.put((log_checkpoint, folder, self.run.config.name, reached))
 

@@ -17,6 +17,7 @@ from litgpt_moe.checkpoints.state import (
     damage_in,
     rng_state,
     set_rng_state,
+    tokens_seen,
 )
 
 
@@ -39,7 +40,15 @@ def test_a_run_s_state_has_the_keys_that_checkpoints_of_before_have() -> None:
     state = run_state().state_dict()
     assert set(state) == {"run", "rng"}
     counts = {"n_rows", "n_spikes", "n_loads", "n_stories"}
-    assert set(state["run"]) == {"time_s", "guard", "told_step", "router", *counts}
+    assert set(state["run"]) == {
+        "time_s",
+        "guard",
+        "told_step",
+        "router",
+        "batch_sizes",
+        "n_threads",
+        *counts,
+    }
     assert set(state["rng"]) == {"python", "numpy", "torch", "cuda"}
 
 
@@ -54,7 +63,17 @@ def test_a_run_s_state_goes_through_a_file(tmp_path: Path) -> None:
     assert loaded.rng["python"] == saved.rng["python"]
 
 
-FIGURES = ("time_s", "told_step", "n_rows", "n_spikes", "n_loads", "n_stories", "router", "guard")
+FIGURES = (
+    "n_threads",
+    "time_s",
+    "told_step",
+    "n_rows",
+    "n_spikes",
+    "n_loads",
+    "n_stories",
+    "router",
+    "guard",
+)
 ODD = (torch.zeros(0), torch.zeros(2), [torch.zeros(0)], None, "1", True, -2, {}, float("nan"), -(10**400))
 
 
@@ -65,6 +84,26 @@ def test_a_figure_of_another_kind_is_named(key: str, odd: object) -> None:
     state["run"][key] = odd
     with pytest.raises(ValueError, match=rf"^run\.{key} is "):
         RunState().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.zeros(2), True, {}, "1", 5, [8], [[0]], [[1, 8]], [[0, 0]], [[0, 8], [0, 4]], [[0, 8], [3, 2.5]]],
+    ids=str,
+)
+def test_batch_sizes_that_make_no_sense_are_named(odd: object) -> None:
+    state = run_state().state_dict()
+    state["run"]["batch_sizes"] = odd
+    with pytest.raises(ValueError, match=r"^run\.batch_sizes is "):
+        RunState().load_state_dict(state)
+    assert tokens_seen(state | {"step_count": 4}, {"train": {"global_batch_size": 4}}, 64) is None
+
+
+def test_a_checkpoint_of_before_has_no_batch_sizes() -> None:
+    state = run_state().state_dict()
+    del state["run"]["batch_sizes"]
+    RunState().load_state_dict(state)
+    assert tokens_seen(state | {"step_count": 4}, {"train": {"global_batch_size": 4}}, 64) == 4 * 4 * 64
 
 
 @pytest.mark.parametrize("part", [{}, {"run": None}, {"rng": {}}, {"rng": {"python": 1}}, {"run": []}])

@@ -55,6 +55,10 @@ def test_an_edited_demo_corpus_is_only_replaced_on_request(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"demo\.txt: edited since it was written"):
         write_corpus(tmp_path, 20, 1)
     write_corpus(tmp_path, 20, 1, overwrite=True)
+    (path.parent / "demo.json").rename(tmp_path / "record")
+    with pytest.raises(ValueError, match=r"demo\.txt: not written by --dataset demo; move it"):
+        write_corpus(tmp_path, 20, 1, overwrite=True)
+    (tmp_path / "record").rename(path.parent / "demo.json")
     assert path.read_text(encoding="utf-8").count("<|end") == 20
 
 

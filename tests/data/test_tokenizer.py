@@ -3,7 +3,10 @@
 import _thread
 import dataclasses
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import pytest
 from helpers.data import change_tokenizer, snapshot
 from tokenizers import Regex, pre_tokenizers
 
-from litgpt_moe.data.make_tokenizer import WORD, call_interruptibly
+from litgpt_moe.data import shards
+from litgpt_moe.data.make_tokenizer import WORD, call_interruptibly, train_tokenizer
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.tokenizer import can_split_at_spaces, read_tokenizer_facts
@@ -57,6 +61,10 @@ def test_another_tokenizer_is_only_replaced_on_request(
     wanted = dataclasses.replace(settings, tokenizer_dir=folder, train_tokenizer=340)
     with pytest.raises(ValueError, match="--overwrite replaces it"):
         prepare(wanted)
+    (folder / "lit_model.pth").touch()
+    with pytest.raises(ValueError, match="holds a model, whose tokenizer is not replaced; name another"):
+        prepare(dataclasses.replace(wanted, overwrite=True))
+    (folder / "lit_model.pth").unlink()
     assert prepare(dataclasses.replace(wanted, overwrite=True))["tokenizer"]["vocab_size"] == 340
     before = snapshot(folder)
     prepare(wanted)
@@ -155,3 +163,44 @@ def test_training_replaces_no_configuration_of_somebody_else(
     # what a killed training leaves
     (folder / "tokenizer_config.json").write_text('{"trained_vocab_size": 999}', encoding="utf-8")
     assert prepare(wanted)["tokenizer"]["vocab_size"] == 330
+
+
+def test_a_text_that_gives_fewer_pieces_than_asked_for_is_told(
+    settings: PrepareSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Tom has a ball.<|endoftext|>Lily has a hat.", encoding="utf-8")
+    settings = dataclasses.replace(settings, tokenizer_dir=tmp_path / "tokenizer")
+    train_tokenizer(settings, 2048, [text])
+    n_pieces = read_tokenizer_facts(settings.tokenizer_dir).vocab_size
+    assert 259 < n_pieces < 400
+    assert f"the tokenizer has {n_pieces} pieces, not 2,048: " in capsys.readouterr().err
+    train_tokenizer(settings, n_pieces, [text])
+    assert "pieces, not" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold the limit of memory")
+def test_too_low_a_limit_of_memory_is_told_before_the_tokenizers_library_aborts(
+    settings: PrepareSettings,
+) -> None:
+    code = (
+        "import resource, sys; from prepare_data import main\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (300 << 20, resource.RLIM_INFINITY))\n"
+        f"sys.exit(main(['--data_dir', {str(settings.data_dir)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    told = "error: a process may use 300 MiB of memory here (ulimit -v), but tokenizing needs 512 MiB; raise "
+    assert done.returncode == 2 and done.stderr.startswith(told)
+
+
+def _abort(*_: object) -> None:
+    os.abort()  # as the tokenizers library does when memory ends
+
+
+def test_a_worker_that_aborts_is_told_even_if_it_is_the_only_one(
+    settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "memory_limit", lambda: 1 << 40)
+    monkeypatch.setattr(shards, "write_shard", _abort)
+    with pytest.raises(OSError, match=r"a worker process ended early .*; free memory or raise its limit"):
+        prepare(dataclasses.replace(settings, workers=1))

@@ -46,6 +46,24 @@ def test_a_book_without_paragraphs_or_spaces_is_cut_between_characters(alone: Pr
     assert "".join(val + train) == text and len(val[0]) == 800
 
 
+def test_too_few_validation_tokens_are_told_when_they_are_prepared(
+    alone: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = alone.data_dir / "train/book.txt"
+    write_book(text, 20_000)
+    n_val = prepare(alone)["splits"]["val"]["n_tokens"]
+    few = f"val: {n_val:,} tokens, too few for one sequence of 1,024"
+    told = capsys.readouterr().err
+    assert 0 < n_val < 1024 and few in told and "larger --val_fraction" in told
+    (alone.data_dir / "val").mkdir(exist_ok=True)
+    (alone.data_dir / "val/few.txt").write_text("Tom has a red ball.", encoding="utf-8")
+    prepare(alone)
+    assert "put more text there" in capsys.readouterr().err
+    write_book(alone.data_dir / "val/few.txt", 20_000)
+    assert prepare(alone)["splits"]["val"]["n_tokens"] > 1024
+    assert "too few" not in capsys.readouterr().err
+
+
 def test_short_stories_stay_whole(alone: PrepareSettings) -> None:
     prepare(dataclasses.replace(alone, val_fraction=0.005))
     assert stories_of(alone.data_dir, alone.tokenizer_dir, "val") == make_text(1)

@@ -13,7 +13,7 @@ from conftest import DENSE_CONFIG
 import run_train
 from litgpt_moe.checkpoints.reader import load_model, read_weights, verify_checkpoint
 from litgpt_moe.config import MoEConfig
-from tools import upcycle
+from tools import export_hf, import_hf, upcycle
 
 
 def run(folder: Path, *flags: object) -> int:
@@ -24,6 +24,28 @@ def logits(folder: Path) -> torch.Tensor:
     ids = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         return load_model(folder)(ids)
+
+
+@pytest.mark.parametrize("name", ["final", "step-00000050", "logs", "superseded-step-00000004"])
+def test_nothing_is_written_where_a_run_writes(
+    name: str, dense: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, flags = dense(), ["--n_expert", "4", "--n_expert_per_token", "2"]
+    # a run that has begun, and one that was saved
+    (tmp_path / "begun/logs/csv").mkdir(parents=True)
+    (tmp_path / "saved/step-00000004").mkdir(parents=True)
+    tools = ((upcycle.main, flags), (import_hf.main, []), (export_hf.main, []))
+    for main, options in tools:
+        for run_dir in ("begun", "saved"):
+            out = tmp_path / run_dir / name
+            if out.exists():
+                continue
+            assert main([str(folder), str(out), *options]) == 2
+            told = f"error: {out}: the run in {tmp_path / run_dir} keeps this name for itself; choose another"
+            assert told in capsys.readouterr().err and not out.exists()
+    # other names there, and these names elsewhere, are free
+    assert upcycle.main([str(folder), str(tmp_path / "saved/upcycled"), *flags]) == 0
+    assert upcycle.main([str(folder), str(tmp_path / "elsewhere" / name), *flags]) == 0
 
 
 @pytest.mark.parametrize(

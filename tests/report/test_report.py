@@ -250,7 +250,7 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
         ([begun, "--out", out], "no logs/csv/metrics.csv in it; wait for the run's first row"),
         ([empty, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
         ([fresh, "--out", out], "has no row yet; wait for the run's first one (train.log_interval)"),
-        ([run_dir, "--out", tmp_path], "is a folder; name a file with --out, like report.html"),
+        ([run_dir, "--out", tmp_path], "is a folder; name a file"),
         ([run_dir, "--out", mine], "mine.html exists and is no report; add --overwrite or name another"),
         ([run_dir, "--out", mine / "report.html"], "mine.html"),
     ]:
@@ -259,6 +259,24 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert mine.read_text(encoding="utf-8") == "my own page" and not out.exists()
     assert report.main([str(run_dir), "--out", str(mine), "--overwrite"]) == 0
+
+
+def test_overwrite_replaces_pages_alone(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "lit_model.pth"
+    weights.write_bytes(b"PK\x03\x04 weights")
+    (tmp_path / "pipe.html").symlink_to(tmp_path / "nowhere")
+    for out, reason in (
+        (weights, "exists and is no earlier result; name another file"),
+        (tmp_path / "pipe.html", "is no ordinary file; name another"),
+    ):
+        assert report.main([str(run_dir), "--out", str(out), "--overwrite"]) == 2
+        assert f"error: {out} {reason}" in capsys.readouterr().err
+    assert weights.read_bytes() == b"PK\x03\x04 weights" and (tmp_path / "pipe.html").is_symlink()
+    page = tmp_path / "page"
+    assert report.main([str(run_dir), "--out", str(page)]) == 0
+    assert report.main([str(run_dir), "--out", str(page)]) == 0
 
 
 # --- in a browser -------------------------------------------------------------------------------------------

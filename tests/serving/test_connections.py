@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import logging
 import socket
 import sys
+import time
 
 import pytest
 from conftest import wait_until
@@ -133,3 +135,56 @@ def test_a_client_that_reads_nothing_is_disconnected(tiny: Running, monkeypatch:
         while True:  # until the server, whose answers nobody reads, has ended the connection
             connection.sendall(REQUEST % (b"GET", b"/") + b"\r\n")
     assert not isinstance(raised.value, TimeoutError)
+
+
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+AS_JSON = REQUEST % (b"POST", b"/v1/completions") + b"Content-Type: application/json\r\n"
+MALFORMED = {
+    "a bad chunk": (AS_JSON + CHUNKED + b"zz\r\n", b""),
+    "a bad chunk later": (AS_JSON + CHUNKED, b"zz\r\n"),
+    "a bad chunk without a type": (REQUEST % (b"POST", b"/v1/completions") + CHUNKED + b"zz\r\n", b""),
+    "a bad chunk after the answer": (REQUEST % (b"POST", b"/v1/completions") + CHUNKED, b"zz\r\n"),
+    "a bad chunk for a page": (REQUEST % (b"GET", b"/") + CHUNKED + b"zz\r\n", b""),
+    "a bad chunk for no page": (REQUEST % (b"GET", b"/no") + CHUNKED, b"zz\r\n"),
+    "a bad chunk of another host": (b"GET / HTTP/1.1\r\nHost: evil\r\n" + CHUNKED + b"zz\r\n", b""),
+    "a bad chunk that is awaited": (AS_JSON + b"Expect: 100-continue\r\n" + CHUNKED, b"zz\r\n"),
+    "an endless chunk extension": (AS_JSON + CHUNKED + b"5;" + b"a" * 100_000, b""),
+    "a bad trailer": (AS_JSON + CHUNKED + b"2\r\n{}\r\n0\r\nno trailer\r\n\r\n", b""),
+    "a negative length": (AS_JSON + b"Content-Length: -1\r\n\r\n{}", b""),
+    "two lengths": (AS_JSON + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}", b""),
+    "a length and chunks": (AS_JSON + b"Content-Length: 2\r\n" + CHUNKED + b"2\r\n{}\r\n0\r\n\r\n", b""),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\r\n\r\n", b""),
+    "no HTTP after a request": (REQUEST % (b"GET", b"/v1/models") + b"\r\n", b"\0\xff\r\n\r\n"),
+    "a huge header": (REQUEST % (b"GET", b"/") + b"X: " + b"a" * 200_000, b""),
+}
+
+
+@pytest.mark.parametrize("parts", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_http_is_refused_or_closed_without_a_traceback(
+    parts: tuple[bytes, bytes], tiny: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    try:
+        with connect(tiny) as connection:
+            first, second = parts
+            connection.sendall(first)
+            if second:
+                time.sleep(0.1)  # the answer to the first part is on its way
+                connection.sendall(second)
+            answer = read_all(connection)  # until the server closes it
+        assert complete(tiny).choices  # the event loop has gone round meanwhile
+    finally:
+        for logger in loggers:
+            logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    statuses = [line.split()[1][:1] for line in answer.splitlines() if line.startswith(b"HTTP/1.1")]
+    assert statuses[:1] != [b"5"] and len(answer) < 30_000
+
+
+def test_a_bad_chunk_while_a_story_streams_ends_it(talker: Running) -> None:
+    with connect(talker) as connection:
+        connection.sendall(completion(stream=True) + b"\0\xff\r\n\r\n")
+        wait_until(lambda: talker.engine.n_running == 1)
+    wait_until(lambda: talker.engine.n_running == 0)

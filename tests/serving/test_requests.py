@@ -9,55 +9,70 @@ from helpers.server import Running, complete, post
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from litgpt_moe.balance import layers_of
 from litgpt_moe.generation.settings import MAX_CHOICES
-from litgpt_moe.serving.requests import MAX_BODY_BYTES, ApiError, error_response, read_request
+from litgpt_moe.serving import requests
+from litgpt_moe.serving.requests import (
+    ALLOWED,
+    MAX_BODY_BYTES,
+    ApiError,
+    CompletionBody,
+    StreamOptions,
+    error_response,
+    read_request,
+)
 
 pytestmark = pytest.mark.usefixtures("eager")
 
 
 BAD = {
-    "temperature": [(-1, "choose 0 (greedy) or 0.001 or more"), ("hot", "should be a valid number")],
-    "top_p": [(0, "above 0"), (2, "above 0"), (10**400, "should be a valid number")],
-    "top_k": [(-1, "0 (off) or more"), (1.5, "should be a valid integer")],
+    "temperature": [(-1, "choose 0 (greedy) or 0.001 or more"), ("hot", 'is "hot"; it must be a number')],
+    "top_p": [(0, "above 0"), (2, "above 0"), (10**400, "it must be a number")],
+    "top_k": [(-1, "0 (off) or more"), (1.5, "is 1.5; it must be a whole number")],
     "max_tokens": [
-        (0, "should be greater than or equal to 1"),
-        (True, "should be a valid integer"),
+        (0, "is 0; it must be a whole number, 1 or more"),
+        (True, "is true; it must be a whole number"),
         (65, "64 or fewer"),
         (10**30, "64 or"),
     ],
-    "n": [(0, "should be greater than or equal to 1"), (9, "should be less than or equal to 8")],
+    "n": [(0, "it must be a whole number from 1 to 8"), (9, "is 9; it must be a whole number from 1 to 8")],
     "seed": [
-        (-1, "should be greater than or equal to 0"),
-        (2**63, "should be less than or equal to 9223372036854775807"),
+        (-1, "it must be a whole number from 0 to 9223372036854775807"),
+        (2**63, "it must be a whole number from 0 to 9223372036854775807"),
     ],
     "stop": [
-        ("", "should have at least 1 character"),
-        ("a" * 101, "should have at most 100 characters"),
-        (["a"] * 5, "should have at most 4 items"),
-        ([1], "texts"),
-        (7, "texts"),
+        ("", "a text of 1 to 100 characters or a list of up to 4 of them"),
+        ("a" * 101, "a text of 1 to 100 characters"),
+        (["a"] * 5, "a list of up to 4 of them"),
+        ([1], "is [1]; it must be a text"),
+        (7, "is 7; it must be a text"),
     ],
-    "stream": [("yes", "should be a valid boolean")],
+    "stream": [("yes", 'is "yes"; it must be true or false')],
     "stream_options": [
-        (5, "should be a valid dictionary"),
-        ({"include_usage": 1}, "should be a valid boolean"),
+        (5, "is 5; it must be an object"),
+        ({"include_usage": 1}, "stream_options.include_usage is 1; it must be true or false"),
     ],
     "prompt": [
-        (None, "a text or a list"),
-        ([], "should have at least 1 item"),
-        ([1, 2], "a text or a list"),
+        (None, "prompt is missing; it must be a text or a list of 1 to 8 texts"),
+        ([], "is []; it must be a text or a list of 1 to 8 texts"),
+        ([1, 2], "is [1, 2]; it must be a text or a list of"),
         ("Tom went " * 40, "block_size is 64"),
-        (["x"] * 9, "should have at most 8 items"),
+        (["x"] * 9, "a list of 1 to 8 texts"),
         ("\ud800", "half a surrogate pair"),
     ],
-    "logprobs": [(1, "should be None")],
-    "best_of": [(2, "should be 1")],
-    "frequency_penalty": [(0.5, "should be 0")],
-    "logit_bias": [({"5": 1}, "should have at most 0 items")],
-    "suffix": [("x", "should be ''")],
+    "logprobs": [(1, "is 1; it must be null or left out")],
+    "best_of": [(2, "is 2; it must be 1 or left out")],
+    "frequency_penalty": [(0.5, "it must be 0 or left out")],
+    "logit_bias": [({"5": 1}, 'is {"5": 1}; it must be {} or left out')],
+    "suffix": [("x", "is \"x\"; it must be '' or left out")],
     "tempratur": [(1, "unknown parameter tempratur; leave it out")],
-    "model": [(5, "should be a valid string")],
+    "model": [(5, "is 5; it must be the name of this server's model, a text")],
+    "user": [(5, "is 5; it must be a text")],
 }
+
+
+def test_the_words_for_each_parameter_are_ours() -> None:
+    assert ALLOWED.keys() == CompletionBody.model_fields.keys() | StreamOptions.model_fields.keys()
 
 
 @pytest.mark.parametrize("param", BAD)
@@ -122,7 +137,22 @@ def test_extreme_settings_draw_a_token(tiny: Running) -> None:
 )
 def test_what_is_no_request_is_told_so(body: bytes, tiny: Running) -> None:
     status, answer = post(tiny, body)
-    assert status == 400 and len(answer["error"]["message"]) < 300
+    message = answer["error"]["message"]
+    assert status == 400 and len(message) < 300
+    assert not any(word in message for word in ("should", "sys.", "recursion", "Input"))
+
+
+def test_the_routing_of_an_answer_has_a_limit(tiny: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a token of the tiny model has 2 layers of 4 experts, of which 2 are chosen: 12 numbers
+    config, n_layers = tiny.engine.served.model.config, len(layers_of(tiny.engine.served.model))
+    assert (n_layers, config.n_expert, config.n_expert_per_token) == (2, 4, 2)
+    n_prompt = complete(tiny, max_tokens=1).usage.prompt_tokens
+    monkeypatch.setattr(requests, "MAX_ROUTING", 12 * 2 * (n_prompt + 10))
+    assert len(complete(tiny, routing=True, n=2, max_tokens=10).choices[1].routing) >= n_prompt
+    with pytest.raises(openai.BadRequestError, match="2 layers of 4 experts it is given for up to") as caught:
+        complete(tiny, routing=True, n=2, max_tokens=11)
+    assert caught.value.param == "routing"
+    assert complete(tiny, n=2, max_tokens=11).choices
 
 
 def test_a_request_that_is_too_large_is_refused_with_and_without_its_length(tiny: Running) -> None:

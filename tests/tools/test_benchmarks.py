@@ -53,6 +53,18 @@ def test_benchmark_train_tells_of_an_override_without_a_value(
     assert capsys.readouterr().err == f"error: --override: {text} is no KEY=VALUE; write it as n_expert=8\n"
 
 
+def test_figures_replace_no_file_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "lit_model.pth"
+    weights.write_bytes(b"weights")
+    for main, flag in ((train.main, "--out"), (layer.main, "--out"), (generate.main, "--json")):
+        with pytest.raises(SystemExit) as ended:
+            main([flag, str(weights)])
+        assert ended.value.code == 2
+        told = f"error: {flag}: {weights} exists and is no earlier result; name another file\n"
+        assert capsys.readouterr().err == told
+    assert weights.read_bytes() == b"weights"
+
+
 def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err

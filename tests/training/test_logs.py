@@ -2,15 +2,15 @@
 
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY_CONFIG
 
-from litgpt_moe.config import MoEConfig
+from litgpt_moe.config import ModelFacts, MoEConfig
 from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_line, metric_row, validation_row
+from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings, TrainArgs
 from litgpt_moe.training.steps import Clock
 
@@ -23,12 +23,11 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return time_s
 
 
-def a_run(**settings: object) -> SimpleNamespace:
-    facts = SimpleNamespace(flops_per_token=100.0)
-    train = TrainArgs(global_batch_size=4)
-    return SimpleNamespace(
-        settings=Settings(train=train, **settings), n_steps=8, tokens_per_step=256, facts=facts
-    )
+def a_run(**settings: object) -> Run:
+    """A run of 8 steps of 4 sequences, 256 tokens."""
+    facts = ModelFacts(total_params=1, active_params=1, flops_per_token=100)
+    train = TrainArgs(global_batch_size=4, max_tokens=8 * 256)
+    return Run(Settings(train=train, **settings), MoEConfig(**TINY_CONFIG), facts, None, {}, "32-true", 1)
 
 
 # --- times --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 @pytest.fixture
 def story_log(tmp_path: Path, tiny_checkpoint: Path) -> StoryLog:
     settings = Settings(tokenizer_dir=tiny_checkpoint, eval=EvalArgs(max_new_tokens=5))
-    run = SimpleNamespace(settings=settings, tokens_per_step=256)
+    run = SimpleNamespace(settings=settings, tokens_at=lambda step: step * 256)
     return StoryLog(CsvLog(tmp_path / "stories.csv", ["step", "tokens", "prompt", "text"]), run)
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.training import batches, progress
+from litgpt_moe.training import batches, loop, progress
 from litgpt_moe.training.checks import run_lock
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loop import TrainingFabric
@@ -91,6 +92,31 @@ def test_a_signal_amid_a_long_step_drops_it_and_resume_gives_the_run_that_never_
 
 
 @pytest.mark.usefixtures("long_steps")
+def test_max_time_cuts_off_a_long_step_too(
+    at_batch: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+    common = ["--max_tokens", 12 * 256, "--micro_batch_size", 1, "--train.log_interval", 2, *BALANCED]
+    assert run("--out_dir", "whole", *common) == 0
+    at_batch(6 * 4 + 2, lambda: passed.append(passed.pop() + 10**6))
+    capsys.readouterr()
+    assert run("--out_dir", "parts", *common, "--train.max_time", 10**6) == 0
+    output = capsys.readouterr()
+    assert (
+        "Step 7 takes " in output.err
+        and "Stopped after step 6 of 12 (train.max_time of 1e+06 s)" in output.out
+    )
+    assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+    # in a first step that takes too long nothing is done, and nothing saved
+    at_batch(2, lambda: passed.append(passed.pop() + 10**6))
+    assert run("--out_dir", "first", *common, "--train.max_time", 10**6) == 0
+    assert "(train.max_time of 1e+06 s, in which no step was done: raise it)" in capsys.readouterr().out
+    assert list(Path("first").glob("step-*")) == []
+
+
+@pytest.mark.usefixtures("long_steps")
 @pytest.mark.parametrize(("batch", "saved"), [(2, []), (4 * 4 + 1, ["step-00000004"])])
 def test_a_dropped_step_after_which_nothing_is_new_saves_nothing(
     batch: int, saved: list[str], at_batch: Callable, capsys: pytest.CaptureFixture[str]
@@ -145,6 +171,26 @@ def test_final_is_resumed_as_exactly_as_a_step(capsys: pytest.CaptureFixture[str
     assert run("--out_dir", "more", "--max_tokens", 12 * 256, *flags, "--resume", "parts/final") == 0
     one, other = weights("whole/final"), weights("more/final")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--max_tokens", 1024) == 0
+    shutil.copytree("out", "other")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(loop, "usable_cores", lambda: 2)
+    torch.set_num_threads(2)
+    assert run("--max_tokens", 2048, "--resume", "auto") == 0
+    assert torch.get_num_threads() == 1 and "threads" not in capsys.readouterr().err
+    # what the user says wins, and is told
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert run("--max_tokens", 2048, "--resume", "auto", "--out_dir", "other") == 0
+    assert torch.get_num_threads() == 2
+    told = "The run had 1 threads so far, now it has 2: it goes on, but not bit for bit"
+    assert told in capsys.readouterr().err
+    assert torch.load("other/final/lit_model.pth", weights_only=True)["run"]["n_threads"] == 2
 
 
 def test_rows_that_a_killed_process_wrote_after_its_last_checkpoint_come_once(at_step: Callable) -> None:

@@ -48,7 +48,7 @@ def a_run(out_dir: Path, resume: object = None, is_second_try: bool = False, **s
         config=config,
         resume=resume,
         is_second_try=is_second_try,
-        tokens_per_step=256,
+        tokens_at=lambda step: step * 256,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe.cli import FlagParser, add_flags, from_flags
+from litgpt_moe.files import check_replaceable
 from litgpt_moe.threads import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,16 @@ def parse(description: str | None, kind: type, argv: list[str] | None) -> Any:
 
 
 def check_counts(parser: FlagParser, settings: Any) -> None:
-    """End with status 2 if a whole number among the settings, the seed apart, is not 1 or more."""
+    """End with status 2 if a whole number among the settings, the seed apart, is not 1 or more.
+
+    Likewise if the file of figures would replace one that is no JSON.
+    """
+    for item in {"out", "json"} & set(vars(settings)):
+        if (path := getattr(settings, item)) is not None:
+            try:
+                check_replaceable(path, ".json")
+            except OSError as error:
+                parser.error(f"--{item}: {error}")
     for item in fields(settings):
         value = getattr(settings, item.name)
         if type(value) is int and item.name != "seed" and not 1 <= value < 2**31:
