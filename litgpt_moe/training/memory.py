@@ -27,13 +27,11 @@ def out_of_memory(run: Run, argv: list[str]) -> str:
 def _figures(run: Run) -> tuple[str, int | None]:
     """Return the plan of a step in words, and the largest smaller micro-batch that fits the device."""
     is_on_gpu = run.settings.accelerator != "cpu" and has_cuda()
-    try:
-        planner = planner_of(run, "cuda" if is_on_gpu else "cpu")
-        has = gpu_bytes(run.devices) if is_on_gpu else memory_bytes()
-        step = planner.memory(run.settings.train.micro_batch_size, run.accumulation > 1)
-        return f" (planned: {step}, of {has / 1e9:.1f})", largest_that_fits(run, planner, has)
-    except Exception:  # noqa: BLE001 - memory is short, and no error may hide the one that is to be told
+    if (planned := try_plan(run, "cuda" if is_on_gpu else "cpu")) is None:
         return "", None
+    planner, step = planned
+    has = gpu_bytes(run.devices) if is_on_gpu else memory_bytes()
+    return f" (planned: {step}, of {has / 1e9:.1f})", largest_that_fits(run, planner, has)
 
 
 def planner_of(run: Run, device_type: str) -> StepPlanner:
@@ -55,10 +53,18 @@ def planner_of(run: Run, device_type: str) -> StepPlanner:
     )
 
 
-def plan(run: Run, device_type: str) -> StepMemory:
-    """Return the memory of the run's steps on one device, where several of them are trained by DDP."""
-    micro_batch_size = run.settings.train.micro_batch_size
-    return planner_of(run, device_type).memory(micro_batch_size, run.accumulation > 1, run.world_size > 1)
+def try_plan(run: Run, device_type: str) -> tuple[StepPlanner, StepMemory] | None:
+    """Return what counts the run's steps on one device, and their memory; None where counting fails.
+
+    Where there are several devices, DDP trains them.
+    """
+    micro_batch_size, has_buckets = run.settings.train.micro_batch_size, run.world_size > 1
+    try:
+        planner = planner_of(run, device_type)
+        return planner, planner.memory(micro_batch_size, run.accumulation > 1, has_buckets)
+    # an optimizer may know no fake tensors, or memory be short; the run itself must not fail for that
+    except Exception:  # noqa: BLE001
+        return None
 
 
 def choose_strategy(run: Run, gpu_bytes: int | None) -> tuple[str, str]:
@@ -75,8 +81,9 @@ def choose_strategy(run: Run, gpu_bytes: int | None) -> tuple[str, str]:
         return "ddp", "FSDP needs GPUs"
     if "Muon" in run.optimizer["class_path"]:
         return "ddp", "Muon needs whole matrices"
-    planner = planner_of(run, "cuda")
-    step = planner.memory(run.settings.train.micro_batch_size, run.accumulation > 1, has_buckets=True)
+    if (planned := try_plan(run, "cuda")) is None:
+        return "fsdp", "its memory cannot be planned"
+    planner, step = planned
     if fits(step.peak, gpu_bytes):
         return "ddp", f"its plan fits a GPU's {gpu_bytes / 1e9:.1f} GB: {step}"
     smaller = largest_that_fits(run, planner, gpu_bytes)

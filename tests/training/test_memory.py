@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from litgpt_moe.hardware import RESERVED_BYTES, fits
+from litgpt_moe.training import memory
 from litgpt_moe.training import run as runs
 from litgpt_moe.training.loop import refuse_two_strategies
-from litgpt_moe.training.memory import choose_strategy, planner_of, smaller_micro_batches
+from litgpt_moe.training.memory import (
+    choose_strategy,
+    out_of_memory,
+    planner_of,
+    smaller_micro_batches,
+)
 from litgpt_moe.training.steps import RunFailed
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -45,6 +51,28 @@ def test_the_choice_is_made_without_a_plan_where_it_is_clear(
     flags: tuple[object, ...], gpu_bytes: int | None, expected: tuple[str, str]
 ) -> None:
     assert choose_strategy(run_of(*flags), gpu_bytes) == expected
+
+
+def test_without_a_plan_it_is_fsdp_and_out_of_memory_is_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "make_optimizer", lambda *_: 1 / 0)
+    assert choose_strategy(run_of("--devices", 2), 10**12) == ("fsdp", "its memory cannot be planned")
+    assert out_of_memory(run_of(), []).startswith("out of memory with train.micro_batch_size 2; --activation")
+
+
+def test_what_fits_is_proposed_when_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ("--global_batch_size", 64, "--micro_batch_size", 64, "--max_tokens", 8192)
+    run = run_of(*sizes, "--activation_checkpointing")
+    small = planner_of(run, "cpu").memory(4).peak
+    has = next(size for size in range(RESERVED_BYTES, 2 * RESERVED_BYTES, 1000) if fits(small, size))
+    monkeypatch.setattr(memory, "memory_bytes", lambda: has)
+    told = out_of_memory(run, ["--seed", "1"])
+    assert told.startswith("out of memory with train.micro_batch_size 64 (planned: weights ")
+    assert told.endswith(
+        ", of 1.1); with less memory it goes on by: uv run python run_train.py --seed 1 "
+        "--micro_batch_size 4 --resume auto"
+    )
 
 
 def test_fsdp_is_taken_when_it_is_asked_for() -> None:
