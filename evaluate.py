@@ -45,7 +45,9 @@ class EvaluateSettings:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
-    """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
+    """auto (bf16-true where CUDA has it, else 32-true), 32-true, bf16-true, 16-true."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8 = round the weights as generate.py does with this flag, to measure what it costs."""
     seed: int = 42
     """Seed of the random weights."""
     json: bool = False
@@ -67,6 +69,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     """Return the figures and the facts to record about model, text and settings."""
     from litgpt_moe import scoring
     from litgpt_moe.checkpoints.reader import load_model
+    from litgpt_moe.generation.quantization import round_weights
     from litgpt_moe.hardware import keep_freed_memory, pick_device
 
     device, dtype = pick_device(settings.device, settings.precision)
@@ -93,6 +96,9 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "data": corpus.identity,
         "settings": {"max_seq_length": window, **counts, **place},
     }
+    if settings.quantize == "int8":
+        round_weights(model)
+        identity["settings"]["quantize"] = "int8"
     if device.type == "cpu":
         keep_freed_memory()  # the next chunk of logits reuses it
     figures = scoring.score(model, corpus, window, **counts)

@@ -1,7 +1,7 @@
 """Continue a text with a trained checkpoint, printing each word as soon as it is generated.
 
 Run: uv run python generate.py --prompt "Once upon a time"
-(10 s to import and load, then about 60 tokens/s with MoE-200M on one CPU core)
+(some seconds to import and load; what a CPU then makes is in docs/results.md)
 
 Standard output carries only the text: prompt and continuation; with --num_samples above 1 the texts are
 separated by a line `<|endoftext|>`, which prepare_data.py understands. Everything else goes to stderr.

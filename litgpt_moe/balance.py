@@ -56,6 +56,8 @@ class Balance:
     z_loss_coef: float
     bias_update_rate: float
     scale: float
+    loss_scale: torch.Tensor | None
+    """Scalar by which the loss is scaled in fp16, changed in place between steps; None in other dtypes."""
     step_load: torch.Tensor
     """(E,) int64, tokens of each expert in this optimizer step."""
     load: torch.Tensor
@@ -78,6 +80,8 @@ def attach_loss(
     aux_loss = load_balancing_loss(router_probs_NE, tokens_per_expert)
     z_loss = router_z_loss(router_logits_NE)
     loss = balance.aux_loss_coef * aux_loss + balance.z_loss_coef * z_loss
+    if balance.loss_scale is not None:
+        loss = loss * balance.loss_scale
     entropy = -torch.special.xlogy(router_probs_NE, router_probs_NE).detach().sum(1).mean()
     means = torch.stack([torch.ones_like(entropy), entropy, aux_loss.detach(), z_loss.detach()]).float()
     counters = [balance.step_load, balance.load, balance.sums]
@@ -133,6 +137,7 @@ def set_balance(
     z_loss_coef: float = 0.0,
     bias_update_rate: float = 0.0,
     scale: float = 1.0,
+    loss_scale: torch.Tensor | None = None,
 ) -> None:
     """Balance the model's MoE layers while they train, and count their load.
 
@@ -148,13 +153,15 @@ def set_balance(
         bias_update_rate: step of `update_selection_bias`; 0 is off.
         scale: what the loss is multiplied by outside the model, 1 / gradient accumulation steps. No factor
             for the number of processes: DDP and FSDP average these gradients with all others.
+        loss_scale: scalar on the device by which loss scaling multiplies the loss outside the model besides.
+            It is read in each forward pass.
     """
     if bias_update_rate:
         use_selection_bias(model)
     for layer in layers_of(model).values():
         load_E = torch.zeros(layer.config.n_expert, dtype=torch.int64, device=layer.gate.weight.device)
         counters = load_E.clone(), load_E, load_E.new_zeros(4, dtype=torch.float32)
-        layer.balance = Balance(aux_loss_coef, z_loss_coef, bias_update_rate, scale, *counters)
+        layer.balance = Balance(aux_loss_coef, z_loss_coef, bias_update_rate, scale, loss_scale, *counters)
 
 
 # --- the selection bias -------------------------------------------------------------------------------------

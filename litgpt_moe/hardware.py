@@ -18,8 +18,8 @@ from torch.torch_version import TorchVersion
 from litgpt_moe.kernels.matmul import matmul
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-# no fp16: LitGPT's fused AdamW and its clipping do not work with the loss scaling that fp16 needs
-TRAINING_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+# no 16-true: with weights in fp16 small updates are lost, and Adam's moments underflow
+TRAINING_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
 GIB = 1 << 30
 # not measured: CUDA's context and libraries take 0.3 to 0.6 GiB of a card, a desktop about as much
 RESERVED_BYTES = GIB
@@ -57,9 +57,36 @@ def _has_bf16() -> bool:
     return has_cuda() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def _has_fast_fp16() -> bool:
+    # from V100 on, the first with tensor cores
+    return has_cuda() and torch.cuda.get_device_capability() >= (7, 0)
+
+
 def default_precision(device_type: str) -> str:
-    """Return bf16-true for a GPU that computes in it, 32-true elsewhere."""
+    """Return bf16-true for a GPU that computes in it, 32-true elsewhere: to use a model."""
     return "bf16-true" if device_type == "cuda" and _has_bf16() else "32-true"
+
+
+def _training_precision(precision: str | None, is_cuda: bool) -> str:
+    """Return the precision that a run's setting means; ValueError if this machine cannot train in it."""
+    if precision in (None, "auto"):
+        # float32 runs at an eighth of fp16's speed on a T4
+        is_fp16 = is_cuda and not _has_bf16() and _has_fast_fp16()
+        return "16-mixed" if is_fp16 else default_precision("cuda" if is_cuda else "cpu")
+    if precision not in TRAINING_PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(TRAINING_PRECISIONS)}")
+    if precision.startswith("bf16") and is_cuda and not _has_bf16():
+        instead = "16-mixed" if _has_fast_fp16() else "32-true"
+        raise ValueError(f"precision is {precision}, which this GPU lacks; use {instead}")
+    if precision == "16-mixed" and not is_cuda:
+        # Fabric would take bf16-mixed on a CPU, with a warning
+        raise ValueError("precision is 16-mixed, which is for CUDA; use bf16-mixed or 32-true")
+    return precision
+
+
+def precision_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of the matrix products in a precision of Lightning's name, such as bf16-mixed."""
+    return DTYPES[precision.replace("mixed", "true")]
 
 
 def pick_device(device: str, precision: str) -> tuple[torch.device, torch.dtype]:
@@ -98,11 +125,7 @@ def training_device(
         raise ValueError(f"devices is {devices!r}; choose auto or a number of 1 or more")
     if cuda and n_devices > n_gpus:
         raise ValueError(f"devices is {n_devices} but this machine has {n_gpus} CUDA device(s)")
-    precision = precision or default_precision("cuda" if cuda else "cpu")
-    if precision not in TRAINING_PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(TRAINING_PRECISIONS)}")
-    if precision.startswith("bf16") and cuda and not _has_bf16():
-        raise ValueError(f"precision is {precision}, which this GPU lacks; use 32-true")
+    precision = _training_precision(precision, cuda)
     if cuda and sys.platform == "win32" and n_devices * num_nodes > 1:
         raise ValueError("several GPUs need NCCL, which Windows lacks; use devices: 1, or Linux (WSL 2)")
     return precision, n_devices
@@ -133,7 +156,7 @@ def avoid_wrong_gradients() -> None:
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """Return the FLOP/s of dense matrix products on `device`: its maker's figure, else measured here."""
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    dtype = precision_dtype(precision)
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")
         if device.type == "cuda" and (known := get_available_flops(device, dtype)):

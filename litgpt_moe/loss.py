@@ -27,6 +27,7 @@ def linear_cross_entropy(
     weight_VC: torch.Tensor,
     targets: torch.Tensor,
     dtype: torch.dtype | None = None,
+    expected_grad: torch.Tensor | None = None,
     *,
     as_on: torch.device | None = None,
 ) -> torch.Tensor:
@@ -39,13 +40,19 @@ def linear_cross_entropy(
     `hidden` (..., C) is the input of the head, `targets` (...) are token ids or IGNORED_TOKEN, and `dtype` is
     that of the GEMMs; the weight's if not given. `as_on` is the device whose chunks to take in place of those
     of `hidden`: memory is planned for CUDA on a CPU.
+
+    `expected_grad` is the gradient that backward will give to the loss, by which the gradients are multiplied
+    before they are rounded to `dtype`: in fp16 the scale of loss scaling, or else what is below 6e-8 would be
+    0. Another gradient costs precision only.
     """
     hidden_NC = hidden.reshape(-1, hidden.size(-1))
     # asked here: inside `forward` of an autograd.Function gradients are always off
     has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight_VC.requires_grad)
     dtype = dtype or weight_VC.dtype
     device = as_on or hidden.device
-    return _LinearCrossEntropy.apply(hidden_NC, weight_VC, targets.reshape(-1), dtype, has_backward, device)
+    return _LinearCrossEntropy.apply(
+        hidden_NC, weight_VC, targets.reshape(-1), dtype, expected_grad, has_backward, device
+    )
 
 
 class _LinearCrossEntropy(Function):
@@ -58,6 +65,7 @@ class _LinearCrossEntropy(Function):
         weight_VC: torch.Tensor,
         targets_N: torch.Tensor,
         dtype: torch.dtype,
+        expected_grad: torch.Tensor | None,
         has_backward: bool,
         device: torch.device,
     ) -> torch.Tensor:
@@ -67,8 +75,9 @@ class _LinearCrossEntropy(Function):
         n_kept = is_kept_N1.sum().clamp_min(1)
         x_NC, w_VC, exact = hidden_NC.to(dtype), weight_VC.to(dtype), accumulation_dtype(hidden_NC)
         loss = torch.zeros((), dtype=exact, device=x_NC.device)
-        gradients = None
+        gradients, factor = None, None
         if has_backward:
+            factor = None if expected_grad is None else expected_grad / n_kept
             # the sum over many chunks needs more than bfloat16
             weight_grad_VC = torch.zeros(weight_VC.shape, dtype=exact, device=x_NC.device)
             if prefers_onednn(x_NC):  # see `_add_gradients`
@@ -81,21 +90,23 @@ class _LinearCrossEntropy(Function):
             log_probs_SV = _log_softmax(logits_SV, exact, in_place=device.type == "cpu")
             loss -= (log_probs_SV.gather(1, targets_N1[rows]) * is_kept_N1[rows]).sum()
             if gradients is not None:
-                _add_gradients(log_probs_SV.exp_(), targets_N1, is_kept_N1, rows, x_NC, w_VC, *gradients)
+                probs_SV = log_probs_SV.exp_()
+                _add_gradients(probs_SV, targets_N1, is_kept_N1, rows, factor, x_NC, w_VC, *gradients)
+                del probs_SV
             # before the next chunk needs the memory
             del logits_SV, log_probs_SV
         if gradients is not None:
-            ctx.save_for_backward(*gradients, n_kept)
+            ctx.save_for_backward(*gradients, n_kept if expected_grad is None else expected_grad)
             ctx.weight_dtype = weight_VC.dtype
         return loss / n_kept
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_grad_NC, sum_VC, n_kept = ctx.saved_tensors
-        scale = grad / n_kept
+        hidden_grad_NC, sum_VC, divisor = ctx.saved_tensors
+        scale = grad / divisor
         weight_grad_VC = sum_VC.new_empty(sum_VC.shape, dtype=ctx.weight_dtype)
         torch.mul(sum_VC, scale, out=weight_grad_VC)
-        return hidden_grad_NC * scale.to(hidden_grad_NC.dtype), weight_grad_VC, None, None, None, None
+        return hidden_grad_NC * scale.to(hidden_grad_NC.dtype), weight_grad_VC, *[None] * 5
 
 
 def _log_softmax(logits_SV: torch.Tensor, dtype: torch.dtype, in_place: bool) -> torch.Tensor:
@@ -111,14 +122,20 @@ def _add_gradients(
     targets_N1: torch.Tensor,
     is_kept_N1: torch.Tensor,
     rows: slice,
+    factor: torch.Tensor | None,
     x_NC: torch.Tensor,
     w_VC: torch.Tensor,
     hidden_grad_NC: torch.Tensor,
     weight_grad_VC: torch.Tensor,
 ) -> None:
-    """Add one chunk's gradients of the summed loss to the last two arguments; overwrites `probs_SV`."""
+    """Add one chunk's gradients of the summed loss, times `factor`, to the last two arguments.
+
+    Overwrites `probs_SV`.
+    """
     targets_S1, is_kept_S1 = targets_N1[rows], is_kept_N1[rows]
     grad_SV = probs_SV.scatter_add_(1, targets_S1, -torch.ones_like(targets_S1, dtype=probs_SV.dtype))
+    if factor is not None:
+        grad_SV *= factor
     grad_SV = grad_SV.to(x_NC.dtype)
     hidden_grad_NC[rows] = matmul(grad_SV, w_VC) * is_kept_S1
     x_SC = x_NC[rows] * is_kept_S1

@@ -21,6 +21,7 @@ SPINS = "50000"
 # with one of these the user has chosen the spin time (libgomp's manual)
 OWN_CHOICE = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 STAT = Path("/proc/stat")
+_missing_cores = [0]  # whole cores that other programs keep from this process, as `_watch` found last
 
 
 def limit_spinning() -> None:
@@ -62,13 +63,26 @@ def _watch(n_threads: int, end: threading.Event) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         use = CpuUse(n_threads)
         while not end.wait(1):
+            missing = use.missing_cores()
             # hysteresis of a tenth of a core, so that the team does not form and leave all the time
-            is_short = use.missing_cores() > (0.4 if team.is_there else 0.5)
+            is_short = missing > (0.4 if team.is_there else 0.5)
+            _missing_cores[0] = max(1, round(missing)) if is_short else 0
             if is_short and not team.is_there:
                 team.form()
             elif not is_short:
                 team.leave()
     team.leave()
+    _missing_cores[0] = 0
+
+
+def free_threads() -> int:
+    """Return how many threads find a core of their own now: torch's number, less where others are busy.
+
+    For work whose result does not depend on the number of threads. It needs `sleep_when_busy`.
+    """
+    import torch  # not at the top, as in sleep_when_busy
+
+    return max(1, torch.get_num_threads() - _missing_cores[0])
 
 
 def usable_cores() -> int:

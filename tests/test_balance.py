@@ -130,6 +130,19 @@ def test_eight_accumulation_steps_give_the_gradient_of_one() -> None:
         torch.testing.assert_close(gradients(model)[name], grad, rtol=1e-11, atol=1e-11, msg=name)
 
 
+def test_the_losses_are_scaled_by_loss_scaling_as_the_model_s_own_loss_is() -> None:
+    plain, model, scale = make_model(), make_model(), torch.tensor(1024.0)
+    set_balance(plain, **COEFFICIENTS, scale=1 / 2)
+    set_balance(model, **COEFFICIENTS, scale=1 / 2, loss_scale=scale)
+    for factor in (1024.0, 512.0):  # changed in place between two steps
+        scale.fill_(factor)
+        for each, by in ((plain, 1.0), (model, factor)):
+            each.zero_grad()
+            (micro_batch(each, tokens(0)) / 2 * by).backward()
+        for name, grad in gradients(plain).items():
+            torch.testing.assert_close(gradients(model)[name] / factor, grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
 class Recomputing(torch.nn.Module):
     """A block whose activations are computed again in backward."""
 
@@ -181,6 +194,23 @@ def test_a_compiled_layer_balances_as_the_eager_one(overrides: dict, dynamic: bo
         discard_step_load(model)
     for eager, compiled in zip(*read, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+
+
+def test_a_compiled_layer_follows_the_loss_scale_without_being_compiled_again() -> None:
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+    model, scale = make_model(torch.float32), torch.tensor(1.0)
+    set_balance(model, **COEFFICIENTS, loss_scale=scale)
+    layer = model.transformer.h[0].mlp
+    compiled, norms = torch.compile(layer, backend="aot_eager", fullgraph=True), []
+    for factor in (1.0, 1024.0, 512.0):
+        scale.fill_(factor)
+        layer.zero_grad()
+        # the losses alone have a gradient
+        (compiled(torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))) * 0).sum().backward()
+        norms.append(layer.gate.weight.grad.norm().item())
+        torch.compiler.set_stance("fail_on_recompile")
+    assert norms[0] > 0 and norms[1:] == [1024 * norms[0], 512 * norms[0]]
 
 
 def test_validation_and_generation_are_untouched() -> None:

@@ -497,3 +497,19 @@ def test_a_checkpoint_is_scored_on_the_data_that_it_was_trained_on(
     Path("run/final/checkpoint.json").unlink(missing_ok=True)
     assert main(["--ckpt_dir", "run"]) == 0
     assert json.loads(Path("results.jsonl").read_text(encoding="utf-8"))["data"]["data_dir"] == "mine"
+
+
+def test_eight_bits_are_scored_as_rounded_weights(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Tom had a red ball. Tom went to the park. " * 5, encoding="utf-8")
+
+    def evaluated(*flags: str) -> dict:
+        base = ["--ckpt_dir", str(tiny_checkpoint), "--text", str(text), "--json", "--results_file", "none"]
+        assert main([*base, *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    exact, rounded = evaluated(), evaluated("--quantize", "int8")
+    assert 0 < abs(exact["loss"] - rounded["loss"]) < 0.02
+    assert rounded["settings"] == exact["settings"] | {"quantize": "int8"}

@@ -16,7 +16,7 @@ from conftest import ASSETS, SENTENCE
 from tokenizers import Tokenizer as HFTokenizer
 
 from generate import main
-from litgpt_moe.generation.decode import generate
+from litgpt_moe.generation.decode import generate, make_decoder
 from litgpt_moe.generation.settings import Sampling
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +208,7 @@ def expected(chatterbox: Path, llama_style: HFTokenizer) -> str:
     from litgpt_moe.checkpoints.reader import load_model
 
     prompt = [1, *llama_style.encode("Tom").ids]
-    steps: Iterator[int] = generate(load_model(chatterbox), prompt, 4000, GREEDY)
+    steps: Iterator[int] = generate(make_decoder(load_model(chatterbox)), prompt, 4000, GREEDY)
     return llama_style.decode(prompt + list(itertools.islice(steps, 30)))
 
 

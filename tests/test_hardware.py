@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from litgpt_moe import hardware
-from litgpt_moe.hardware import pick_device, training_device, will_compile
+from litgpt_moe.hardware import pick_device, precision_dtype, training_device, will_compile
 
 
 @pytest.fixture
@@ -20,7 +20,8 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """A function that makes this a machine with two GPUs, with or without bf16."""
 
-    def pretend(has_bf16: bool) -> None:
+    def pretend(has_bf16: bool, capability: tuple[int, int] = (7, 5)) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
@@ -57,7 +58,11 @@ def test_a_device_that_cannot_be_used_is_named(device: str, precision: str, mess
         ("gpu", "auto", None, "accelerator is gpu but this torch sees no CUDA device; use accelerator: cpu"),
         ("cpu", "many", None, "devices is 'many'; choose auto or a number of 1 or more"),
         ("cpu", 0, None, "devices is 0; choose auto or a number of 1 or more"),
-        ("cpu", 1, "16-true", "precision is '16-true'; choose one of 32-true, bf16-true, bf16-mixed"),
+        (
+            *("cpu", 1, "16-true"),
+            "precision is '16-true'; choose one of 32-true, bf16-true, bf16-mixed, 16-mixed",
+        ),
+        ("auto", 1, "16-mixed", "precision is 16-mixed, which is for CUDA; use bf16-mixed or 32-true"),
     ],
 )
 def test_a_run_is_refused_for_what_this_machine_lacks(
@@ -76,10 +81,39 @@ def test_a_run_takes_every_gpu_in_the_precision_that_it_has(
     assert training_device("auto", "auto", 1, None) == ("bf16-true", 2)
     with pytest.raises(ValueError, match="devices is 3 but this machine has 2"):
         training_device("cuda", 3, 1, None)
-    two_gpus(False)
-    assert training_device("auto", -1, 1, None) == ("32-true", 2)
-    with pytest.raises(ValueError, match="precision is bf16-mixed, which this GPU lacks; use 32-true"):
-        training_device("auto", 1, 1, "bf16-mixed")
+    assert training_device("auto", 1, 1, "16-mixed") == ("16-mixed", 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 0), "16-mixed"), ((7, 5), "16-mixed"), ((6, 1), "32-true")],
+    ids=["V100", "T4 or RTX 20", "GTX 10"],
+)
+def test_a_gpu_without_bf16_trains_in_fp16_if_it_has_tensor_cores(
+    capability: tuple[int, int],
+    expected: str,
+    two_gpus: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    two_gpus(False, capability)
+    for precision in (None, "auto"):
+        assert training_device("auto", -1, 1, precision) == (expected, 2)
+        assert training_device("cpu", 1, 1, precision) == ("32-true", 1)
+    for precision in ("bf16-mixed", "bf16-true"):
+        with pytest.raises(
+            ValueError, match=f"precision is {precision}, which this GPU lacks; use {expected}"
+        ):
+            training_device("auto", 1, 1, precision)
+    assert training_device("auto", 1, 1, "32-true") == ("32-true", 1)
+    # to use a model, whose weights would be in fp16, float32 is safe
+    assert hardware.default_precision("cuda") == "32-true"
+
+
+def test_the_dtype_of_each_precision() -> None:
+    names = ("32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true")
+    bf16, fp16 = torch.bfloat16, torch.float16
+    assert [precision_dtype(name) for name in names] == [torch.float32, bf16, bf16, fp16, fp16]
 
 
 def test_several_gpus_are_refused_on_windows(
@@ -180,3 +214,11 @@ def test_an_unknown_card_is_refused(text: str) -> None:
 def test_a_step_fits_with_a_margin_alone() -> None:
     assert hardware.fits(4 << 30, 6 << 30)
     assert not hardware.fits(5 << 30, 6 << 30)
+
+
+def test_the_peak_of_a_gpu_is_that_of_the_run_s_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    # NVIDIA's data sheet of the T4
+    peaks = {torch.float32: 8.1e12, torch.float16: 65e12}
+    monkeypatch.setattr(hardware, "get_available_flops", lambda _, dtype: peaks[dtype])
+    device = torch.device("cuda")
+    assert [hardware.peak_flops(device, name) for name in ("32-true", "16-mixed")] == [8.1e12, 65e12]

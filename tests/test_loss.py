@@ -72,6 +72,37 @@ def test_in_bfloat16_the_loss_is_float32_and_chunks_are_added_up_exactly(monkeyp
         assert (found - wanted).norm() <= 0.01 * wanted.norm()
 
 
+def test_the_expected_gradient_of_the_loss_changes_nothing_but_the_rounding() -> None:
+    leaves = [torch.randn(9, 5, dtype=torch.float64), torch.randn(13, 5, dtype=torch.float64)]
+    leaves, targets = [leaf.requires_grad_() for leaf in leaves], torch.randint(0, 13, (9,))
+    targets[2] = IGNORED_TOKEN
+    plain = gradients(linear_cross_entropy(*leaves, targets), *leaves)
+    for expected_grad in (0.25, 3.7):
+        loss = linear_cross_entropy(*leaves, targets, None, torch.tensor(expected_grad))
+        for found, expected in zip(gradients(loss, *leaves), plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)  # 3.7 is of float32
+
+
+def test_in_float16_the_expected_gradient_keeps_the_gradients_of_unlikely_words() -> None:
+    hidden, weight = torch.eye(8, 32), torch.zeros(100, 32)
+    weight[:8, :8] = 20 * torch.eye(8)  # each other word has a probability of 2e-9
+    targets, leaves = torch.arange(8), (hidden.requires_grad_(), weight.requires_grad_())
+    _, _, exact = gradients(linear_cross_entropy(*leaves, targets), *leaves)
+
+    def rounded(expected_grad: float | None) -> torch.Tensor:
+        scale = None if expected_grad is None else torch.tensor(expected_grad)
+        loss = linear_cross_entropy(*leaves, targets, torch.float16, scale)
+        assert loss.isfinite()
+        _, grad = torch.autograd.grad(loss * (expected_grad or 1.0), leaves)
+        assert grad.dtype == torch.float32
+        return grad[8:] / (expected_grad or 1.0)
+
+    assert exact[8:, :8].all() and not rounded(None).any()
+    torch.testing.assert_close(rounded(2.0**20), exact[8:] * 4, rtol=0.02, atol=0)
+    # too high a scale shows in the gradient, as the scaler expects
+    assert not rounded(2.0**50).isfinite().any()
+
+
 def test_without_gradients_none_are_computed(monkeypatch) -> None:
     monkeypatch.setattr(loss_module, "_add_gradients", None)  # would be called
     hidden, weight, targets = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True), torch.arange(4)

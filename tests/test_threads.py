@@ -143,3 +143,22 @@ def test_without_memory_for_a_team_none_forms_and_nothing_is_printed(
     assert not team.is_there
     team.leave()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("several_threads")
+def test_threads_that_have_no_core_are_not_used_where_that_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing, seen, asked, end = iter([0.2, 1.7, 9.0, 0.45, 0.0]), [], threading.Event(), threading.Event()
+
+    class Scripted(threads.CpuUse):
+        def missing_cores(self) -> float:
+            seen.append(threads.free_threads())  # what the call before has led to
+            return next(missing)
+
+    monkeypatch.setattr(threads, "CpuUse", Scripted)
+    monkeypatch.setattr(end, "wait", lambda _: len(seen) == 5)
+    monkeypatch.setattr(threads.IdleTeam, "form", lambda self: setattr(self, "_end", asked))
+    monkeypatch.setattr(threads.IdleTeam, "leave", lambda self: setattr(self, "_end", None))
+    threads._watch(3, end)
+    assert seen == [3, 3, 1, 1, 2] and threads.free_threads() == 3

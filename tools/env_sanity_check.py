@@ -120,7 +120,7 @@ def check_bitsandbytes(version: str) -> Check:
 
 
 def check_device() -> Iterator[Check]:
-    """Yield the device and whether a real bf16 kernel on it agrees with float32 on the CPU."""
+    """Yield the device and whether a real 16-bit kernel on it agrees with float32 on the CPU."""
     import torch
 
     yield matmul_check("cpu", torch.bfloat16)
@@ -134,7 +134,8 @@ def check_device() -> Iterator[Check]:
             gpu = torch.cuda.get_device_properties(index)
             detail = f"{gpu.name}, {gpu.total_memory / GIGABYTE:.0f} GB, SM{gpu.major}{gpu.minor}"
             yield Check("ok", f"cuda:{index}", f"{detail}, CUDA {torch.version.cuda}")
-            yield matmul_check(f"cuda:{index}", torch.bfloat16)
+            # bf16 from SM80 on; in fp16 older ones train
+            yield matmul_check(f"cuda:{index}", torch.bfloat16 if gpu.major >= 8 else torch.float16)
         except Exception as error:  # noqa: BLE001 (a driver too old, a card too new: each has its own)
             yield Check("BROKEN", f"cuda:{index}", _first_line(error))
 
@@ -174,11 +175,12 @@ def check_plan() -> Iterator[Check]:
     precision, n_devices = hardware.training_device("auto", "auto", 1, None)
     compiles, why = hardware.will_compile("auto", "auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    dtype = hardware.precision_dtype(precision)
     triton = importlib.util.find_spec("triton")
     yield Check("ok" if triton else "note", "triton", "present" if triton else "absent, nothing is compiled")
     yield Check("ok", "device", f"{device} ({n_devices})")
-    yield Check("ok", "precision", precision)
+    reason = " (fp16 with loss scaling: this GPU has no bf16)" if precision == "16-mixed" else ""
+    yield Check("ok", "precision", precision + reason)
     yield Check("ok", "attention", f"scaled_dot_product_attention, {attention_path(device, dtype)}")
     yield Check("ok", "experts", choice.describe_kernel(config, device, dtype))
     yield Check("ok", "compile", f"{'compiled' if compiles else 'eager'} ({why})")

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,19 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
     The optimizer state is not read into memory. On the device `meta` only names and shapes are checked.
     """
-    verify_checkpoint(folder)
+    # a digest of a gigabyte takes as long as reading its weights: both at once
+    with ThreadPoolExecutor(1, "digest") as other:
+        verified = other.submit(verify_checkpoint, folder)
+        try:
+            model = _read_model(folder, device, dtype)
+        except (ValueError, OSError):
+            verified.result()  # that a file is damaged says more than what came of it
+            raise
+        verified.result()
+    return model
+
+
+def _read_model(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> GPT:
     config, model = MoEConfig.model_from_file(folder / CONFIG_FILE, is_foreign=True)
     weights = read_weights(folder / CHECKPOINT_FILE)
     check_weights(folder, model, weights)

@@ -26,6 +26,8 @@ RUN_FORM = {
     **dict.fromkeys(("n_rows", "n_spikes", "n_loads", "n_stories"), 0),
     "router": [{"load": torch.Tensor, "sums": torch.Tensor}],
 }
+# only in checkpoints of precision 16-mixed
+SCALE_FORM = {"scale": 1.0, "growth_tracker": 0, "n_overflows": 0}
 RNG_FORM = {"python": tuple, "numpy": tuple, "torch": torch.Tensor, "cuda": list}
 
 
@@ -50,12 +52,16 @@ class RunState:
     """List of `BatchSizes`; empty in a checkpoint of an earlier version."""
     n_threads: int = 0
     """Threads of a run on one CPU; 0 for other devices and in a checkpoint of an earlier version."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """State of the loss scaling; empty in other precisions than 16-mixed."""
     rng: dict[str, Any] = field(default_factory=dict)
     """State of the random generators, from `rng_state`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the entries `run` and `rng` of a checkpoint."""
         run = {name: value for name, value in vars(self).items() if name != "rng"}
+        if not self.loss_scale:
+            del run["loss_scale"]
         return {"run": run, "rng": self.rng}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -68,6 +74,8 @@ class RunState:
         BatchSizes.from_state(state, 1)
         self.batch_sizes = (run or {}).get("batch_sizes") or []
         self.n_threads = _check("run.n_threads", (run or {}).get("n_threads", 0), 0)
+        if loss_scale := (run or {}).get("loss_scale"):
+            self.loss_scale = _check("run.loss_scale", loss_scale, SCALE_FORM)
         self.rng = _check("rng", state.get("rng"), RNG_FORM)
 
 

@@ -1,14 +1,23 @@
-"""Autoregressive decoding: one new token per forward pass, with a KV cache."""
+"""Autoregressive decoding: texts that advance together, each by one new token in a step."""
 
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from litgpt.model import GPT, CausalSelfAttention
+from litgpt.model import GPT
 
 from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import WorkFailed
+from litgpt_moe.generation.compiling import NoLibrary
+from litgpt_moe.generation.decoder import Decoder, Routing, TorchDecoder
+from litgpt_moe.generation.native import NativeDecoder
 from litgpt_moe.generation.sampling import sample
 from litgpt_moe.generation.settings import Sampling
+
+# A prompt is read in one step, or in several of this many tokens while other texts wait for their next one.
+# 64 tokens of MoE-200M take a tenth of a second on two cores.
+PROMPT_TOKENS = 64
 
 
 class Diverged(WorkFailed):
@@ -25,8 +34,129 @@ def room_for(prompt_ids: Sequence[int], max_tokens: int, block_size: int) -> int
     return min(max_tokens, block_size - len(prompt_ids))
 
 
+def make_decoder(model: GPT, engine: str = "auto", quantize: bool = False) -> Decoder:
+    """Return the decoder for a model: compiled code where that is possible, else PyTorch.
+
+    Args:
+        model: in eval mode; its weights are read where they lie, so they may change between two texts.
+        engine: auto, native (ValueError where compiled code is not possible) or torch.
+        quantize: round the weights to 8 bits, which only compiled code does.
+    """
+    try:
+        if engine == "torch" and quantize:
+            raise NoLibrary("8-bit weights need compiled code; leave out --engine torch or --quantize")
+        if engine != "torch":
+            return NativeDecoder(model, quantize)
+    except NoLibrary as error:
+        if engine == "native" or quantize:
+            raise ValueError(str(error)) from None
+    return TorchDecoder(model)
+
+
+class Continuation:
+    """A text under way: what the model has still to read of it, and how its next token is drawn."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        n_new: int,
+        sampling: Sampling,
+        eos_id: int | None = None,
+        generator: torch.Generator | None = None,
+        wants_routing: bool = False,
+    ) -> None:
+        """Continue a prompt by up to `n_new` tokens, which `room_for` has bounded, or up to `eos_id`."""
+        self.unread, self.capacity, self.n_left = list(prompt_ids), len(prompt_ids) + n_new, n_new
+        self.wants_routing, self.has_ended, self.cache = wants_routing, False, None
+        self._sampling, self._eos_id, self._generator = sampling, eos_id, generator
+        self._ids = list(prompt_ids)
+
+    def take(self, logits: torch.Tensor) -> int | None:
+        """Return the next token drawn from `logits` (V,), None for the end. Raises Diverged."""
+        # -inf is allowed, it is a token of probability 0; the maximum is -inf only if all of them are
+        if not logits.max().isfinite():
+            self.has_ended = True
+            way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
+            raise Diverged(f"the model's logits are NaN or infinite; {way_out}")
+        seen = None
+        if self._sampling.repetition_penalty != 1.0:
+            seen = torch.zeros(logits.size(0), dtype=torch.bool, device=logits.device)
+            seen[self._ids] = True
+        token = sample(logits, self._sampling, self._generator, seen)
+        if token == self._eos_id:
+            self.has_ended = True
+            return None
+        self.n_left -= 1
+        self.has_ended = self.n_left == 0
+        self._ids.append(token)
+        self.unread = [token]
+        return token
+
+
+class Advance(NamedTuple):
+    """What a step has brought to one continuation."""
+
+    member: Continuation
+    token: int | None
+    """The new token; None for the end of the text, or while a long prompt is being read."""
+    routing: list[Routing]
+    """Of each layer with experts, for the tokens that were read; empty if no member asked for it."""
+    error: Diverged | None = None
+
+
+class Batch:
+    """Continuations that advance together; they join and leave between steps."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.members: list[Continuation] = []
+
+    def join(self, member: Continuation) -> None:
+        """Let a continuation take part from the next step on."""
+        member.cache = self.decoder.open(member.capacity)
+        self.members.append(member)
+
+    def leave(self, member: Continuation) -> None:
+        """Free a continuation's memory. One that has ended leaves by itself."""
+        if member in self.members:
+            self.members.remove(member)
+            self.decoder.close(member.cache)
+
+    def step(self) -> list[Advance]:
+        """Read each member's next tokens and draw a new one for each that has read all of its own."""
+        if not self.members:
+            return []
+        counts = self._counts()
+        work = [(member.cache, member.unread[:n]) for member, n in zip(self.members, counts, strict=True)]
+        found = self.decoder.read(work, any(member.wants_routing for member in self.members))
+        advances, first = [], 0
+        for member, n, logits in zip(list(self.members), counts, found.logits, strict=True):
+            rows, first = slice(first, first + n), first + n
+            del member.unread[:n]
+            routing = [Routing(layer.experts[rows], layer.probs[rows]) for layer in found.routing]
+            token = error = None
+            try:
+                token = None if member.unread else member.take(logits)
+            except Diverged as diverged:
+                error = diverged
+            if member.has_ended:
+                self.leave(member)
+            advances.append(Advance(member, token, routing, error))
+        return advances
+
+    def _counts(self) -> list[int]:
+        """Return how many tokens each member reads now: a long prompt in parts, so that the others go on."""
+        if len(self.members) == 1:
+            return [len(self.members[0].unread)]
+        counts, room = [], PROMPT_TOKENS
+        for member in self.members:
+            counts.append(min(len(member.unread), max(room, 1)))  # at least one, so that each prompt ends
+            room -= counts[-1]
+        return counts
+
+
 def generate(
-    model: GPT,
+    decoder: Decoder,
     prompt_ids: Sequence[int],
     max_tokens: int,
     sampling: Sampling | None = None,
@@ -35,42 +165,51 @@ def generate(
 ) -> Generator[int]:
     """Yield up to `max_tokens` new token ids, stopping before `eos_id` and when the context is full.
 
-    Several of these iterators can alternate on one model: each sets its own KV cache before each step.
+    Several of these iterators can alternate on one decoder.
     """
-    sampling = sampling or Sampling()
-    count = room_for(prompt_ids, max_tokens, model.max_seq_length)
-    weight, device = model.lm_head.weight, model.lm_head.weight.device
-    ids = torch.tensor([list(prompt_ids)], device=device)
-    position = torch.arange(ids.size(1), device=device)
-    seen = torch.zeros(weight.size(0), dtype=torch.bool, device=device)
+    n_new = room_for(prompt_ids, max_tokens, decoder.block_size)
+    batch, member = Batch(decoder), Continuation(prompt_ids, n_new, sampling or Sampling(), eos_id, generator)
+    batch.join(member)
     try:
-        model.set_kv_cache(1, max_seq_length=ids.size(1) + count, device=device, dtype=weight.dtype)
-        attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
-        mask, caches = model.mask_cache, [attention.kv_cache for attention in attentions]
-        for end in range(ids.size(1), ids.size(1) + count):
-            model.mask_cache = mask
-            for attention, cache in zip(attentions, caches, strict=True):
-                attention.kv_cache = cache
-            # entered for each token, so that the caller's gradient mode is unchanged between two steps
-            with torch.inference_mode():
-                seen[ids] = True
-                # only the last row is needed, and `end` lets attention skip the empty part of the cache
-                logits = model(ids, position, input_pos_maxp1=end)[0, -1]
-                # -inf is allowed, it is a token of probability 0; the maximum is -inf only if all of them are
-                if not logits.max().isfinite():
-                    way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
-                    raise Diverged(f"the model's logits are NaN or infinite; {way_out}")
-                token = sample(logits, sampling, generator, seen)
-            if token == eos_id:
-                return
-            yield token
-            ids, position = torch.tensor([[token]], device=device), position[-1:] + 1
+        while not member.has_ended:
+            [advance] = batch.step()
+            if advance.error:
+                raise advance.error
+            if advance.token is not None:
+                yield advance.token
     finally:
-        model.clear_kv_cache()
+        batch.leave(member)
+
+
+def generate_together(decoder: Decoder, members: Sequence[Continuation]) -> Generator[Iterator[int]]:
+    """Yield an iterator over each continuation's new tokens, in their order; meanwhile all advance together.
+
+    It raises Diverged. Closing it frees the memory of those that have not ended.
+    """
+    batch, waiting = Batch(decoder), {member: deque[int | Diverged]() for member in members}
+
+    def tokens_of(member: Continuation) -> Iterator[int]:
+        while waiting[member] or not member.has_ended:
+            for advance in batch.step() if not waiting[member] else ():
+                new = advance.error if advance.token is None else advance.token
+                waiting[advance.member].extend([] if new is None else [new])
+            if waiting[member]:
+                new = waiting[member].popleft()
+                if isinstance(new, Diverged):
+                    raise new
+                yield new
+
+    try:
+        for member in members:
+            batch.join(member)
+        yield from map(tokens_of, members)
+    finally:
+        for member in members:
+            batch.leave(member)
 
 
 def lay_out_for_decoding(model: GPT) -> None:
-    """Transpose the weights in memory for one-token steps on a CPU; shapes, values and names do not change.
+    """Transpose the weights in memory for one-token steps by PyTorch on a CPU; shapes, values, names stay.
 
     The speed of a step is that of reading the weights. MKL reads the layout (in, out) at 17 to 26 GB/s on an
     AMD EPYC core and (out, in) at 10 (torch 2.10, tools/benchmarks/generate.py).

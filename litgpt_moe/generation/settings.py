@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 DEFAULT_PROMPT = "Once upon a time"
 MAX_CHOICES = 8  # samples per request to a server; each has a KV cache of its own
@@ -61,7 +62,11 @@ class GenerateSettings:
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     precision: str = "auto"
-    """auto (bf16-true on CUDA, else 32-true), 32-true, bf16-true, 16-true."""
+    """auto (bf16-true where CUDA has it, else 32-true), 32-true, bf16-true, 16-true."""
+    engine: Literal["auto", "native", "torch"] = "auto"
+    """auto, native (code compiled once by this machine's C++ compiler; CPU), torch (works everywhere)."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8 = weights rounded to 8 bits, a row at a time, for the native engine; none."""
     serve: bool = False
     """Open a playground and OpenAI's /v1/completions instead."""
     host: str = "127.0.0.1"

@@ -2,12 +2,13 @@
 
 import copy
 import errno
+import itertools
 import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -18,29 +19,39 @@ from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
-from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
+from litgpt_moe.checkpoints.reader import load_model, load_tokenizer
 from litgpt_moe.cli import WorkFailed, note, printable, say, silence_stdout
 from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
 from litgpt_moe.files import read_json
-from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding, room_for
-from litgpt_moe.generation.settings import GenerateSettings, Sampling
+from litgpt_moe.generation.decode import (
+    Continuation,
+    Diverged,
+    generate,
+    generate_together,
+    lay_out_for_decoding,
+    make_decoder,
+    room_for,
+)
+from litgpt_moe.generation.decoder import Decoder, TorchDecoder
+from litgpt_moe.generation.settings import MAX_CHOICES, GenerateSettings, Sampling
 from litgpt_moe.hardware import pick_device
 
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
 
 
-def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer]:
-    """Return the checkpoint's model, ready to generate, and its tokenizer."""
+def load(settings: GenerateSettings) -> tuple[GPT, Tokenizer, Decoder]:
+    """Return the checkpoint's model, its tokenizer, and the decoder for the model."""
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(settings.ckpt_dir)
-    verify_checkpoint(folder)
+    model = load_model(folder, device, dtype)  # first: it finds what is damaged
     tokenizer, path = load_tokenizer(folder), folder / "tokenizer.json"
     check_normalizer(read_json(path), path)
-    note(f"checkpoint {folder} on {device} in {str(dtype).removeprefix('torch.')}")
-    model = load_model(folder, device, dtype)
-    if device.type == "cpu":
+    decoder = make_decoder(model, settings.engine, settings.quantize == "int8")
+    if isinstance(decoder, TorchDecoder) and device.type == "cpu":
         lay_out_for_decoding(model)
-    return model, tokenizer
+    kind = settings.quantize if settings.quantize != "none" else str(dtype).removeprefix("torch.")
+    note(f"checkpoint {folder} on {device} in {kind}, engine {decoder.name}")
+    return model, tokenizer, decoder
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -79,7 +90,7 @@ def tell_story(
     if len(prompt_ids) >= model.max_seq_length:
         return prompt  # the prompt alone fills the context of a toy model
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    new_ids = generate(model, prompt_ids, max_new_tokens, sampling, tokenizer.eos_id, generator)
+    new_ids = generate(make_decoder(model), prompt_ids, max_new_tokens, sampling, tokenizer.eos_id, generator)
     try:
         return tokenizer.decode(torch.tensor([*prompt_ids, *new_ids])).strip()
     except Diverged:
@@ -168,34 +179,37 @@ class AsyncTokenStreamer(AbstractContextManager):
 
 
 def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
-    """Write --num_samples texts one after the other; their seeds are consecutive numbers."""
-    model, tokenizer = load(settings)
+    """Write --num_samples texts one after the other; they are generated together, with consecutive seeds."""
+    model, tokenizer, decoder = load(settings)
     prompt_ids = encode_prompt(model, tokenizer, prompt, settings.max_tokens)
-    generator = torch.Generator(model.lm_head.weight.device)
-    seed = generator.seed() % 2**32 if settings.seed is None else settings.seed
-    for number in range(settings.num_samples):
-        if number:
-            say("<|endoftext|>")
-        # a seed for each, so that --seed repeats any of them alone and the server can interleave them
-        generator.manual_seed(seed + number)
-        if sampling.temperature > 0:
-            note(f"seed {seed + number}")
-        new_ids = generate(model, prompt_ids, settings.max_tokens, sampling, tokenizer.eos_id, generator)
-        count = write_sample(AsyncTokenStreamer(tokenizer.processor), prompt_ids, new_ids)
-        if count < settings.max_tokens and len(prompt_ids) + count == model.max_seq_length:
-            note(f"stopped: the context of {model.max_seq_length:,} tokens is full")
+    n_new = room_for(prompt_ids, settings.max_tokens, model.max_seq_length)
+    device, count = model.lm_head.weight.device, settings.num_samples
+    seed = torch.Generator().seed() % 2**32 if settings.seed is None else settings.seed
+
+    def member(number: int) -> Continuation:
+        # a seed for each, so that --seed repeats any of them alone
+        generator = torch.Generator(device).manual_seed(seed + number)
+        return Continuation(prompt_ids, n_new, sampling, tokenizer.eos_id, generator)
+
+    with Speed() as speed:
+        for first in range(0, count, MAX_CHOICES):
+            members = [member(number) for number in range(first, min(first + MAX_CHOICES, count))]
+            with closing(generate_together(decoder, members)) as texts:
+                for number, new_ids in enumerate(texts, first):
+                    if number:
+                        say("<|endoftext|>")
+                    if sampling.temperature > 0:
+                        note(f"seed {seed + number}")
+                    write_sample(AsyncTokenStreamer(tokenizer.processor), prompt_ids, speed.count(new_ids))
+                    if n_new < settings.max_tokens and members[number - first].n_left == 0:
+                        note(f"stopped: the context of {model.max_seq_length:,} tokens is full")
 
 
-def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: Iterator[int]) -> int:
-    """Write prompt and continuation token by token, and the speed to stderr; return the new tokens' count."""
-    started, first_s, count = time.perf_counter(), 0.0, 0
+def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: Iterator[int]) -> None:
+    """Write prompt and continuation token by token."""
     try:
         with streamer:
-            for token_id in prompt_ids:
-                streamer.put(token_id)
-            for token_id in new_ids:
-                count += 1
-                first_s = first_s or time.perf_counter() - started
+            for token_id in itertools.chain(prompt_ids, new_ids):
                 streamer.put(token_id)
         print(flush=True)
     except OSError as error:
@@ -205,8 +219,22 @@ def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: I
             raise BrokenPipeError from None
         reason = f"standard output could not be written ({error.strerror or error})"
         raise WorkFailed(f"{reason}; make room, or send it elsewhere") from None
-    finally:  # after Ctrl-C, too
-        seconds = time.perf_counter() - started
-        rate = f"{count / seconds:.1f} tokens/s, the first after {first_s:.2f} s"
-        note(f"{count} new tokens in {seconds:.1f} s, {rate}")
-    return count
+
+
+class Speed(AbstractContextManager):
+    """Writes to stderr, at the end of its block and after Ctrl-C too, how many tokens came, and how fast."""
+
+    def __init__(self) -> None:
+        self._started, self._first_s, self._count = time.perf_counter(), 0.0, 0
+
+    def count(self, ids: Iterator[int]) -> Iterator[int]:
+        """Yield the tokens and count them."""
+        for token_id in ids:
+            self._count += 1
+            self._first_s = self._first_s or time.perf_counter() - self._started
+            yield token_id
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self._started
+        rate = f"{self._count / seconds:.1f} tokens/s, the first after {self._first_s:.2f} s"
+        note(f"{self._count} new tokens in {seconds:.1f} s, {rate}")

@@ -68,7 +68,8 @@ class CompletionResponse(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         """Generate in a slot of the engine, and send the result."""
         try:
-            async with self._engine.slot(), aclosing(self._engine.run(self._request)) as pieces:
+            slots = self._engine.slots(self._request.n_samples)
+            async with slots, aclosing(self._engine.run(self._request)) as pieces:
                 if self._request.body.stream:
                     self.body_iterator = self._events(pieces)
                     await super().stream_response(send)
@@ -209,10 +210,10 @@ def open_port(host: str, port: int) -> socket.socket:
 def serve(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
     """Serve the checkpoint until Ctrl-C; ValueError or OSError if it cannot be served."""
     with open_port(settings.host, settings.port) as listener:
-        model, tokenizer = load(settings)
+        model, tokenizer, decoder = load(settings)
         encode_prompt(model, tokenizer, prompt, settings.max_tokens)  # raises if the prompt is too long
         served = Served(model, tokenizer, replace(settings, prompt=prompt, prompt_file=None), sampling)
-        server = make_server(Engine(served), settings.host)
+        server = make_server(Engine(served, decoder), settings.host)
         address, port, *_ = listener.getsockname()
         where = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
         note(f"playground {where}\nOpenAI API {where}/v1, model {served.name}")

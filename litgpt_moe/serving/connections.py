@@ -14,7 +14,7 @@ HEADER_S = 10  # for the header of a request to arrive, from the connection or t
 READING_S = 30  # for a client to read on when the buffers are full
 PROBE_S = 0.5  # between two probes of a client that closed its half
 MAX_CONNECTIONS = 100
-MAX_PER_ADDRESS = 32  # a browser opens 6; the engine takes 20 requests at a time
+MAX_PER_ADDRESS = 48  # a browser opens 6; the engine takes up to 32 requests at a time
 
 
 class Connection(H11Protocol):

@@ -1,18 +1,18 @@
-"""The engine: one model on which several requests alternate, token by token."""
+"""The engine: one model on which the samples of several requests advance together, a token in each step."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from litgpt.model import GPT
 
-from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import first_line, is_out_of_memory
-from litgpt_moe.generation.decode import Diverged, generate, room_for
+from litgpt_moe.generation.decode import Advance, Batch, Continuation, Diverged, room_for
+from litgpt_moe.generation.decoder import Decoder, Routing
 from litgpt_moe.generation.text import TextDecoder
 from litgpt_moe.serving.requests import ApiError, CompletionRequest, Served
 
@@ -40,33 +40,6 @@ class StopText:
         return self._held
 
 
-def next_with_routing(
-    model: GPT, ids: Iterator[int], texts: Sequence[str]
-) -> tuple[int | None, list[dict[str, Any]]]:
-    """Return the next token and the routing of each token, with these texts, that the model reads for it.
-
-    The routing is, for each layer, the token's experts and the probabilities of all experts in 1/1000.
-    """
-    records: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def record(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        logits_NE, weights_NK, indices_NK = layer.route(inputs[0].flatten(0, 1))
-        # the grouped router scores each expert by a sigmoid of its own (DeepSeek-V3, eq. 15)
-        probs_NE = logits_NE.sigmoid() if layer.config.n_expert_groups else logits_NE.softmax(dim=-1)
-        by_weight_NK = weights_NK.argsort(dim=-1, descending=True)
-        records.append((indices_NK.gather(1, by_weight_NK), (probs_NE * 1000).round().int()))
-
-    with ExitStack() as hooks:
-        for layer in layers_of(model).values():
-            hooks.enter_context(layer.register_forward_pre_hook(record))
-        token = next(ids, None)
-    experts, probs = [r[0].tolist() for r in records], [r[1].tolist() for r in records]  # by layer, token
-    return token, [
-        {"text": text, "experts": [e[place] for e in experts], "probs": [p[place] for p in probs]}
-        for place, text in enumerate(texts)
-    ]
-
-
 @dataclass
 class Piece:
     """The result of one step of a continuation: finished text, and the tokens that the model read for it."""
@@ -80,98 +53,155 @@ class Piece:
     """The same in words."""
 
 
-def continuation(served: Served, request: CompletionRequest, number: int) -> Generator[Piece]:
-    """Yield a Piece for each token of the sample `number`; the last one has a finish_reason.
+class Choice(Continuation):
+    """One sample of a request, and the text that has come of it."""
 
-    It runs and is closed in the engine's thread. Closing it frees the memory of the KV cache.
-    """
-    model, tokenizer, body = served.model, served.tokenizer, request.body
-    prompt_ids, context = request.prompts[number // body.n], model.max_seq_length
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(body.seed + number % body.n)
-    ids = generate(model, prompt_ids, body.max_tokens, request.sampling, tokenizer.eos_id, generator)
-    room = room_for(prompt_ids, body.max_tokens, context)
-    full = f"the context of {context:,} tokens is full" if room < body.max_tokens else "max_tokens reached"
-    decoder, stop = TextDecoder(tokenizer.processor), StopText(body.stop)
-    unread = [decoder.put(token_id) for token_id in prompt_ids]
-    echo = "".join(unread) if body.echo else ""
-    # the decoder may hold back the prompt's last character until the next token: that is not new text
-    whole = "" if body.echo else tokenizer.processor.decode(prompt_ids)
-    skip = max(0, len(whole) - sum(map(len, unread)))
-    reason = ending = None
-    with closing(ids):
-        while True:
-            if body.routing:
-                token, read = next_with_routing(model, ids, unread)
-            else:
-                token, read = next(ids, None), []
-            text, room = "" if token is None else decoder.put(token), room - 1
-            unread = [text]
-            if token is None:
-                reason, ending = "stop", "the story ended"
-            elif room == 0:
-                reason, ending = "length", full
-            text += decoder.end() if reason else ""
-            text, skip = text[skip:], max(0, skip - len(text))
-            text = stop.put(text) + (stop.end() if reason else "")
-            if stop.found:
-                reason, ending = "stop", "a stop sequence came"
-            piece = Piece(echo + text, read, int(token is not None), reason, ending)
-            if reason:
-                break
-            yield piece
-            echo = ""
-    yield piece
+    def __init__(self, served: Served, request: CompletionRequest, number: int) -> None:
+        tokenizer, body, context = served.tokenizer, request.body, served.model.max_seq_length
+        prompt_ids = request.prompts[number // body.n]
+        generator = torch.Generator(served.model.lm_head.weight.device)
+        generator.manual_seed(body.seed + number % body.n)
+        room = room_for(prompt_ids, body.max_tokens, context)
+        super().__init__(prompt_ids, room, request.sampling, tokenizer.eos_id, generator, body.routing)
+        self.number, self.is_wanted = number, True
+        self.pieces: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue()
+        self._full = f"the context of {context:,} tokens is full"
+        self._full = self._full if room < body.max_tokens else "max_tokens reached"
+        self._decoder, self._stop = TextDecoder(tokenizer.processor), StopText(body.stop)
+        self._texts = [self._decoder.put(token_id) for token_id in prompt_ids]  # of tokens not yet read
+        self._echo = "".join(self._texts) if body.echo else ""
+        # the decoder may hold back the prompt's last character until the next token: that is not new text
+        whole = "" if body.echo else tokenizer.processor.decode(prompt_ids)
+        self._skip = max(0, len(whole) - sum(map(len, self._texts)))
+
+    def put(self, advance: Advance) -> Piece:
+        """Return what a step has brought; the last Piece has a finish_reason."""
+        read = self._read(advance.routing) if self.wants_routing else []
+        if self.unread and advance.token is None:
+            return Piece("", read)  # a part of a long prompt
+        reason = ending = None
+        text = "" if advance.token is None else self._decoder.put(advance.token)
+        self._texts = [text]
+        if advance.token is None:
+            reason, ending = "stop", "the story ended"
+        elif self.has_ended:
+            reason, ending = "length", self._full
+        text += self._decoder.end() if reason else ""
+        text, self._skip = text[self._skip :], max(0, self._skip - len(text))
+        text = self._stop.put(text) + (self._stop.end() if reason else "")
+        if self._stop.found:
+            reason, ending = "stop", "a stop sequence came"
+        text, self._echo = self._echo + text, ""
+        return Piece(text, read, int(advance.token is not None), reason, ending)
+
+    def _read(self, routing: list[Routing]) -> list[dict[str, Any]]:
+        """Return, for each token read, its text, each layer's experts, and all probabilities in 1/1000."""
+        count = len(routing[0].experts) if routing else len(self._texts)
+        texts, self._texts = self._texts[:count], self._texts[count:]
+        experts = [layer.experts.tolist() for layer in routing]
+        probs = [(layer.probs * 1000).round().int().tolist() for layer in routing]
+        return [
+            {"text": text, "experts": [e[place] for e in experts], "probs": [p[place] for p in probs]}
+            for place, text in enumerate(texts)
+        ]
 
 
 class Engine:
-    """One model on which several requests alternate, token by token, in a thread of the engine's own."""
+    """One model on which the samples of all requests advance together, in a thread of the engine's own."""
 
-    RUNNING = 4  # requests at a time
+    RUNNING = 16  # samples at a time
     WAITING = 16  # requests in the queue; more are refused
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, decoder: Decoder) -> None:
         self.served = served
         self.is_stopping: Callable[[], bool] = lambda: False  # set by the server; ends running requests
         self.n_waiting, self.n_running = 0, 0
-        self._slots = asyncio.Semaphore(self.RUNNING)
-        # the executor's queue is first in, first out and holds one step of each request, so they alternate
-        self._thread = ThreadPoolExecutor(1, "model")
+        self._slots, self._turn = asyncio.Semaphore(self.RUNNING), asyncio.Lock()
+        # the batch is changed in the thread alone
+        self.batch, self._thread = Batch(decoder), ThreadPoolExecutor(1, "model")
+        self._joining: deque[Choice] = deque()
+        self._work: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Wait for a slot and hold it. Raises ApiError when too many wait already."""
-        if self._slots.locked() and self.n_waiting >= self.WAITING:
+    async def slots(self, n_samples: int) -> AsyncIterator[None]:
+        """Wait for a slot for each sample, and hold them. Raises ApiError when too many requests wait."""
+        if self.n_waiting >= self.WAITING:
             raise ApiError(503, f"{self.WAITING} requests wait already; try again later", code="overloaded")
-        self.n_waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self.n_waiting -= 1
-        self.n_running += 1
-        try:
-            yield
-        finally:
-            self.n_running -= 1
-            self._slots.release()
+        with ExitStack() as held:
+            self.n_waiting += 1
+            try:
+                async with self._turn:  # in turn: small requests do not overtake a large one for ever
+                    for _ in range(n_samples):
+                        await self._slots.acquire()
+                        held.callback(self._slots.release)
+            finally:
+                self.n_waiting -= 1
+            self.n_running += 1
+            try:
+                yield
+            finally:
+                self.n_running -= 1
 
     async def run(self, request: CompletionRequest) -> AsyncGenerator[tuple[int, Piece]]:
-        """Yield (choice, piece) of the request's samples in turn until all have ended, inside `slot`."""
-        loop, count = asyncio.get_running_loop(), len(request.prompts) * request.body.n
-        live = {number: continuation(self.served, request, number) for number in range(count)}
+        """Yield (choice, piece) as the request's samples advance, until all have ended, inside `slots`."""
+        choices = [Choice(self.served, request, number) for number in range(request.n_samples)]
+        pieces = choices[0].pieces
+        for choice in choices:
+            choice.pieces = pieces
+        self._joining.extend(choices)
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._advance())
         try:
-            while live:
-                for number, choice in list(live.items()):
-                    if self.is_stopping():
-                        raise ApiError(503, "the server is stopping", code="stopping")
-                    piece = await loop.run_in_executor(self._thread, next, choice)
-                    if piece.finish_reason:
-                        del live[number]
-                    yield number, piece
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, Diverged) or is_out_of_memory(error):
-                raise ApiError(500, first_line(error)) from None
-            raise
+            n_live = len(choices)
+            while n_live:
+                choice, piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                n_live -= piece.finish_reason is not None
+                yield choice.number, piece
         finally:
-            # also reached when the client disconnects; `close` is queued behind a step that still runs
-            for choice in live.values():
-                self._thread.submit(choice.close)
+            # also reached when the client disconnects; the next step frees the memory
+            for choice in choices:
+                choice.is_wanted = False
+
+    async def _advance(self) -> None:
+        """Advance the batch as long as there is one, and hand out what comes."""
+        loop = asyncio.get_running_loop()
+        while self._joining or self.batch.members:
+            for choice, piece in await loop.run_in_executor(self._thread, self._step):
+                choice.pieces.put_nowait((choice, piece))
+
+    def _step(self) -> list[tuple[Choice, Piece | Exception]]:
+        """Let members leave and join, and advance all. An error in it is every member's."""
+        members: list[Any] = self.batch.members
+        for choice in [choice for choice in members if not choice.is_wanted]:
+            self.batch.leave(choice)
+        try:
+            if self.is_stopping():
+                raise ApiError(503, "the server is stopping", code="stopping")
+            while self._joining:
+                choice = self._joining.popleft()
+                if choice.is_wanted:
+                    self.batch.join(choice)
+            advances: Any = self.batch.step()
+            return [(advance.member, self._piece_of(advance)) for advance in advances]
+        except Exception as error:  # noqa: BLE001  the requests raise it
+            failed, self._joining = [*members, *self._joining], deque()
+            for choice in failed:
+                self.batch.leave(choice)
+            return [(choice, as_api_error(error)) for choice in failed]
+
+    def _piece_of(self, advance: Advance) -> Piece | Exception:
+        choice: Any = advance.member
+        if advance.error:
+            return as_api_error(advance.error)
+        piece = choice.put(advance)
+        if piece.finish_reason:
+            self.batch.leave(choice)
+        return piece
+
+
+def as_api_error(error: Exception) -> Exception:
+    """Return an ApiError for what a client may know, and other errors as they are."""
+    is_known = isinstance(error, Diverged) or is_out_of_memory(error)
+    return ApiError(500, first_line(error)) if is_known else error

@@ -143,6 +143,11 @@ class CompletionRequest:
     """Token ids."""
     sampling: Sampling
 
+    @property
+    def n_samples(self) -> int:
+        """The number of texts that it asks for."""
+        return len(self.prompts) * self.body.n
+
 
 def read_request(body: Any, served: Served) -> CompletionRequest:
     """Return the checked request, with the server's flags as defaults. Raises ApiError."""

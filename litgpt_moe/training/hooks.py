@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from litgpt_moe.threads import load_of_others, usable_cores
 from litgpt_moe.training import slowness
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
+from litgpt_moe.training.loss_scaling import LossScaling, loss_scaling
 from litgpt_moe.training.model import prepare_model
 from litgpt_moe.training.progress import StepInProgress, collect, restore
 from litgpt_moe.training.resume import say_if_data_changed
@@ -53,6 +55,8 @@ class LoopHooks:
     optimizer: Optimizer
     gpt: GPT
     head: LossHead | None
+    scaling: LossScaling | None
+    """None in other precisions than 16-mixed."""
     loader: TrainLoader
 
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
@@ -63,7 +67,8 @@ class LoopHooks:
         self.ending = ""
         """Why the run ends early, after this step; empty while it goes on."""
         self.judge = Judge(settings, run.started, stops, run.world_size)
-        self.clock, self.logs = Clock(run.start_step), RunLogs(settings.out_dir / "logs", run.config)
+        self.clock = Clock(run.start_step)
+        self.logs = RunLogs(settings.out_dir / "logs", run.config, run.precision)
         self.metrics, self.stories = MetricLog(run, self.logs), StoryLog(self.logs.stories, run)
         text = saved_text(settings)
         self.writer = CheckpointWriter(settings.out_dir, settings.checkpoints, text, self.metrics.print)
@@ -85,6 +90,7 @@ class LoopHooks:
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
         self.fabric, self.module, self.gpt = fabric, module, module.module
+        self.scaling = loss_scaling(fabric)
         if prepare_model(fabric, module, self.run):
             self.writer.notes["selection_bias"] = True
         # the loader reports a manifest that has become unreadable
@@ -118,7 +124,8 @@ class LoopHooks:
         loss, grad_norm, votes = self.in_progress.end(norm, vote)
         lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader))
         self.figures = StepFigures(loss, grad_norm, lr)
-        verdict = self.judge.verdict(loss, grad_norm, votes, failed_save)
+        can_lower = not math.isfinite(grad_norm) and self.scaling is not None and self.scaling.can_lower()
+        verdict = self.judge.verdict(loss, grad_norm, votes, failed_save, can_lower)
         if verdict.fail:
             raise RunFailed(verdict.fail)
         if verdict.end:
@@ -128,12 +135,15 @@ class LoopHooks:
         if verdict.spike is not None:
             self.metrics.report_spike(self.step + 1, self.figures, verdict.spike)
         if verdict.skip:
-            self._skip(optimizer, verdict)
+            balance.discard_step_load(self.gpt)
+            # an optimizer leaves weights without a gradient as they are
+            optimizer.zero_grad(set_to_none=True)
+            self._report_skip(verdict)
 
-    def _skip(self, optimizer: Optimizer, verdict: Verdict) -> None:
-        balance.discard_step_load(self.gpt)
-        # an optimizer leaves weights without a gradient as they are
-        optimizer.zero_grad(set_to_none=True)
+    def _report_skip(self, verdict: Verdict) -> None:
+        if verdict.overflow and self.scaling is not None:
+            self.metrics.print(f"step {self.step + 1}: {self.scaling.count_overflow()}: step skipped")
+            return
         problem = f"the loss is {self.figures.loss:g}, its gradient's norm {self.figures.grad_norm:g}"
         n = self.judge.guard.n_in_a_row
         self.metrics.print(f"step {self.step + 1}: {problem}: step skipped ({n} in a row)")
@@ -141,7 +151,8 @@ class LoopHooks:
             self.writer.wait()
             saved = checkpoints_of(self.run.settings.out_dir)
             way_on = f"continue from {saved[0]} with --resume auto" if saved else "there is no checkpoint yet"
-            raise RunFailed(f"{problem} in {n} steps in a row; lower optimizer.init_args.lr; {way_on}")
+            remedy = "lower optimizer.init_args.lr" + (" or use precision 32-true" if self.scaling else "")
+            raise RunFailed(f"{problem} in {n} steps in a row; {remedy}; {way_on}")
 
     def on_after_optimizer_step(self, strategy: Strategy, optimizer: Optimizer) -> None:
         """Move the selection bias, and count the step."""
@@ -210,6 +221,8 @@ class LoopHooks:
         row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
         row["epoch"] = self.loader.state_dict().get("epoch", 0)
         row["skipped_steps"] = self.judge.guard.n_skipped
+        if self.scaling is not None:
+            row |= {"overflow_steps": self.scaling.n_overflows, "loss_scale": self.scaling.current.item()}
         counts, read = balance.router_statistics(self.gpt, self.sum_over_ranks)
         counts = counts.cpu()
         self.logs.write_loads(self.step, balance.layers_of(self.gpt), counts.tolist())

@@ -29,14 +29,17 @@ STEP_COLUMNS = (
     "step total_tokens time_s iter epoch loss learning_rate grad_norm skipped_steps "
     "tokens_per_s mfu flops iter_time remaining_time peak_memory_gb"
 )
+# of runs in 16-mixed
+SCALING_COLUMNS = ("overflow_steps", "loss_scale")
 
 
-def metric_columns(config: Config) -> list[str]:
+def metric_columns(config: Config, precision: str = "") -> list[str]:
     """Return the columns of metrics.csv: of the step, of each MoE layer's router, of a validation."""
     has_experts = config.mlp_class_name == "LLaMAMoE"
     blocks = range(config.first_k_dense_replace or 0, config.n_layer) if has_experts else []
     router = [f"moe/{name}/layer_{layer:02d}" for layer in blocks for name in STATISTICS]
-    return [*STEP_COLUMNS.split(), *router, "val_loss", "val_ppl"]
+    scaling = SCALING_COLUMNS if precision == "16-mixed" else ()
+    return [*STEP_COLUMNS.split(), *scaling, *router, "val_loss", "val_ppl"]
 
 
 class CsvLog:
@@ -131,10 +134,10 @@ class CsvLog:
 class RunLogs:
     """The CSV files of a run; a checkpoint holds their lengths, after which a resumed run goes on writing."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config, precision: str = "") -> None:
         experts = [f"e{expert}" for expert in range(config.n_expert or 0)]
         spikes = ["step", "loss", "mean", "sigma", "grad_norm", "first_sequence"]
-        self.metrics = CsvLog(folder / METRICS_FILE, metric_columns(config))
+        self.metrics = CsvLog(folder / METRICS_FILE, metric_columns(config, precision))
         self.spikes = CsvLog(folder / "spikes.csv", spikes)
         self.loads = CsvLog(folder / "expert_load.csv", ["step", "layer", *experts])
         self.stories = CsvLog(folder / "stories.csv", ["step", "tokens", "prompt", "text"])
@@ -215,6 +218,7 @@ def metric_line(row: dict[str, Any], n_steps: int, val_loss: float | None) -> st
         f"loss {row['loss']:.3f}" + ("" if val_loss is None else f", val {val_loss:.3f}"),
         f"lr {row['learning_rate']:.2e}",
         f"norm {row['grad_norm']:.2f}",
+        *([f"scale {row['loss_scale']:,g}"] if "loss_scale" in row else []),
         f"{row['tokens_per_s']:,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if "mfu" in row else ""),
         *_worst_layer(row),
         f"{timedelta(seconds=int(row['remaining_time']))} left",

@@ -19,12 +19,20 @@ from torch.optim import Optimizer
 
 from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
-from litgpt_moe.hardware import avoid_wrong_gradients, gpu_bytes, has_cuda, keep_freed_memory, will_compile
+from litgpt_moe.hardware import (
+    avoid_wrong_gradients,
+    gpu_bytes,
+    has_cuda,
+    keep_freed_memory,
+    precision_dtype,
+    will_compile,
+)
 from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.processes import note_once
 from litgpt_moe.threads import usable_cores
 from litgpt_moe.training.batches import TrainLoader, ValLoader
 from litgpt_moe.training.hooks import LoopHooks
+from litgpt_moe.training.loss_scaling import MixedLossScaling, ShardedLossScaling
 from litgpt_moe.training.memory import choose_strategy
 from litgpt_moe.training.optimizer import clone_state, make_optimizer
 from litgpt_moe.training.resume import OpenCheckpoint
@@ -123,14 +131,20 @@ def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any], strategy: str) -
     accelerators = {"gpu": "cuda", "auto": "cpu" if is_mac else "auto"}
     # litgpt.pretrain.setup always takes FSDP, which needs GPUs
     is_fsdp = strategy == "fsdp"
+    plugins: list[Any] = [] if is_fsdp else [BackgroundIO(hooks.writer, opened)]
+    precision: Any = run.precision
+    if precision == "16-mixed":
+        device_type = "cuda" if settings.accelerator != "cpu" and has_cuda() else "cpu"
+        plugins.append((ShardedLossScaling if is_fsdp else MixedLossScaling)(device_type))
+        precision = None
     return TrainingFabric(
         hooks,
         accelerator=accelerators.get(settings.accelerator, settings.accelerator),
         devices=run.devices,
         num_nodes=settings.num_nodes,
         strategy=ShardedStrategy(hooks.writer, opened) if is_fsdp else strategy,
-        plugins=[] if is_fsdp else [BackgroundIO(hooks.writer, opened)],
-        precision=run.precision,
+        plugins=plugins,
+        precision=precision,
         loggers=loggers,
     )
 
@@ -257,8 +271,9 @@ def _loss(
     if head is None or options.get("chunk_size") == 0:
         return cross_entropy(output, targets, **options)
     # autocast does not reach into a custom autograd function
-    dtype = torch.bfloat16 if hooks.run.precision == "bf16-mixed" else None
-    return linear_cross_entropy(output, head.weight, targets, dtype)
+    dtype = precision_dtype(hooks.run.precision) if hooks.run.precision.endswith("mixed") else None
+    scale = hooks.scaling and hooks.scaling.current / hooks.run.accumulation
+    return linear_cross_entropy(output, head.weight, targets, dtype, scale)
 
 
 def _compile_all_but_model(compile: Callable[..., Any], model: Any = None, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from litgpt import GPT
 from litgpt_moe import balance
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.recompute import recompute_blocks
+from litgpt_moe.training.loss_scaling import loss_scaling
 from litgpt_moe.training.run import Run
 
 
@@ -23,8 +24,12 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
     use_fast_linear(gpt)
     if run.settings.activation_checkpointing:
         recompute_blocks(gpt)
+    loss_scale = None
+    if scaling := loss_scaling(fabric):
+        scaling.start(fabric.device)
+        loss_scale = scaling.current
     # LitGPT divides its own loss by the number of micro-batches, but not the loss that a layer attaches
-    balance.set_balance(gpt, **asdict(run.settings.moe), scale=1 / run.accumulation)
+    balance.set_balance(gpt, **asdict(run.settings.moe), scale=1 / run.accumulation, loss_scale=loss_scale)
     source = run.initial or run.resume
     was_biased = source is not None and source.has_selection_bias
     if was_biased:

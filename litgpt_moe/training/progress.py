@@ -23,6 +23,7 @@ def collect(hooks: "LoopHooks") -> RunState:
         told_step=hooks.stories.last_step,
         batch_sizes=hooks.run.batch_sizes.to_list(),
         router=router_counts(hooks.gpt, hooks.sum_over_ranks),
+        loss_scale=hooks.scaling.state_dict() if hooks.scaling is not None else {},
         rng=rng_state(),
         **hooks.logs.lengths(),
     )
@@ -41,6 +42,9 @@ def restore(hooks: "LoopHooks", left_over: dict[str, Any]) -> None:
         set_router_counts(hooks.gpt, saved.router)
     hooks.clock.resume(saved.time_s)
     hooks.judge.guard.load_state_dict(saved.guard)
+    # empty in a checkpoint of another precision
+    if hooks.scaling is not None and saved.loss_scale:
+        hooks.scaling.load_state_dict(saved.loss_scale)
     hooks.stories.last_step = saved.told_step
     hooks.logs.keep(vars(saved))
 

@@ -149,7 +149,7 @@ class Settings:
     wandb_artifacts_dir: Path = Path("artifacts")
     """Directory for downloaded artifacts."""
     precision: str | None = None
-    """bf16-true, bf16-mixed or 32-true (default: bf16-true where CUDA has it, else 32-true)."""
+    """bf16-true, bf16-mixed, 16-mixed, 32-true, or auto: the best that the device has (docs/training.md)."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     """Kind of device; auto is CUDA, or else the CPU. mps (Apple) must be asked for."""
     devices: int | str = "auto"

@@ -120,6 +120,8 @@ class Verdict(NamedTuple):
     """Why the run saves and ends after this step, to be resumed later."""
     skip: bool = False
     """The loss or gradient is not finite: the weights must not change."""
+    overflow: bool = False
+    """The skip is the loss scaling's: the gradient overflows in fp16, and a lower scale will help."""
     give_up: bool = False
     """Too many steps in a row were skipped: the run fails."""
     spike: Spike | None = None
@@ -151,12 +153,25 @@ class Judge:
         if limit_s is not None and now - self.began + needed_s >= limit_s and not self.stops.reason:
             self.stops.reason = f"train.max_time of {limit_s:g} s"
 
-    def verdict(self, loss: float, norm: float, votes: int, failed_save: str | None) -> Verdict:
-        """Return what becomes of the step with this loss and gradient norm; the guard remembers both."""
+    def verdict(
+        self,
+        loss: float,
+        norm: float,
+        votes: int,
+        failed_save: str | None,
+        can_lower_scale: bool = False,
+    ) -> Verdict:
+        """Return what becomes of the step with this loss and gradient norm; the guard remembers both.
+
+        `can_lower_scale`: the loss is scaled, by more than the least. Then a gradient that is not finite is
+        no sign of a bad step, and the guard does not count it, unless the loss is not finite either.
+        """
         if votes > self.world_size:
             reason = failed_save or "another process could not save"
             return Verdict(fail=f"{reason}; continue with --resume auto")
         end = (self.stops.reason or "the request of another process") if votes else ""
+        if can_lower_scale and math.isfinite(loss) and not math.isfinite(norm):
+            return Verdict(end=end, skip=True, overflow=True)
         if self.guard.count_bad(loss, norm):
             give_up = self.guard.n_in_a_row >= self.settings.guard.max_skipped_steps
             return Verdict(end=end, skip=True, give_up=give_up)

@@ -11,7 +11,7 @@ import litgpt_moe
 from litgpt_moe.cli import command_line, is_out_of_memory
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import is_disk_full, write_json
-from litgpt_moe.hardware import has_cuda, peak_memory_gb
+from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
 from litgpt_moe.kernels.choice import describe_kernel
 from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training.hooks import LoopHooks
@@ -26,7 +26,7 @@ from litgpt_moe.training.stories import final_story
 def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     """Return the lines about the model, the device and the length of the run."""
     total, active = run.facts.total_params, run.facts.active_params
-    dtype = torch.bfloat16 if run.precision.startswith("bf16") else torch.float32
+    dtype = precision_dtype(run.precision)
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"
     has_idle_mps = device.type == "cpu" and torch.backends.mps.is_available()
     mps = ", and there is MPS: try it by --accelerator mps" if has_idle_mps else ""
@@ -70,6 +70,8 @@ def report(hooks: LoopHooks, argv: list[str]) -> str:
     lines += [f"Loss       {', '.join(losses)}"] if losses else []
     if n_skipped := hooks.judge.guard.n_skipped:
         lines.append(f"Skipped    {n_skipped} steps without a finite gradient")
+    if (scaling := hooks.scaling) is not None:
+        lines.append(f"Loss scale {scaling.current.item():,g}; {scaling.n_overflows} steps overflowed")
     lines.append(f"Memory     {peak_memory_gb():.2f} GB{' on the GPU' if has_cuda() else ''} at its peak")
     lines += [f"Checkpoint {final}", f"Log        {hooks.logs.metrics.path}"]
     if run.data_dir is not None:

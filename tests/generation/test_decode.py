@@ -6,7 +6,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer as HFTokenizer
 
+from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding
+from litgpt_moe.generation.decoder import Decoder, TorchDecoder
+from litgpt_moe.generation.native import NativeDecoder
 from litgpt_moe.generation.settings import Sampling
 
 GREEDY = Sampling(temperature=0.0)
@@ -27,13 +30,24 @@ def model(tiny_checkpoint: Path) -> torch.nn.Module:
     return load_model(tiny_checkpoint)
 
 
+@pytest.fixture(params=["torch", "native"])
+def decoder(request: pytest.FixtureRequest, model: torch.nn.Module) -> Decoder:
+    if request.param == "torch":
+        return TorchDecoder(model)
+    try:
+        load_library()
+    except NoLibrary as error:
+        pytest.skip(str(error))
+    return NativeDecoder(model)
+
+
 @pytest.fixture(scope="module")
 def prompt_ids(llama_style: HFTokenizer) -> list[int]:
     return [1, *llama_style.encode("Tom went to the park").ids]
 
 
 def test_greedy_equals_litgpts_generate_token_for_token(
-    model: torch.nn.Module, tiny_checkpoint: Path, prompt_ids: list[int]
+    decoder: Decoder, model: torch.nn.Module, tiny_checkpoint: Path, prompt_ids: list[int]
 ) -> None:
     from litgpt.config import Config
     from litgpt.generate.base import generate_fn
@@ -51,10 +65,12 @@ def test_greedy_equals_litgpts_generate_token_for_token(
         include_prompt=False,
         include_eos=True,
     )
-    assert list(generate(model, prompt_ids, 40, GREEDY)) == [int(token) for token in steps]
+    assert list(generate(decoder, prompt_ids, 40, GREEDY)) == [int(token) for token in steps]
 
 
-def test_greedy_equals_litgpt_llm_token_for_token(tiny_checkpoint: Path, model: torch.nn.Module) -> None:
+def test_greedy_equals_litgpt_llm_token_for_token(
+    tiny_checkpoint: Path, decoder: Decoder, model: torch.nn.Module
+) -> None:
     from litgpt import LLM
     from litgpt.tokenizer import Tokenizer
 
@@ -63,7 +79,7 @@ def test_greedy_equals_litgpt_llm_token_for_token(tiny_checkpoint: Path, model: 
     llm.distribute(accelerator="cpu", precision="32-true")
     theirs = llm.generate("Tom had", max_new_tokens=30, temperature=0.0, return_as_token_ids=True)
     tokenizer = Tokenizer(tiny_checkpoint)
-    ours = list(generate(model, tokenizer.encode("Tom had").tolist(), 30, GREEDY, tokenizer.eos_id))
+    ours = list(generate(decoder, tokenizer.encode("Tom had").tolist(), 30, GREEDY, tokenizer.eos_id))
     assert ours == theirs.tolist()
 
 
@@ -79,64 +95,77 @@ def test_cached_and_uncached_logits_agree(model: torch.nn.Module, prompt_ids: li
 
 
 def test_the_weights_layout_changes_neither_names_shapes_nor_logits(
-    tiny_checkpoint: Path, model: torch.nn.Module, prompt_ids: list[int]
+    tiny_checkpoint: Path, decoder: Decoder, model: torch.nn.Module, prompt_ids: list[int]
 ) -> None:
     from litgpt_moe.checkpoints.reader import load_model
 
     other = load_model(tiny_checkpoint)
     lay_out_for_decoding(other)
     assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in model.state_dict().items())
-    assert list(generate(other, prompt_ids, 40, GREEDY)) == list(generate(model, prompt_ids, 40, GREEDY))
+    assert list(generate(TorchDecoder(other), prompt_ids, 40, GREEDY)) == list(
+        generate(decoder, prompt_ids, 40, GREEDY)
+    )
     ids = torch.tensor([prompt_ids])
     assert torch.allclose(other(ids), model(ids), atol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_tokens(model: torch.nn.Module, prompt_ids: list[int]) -> None:
+def test_the_same_seed_gives_the_same_tokens(
+    decoder: Decoder, model: torch.nn.Module, prompt_ids: list[int]
+) -> None:
     def drawn(seed: int) -> list[int]:
-        return list(generate(model, prompt_ids, 20, generator=torch.Generator().manual_seed(seed)))
+        return list(generate(decoder, prompt_ids, 20, generator=torch.Generator().manual_seed(seed)))
 
     assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_iterators_that_take_turns_give_what_each_gives_alone(
-    model: torch.nn.Module, prompt_ids: list[int]
+    decoder: Decoder, model: torch.nn.Module, prompt_ids: list[int]
 ) -> None:
     prompts = [prompt_ids, prompt_ids[:3], [*prompt_ids, *prompt_ids]]
-    alone = [list(generate(model, prompt, 20, GREEDY)) for prompt in prompts]
-    in_turns = [generate(model, prompt, 20, GREEDY) for prompt in prompts]
+    alone = [list(generate(decoder, prompt, 20, GREEDY)) for prompt in prompts]
+    in_turns = [generate(decoder, prompt, 20, GREEDY) for prompt in prompts]
     assert list(zip(*in_turns, strict=True)) == list(zip(*alone, strict=True))
     assert model.mask_cache is None
 
 
-def test_a_penalty_without_bound_never_repeats_a_token(model: torch.nn.Module, prompt_ids: list[int]) -> None:
+def test_a_penalty_without_bound_never_repeats_a_token(
+    decoder: Decoder, model: torch.nn.Module, prompt_ids: list[int]
+) -> None:
     # the penalised are divided to about 0 or multiplied far below it; most of the others are above
     settings = Sampling(temperature=0.0, repetition_penalty=1e9)
-    ids = prompt_ids + list(generate(model, prompt_ids, 20, settings))
+    ids = prompt_ids + list(generate(decoder, prompt_ids, 20, settings))
     assert len(set(ids[-20:])) == 20
 
 
 def test_generating_leaves_the_callers_gradient_mode_alone(
-    model: torch.nn.Module, prompt_ids: list[int]
+    decoder: Decoder, model: torch.nn.Module, prompt_ids: list[int]
 ) -> None:
-    steps = generate(model, prompt_ids, 5, GREEDY)
+    steps = generate(decoder, prompt_ids, 5, GREEDY)
     next(steps)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     steps.close()
     assert model.mask_cache is None
 
 
-def test_generating_stops_where_the_context_is_full(model: torch.nn.Module, prompt_ids: list[int]) -> None:
-    assert len(list(generate(model, prompt_ids, 1000, GREEDY))) == 64 - len(prompt_ids)
+def test_generating_stops_where_the_context_is_full(
+    decoder: Decoder, model: torch.nn.Module, prompt_ids: list[int]
+) -> None:
+    assert len(list(generate(decoder, prompt_ids, 1000, GREEDY))) == 64 - len(prompt_ids)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_are_not_sampled(
-    value: float, model: torch.nn.Module, prompt_ids: list[int], monkeypatch: pytest.MonkeyPatch
+    value: float,
+    decoder: Decoder,
+    model: torch.nn.Module,
+    prompt_ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def diverge(hidden: torch.Tensor) -> torch.Tensor:
         return torch.full((*hidden.shape[:2], 512), value)
 
     monkeypatch.setattr(model.lm_head, "forward", diverge)
+    decoder = TorchDecoder(model)
     with pytest.raises(Diverged, match="logits are NaN or infinite"):
-        next(generate(model, prompt_ids, 5))
+        next(generate(decoder, prompt_ids, 5))
     assert model.mask_cache is None

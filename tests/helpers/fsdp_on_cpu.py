@@ -58,6 +58,8 @@ def let_fsdp_run_on_the_cpu() -> None:
     fsdp.FullyShardedDataParallel.__init__ = lambda self, *args, **options: initialize(
         self, *args, **{**options, "device_id": CPU}
     )
+    # it is refused on CPUs by its name
+    loop.make_fabric, loop.choose_strategy = make_fabric, lambda *_: ("fsdp", "asked for here")
 
 
 def make_fabric(*args: Any, make: Any = loop.make_fabric) -> Any:
@@ -68,5 +70,4 @@ def make_fabric(*args: Any, make: Any = loop.make_fabric) -> Any:
 
 if __name__ == "__main__":
     let_fsdp_run_on_the_cpu()
-    loop.make_fabric, loop.choose_strategy = make_fabric, lambda *_: ("fsdp", "asked for here")
     raise SystemExit(run_train.main())

@@ -14,6 +14,7 @@ import run_train
 from litgpt_moe.checkpoints.state import tensors_of
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
+from litgpt_moe.training import run as run_module
 from litgpt_moe.training.run import set_up
 
 # what a clock or the machine says; everything else must be equal
@@ -100,3 +101,39 @@ def loss_times(factor: float, *calls: int) -> Iterator[None]:
         yield
     finally:
         loop.linear_cross_entropy = original
+
+
+@contextlib.contextmanager
+def gradient_times(factor: float, *calls: int) -> Iterator[None]:
+    """Multiply the gradients of the given backward passes (1 is the first), whose losses stay as they are."""
+    original, n_calls = loop.TrainingFabric.backward, 0
+
+    def backward(fabric: loop.TrainingFabric, loss: torch.Tensor) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls in calls:
+            loss.register_hook(lambda grad: grad * factor)
+        original(fabric, loss)
+
+    loop.TrainingFabric.backward = backward
+    try:
+        yield
+    finally:
+        loop.TrainingFabric.backward = original
+
+
+@contextlib.contextmanager
+def fp16_on_the_cpu() -> Iterator[None]:
+    """Let a run have 16-mixed on a CPU, which a user is refused."""
+    choose = run_module.training_device
+
+    def choose_fp16_too(accelerator: str, devices: int, num_nodes: int, precision: str) -> tuple[str, int]:
+        if precision != "16-mixed":
+            return choose(accelerator, devices, num_nodes, precision)
+        return precision, choose(accelerator, devices, num_nodes, "32-true")[1]
+
+    run_module.training_device = choose_fp16_too
+    try:
+        yield
+    finally:
+        run_module.training_device = choose

@@ -40,7 +40,8 @@ def serving(folder: Path, *flags: str) -> Iterator[Running]:
     settings, sampling = read_settings(["--serve", "--device=cpu", f"--ckpt_dir={folder}", *flags])
     settings = replace(settings, prompt=DEFAULT_PROMPT)
     with open_port(settings.host, 0) as listener:
-        engine = Engine(Served(*load(settings), settings, sampling))
+        model, tokenizer, decoder = load(settings)
+        engine = Engine(Served(model, tokenizer, settings, sampling), decoder)
         server = make_server(engine, settings.host)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

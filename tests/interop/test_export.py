@@ -17,7 +17,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_moe.balance import use_selection_bias
 from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.files import new_folder
-from litgpt_moe.generation.decode import generate
+from litgpt_moe.generation.decode import generate, make_decoder
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.interop import transformers as conversion
 from tools import export_hf, import_hf
@@ -59,7 +59,7 @@ def test_transformers_gives_the_logits_and_the_greedy_text_and_the_way_back_give
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     prompt = ids[0, :9].tolist()
-    ours = list(generate(model, prompt, 20, Sampling(temperature=0)))
+    ours = list(generate(make_decoder(model), prompt, 20, Sampling(temperature=0)))
     theirs = copy.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None)
     assert theirs[0, 9:].tolist() == ours
     assert import_hf.main([str(tmp_path / "out"), str(tmp_path / "back")]) == 0

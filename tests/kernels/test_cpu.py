@@ -218,7 +218,7 @@ def test_flops_of_a_real_run_are_those_of_the_active_experts() -> None:
     assert flops.get_total_flops() == 3 * forward
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_compiled_layer_is_bit_equal_to_eager(dtype: torch.dtype) -> None:
     torch.compiler.set_stance("default")
     torch._dynamo.reset()
@@ -230,7 +230,7 @@ def test_a_compiled_layer_is_bit_equal_to_eager(dtype: torch.dtype) -> None:
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_operators_keep_torch_s_rules(dtype: torch.dtype) -> None:
     x, ends = torch.randn(4, 6, dtype=dtype), torch.tensor([2, 2, 8])
     token, inverse = torch.tensor([0, 1, 3, 2, 2, 0, 1, 3]), torch.tensor([[0, 5], [1, 6], [3, 4], [2, 7]])
@@ -253,7 +253,10 @@ def test_the_operators_keep_torch_s_rules(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_under_autocast_the_experts_compute_in_bf16_and_their_gradients_are_float32(compiled) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.005)])
+def test_under_autocast_the_experts_compute_in_16_bits_and_their_gradients_are_float32(
+    dtype: torch.dtype, tolerance: float, compiled: bool
+) -> None:
     _, layer = pair(LLaMAMoE, torch.float32)
     exact = pair(LLaMAMoE, torch.float32)[1]
     exact.load_state_dict(layer.state_dict())
@@ -262,10 +265,10 @@ def test_under_autocast_the_experts_compute_in_bf16_and_their_gradients_are_floa
         torch._dynamo.reset()
         layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 32, 16, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         y = layer(x)
     y.sum().backward()
     assert y.dtype == torch.float32
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
     assert not torch.equal(exact(x), y)
-    torch.testing.assert_close(exact(x), y, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(exact(x), y, rtol=tolerance, atol=tolerance)

@@ -196,7 +196,7 @@ def test_an_unknown_error_is_told_as_one_and_logged(
     def fail(*_: Any) -> None:
         raise RuntimeError("of the device")
 
-    monkeypatch.setattr(engine, "next_with_routing", fail)
+    monkeypatch.setattr(engine.Choice, "put", fail)
     with pytest.raises(openai.APIError, match="an error in the server"):
         for _ in complete(tiny, stream=stream, routing=True):
             pass

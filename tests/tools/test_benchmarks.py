@@ -18,6 +18,7 @@ from tools.benchmarks import (
     layer_variants,
     machine,
     measure_gpu,
+    serve,
     startup,
     train,
     train_contestants,
@@ -56,7 +57,7 @@ def test_benchmark_train_tells_of_an_override_without_a_value(
 def test_figures_replace_no_file_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = tmp_path / "lit_model.pth"
     weights.write_bytes(b"weights")
-    for main, flag in ((train.main, "--out"), (layer.main, "--out"), (generate.main, "--json")):
+    for main, flag in ((train.main, "--out"), (layer.main, "--out"), (generate.main, "--out")):
         with pytest.raises(SystemExit) as ended:
             main([flag, str(weights)])
         assert ended.value.code == 2
@@ -68,6 +69,28 @@ def test_figures_replace_no_file_of_another_kind(tmp_path: Path, capsys: pytest.
 def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err
+
+
+def test_benchmark_generate_compares_all_with_the_tokens_of_stock(tmp_path: Path) -> None:
+    model, out = tmp_path / "model.yaml", tmp_path / "figures.json"
+    model.write_text(yaml.dump(TINY_CONFIG), encoding="utf-8")
+    flags = ["--config", model, "--max_tokens", 6, "--rounds", 1, "--max_threads", 1, "--llama_env", ""]
+    assert generate.main([str(flag) for flag in [*flags, "--out", out]]) == 0
+    cases = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    assert [(case["threads"], case["batch"]) for case in cases] == [(1, 1), (1, 4)]
+    for case in cases:
+        assert {"stock float32", "torch float32", "native float32", "native int8"} <= case["figures"].keys()
+        assert min(one["tokens_per_s"] for one in case["figures"].values()) > 0
+
+
+@pytest.mark.slow
+def test_benchmark_serve_counts_the_tokens_of_all_clients(chatterbox: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    flags = ["--ckpt_dir", chatterbox, "--seconds", 1, "--max_tokens", 20, "--out", out]
+    assert serve.main([str(flag) for flag in flags]) == 0
+    clients = json.loads(out.read_text(encoding="utf-8"))["clients"]
+    assert list(clients) == ["1", "4", "16"]
+    assert all(one["requests"] >= int(n) and one["tokens_per_s"] > 0 for n, one in clients.items())
 
 
 @pytest.mark.slow

@@ -311,6 +311,15 @@ def test_sanity_check_calls_a_kernel_that_computes_garbage_broken(monkeypatch: p
     assert env_sanity_check.matmul_check("cpu", torch.bfloat16).state == "BROKEN"
 
 
+def test_sanity_check_says_why_a_gpu_would_train_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    from litgpt_moe import hardware
+
+    monkeypatch.setattr(hardware, "training_device", lambda *_: ("16-mixed", 1))
+    lines = {check.subject: check.detail for check in env_sanity_check.check_plan()}
+    assert lines["precision"] == "16-mixed (fp16 with loss scaling: this GPU has no bf16)"
+    assert "scaling" not in lines["compile"]
+
+
 def test_sanity_check_leaves_bitsandbytes_alone_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKIP_BNB_RUNTIME", "1")
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))

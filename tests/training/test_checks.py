@@ -44,7 +44,7 @@ BAD_TRAIN_VALUES = {
     "moe.aux_loss_coef": (-0.1, "moe.aux_loss_coef is -0.1; choose 0 or more"),
     "float32_matmul_precision": ("low", "float32_matmul_precision is 'low'; it must be one of highest, high"),
     "weight_decay_on": ("some", "weight_decay_on is 'some'; it must be one of matrices, all"),
-    "precision": ("16-mixed", "precision is '16-mixed'; choose one of 32-true, bf16-true, bf16-mixed"),
+    "precision": ("16-mixed", "precision is 16-mixed, which is for CUDA; use bf16-mixed or 32-true"),
     "accelerator": ("tpu", "accelerator is 'tpu'; it must be one of auto, cpu, cuda, gpu, mps"),
     "devices": (0, "devices is 0; choose auto or a number of 1 or more"),
     "num_nodes": (0, "num_nodes is 0"),

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from lightning.fabric.plugins import MixedPrecision
 from litgpt import pretrain
 from litgpt.args import TrainArgs
 from litgpt.config import Config
@@ -166,6 +167,23 @@ def test_a_validation_loss_is_exponentiated_unchecked() -> None:
 def test_a_global_batch_is_rounded_down_in_silence() -> None:
     args = TrainArgs(global_batch_size=10, micro_batch_size=4)
     assert args.gradient_accumulation_iters(devices=1) == 2, "training/checks.py need not"
+
+
+def test_fabric_does_not_clip_for_a_fused_optimizer_in_fp16() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    fabric = L.Fabric(accelerator="cpu", devices=1, plugins=plugin)
+    model, optimizer = fabric.setup(torch.nn.Linear(2, 2), torch.optim.AdamW([weight], fused=True))
+    try:
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+    except NotImplementedError:
+        return
+    pytest.fail("LossScaling.unscale_gradients in training/loss_scaling.py may not be needed any more")
+
+
+def test_fabric_takes_bf16_for_fp16_on_a_cpu() -> None:
+    precision = L.Fabric(accelerator="cpu", devices=1, precision="16-mixed").strategy.precision
+    assert precision.precision == "bf16-mixed", "hardware.training_device may allow 16-mixed on a CPU"
 
 
 def test_compile_can_be_kept_from_compiling() -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import litgpt.model
 import pytest
@@ -12,11 +12,14 @@ from helpers.runs import run
 from lightning.fabric.strategies import SingleDeviceStrategy
 from litgpt import pretrain
 from torch._inductor import config as inductor
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from litgpt_moe.cli import normalize_flags
 from litgpt_moe.training import loop
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loop import make_fabric, replaced_functions, set_up_torch
+from litgpt_moe.training.loss_scaling import MixedLossScaling, ShardedLossScaling
 from litgpt_moe.training.run import set_up, to_litgpt
 from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.sharding import ShardedStrategy
@@ -76,6 +79,27 @@ def test_the_chosen_strategy_is_what_fabric_gets(strategy: str, monkeypatch: pyt
     # FSDP's strategy saves by itself, all others by a plugin
     assert len(made["plugins"]) == (strategy != "fsdp")
     assert made["devices"] == 2
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "kind"),
+    [("auto", 1, MixedLossScaling), ("cuda", 2, ShardedLossScaling), ("cpu", 2, MixedLossScaling)],
+)
+def test_fp16_comes_with_loss_scaling_on_the_device_of_the_run(
+    accelerator: Literal["auto", "cuda", "cpu"], devices: int, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = hooks_of()
+    settings = dataclasses.replace(hooks.run.settings, accelerator=accelerator)
+    run = dataclasses.replace(hooks.run, settings=settings, precision="16-mixed", devices=devices)
+    monkeypatch.setattr(loop, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
+    make_fabric(run, hooks, [], "fsdp" if kind is ShardedLossScaling else "auto")
+    plugin = made["plugins"][-1]
+    assert type(plugin) is kind and made["precision"] is None
+    assert plugin.scaler.is_enabled() and plugin.scaler._device == accelerator.replace("auto", "cuda")
+    assert type(plugin.scaler) is (ShardedGradScaler if kind is ShardedLossScaling else GradScaler)
 
 
 @pytest.mark.parametrize(

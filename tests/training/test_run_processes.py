@@ -1,6 +1,7 @@
 """Real processes: two of them train one model, and one that is killed again and again still gets there."""
 
 import json
+import math
 import os
 import random
 import re
@@ -12,9 +13,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import OFFLINE, ROOT, SENTENCES, TINY_CONFIG
-from helpers.runs import BALANCED, assert_same_run, go_back, losses, rows, run
+from helpers.runs import (
+    BALANCED,
+    assert_same_run,
+    fp16_on_the_cpu,
+    go_back,
+    gradient_times,
+    losses,
+    rows,
+    run,
+)
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -93,6 +104,26 @@ def test_sharded_processes_train_as_one_and_either_resumes_the_other(tied: bool)
     for name in ("one", "sharded"):
         assert losses(name) == pytest.approx(expected, abs=1e-5)
         assert json.loads(Path(name, "final/checkpoint.json").read_text(encoding="utf-8"))["step"] == 20
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no NCCL, which FSDP wants on GPUs")
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_gradient_that_overflows_in_one_process_is_skipped_in_both(strategy: str) -> None:
+    flags = ["--max_tokens", 12 * 256, "--micro_batch_size", 1, "--precision", "16-mixed", *BALANCED]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    script = [str(ROOT / "tests/helpers/fp16_on_cpu.py"), strategy, *RUN[2:], "--devices", "2"]
+    accelerator = ["--accelerator", "auto"] if strategy == "fsdp" else []
+    both = start("--out_dir", "two", *flags, command=[*launcher, *script, *accelerator])
+    with fp16_on_the_cpu(), gradient_times(math.inf, 10):  # in step 3, as in rank 1
+        assert run("--out_dir", "one", *flags) == 0
+    finish(both)
+    for name in ("one", "two"):
+        logged = [row for row in rows(name) if row["loss"]]
+        assert [float(row["loss_scale"]) for row in logged] == [65536] * 2 + [32768] * 10
+        assert [row["overflow_steps"] for row in logged] == ["0"] * 2 + ["1"] * 10
+        state = torch.load(Path(name, "final/lit_model.pth"), weights_only=True)
+        assert state["run"]["loss_scale"] == {"scale": 32768.0, "growth_tracker": 9, "n_overflows": 1}
+    assert losses("two") == pytest.approx(losses("one"), abs=0.01)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")

@@ -35,6 +35,7 @@ def finished(
         metrics=SimpleNamespace(latest=LATEST if latest is None else latest),
         judge=SimpleNamespace(guard=SimpleNamespace(n_skipped=n_skipped)),
         clock=SimpleNamespace(overall_steps_per_s=lambda step: rate),
+        scaling=None,
         logs=SimpleNamespace(metrics=SimpleNamespace(path=Path("out/logs/csv/metrics.csv"))),
     )
 

@@ -42,6 +42,11 @@ def check_counts(parser: FlagParser, settings: Any) -> None:
             parser.error(f"--{item.name}: {value} is not a number of 1 or more")
 
 
+def recorded(settings: Any) -> dict[str, Any]:
+    """Return a benchmark's settings as its JSON has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+
+
 def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions."""
     import torch

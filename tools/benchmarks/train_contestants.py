@@ -27,6 +27,7 @@ from litgpt_moe.kernels.choice import choose_kernel
 from litgpt_moe.kernels.matmul import prefers_onednn
 from litgpt_moe.kernels.triton import has_triton
 from litgpt_moe.training import loop
+from litgpt_moe.training.loss_scaling import MixedLossScaling
 from litgpt_moe.training.run import Run, to_litgpt
 from litgpt_moe.training.settings import BalanceArgs, EvalArgs, Settings, TrainArgs
 from litgpt_moe.training.steps import StopSignals
@@ -134,12 +135,17 @@ def train_stock(run: Run) -> None:
     mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
     settings = run.settings
     precision: Any = run.precision
+    plugins: list[Any] = []
+    if precision == "16-mixed":  # Fabric's own plugin refuses to clip for LitGPT's fused AdamW
+        plugins, precision = [MixedLossScaling("cuda")], None
     train_args, eval_args = to_litgpt(settings)
     compiled, _ = will_compile(settings.compile, settings.accelerator)
     torch.compiler.set_stance("default" if compiled else "force_eager")
     keys = Config.__annotations__
     config = Config(**{key: value for key, value in vars(run.config).items() if key in keys})
-    fabric = L.Fabric(devices=1, precision=precision, accelerator="auto")
+    fabric = L.Fabric(devices=1, precision=precision, plugins=plugins, accelerator="auto")
+    for plugin in plugins:
+        plugin.start(fabric.device)
     if fabric.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as litgpt/__main__.py does
     with mock.patch.multiple(pretrain, measure_flops=lambda *_: 1.0, save_checkpoint=lambda *_: None):

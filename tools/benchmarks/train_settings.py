@@ -23,8 +23,8 @@ class TrainBenchmark:
     """Timed steps of a round."""
     rounds: int = 3
     """Rounds of each."""
-    precision: Literal["32-true", "bf16-true", "bf16-mixed"] | None = None
-    """As in training (default: bf16-true with CUDA, else 32-true)."""
+    precision: Literal["32-true", "bf16-true", "bf16-mixed", "16-mixed"] | None = None
+    """As in training (default: bf16-true or 16-mixed with CUDA, else 32-true)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """As in training."""
     out: Path | None = None

@@ -1,0 +1,117 @@
+"""Compile native.cpp once on each machine, by the C++ compiler that is there, and load it."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# no -ffast-math: with it, loading the library would make all of the process flush small numbers to zero
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+COMPILE_S = 120
+
+
+class NoLibrary(RuntimeError):
+    """Why there is no compiled library here; the text ends with the way out."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Return the compiled native.cpp. Raises NoLibrary.
+
+    It is kept in the user's cache folder under a name that stands for source, compiler and processor.
+    """
+    command = _command()
+    key = hashlib.sha256(
+        repr((SOURCE.read_bytes(), command, _compiler_version(command[0]), _processor())).encode()
+    )
+    name = f"decode-{key.hexdigest()[:32]}.so"
+    try:
+        folder = _cache_folder()
+        if not (folder / name).is_file():
+            _compile(command, folder / name)
+        return ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        raise NoLibrary(f"the compiled code cannot be kept or loaded ({error}); use --engine torch") from None
+
+
+def _command() -> list[str]:
+    """Return the compiler and its flags, without the names of files. Raises NoLibrary."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    found = given or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+    if not found:
+        raise NoLibrary("there is no C++ compiler here; install g++ for twice the speed")
+    # Apple's compiler has no OpenMP: one thread there
+    return [*found, *FLAGS, "-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp"]
+
+
+def _compiler_version(compiler: str) -> bytes:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoLibrary(f"the C++ compiler {compiler} does not start ({error}); use --engine torch") from None
+
+
+def _processor() -> str:
+    """Return what -march=native depends on: a home folder may be shared by different machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    kept = {line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}
+    return repr((platform.machine(), platform.processor(), sorted(kept)))
+
+
+def _cache_folder() -> Path:
+    """Return a folder that nobody else can write to: what lies there is loaded as code."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "litgpt-moe"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if is_own and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """Return a temporary folder that is deleted when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="litgpt-moe-")
+    _own_folder.kept = folder  # type: ignore[attr-defined]
+    return Path(folder.name)
+
+
+def _compile(command: list[str], target: Path) -> None:
+    # torch's own OpenMP comes first, so that its threads and ours are the same
+    openmp = sorted(map(str, Path(torch.__file__).with_name("lib").glob("libgomp*.so*")))
+    with tempfile.TemporaryDirectory(prefix="compile-", dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        inputs = [str(SOURCE), *(["-Wl,--as-needed", *openmp] if openmp else [])]
+        try:
+            done = subprocess.run(
+                [*command, *inputs, "-o", str(made)],
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise NoLibrary(f"{command[0]} takes more than {COMPILE_S} s; use --engine torch") from None
+        if done.returncode:
+            reason = next(
+                (line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}"
+            )
+            raise NoLibrary(f"{command[0]} cannot compile {SOURCE.name} ({reason:.200}); use --engine torch")
+        made.replace(target)

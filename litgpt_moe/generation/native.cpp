@@ -1,0 +1,356 @@
+// One step of decoding on a CPU: read some tokens of one or several sequences, return the logits of the next.
+//
+// A step's time is that of reading the weights from memory, if nothing else gets in the way. So one call does
+// the whole step: embedding, then for each layer attention and experts, then the head. native.py compiles
+// this file and calls `decode_step`; decoder.py has the same in PyTorch.
+//
+// A row is one token. The rows of one call may belong to different sequences, each with a cache of its own,
+// or be consecutive tokens of one prompt: keys and values of all rows are stored before any row attends.
+// Every weight is read once for all rows. Each sum is computed by one thread, in an order that depends
+// neither on the number of threads nor on the other rows.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
+inline float widen(bf16 x) {  // the upper half of a float
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
+}  // namespace
+
+// The structures below are those of native.py, field by field.
+
+struct Matrix {  // (out, in), row by row
+    const void *data;
+    const float *scale;  // (out,), by which a row is multiplied; null: 1
+};
+
+struct Layer {
+    const float *norm_1, *norm_2;          // (n_embd,)
+    Matrix qkv, proj;                      // (query, key and value of all heads, n_embd), (n_embd, query)
+    const float *router, *selection_bias;  // (n_expert, n_embd), (n_expert,) or null
+    const Matrix *gates, *ups, *downs;     // of each expert, the shared one last: fc_1, fc_2, proj
+    int64_t n_expert, top_k, width,
+        shared_width;  // a dense layer has 0 experts and its MLP as the shared one
+};
+
+struct Model {
+    int64_t dtype;  // of the matrices: 0 float, 1 bf16, 2 int8
+    int64_t n_layer, n_embd, n_head, n_query_groups, head_size, rope_n_elem, vocab;
+    float norm_eps, attention_scale, routed_scale;
+    const Layer *layers;
+    Matrix embedding, head;
+    const float *norm, *cos, *sin;  // (n_embd,), (positions, rope_n_elem)
+};
+
+struct Row {
+    int64_t token, position;
+    float *cache;      // of its sequence: (n_layer, 2, n_query_groups, capacity, head_size), keys then values
+    int64_t capacity;  // positions that the cache has room for
+    int64_t logits;    // the row of the logits to write, -1: none
+};
+
+namespace {
+
+// Calls put(row, o, W[o] . x[row]) for each row and each o from `begin` up to `end`. Four rows of W and two
+// of x at a time, so that a value that was loaded is used several times.
+template <class T, class Put>
+void product(const Matrix &matrix, int64_t in, int64_t begin, int64_t end, const float *const *x, int64_t n,
+             Put put) {
+    const T *w = static_cast<const T *>(matrix.data);
+    auto scaled = [&](int64_t row, int64_t o, float y) {
+        put(row, o, matrix.scale ? y * matrix.scale[o] : y);
+    };
+    int64_t o = begin;
+    for (; o + 4 <= end; o += 4) {
+        const T *w0 = w + o * in, *w1 = w0 + in, *w2 = w1 + in, *w3 = w2 + in;
+        int64_t row = 0;
+        for (; row + 2 <= n; row += 2) {
+            const float *p = x[row], *q = x[row + 1];
+            float p0 = 0, p1 = 0, p2 = 0, p3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
+#pragma omp simd reduction(+ : p0, p1, p2, p3, q0, q1, q2, q3)
+            for (int64_t i = 0; i < in; ++i) {
+                float a = widen(w0[i]), b = widen(w1[i]), c = widen(w2[i]), d = widen(w3[i]);
+                p0 += a * p[i], p1 += b * p[i], p2 += c * p[i], p3 += d * p[i];
+                q0 += a * q[i], q1 += b * q[i], q2 += c * q[i], q3 += d * q[i];
+            }
+            scaled(row, o, p0), scaled(row, o + 1, p1), scaled(row, o + 2, p2), scaled(row, o + 3, p3);
+            scaled(row + 1, o, q0), scaled(row + 1, o + 1, q1);
+            scaled(row + 1, o + 2, q2), scaled(row + 1, o + 3, q3);
+        }
+        for (; row < n; ++row) {
+            const float *p = x[row];
+            float p0 = 0, p1 = 0, p2 = 0, p3 = 0;
+#pragma omp simd reduction(+ : p0, p1, p2, p3)
+            for (int64_t i = 0; i < in; ++i) {
+                p0 += widen(w0[i]) * p[i], p1 += widen(w1[i]) * p[i];
+                p2 += widen(w2[i]) * p[i], p3 += widen(w3[i]) * p[i];
+            }
+            scaled(row, o, p0), scaled(row, o + 1, p1), scaled(row, o + 2, p2), scaled(row, o + 3, p3);
+        }
+    }
+    for (; o < end; ++o)
+        for (int64_t row = 0; row < n; ++row) {
+            const T *w0 = w + o * in;
+            const float *p = x[row];
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < in; ++i) sum += widen(w0[i]) * p[i];
+            scaled(row, o, sum);
+        }
+}
+
+float dot(const float *a, const float *b, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+// Root mean square normalisation (arxiv.org/abs/1910.07467).
+void rms_norm(const float *x, const float *weight, int64_t n, float eps, float *y) {
+    float factor = 1 / std::sqrt(dot(x, x, n) / n + eps);
+    for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+// Rotary position embedding of one head (arxiv.org/abs/2104.09864), halves as in litgpt.model.apply_rope.
+void rotate(float *x, const Model &m, int64_t position) {
+    const float *cos = m.cos + position * m.rope_n_elem, *sin = m.sin + position * m.rope_n_elem;
+    for (int64_t i = 0, half = m.rope_n_elem / 2; i < half; ++i) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+// Attention of one head to all positions up to the row's own; `probs` has room for them.
+void attend(const Model &m, const Row &row, int64_t layer, int64_t head, const float *q, float *probs,
+            float *y) {
+    int64_t size = m.head_size, n = row.position + 1, group = head / (m.n_head / m.n_query_groups);
+    const float *keys = row.cache + (layer * 2 * m.n_query_groups + group) * row.capacity * size;
+    const float *values = keys + m.n_query_groups * row.capacity * size;
+    float top = -INFINITY, sum = 0;
+    for (int64_t t = 0; t < n; ++t)
+        top = std::max(top, probs[t] = dot(q, keys + t * size, size) * m.attention_scale);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t t = 0; t < n; ++t) sum += probs[t] = std::exp(probs[t] - top);
+    std::fill(y, y + size, 0.f);
+    for (int64_t t = 0; t < n; ++t)
+        for (int64_t i = 0; i < size; ++i) y[i] += probs[t] / sum * values[t * size + i];
+}
+
+// The K experts with the highest score and the softmax of their logits (Mixtral, arxiv.org/abs/2401.04088).
+void choose(const Model &m, const Layer &layer, const float *logits, int64_t *experts, float *weights) {
+    float top = -INFINITY, sum = 0;
+    for (int64_t k = 0; k < layer.top_k; ++k) {
+        int64_t best = -1;
+        float best_score = 0;
+        for (int64_t e = 0; e < layer.n_expert; ++e) {
+            float score = logits[e] + (layer.selection_bias ? layer.selection_bias[e] : 0);
+            bool is_taken = std::find(experts, experts + k, e) != experts + k;
+            if (!is_taken && (best < 0 || score > best_score)) best = e, best_score = score;
+        }
+        experts[k] = best;
+        top = std::max(top, weights[k] = logits[best]);
+    }
+    for (int64_t k = 0; k < layer.top_k; ++k) sum += weights[k] = std::exp(weights[k] - top);
+    for (int64_t k = 0; k < layer.top_k; ++k) weights[k] *= m.routed_scale / sum;
+}
+
+// What one thread does in a step. All threads call the same functions; `barrier` comes where one needs what
+// another wrote. Norms and routers are so small that every thread computes them for itself.
+template <class T>
+struct Worker {
+    const Model &m;
+    const Row *rows;
+    int64_t n, part, parts;
+    float *x, *qkv, *attended, *hidden;  // shared by the threads: (n, ...)
+    int64_t qkv_width, query_width, hidden_width;
+    int64_t most;  // experts of one token, the shared one included: the largest number in any layer
+    std::vector<float> normed, probs, weights;
+    std::vector<int64_t> experts, where;  // (n, most); the places k + most * row that go to an expert
+    std::vector<const float *> in;
+
+    // this thread's part of n outputs, in fours
+    int64_t begin(int64_t n_out) const { return std::min(n_out, (n_out / 4 * part / parts) * 4); }
+    int64_t end(int64_t n_out) const {
+        return part + 1 == parts ? n_out : std::min(n_out, (n_out / 4 * (part + 1) / parts) * 4);
+    }
+
+    template <class Put>
+    void multiply(const Matrix &matrix, int64_t n_in, int64_t n_out, int64_t n_rows, Put put) {
+        product<T>(matrix, n_in, begin(n_out), end(n_out), in.data(), n_rows, put);
+    }
+
+    void normalise(const float *weight) {
+        for (int64_t r = 0; r < n; ++r) {
+            rms_norm(x + r * m.n_embd, weight, m.n_embd, m.norm_eps, &normed[r * m.n_embd]);
+            in[r] = &normed[r * m.n_embd];
+        }
+    }
+
+    void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+    }
+
+    void attention(int64_t l) {
+        const Layer &layer = m.layers[l];
+        int64_t size = m.head_size, groups = m.n_query_groups;
+        normalise(layer.norm_1);
+        multiply(layer.qkv, m.n_embd, qkv_width, n,
+                 [&](int64_t r, int64_t o, float y) { qkv[r * qkv_width + o] = y; });
+        barrier();
+        for (int64_t job = part; job < n * groups; job += parts) {
+            const Row &row = rows[job / groups];
+            float *key = qkv + job / groups * qkv_width + query_width + job % groups * size;
+            float *to = row.cache + ((l * 2 * groups + job % groups) * row.capacity + row.position) * size;
+            rotate(key, m, row.position);
+            std::copy(key, key + size, to);
+            std::copy(key + groups * size, key + (groups + 1) * size, to + groups * row.capacity * size);
+        }
+        barrier();
+        for (int64_t job = part; job < n * m.n_head; job += parts) {
+            int64_t r = job / m.n_head, head = job % m.n_head;
+            float *query = qkv + r * qkv_width + head * size;
+            rotate(query, m, rows[r].position);
+            attend(m, rows[r], l, head, query, probs.data(), attended + r * query_width + head * size);
+        }
+        barrier();
+        for (int64_t r = 0; r < n; ++r) in[r] = attended + r * query_width;
+        multiply(layer.proj, query_width, m.n_embd, n,
+                 [&](int64_t r, int64_t o, float y) { x[r * m.n_embd + o] += y; });
+        barrier();
+    }
+
+    // Calls run(expert, its width, number of its places) for each expert that has a token.
+    template <class Run>
+    void each_expert(const Layer &layer, Run run) {
+        for (int64_t e = 0; e <= layer.n_expert; ++e) {
+            int64_t count = 0, width = e < layer.n_expert ? layer.width : layer.shared_width;
+            for (int64_t place = 0; place < n * most && width; ++place)
+                if (experts[place] == e) where[count++] = place;
+            if (count) run(e, width, count);
+        }
+    }
+
+    void mlp(const Layer &layer, float *logits_out) {
+        int64_t C = m.n_embd;
+        normalise(layer.norm_2);
+        std::fill(experts.begin(), experts.end(), -1);
+        for (int64_t r = 0; r < n; ++r) {
+            for (int64_t e = 0; e < layer.n_expert; ++e) probs[e] = dot(in[r], layer.router + e * C, C);
+            choose(m, layer, probs.data(), &experts[r * most], &weights[r * most]);
+            if (layer.shared_width)
+                experts[r * most + layer.top_k] = layer.n_expert, weights[r * most + layer.top_k] = 1;
+            if (logits_out && part == 0)
+                std::copy(probs.data(), probs.data() + layer.n_expert, logits_out + r * layer.n_expert);
+        }
+        auto hidden_of = [&](int64_t place) {
+            return hidden + place / most * hidden_width + place % most * layer.width;
+        };
+        each_expert(layer, [&](int64_t e, int64_t width, int64_t count) {
+            for (int64_t j = 0; j < count; ++j) in[j] = &normed[where[j] / most * C];
+            multiply(layer.gates[e], C, width, count,
+                     [&](int64_t j, int64_t o, float y) { hidden_of(where[j])[o] = y / (1 + std::exp(-y)); });
+            multiply(layer.ups[e], C, width, count,
+                     [&](int64_t j, int64_t o, float y) { hidden_of(where[j])[o] *= y; });
+        });
+        barrier();
+        each_expert(layer, [&](int64_t e, int64_t width, int64_t count) {
+            for (int64_t j = 0; j < count; ++j) in[j] = hidden_of(where[j]);
+            multiply(layer.downs[e], width, C, count, [&](int64_t j, int64_t o, float y) {
+                x[where[j] / most * C + o] += weights[where[j]] * y;
+            });
+        });
+        barrier();
+    }
+
+    void step(float *logits, float *router_logits) {
+        for (int64_t l = 0; l < m.n_layer; ++l) {
+            attention(l);
+            mlp(m.layers[l], router_logits);
+            if (router_logits) router_logits += n * m.layers[l].n_expert;
+        }
+        normalise(m.norm);
+        int64_t wanted = 0;
+        for (int64_t r = 0; r < n; ++r)
+            if (rows[r].logits >= 0) where[wanted] = rows[r].logits, in[wanted++] = in[r];
+        multiply(m.head, m.n_embd, m.vocab, wanted,
+                 [&](int64_t j, int64_t o, float y) { logits[where[j] * m.vocab + o] = y; });
+    }
+};
+
+template <class T>
+void step(const Model &m, const Row *rows, int64_t n, int64_t n_threads, float *logits,
+          float *router_logits) {
+    int64_t C = m.n_embd, longest = 0, most = 1, hidden_width = 0;
+    for (int64_t r = 0; r < n; ++r) longest = std::max(longest, rows[r].position + 1);
+    for (int64_t l = 0; l < m.n_layer; ++l) {
+        const Layer &layer = m.layers[l];
+        longest = std::max(longest, layer.n_expert);
+        most = std::max(most, layer.top_k + 1);
+        hidden_width = std::max(hidden_width, layer.top_k * layer.width + layer.shared_width);
+    }
+    int64_t query_width = m.n_head * m.head_size,
+            qkv_width = query_width + 2 * m.n_query_groups * m.head_size;
+    std::vector<float> x(n * C), qkv(n * qkv_width), attended(n * query_width), hidden(n * hidden_width);
+    for (int64_t r = 0; r < n; ++r) {
+        const T *embedding = static_cast<const T *>(m.embedding.data) + rows[r].token * C;
+        float scale = m.embedding.scale ? m.embedding.scale[rows[r].token] : 1;
+        for (int64_t i = 0; i < C; ++i) x[r * C + i] = widen(embedding[i]) * scale;
+    }
+    std::vector<Worker<T>> workers;  // allocated here, where an exception can be caught
+    for (int64_t part = 0; part < n_threads; ++part)
+        workers.push_back({m, rows, n, part, n_threads, x.data(), qkv.data(), attended.data(), hidden.data(),
+                           qkv_width, query_width, hidden_width, most, std::vector<float>(n * C),
+                           std::vector<float>(longest), std::vector<float>(n * most),
+                           std::vector<int64_t>(n * most), std::vector<int64_t>(n * most),
+                           std::vector<const float *>(n * most)});
+#pragma omp parallel num_threads(n_threads)
+    {
+#ifdef _OPENMP
+        Worker<T> &worker = workers[omp_get_thread_num()];
+        worker.parts = omp_get_num_threads();  // fewer where the system has no more threads
+#else
+        Worker<T> &worker = workers[0];
+        worker.parts = 1;
+#endif
+        worker.step(logits, router_logits);
+    }
+}
+
+}  // namespace
+
+// Reads n rows; returns 0, or 1 if memory is lacking, in which case nothing has been written.
+// logits: (rows that want them, vocab). router_logits: null, or (n, n_expert) of each layer with experts.
+extern "C" int decode_step(const Model *model, const Row *rows, int64_t n, int64_t n_threads, float *logits,
+                           float *router_logits) {
+    try {
+        if (model->dtype == 0) step<float>(*model, rows, n, n_threads, logits, router_logits);
+        if (model->dtype == 1) step<bf16>(*model, rows, n, n_threads, logits, router_logits);
+        if (model->dtype == 2) step<int8_t>(*model, rows, n, n_threads, logits, router_logits);
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,172 @@
+"""Texts that advance together: the same as alone, whoever joins and leaves, however long a prompt is."""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from litgpt.model import GPT
+
+from litgpt_moe.config import MoEConfig
+from litgpt_moe.generation.compiling import NoLibrary
+from litgpt_moe.generation.decode import (
+    PROMPT_TOKENS,
+    Batch,
+    Continuation,
+    Diverged,
+    generate,
+    generate_together,
+)
+from litgpt_moe.generation.decoder import Decoder, TorchDecoder
+from litgpt_moe.generation.native import NativeDecoder
+from litgpt_moe.generation.settings import Sampling
+
+pytestmark = pytest.mark.usefixtures("eager")
+CONTEXT = 3 * PROMPT_TOKENS
+SLIDING = {"sliding_window_size": CONTEXT, "sliding_window_indices": [1, 0]}
+SHORT, OTHER, LONG = [5, 9, 300], [41, 7], [n % 500 for n in range(2 * PROMPT_TOKENS + 9)]
+
+
+def make_model(**changes: object) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(MoEConfig(**{**TINY_CONFIG, "block_size": CONTEXT, **changes})).requires_grad_(False).eval()
+    model.lm_head.weight.mul_(20)  # so that no two tokens are nearly equal
+    return model
+
+
+@pytest.fixture(params=["torch", "torch, sliding window", "native"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    if request.param != "native":
+        return TorchDecoder(make_model(**(SLIDING if "sliding" in request.param else {})))
+    try:
+        return NativeDecoder(make_model())
+    except NoLibrary as error:
+        pytest.skip(str(error))
+
+
+def member(prompt: list[int], n_new: int, seed: int | None = None, eos_id: int | None = None) -> Continuation:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return Continuation(prompt, n_new, Sampling(temperature=0.0 if seed is None else 0.8), eos_id, generator)
+
+
+def alone(decoder: Decoder, prompt: list[int], n_new: int, seed: int | None = None) -> list[int]:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    sampling = Sampling(temperature=0.0 if seed is None else 0.8)
+    return list(generate(decoder, prompt, n_new, sampling, None, generator))
+
+
+def test_samples_are_those_that_each_seed_gives_alone(decoder: Decoder) -> None:
+    members = [member(SHORT, 12, seed) for seed in range(4)]
+    with closing(generate_together(decoder, members)) as texts:
+        found = [list(ids) for ids in texts]
+    assert found == [alone(decoder, SHORT, 12, seed) for seed in range(4)]
+    assert len({tuple(ids) for ids in found}) == 4
+
+
+def test_members_join_and_leave_between_steps(decoder: Decoder) -> None:
+    batch, found = Batch(decoder), {}
+
+    def advance(count: int) -> None:
+        for _ in range(count):
+            for one in batch.step():
+                found.setdefault(one.member, []).append(one.token)
+
+    first, second, third = member(SHORT, 20), member(OTHER, 30), member(SHORT, 9, seed=3)
+    batch.join(first)
+    advance(4)
+    batch.join(second)
+    batch.join(third)
+    advance(3)
+    batch.leave(first)  # whose place another takes
+    late = member([7], 25)
+    batch.join(late)
+    advance(40)
+    assert not batch.members and [len(found[m]) for m in (first, second, third, late)] == [7, 30, 9, 25]
+    assert found[first] == alone(decoder, SHORT, 20)[:7]
+    assert found[second] == alone(decoder, OTHER, 30)
+    assert found[third] == alone(decoder, SHORT, 9, seed=3)
+    assert found[late] == alone(decoder, [7], 25)
+
+
+def test_a_long_prompt_is_read_in_parts_while_the_others_go_on(decoder: Decoder) -> None:
+    batch, going, new = Batch(decoder), member(SHORT, 20), member(LONG, 5)
+    batch.join(going)
+    batch.step()
+    batch.join(new)
+    tokens: dict[Continuation, list[int | None]] = {going: [], new: []}
+    steps = 0
+    while batch.members:
+        steps += 1
+        for one in batch.step():
+            tokens[one.member].append(one.token)
+    assert all(token is not None for token in tokens[going]) and len(tokens[going]) == 19
+    n_parts = tokens[new].index(next(token for token in tokens[new] if token is not None))
+    assert n_parts == len(LONG) // (PROMPT_TOKENS - 1)
+    assert tokens[new][n_parts:] == alone(decoder, LONG, 5)
+
+
+def test_a_new_text_has_its_first_token_within_two_steps(decoder: Decoder) -> None:
+    batch = Batch(decoder)
+    for seed in range(3):
+        batch.join(member(SHORT, 20, seed))
+    batch.step()
+    new = member([*range(30)], 5)
+    batch.join(new)
+    [advance] = [one for one in batch.step() if one.member is new]
+    assert advance.token == alone(decoder, [*range(30)], 1)[0]
+
+
+def test_the_end_of_one_text_is_not_that_of_the_others(decoder: Decoder) -> None:
+    whole = alone(decoder, SHORT, 20)
+    members = [member(SHORT, 20, eos_id=whole[5]), member(SHORT, 20)]
+    with closing(generate_together(decoder, members)) as texts:
+        found = [list(ids) for ids in texts]
+    assert found == [whole[: whole.index(whole[5])], whole]
+
+
+def test_many_prompts_at_once_all_come_to_their_end(decoder: Decoder) -> None:
+    prompts = [LONG[: 2 * n + 1] for n in range(PROMPT_TOKENS // 2, PROMPT_TOKENS // 2 + 6)]
+    members = [member(prompt, 3) for prompt in prompts]
+    with closing(generate_together(decoder, members)) as texts:
+        found = [list(ids) for ids in texts]
+    assert found == [alone(decoder, prompt, 3) for prompt in prompts]
+
+
+def test_closing_frees_the_memory(decoder: Decoder) -> None:
+    members = [member(SHORT, 20, seed) for seed in range(3)]
+    with closing(generate_together(decoder, members)) as texts:
+        assert len([token for token, _ in zip(next(texts), range(4), strict=False)]) == 4
+    if isinstance(decoder, TorchDecoder):
+        assert not decoder._open and not decoder._store.layers and decoder.model.mask_cache is None
+    assert [list(ids) for ids in generate_together(decoder, [member(OTHER, 3)])] == [alone(decoder, OTHER, 3)]
+
+
+def test_one_that_diverges_ends_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, bad, good = Batch(decoder), member(SHORT, 6), member(OTHER, 6)
+    expected, take = alone(decoder, OTHER, 6), Continuation.take
+
+    def diverge(self: Continuation, logits: torch.Tensor) -> int | None:
+        return take(
+            self, torch.full_like(logits, float("nan")) if self is bad and self.n_left < 4 else logits
+        )
+
+    monkeypatch.setattr(Continuation, "take", diverge)
+    batch.join(bad)
+    batch.join(good)
+    found: list[int | None] = []
+    errors: list[Diverged] = []
+    while batch.members:
+        for one in batch.step():
+            found += [one.token] if one.member is good else []
+            errors += [one.error] if one.error else []
+    assert found == expected and len(errors) == 1 and bad.has_ended
+
+
+def test_alternating_iterators_share_one_decoder(decoder: Decoder) -> None:
+    steps: list[Iterator[int]] = [
+        generate(decoder, prompt, 10, Sampling(temperature=0)) for prompt in (SHORT, OTHER)
+    ]
+    assert list(zip(*steps, strict=True)) == list(
+        zip(alone(decoder, SHORT, 10), alone(decoder, OTHER, 10), strict=True)
+    )
