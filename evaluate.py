@@ -150,7 +150,9 @@ def run(settings: EvaluateSettings) -> None:
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
         cli.say(text)
-    except BrokenPipeError:
+    except OSError as error:
+        if not cli.is_closed_pipe(error):
+            raise
         cli.silence_stdout()  # `| head` closes the pipe
     finally:  # also after a full disk behind stdout
         record(result, settings.results_file)

@@ -12,9 +12,7 @@ import io
 import itertools
 import os
 import re
-import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -25,10 +23,13 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from docstring_parser import parse_from_object
 from tqdm import tqdm
 
+from litgpt_moe.shell import command_line
+
 # what a terminal obeys, what reorders a line, and half surrogate pairs, as of file names that are not UTF-8
 CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+MAX_WINDOWS_PATH = 259  # characters, unless LongPathsEnabled is set in the registry
 STDOUT = "standard output"
 INTERRUPTED = 130  # a shell reports this status for a command that Ctrl-C ended
 FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
@@ -98,10 +99,10 @@ class FlagParser(argparse.ArgumentParser):
         """Print the help; argparse would end with status 0 where it cannot be written."""
         try:
             say(self.format_help().rstrip())
-        except BrokenPipeError:
-            silence_stdout()
         except OSError as error:
-            self.exit(fail(*explain(error)))
+            if not is_closed_pipe(error):
+                self.exit(fail(*explain(error)))
+            silence_stdout()
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one sentence; argparse would print the usage too."""
@@ -169,12 +170,6 @@ def words_of(name: str) -> list[str] | None:
     return [word.strip() for word in os.environ.get(name, "").split(",") if word.strip()] or None
 
 
-def command_line(*words: object) -> str:
-    """Return the words quoted for the shell of this system, ready to paste."""
-    texts = [str(word) for word in words]
-    return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)
-
-
 def train_command(*flags: object) -> str:
     """Return the command that trains with `flags`."""
     return command_line("uv", "run", "python", "run_train.py", *flags)
@@ -232,16 +227,24 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
             say(printable(str(text)))
     except KeyboardInterrupt:
         return fail(interrupted, INTERRUPTED)
-    except BrokenPipeError:
-        silence_stdout()  # `| head`: the reader has seen enough
     except (ValueError, OSError, WorkFailed) as error:
-        return fail(*explain(error))
+        if not is_closed_pipe(error):
+            return fail(*explain(error))
+        silence_stdout()  # `| head`: the reader has seen enough
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         way_out = "close other programs, or choose a smaller model, text or batch"
         return fail(f"out of memory ({first_line(error)[:120]}); {way_out}", 1)
     return 0
+
+
+def is_closed_pipe(error: BaseException) -> bool:
+    """Return whether a write failed because the reader of the pipe has gone; Windows says EINVAL for that."""
+    is_einval = (
+        isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename in (None, STDOUT)
+    )
+    return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and is_einval)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -265,6 +268,10 @@ def explain(error: BaseException) -> tuple[str, int]:
             return f"{name or 'the file'} could not be written, the disk is full; make room there", 1
         if error.errno in (errno.EIO, errno.ENOMEM, errno.ESTALE):
             return f"{name or 'a file'}: {reason}; try again", 1
+        n_chars = len(str(Path(str(name)).absolute()))
+        if name and sys.platform == "win32" and n_chars > MAX_WINDOWS_PATH:
+            rule = f"Windows takes {MAX_WINDOWS_PATH} unless long paths are switched on"
+            return f"{name}: the path has {n_chars} characters and {rule}; use a shorter folder", 2
         if name:
             return f"{name}: {reason}; check the path and its permissions", 2
     return str(error), 2

@@ -10,6 +10,8 @@ import re
 import secrets
 import shutil
 import socket
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +19,8 @@ from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
 SPARE_BYTES = 2 << 20  # room for the small files beside the weights
+# seconds between attempts to rename: a virus scanner or OneDrive opens new files for a moment
+PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -55,12 +59,24 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        patient_rename(part, path, is_replacing=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # ENOSPC from a write names no file
     finally:
         if made:
             made.unlink(missing_ok=True)
+
+
+def patient_rename(source: Path, target: Path, is_replacing: bool = False) -> None:
+    """Rename a file or folder; on Windows, which refuses that while something in it is open, try for 6 s."""
+    rename = source.replace if is_replacing else source.rename
+    for pause_s in PAUSES_S if sys.platform == "win32" else ():
+        try:
+            rename(target)
+            return
+        except PermissionError:
+            time.sleep(pause_s)
+    rename(target)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -110,6 +126,12 @@ def check_inside(name: str) -> str:
     if not name or posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
         raise ValueError(f"the entry {name!r} would lie outside its folder; refusing it")
     return name
+
+
+def path_of_any_system(name: str) -> Path:
+    """Return the path that a checkpoint's settings name; one written on Windows may have backslashes."""
+    path = Path(name)
+    return path if "\\" not in name or path.exists() else Path(PureWindowsPath(name).as_posix())
 
 
 def is_outside(path: Path, folder: Path) -> bool:
@@ -172,8 +194,14 @@ def put_in_place(
     aside = staging_for(target, "old")
     remove(aside)
     if os.path.lexists(target):
-        target.rename(aside)
-    staging.rename(target)
+        patient_rename(target, aside)
+    try:
+        patient_rename(staging, target)
+    except OSError:
+        if os.path.lexists(aside):
+            with contextlib.suppress(OSError):  # the old one is better than none
+                aside.rename(target)
+        raise
     move_into(target, foreign(aside))
     sync_directory(target.parent)
     remove(aside)
@@ -187,7 +215,7 @@ def move_into(folder: Path, paths: list[Path]) -> None:
 
 def remove(path: Path) -> None:
     """Delete a folder, a file or a link if it exists and that is possible; a link is not followed."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not path.is_symlink() and not path.is_junction():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -32,7 +33,12 @@ def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool 
             folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(folder / f".{name}.lock", timeout=-1 if wait else 0)
         if lock is not None:
-            me = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            # of a process that was killed amid write_json below
+            for path in folder.glob(f".{name}.*.tmp"):
+                if re.fullmatch(rf"\.{name}\.[0-9]+\.tmp", path.name):
+                    remove(path)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            me = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
             with contextlib.suppress(OSError):  # a full disk: only the message will lack it
                 write_json(identity, me)
     except Timeout:

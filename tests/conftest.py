@@ -83,6 +83,17 @@ def wait_until(is_so: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip a test that makes a symbolic link where Windows lets only administrators do so."""
+    try:
+        return (yield)
+    except OSError as error:
+        if getattr(error, "winerror", None) == 1314:  # ERROR_PRIVILEGE_NOT_HELD
+            pytest.skip("making a symbolic link needs a privilege on Windows")
+        raise
+
+
 @pytest.fixture
 def faults_of_new_memory() -> Callable[[], int]:
     """A function that returns how many pages a new tensor of 40 MB fetches: few where freed ones are kept.

@@ -244,12 +244,38 @@ def test_ctrl_c_while_a_script_imports_ends_it_without_a_traceback(
     assert "Traceback" not in rest
 
 
-def test_a_command_to_paste_has_its_paths_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_to_paste_has_its_paths_quoted() -> None:
     assert command_line("--out_dir", Path("my runs"), "--step", 3) == (
         '--out_dir "my runs" --step 3' if sys.platform == "win32" else "--out_dir 'my runs' --step 3"
     )
-    monkeypatch.setattr(sys, "platform", "win32")  # cmd and PowerShell know no single quotes
-    assert command_line("--out_dir", Path("my runs")) == '--out_dir "my runs"'
+
+
+@pytest.mark.parametrize(
+    ("word", "quoted"),
+    [
+        (Path("my runs"), '"my runs"'),
+        ("C:\\runs\\a-1", "C:\\runs\\a-1"),
+        ("\\\\server\\share\\été", "\\\\server\\share\\été"),
+        ("D:\\my runs\\", '"D:\\my runs\\\\"'),  # else the last backslash would escape the quotation mark
+        ("R&D", '"R&D"'),  # cmd and PowerShell would start a second command
+        ("a;b", '"a;b"'),
+        ("(1)", '"(1)"'),
+        ("it's", '"it\'s"'),
+        ("0.9,0.95", '"0.9,0.95"'),  # a list in PowerShell
+        ("@runs", '"@runs"'),
+        ("", '""'),
+        ('say "no"', '"say \\"no\\""'),
+        ("$HOME", "'$HOME'"),  # PowerShell replaces it inside double quotes
+        ("\\\\server\\c$\\runs", '"\\\\server\\c$\\runs"'),  # but not this
+        ("--train.max_tokens", "--train.max_tokens"),
+        ("--out_dir=a", "--out_dir=a"),
+    ],
+)
+def test_a_command_to_paste_on_windows_is_quoted_for_cmd_and_powershell(
+    word: object, quoted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert command_line("--out_dir", word, 3) == f"--out_dir {quoted} 3"
 
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202etxt"

@@ -19,7 +19,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *so
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = ["uv", "run", "python"]
 # what begins with these is not ours to parse
-OTHERS = (["uv", "run", "litgpt"], ["uv", "run", "pre-commit"], ["uv", "run", "wandb"], ["bash", ".ci/run"])
+OTHERS = (
+    *(["uv", "run", name] for name in ("litgpt", "pre-commit", "wandb")),
+    *(["uv", "venv"], ["../newest/bin/python", "-m"], ["bash", ".ci/run"]),
+)
 LAUNCHERS = (["uv", "run", "torchrun"], ["srun"])
 LINTERS = (["uv", "run", "ruff"], ["uv", "run", "codespell"], ["uv", "run", "pyright"])
 NAMED_FILE = re.compile(

@@ -44,6 +44,14 @@ def test_a_locked_folder_keeps_others_out_and_leaves_nothing(tmp_path: Path) -> 
     assert names(tmp_path) == []
 
 
+def test_what_a_process_that_was_killed_left_of_its_identity_is_removed(tmp_path: Path) -> None:
+    for name in (".run.123456.tmp", ".run.notes.tmp", "run.123456.tmp"):
+        (tmp_path / name).touch()
+    with lock(tmp_path):
+        pass
+    assert names(tmp_path) == [".run.notes.tmp", "run.123456.tmp"]
+
+
 @pytest.mark.usefixtures("no_locks")
 def test_where_no_lock_can_be_taken_another_way_keeps_a_second_process_out_and_this_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -16,9 +16,9 @@ SCRIPTS = ("run_train", "prepare_data", "generate", "evaluate", "wandb_dataset")
 # A module may import the rows above its own and, within the row, what stands to its left.
 # The first row imports nothing of ours at all.
 ROWS = (
-    ("kernels", "balance", "cli", "files", "threads", "yaml_files"),
-    ("moe_layers", "locks", "processes"),
-    ("config", "loss", "hardware"),
+    ("kernels", "balance", "files", "shell", "threads", "yaml_files"),
+    ("moe_layers", "cli", "locks", "processes"),
+    ("config", "loss", "recompute", "hardware"),
     ("checkpoints", "data", "generation", "planning"),
     ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),
 )

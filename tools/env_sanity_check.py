@@ -12,6 +12,7 @@ our own modules only in the last check.
 import argparse
 import importlib
 import importlib.util
+import io
 import os
 import platform
 import re
@@ -226,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the report and its verdict; 0 when training can start, 1 when something is broken."""
     formatter = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or an error may have letters that a code page lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = run_checks(project)
     width = max(len(line.subject) for line in lines)

@@ -11,14 +11,15 @@ from typing import Any
 
 from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
+from litgpt_moe.files import path_of_any_system
 
 
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
     """Return the run's data directory, relative to where the run was started, else to the current folder."""
     init_args = settings["data"].get("init_args") or {}
-    train = Path(init_args.get("train_data_path", DEFAULT_DATA_DIR / "train"))
-    named = Path(settings.get("dataset_dir") or train.parent)
-    run_dir, out_dir = checkpoint_dir.resolve().parent, Path(settings.get("out_dir") or "")
+    train = path_of_any_system(init_args.get("train_data_path", f"{DEFAULT_DATA_DIR.as_posix()}/train"))
+    named = path_of_any_system(settings.get("dataset_dir") or str(train.parent))
+    run_dir, out_dir = checkpoint_dir.resolve().parent, path_of_any_system(settings.get("out_dir") or "")
     is_relative = out_dir.parts and run_dir.parts[-len(out_dir.parts) :] == out_dir.parts
     start = run_dir.parents[len(out_dir.parts) - 1] if is_relative else Path()
     return start / named if (start / named).exists() else named

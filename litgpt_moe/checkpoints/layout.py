@@ -189,7 +189,9 @@ def is_read_error(error: BaseException) -> bool:
     """Return whether reading failed (a disk error, no memory, no access): no sign of damage."""
     # EINVAL: a damaged archive points to before its begin
     content = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, None)
-    mapping_failed = isinstance(error, RuntimeError) and "Cannot allocate memory" in str(error)
+    # torch's own words on Linux, and on Windows, where a page file too small for the mapping ends so
+    words = r"Cannot allocate memory|could not (open|create a map on) file <.*error code: <"
+    mapping_failed = isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
     return mapping_failed or (isinstance(error, OSError) and error.errno not in content)
 
 

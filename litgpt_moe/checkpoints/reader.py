@@ -33,7 +33,7 @@ from litgpt_moe.checkpoints.layout import (
 )
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import is_outside, read_json, sha256_file
+from litgpt_moe.files import is_outside, path_of_any_system, read_json, sha256_file
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.yaml_files import read_mapping
@@ -230,8 +230,8 @@ def trained_on(settings: dict[str, Any]) -> Path | None:
     given = data.get("init_args") if isinstance(data, dict) else None
     train = given.get("train_data_path") if isinstance(given, dict) else None
     if isinstance(named := settings.get("dataset_dir"), str):
-        return Path(named)
-    return Path(train).parent if isinstance(train, str) else None
+        return path_of_any_system(named)
+    return path_of_any_system(train).parent if isinstance(train, str) else None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

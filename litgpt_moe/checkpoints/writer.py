@@ -40,6 +40,7 @@ from litgpt_moe.files import (
     move_into,
     new_folder,
     no_room,
+    patient_rename,
     put_in_place,
     remove,
     staging_for,
@@ -256,14 +257,14 @@ def tidy(out_dir: Path, start_step: int) -> None:
             # moved aside for a replacement, which may be missing
             is_last = match["ending"] == "old" and not target.exists()
             if is_last:
-                path.rename(target)
+                patient_rename(path, target)
             else:
                 move_into(target, foreign_files(path) if match["ending"] == "old" else [])
                 remove(path)
     for step, path in steps_of(out_dir).items():
         if step > start_step:
             superseded = free_name(path.with_name(f"superseded-{path.name}"))
-            path.rename(superseded)
+            patient_rename(path, superseded)
             note_once(f"{path} is not part of this run's history: renamed to {superseded.name}")
 
 

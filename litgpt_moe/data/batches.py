@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,17 @@ def allow_open_files(n_files: int) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < n_files + 256:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(n_files + 256, hard), hard))
+
+
+def outlive_stop_signals(_: int) -> None:
+    """Make a worker process ignore what stops a run: the run still needs batches, to end its step and save.
+
+    A terminal sends Ctrl-C, Ctrl-Break and its own end to every process in it. Not SIGTERM, by which torch
+    ends workers; they also end by themselves when the run has ended.
+    """
+    for name in ("SIGINT", "SIGBREAK", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class TokenStream:
@@ -108,7 +120,8 @@ class TokenBatches(Dataset[torch.Tensor]):
     def _read_ahead(self, plan: Iterator[list[int]]) -> Iterator[torch.Tensor]:
         # a DataLoader draws a seed; with its own generator the global random state stays as it is
         own = torch.Generator().manual_seed(0)
-        return iter(DataLoader(self, None, sampler=plan, num_workers=self.num_workers, generator=own))
+        options: dict[str, Any] = {"generator": own, "worker_init_fn": outlive_stop_signals}
+        return iter(DataLoader(self, None, sampler=plan, num_workers=self.num_workers, **options))
 
     def _checked(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the batch; OSError if a token is not in the vocabulary, for which the model has no row."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from litgpt_moe.cli import note
 from litgpt_moe.data.text import refuse_other_text
-from litgpt_moe.files import check_no_links
+from litgpt_moe.files import check_no_links, patient_rename
 
 
 def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -> None:
@@ -31,7 +31,7 @@ def download(repo: str, repo_type: str, name: str, folder: Path, way_out: str) -
             reason = "no connection to it"  # huggingface_hub 1.3 retries with a client that it has closed
         where = f"{name} of {repo} could not be downloaded from {constants.ENDPOINT}"
         raise ConnectionError(f"{where} ({reason}); {way_out}") from error
-    Path(path).replace(folder / name)
+    patient_rename(Path(path), folder / name, is_replacing=True)
     shutil.rmtree(part)
 
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,6 +86,15 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def n_workers(wanted: int, n_bytes: int) -> int:
+    """Return the number of workers for a text of so many bytes; `wanted` of 0 means one per core."""
+    wanted = wanted or os.cpu_count() or 1
+    if sys.platform == "win32":
+        wanted = min(wanted, 61)  # a pool cannot wait for more processes there
+    # one per two shards: starting a process takes as long as tokenizing some megabytes
+    return min(wanted, 1 + n_bytes // (2 * SHARD_BYTES))
 
 
 def memory_limit() -> int | None:
@@ -203,8 +213,7 @@ def write_splits(settings: PrepareSettings, text: dict[str, list[Path]], facts: 
     # val first: a story of both splits then counts as a duplicate in train
     readers = {split: [TextReader(path, *reading) for path in text[split]] for split in reversed(SPLITS)}
     total = sum(reader.stat.st_size for some in readers.values() for reader in some)
-    # one worker per two shards: starting a process takes as long as tokenizing some megabytes
-    workers = min(settings.workers or os.cpu_count() or 1, 1 + total // (2 * SHARD_BYTES))
+    workers = n_workers(settings.workers, total)
     val = None if text["val"] else ValShare(settings.val_fraction, total)
     writer = SplitWriter(data_dir, facts, workers, val)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)

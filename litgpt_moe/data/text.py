@@ -28,9 +28,15 @@ NOT_UTF8 = re.compile("[\ud800-\udfff]")  # in a file name: how Python shows byt
 BAD_BYTES = re.compile("[\udc80-\udcff]+")  # how "surrogateescape" shows bytes that are not UTF-8
 
 
+def text_files(folder: Path) -> list[Path]:
+    """Return the text files in a folder in an order that is the same on every system."""
+    # paths compare without regard to case on Windows, and the shards depend on the order
+    return sorted(folder.glob("*.txt"), key=lambda path: path.name)
+
+
 def list_text(data_dir: Path) -> dict[str, list[Path]]:
     """Return the text files of both splits; FileNotFoundError or ValueError if they cannot be used."""
-    text = {split: sorted((data_dir / split).glob("*.txt")) for split in SPLITS}
+    text = {split: text_files(data_dir / split) for split in SPLITS}
     train = data_dir / "train"
     if not text["train"]:
         missing = f"{train}: no .txt file there" if data_dir.is_dir() else f"{data_dir}: no such folder"
@@ -80,7 +86,7 @@ def not_read(data_dir: Path) -> list[str]:
 
 def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None:
     """Raise ValueError if other text in the folders of a named data set would be mixed with it."""
-    text = [path for split in SPLITS for path in sorted((data_dir / split).glob("*.txt"))]
+    text = [path for split in SPLITS for path in text_files(data_dir / split)]
     if other := next((path for path in text if path.name != own.get(path.parent.name)), None):
         raise ValueError(
             f"{other}: other text is there already; give --dataset {dataset} a folder of its own "

@@ -47,6 +47,10 @@ def load_library() -> ctypes.CDLL:
 
 def _command() -> list[str]:
     """Return the compiler and its flags, without the names of files. Raises NoLibrary."""
+    if (
+        sys.platform == "win32"
+    ):  # the flags, and who may write to the cache folder, are those of POSIX systems
+        raise NoLibrary("compiled code needs Linux or macOS (on Windows: WSL 2); use --engine torch")
     given = shlex.split(os.environ.get("CXX", ""))
     found = given or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
     if not found:

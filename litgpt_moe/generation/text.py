@@ -1,7 +1,6 @@
 """From a prompt to tokens, and from tokens to text that is written while the model computes the next ones."""
 
 import copy
-import errno
 import itertools
 import queue
 import sys
@@ -20,7 +19,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer
-from litgpt_moe.cli import WorkFailed, note, printable, say, silence_stdout
+from litgpt_moe.cli import WorkFailed, is_closed_pipe, note, printable, say, silence_stdout
 from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
 from litgpt_moe.files import read_json
 from litgpt_moe.generation.decode import (
@@ -214,8 +213,7 @@ def write_sample(streamer: AsyncTokenStreamer, prompt_ids: list[int], new_ids: I
         print(flush=True)
     except OSError as error:
         silence_stdout()
-        # `| head` closes the pipe when it has seen enough; Windows says EINVAL for that
-        if error.errno in (errno.EPIPE, errno.EINVAL):
+        if is_closed_pipe(error):  # `| head` closes it when it has seen enough
             raise BrokenPipeError from None
         reason = f"standard output could not be written ({error.strerror or error})"
         raise WorkFailed(f"{reason}; make room, or send it elsewhere") from None

@@ -60,12 +60,22 @@ def sum_of_rows(y_RC: torch.Tensor, rows_NK: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or y_RC.is_meta:
         # Inductor fuses K gathers and additions into one loop, but not a gather of (N, K, C) and its sum
         first_N, *others_N = rows_NK.unbind(1)
-        total_NC = y_RC[first_N].to(accumulation_dtype(y_RC))
+        total_NC = _cast(y_RC[first_N], accumulation_dtype(y_RC))
         for rows_N in others_N:
             total_NC = total_NC + y_RC[rows_N].to(total_NC.dtype)
-        return total_NC.to(y_RC.dtype)
+        return _cast(total_NC, y_RC.dtype)
     starts_N = torch.arange(0, rows_NK.numel(), rows_NK.size(1), device=y_RC.device)
     return torch.embedding_bag(y_RC, rows_NK.flatten(), starts_N)[0]
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x in `dtype`, without an operation if it has that dtype.
+
+    What `forward` of an autograd.Function returns must come from an operation with a new result, and not from
+    one that returns its own argument, such as `mul_` or a cast to the same dtype: compiled by torch 2.11, the
+    gradient of such an output is silently zero (pytorch issue 180642; 2.10 and 2.15 are right).
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
@@ -176,6 +186,8 @@ def swiglu(gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor)
 
 def swiglu_forward(gate_RF: torch.Tensor, up_RF: torch.Tensor, weights_R1: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up * weight, (R, F), for code that has a backward of its own."""
+    if torch.compiler.is_compiling():  # see `_cast`; the compiler fuses the three anyway
+        return F.silu(gate_RF) * up_RF * weights_R1
     return F.silu(gate_RF).mul_(up_RF).mul_(weights_R1)
 
 

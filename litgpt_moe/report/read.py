@@ -9,7 +9,6 @@ import csv
 import itertools
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from litgpt_moe.checkpoints.layout import FINAL, steps_of
-from litgpt_moe.cli import note
+from litgpt_moe.cli import command_line, note
 from litgpt_moe.files import read_json
 from litgpt_moe.report.results import RESULTS_FILE, results_of
 from litgpt_moe.yaml_files import read_mapping
@@ -212,7 +211,7 @@ def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:
     versions = {key: str(value) for key, value in fact("versions", dict).items()}
     if device := facts.get("device"):
         versions["device"] = str(device)
-    return settings, shlex.join(map(str, fact("command", list))), versions
+    return settings, command_line(*fact("command", list)), versions
 
 
 def _read(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:

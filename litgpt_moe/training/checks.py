@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +17,14 @@ from litgpt_moe.checkpoints.layout import (
     CheckpointArgs,
     checkpoints_of,
     others_of,
+    step_name,
     steps_of,
 )
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.checkpoints.writer import BESIDE_BYTES, foreign_files, run_folders
+from litgpt_moe.cli import MAX_WINDOWS_PATH
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
-from litgpt_moe.files import check_no_links, existing_parent
+from litgpt_moe.files import check_no_links, existing_parent, remove, staging_for
 from litgpt_moe.hardware import has_cuda, memory_bytes
 from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
@@ -62,8 +65,11 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     `block_size` is the model's, None where its configuration has problems of its own.
     """
     problems = [*_value_problems(settings), *_ignored_problems(settings)]
-    if has_cuda() and settings.accelerator != "cpu" and world_size > 1 and "Muon" in str(settings.optimizer):
-        problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use devices: 1 or AdamW")
+    if settings.strategy == "fsdp" and world_size > 1:
+        if not has_cuda() or settings.accelerator == "cpu":
+            problems.append("strategy is fsdp, which needs GPUs; use strategy: ddp")
+        if "Muon" in str(settings.optimizer):
+            problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use strategy: ddp")
     return problems or list(_batch_problems(settings.train, block_size, world_size))
 
 
@@ -193,6 +199,25 @@ def check_writable(out_dir: Path) -> None:
         raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
 
 
+def check_path_lengths(out_dir: Path) -> None:
+    """Raise ValueError if Windows refuses the paths of a checkpoint's files: now, not at the first save."""
+    folder = staging_for(out_dir.absolute() / step_name(10**8))
+    longest = folder / "checkpoint.000000000000.tmp"
+    if sys.platform != "win32" or len(str(longest)) <= MAX_WINDOWS_PATH:
+        return
+    try:  # long paths may be switched on
+        folder.mkdir(parents=True)
+        longest.touch()
+    except OSError:
+        need = f"a checkpoint's files need paths of {len(str(longest))} characters"
+        way_out = "choose a shorter --out_dir, or switch on long paths"
+        raise ValueError(
+            f"out_dir is {out_dir}: {need} and Windows takes {MAX_WINDOWS_PATH}; {way_out}"
+        ) from None
+    finally:
+        remove(folder)
+
+
 def check_out_dir(run: "Run") -> None:
     """Raise ValueError if out_dir holds another run, or has no room for a checkpoint."""
     settings, out_dir = run.settings, run.settings.out_dir
@@ -216,6 +241,7 @@ def check_out_dir(run: "Run") -> None:
             f"{out_dir} already holds a run ({earlier[0].name}); {way_on}, "
             "choose another --out_dir, or delete it with --overwrite"
         )
+    check_path_lengths(out_dir)
     check_no_links(logs := out_dir / "logs")
     check_no_links(*logs.rglob("*"))
     free = shutil.disk_usage(existing_parent(out_dir)).free

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from litgpt_moe.cli import is_closed_pipe
+
 
 class LastingStream:
     """A text stream that drops what it cannot write, and raises nothing."""
@@ -30,7 +32,7 @@ class LastingStream:
             self.error = None
         except OSError as error:
             self.error = error
-            if isinstance(error, BrokenPipeError):
+            if is_closed_pipe(error):
                 self.silence()
 
     def silence(self) -> None:
@@ -52,6 +54,6 @@ def lasting_output() -> Iterator[None]:
         yield
         out.flush()
         # a closed pipe needs no words: its reader wanted no more
-        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+        if out.error is not None and not is_closed_pipe(out.error):
             print(f"Warning: stdout could not be written ({out.error.strerror}).", file=sys.stderr)
             out.silence()

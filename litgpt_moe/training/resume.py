@@ -234,10 +234,15 @@ def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) 
     changes = [
         f"{key} {was} -> {value}"
         for key, value in now.items()
-        if (was := before.get(key, default.get(key))) != value and key.startswith(TOLD)
+        if _slashes(was := before.get(key, default.get(key))) != _slashes(value) and key.startswith(TOLD)
     ]
     if changes:
         note_once(f"Changed since {folder}: {'; '.join(changes)}.")
+
+
+def _slashes(value: Any) -> Any:
+    """Return a path with slashes; on Windows earlier versions saved paths with backslashes."""
+    return value.replace("\\", "/") if isinstance(value, str) else value
 
 
 def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:

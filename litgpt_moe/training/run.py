@@ -47,6 +47,8 @@ class Run:
     initial: OpenCheckpoint | None = None
     start_step: int = 0
     """Steps done before this process."""
+    is_second_try: bool = False
+    """Whether the GPU's memory ran out in a first try, with twice the micro-batch."""
     resumed_sizes: BatchSizes | None = None
     """Sequences in each step of a run that is resumed, this process's included."""
     demo_data: bool = False

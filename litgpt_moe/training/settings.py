@@ -5,7 +5,7 @@ have LitGPT's names, types and defaults: `import litgpt.args` would load torch. 
 """
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
@@ -158,6 +158,10 @@ class Settings:
     """Machines."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles on CUDA where Triton is installed, and runs eager elsewhere."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: less memory, one more forward pass."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Of several GPUs: the whole model on each (ddp), or shards (fsdp); auto is ddp where that fits."""
     float32_matmul_precision: Literal["highest", "high"] = "high"
     """Of float32 products on CUDA: high is TF32, as `litgpt pretrain` has it; highest is float32 itself."""
     seed: int = 42
@@ -183,7 +187,8 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain values for YAML and loggers, without those that name files or a run."""
     left_out = ("config", "model_config", "resume", "overwrite")
     plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+    # with slashes on Windows too, so that a checkpoint can go on elsewhere
+    return {name: value.as_posix() if isinstance(value, PurePath) else value for name, value in plain.items()}
 
 
 def saved_text(settings: Settings) -> str:
