@@ -36,6 +36,7 @@ from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loss_scaling import MixedLossScaling, ShardedLossScaling
 from litgpt_moe.training.memory import choose_strategy
 from litgpt_moe.training.optimizer import clone_state, make_optimizer
+from litgpt_moe.training.progress import LatestLoss
 from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings, plain_settings
@@ -259,25 +260,6 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
             at_exit.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield
-
-
-class LatestLoss:
-    """What LitGPT's loop fetches at a row of the log in place of the mean of torchmetrics."""
-
-    def __init__(self, **_: Any) -> None:
-        self._loss = torch.zeros(())
-
-    def to(self, _: torch.device) -> "LatestLoss":
-        """Return itself: the loss lies where the model does."""
-        return self
-
-    def update(self, loss: torch.Tensor) -> None:
-        """Remember the loss of a micro-batch, on its device."""
-        self._loss = loss
-
-    def compute(self) -> torch.Tensor:
-        """Return the loss of the latest micro-batch."""
-        return self._loss
 
 
 def _get_dataloaders(get: Callable[..., Any], *args: Any) -> Any:

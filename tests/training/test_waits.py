@@ -56,5 +56,6 @@ def test_the_host_waits_once_a_step_and_at_a_row_of_the_log(reads: Counter[tuple
         ("site-packages/litgpt/pretrain.py", "fit"): ROWS,
         ("litgpt_moe/training/hooks.py", "complete"): 2
         * ROWS,  # statistics: `cpu`, then `tolist` of the copy
+        ("litgpt_moe/training/loop.py", "refuse_two_strategies"): 1,  # when the run is launched
         ("litgpt_moe/training/hooks.py", "validate"): 1,  # the trial before the first step
     }
