@@ -86,6 +86,7 @@ def refuse_missing_files(argv: list[str]) -> None:
 
 def train_and_report(run: "Run", argv: list[str]) -> int:
     """Train, print the report, and return the exit status."""
+    from litgpt_moe.training.second_try import second_try
     from litgpt_moe.training.steps import StopSignals
     from litgpt_moe.training.summary import failure, report
 
@@ -93,6 +94,10 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
     try:
         with StopSignals() as stops:
             hooks = train(run, stops)
+            if hooks is None:
+                run = second_try(run)
+                hooks = train(run, stops)
+            assert hooks is not None  # there is no third try
     except (OSError, RuntimeError, MemoryError) as error:
         if (sentence := failure(error, run, argv)) is None:
             raise
@@ -109,13 +114,18 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
     return 0
 
 
-def train(run: "Run", stops: "StopSignals") -> "LoopHooks":
-    """Train with LitGPT's own loop and return the hooks; RunFailed says what the user has to fix."""
+def train(run: "Run", stops: "StopSignals") -> "LoopHooks | None":
+    """Train with LitGPT's own loop and return the hooks; RunFailed says what the user has to fix.
+
+    None means that the GPU's memory ran out before the first step, and that a second try may fit.
+    """
     from litgpt import pretrain
+    from torch import OutOfMemoryError
 
     from litgpt_moe.training.hooks import LoopHooks
     from litgpt_moe.training.loop import launch, replaced_functions
     from litgpt_moe.training.run import to_litgpt
+    from litgpt_moe.training.second_try import may_try_again
     from litgpt_moe.training.steps import Ending, RunFailed
 
     # LitGPT's own copies of the settings; the hooks change the first, to make it save before an early end
@@ -141,6 +151,11 @@ def train(run: "Run", stops: "StopSignals") -> "LoopHooks":
                 eval=eval_args,
                 optimizer=run.optimizer,
             )
+    except OutOfMemoryError:
+        if not may_try_again(run, hooks.step):
+            raise
+        hooks.is_discarded = True
+        return None
     finally:
         hooks.close(fabric)
     if hooks.writer.failure is not None:

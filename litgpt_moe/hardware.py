@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import math
+import re
 import sys
 import time
 import warnings
@@ -19,6 +20,32 @@ from litgpt_moe.kernels.matmul import matmul
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # no 16-true: with weights in fp16 small updates are lost, and Adam's moments underflow
 TRAINING_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed")
+GIB = 1 << 30
+# not measured: CUDA's context and libraries take 0.3 to 0.6 GiB of a card, a desktop about as much
+RESERVED_BYTES = GIB
+# for what the allocator loses between its blocks
+FRAGMENTATION = 1.05
+# GiB of memory, as the makers give it
+CARDS_GIB = {
+    **{"GTX 1060": 6, "GTX 1070": 8, "GTX 1080": 8, "GTX 1080 Ti": 11, "GTX 1660": 6},
+    **{"RTX 2060": 6, "RTX 2070": 8, "RTX 2080": 8, "RTX 2080 Ti": 11, "TITAN RTX": 24},
+    **{"RTX 3050": 8, "RTX 3060": 12, "RTX 3060 Ti": 8, "RTX 3070": 8, "RTX 3070 Ti": 8},
+    **{"RTX 3080": 10, "RTX 3080 Ti": 12, "RTX 3090": 24, "RTX 3090 Ti": 24},
+    **{"RTX 4060": 8, "RTX 4060 Ti": 8, "RTX 4070": 12, "RTX 4070 Ti": 12, "RTX 4080": 16, "RTX 4090": 24},
+    **{"RTX 5060": 8, "RTX 5060 Ti": 16, "RTX 5070": 12, "RTX 5070 Ti": 16, "RTX 5080": 16, "RTX 5090": 32},
+    **{"RTX A2000": 12, "RTX A4000": 16, "RTX A5000": 24, "RTX A6000": 48},
+    **{
+        "P100": 16,
+        "V100": 16,
+        "T4": 16,
+        "L4": 24,
+        "A10": 24,
+        "L40S": 48,
+        "A100": 40,
+        "H100": 80,
+        "H200": 141,
+    },
+}
 
 
 def has_cuda() -> bool:
@@ -167,6 +194,11 @@ def cgroup_limits(root: Path = Path("/")) -> list[int]:
     return limits
 
 
+def gpu_bytes(n_devices: int) -> int:
+    """Return the memory of the smallest of the first CUDA devices of this machine."""
+    return min(torch.cuda.get_device_properties(n).total_memory for n in range(n_devices))
+
+
 def peak_memory_gb() -> float:
     """Return the peak memory in 1e9 bytes: the GPU's where there is one, else this process's."""
     if has_cuda():
@@ -197,3 +229,20 @@ def mallopt(**values: int) -> None:
     if hasattr(libc, "mallopt"):
         for name, value in values.items():
             libc.mallopt(numbers[name], value)
+
+
+def card_bytes(text: str) -> int:
+    """Return the memory of a card given by its name (RTX 3060) or its memory (12GB); ValueError otherwise."""
+    # a card's GB are GiB
+    if match := re.fullmatch(r"(\d{1,4}(?:\.\d+)?) ?(?:GB|GiB|G)?", text.strip(), re.IGNORECASE):
+        return round(float(match[1]) * GIB)
+    words = re.sub(r"nvidia|geforce|tesla|laptop gpu", "", text, flags=re.IGNORECASE).split()
+    known = {name.lower().replace(" ", ""): size for name, size in CARDS_GIB.items()}
+    if (size := known.get("".join(words).lower())) is None:
+        raise ValueError(f"{text!r} is no card that is known here; give its memory, as in 12GB")
+    return size * GIB
+
+
+def fits(peak: int, memory: int) -> bool:
+    """Return whether a step with this peak runs on a card with this memory, with a margin."""
+    return peak * FRAGMENTATION + RESERVED_BYTES <= memory

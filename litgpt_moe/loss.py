@@ -28,6 +28,8 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     dtype: torch.dtype | None = None,
     expected_grad: torch.Tensor | None = None,
+    *,
+    as_on: torch.device | None = None,
 ) -> torch.Tensor:
     """Return the mean cross-entropy, float32 or wider, of the logits `hidden @ weight_VC.T`, chunk by chunk.
 
@@ -36,7 +38,8 @@ def linear_cross_entropy(
     are there. Liger Kernel, section 3.2 (arxiv.org/abs/2410.10989).
 
     `hidden` (..., C) is the input of the head, `targets` (...) are token ids or IGNORED_TOKEN, and `dtype` is
-    that of the GEMMs; the weight's if not given.
+    that of the GEMMs; the weight's if not given. `as_on` is the device whose chunks to take in place of those
+    of `hidden`: memory is planned for CUDA on a CPU.
 
     `expected_grad` is the gradient that backward will give to the loss, by which the gradients are multiplied
     before they are rounded to `dtype`: in fp16 the scale of loss scaling, or else what is below 6e-8 would be
@@ -46,8 +49,9 @@ def linear_cross_entropy(
     # asked here: inside `forward` of an autograd.Function gradients are always off
     has_backward = torch.is_grad_enabled() and (hidden.requires_grad or weight_VC.requires_grad)
     dtype = dtype or weight_VC.dtype
+    device = as_on or hidden.device
     return _LinearCrossEntropy.apply(
-        hidden_NC, weight_VC, targets.reshape(-1), dtype, expected_grad, has_backward
+        hidden_NC, weight_VC, targets.reshape(-1), dtype, expected_grad, has_backward, device
     )
 
 
@@ -63,6 +67,7 @@ class _LinearCrossEntropy(Function):
         dtype: torch.dtype,
         expected_grad: torch.Tensor | None,
         has_backward: bool,
+        device: torch.device,
     ) -> torch.Tensor:
         is_kept_N1 = (targets_N != IGNORED_TOKEN)[:, None]
         # any other id outside the vocabulary makes `gather` raise, as it makes torch's cross-entropy
@@ -78,15 +83,18 @@ class _LinearCrossEntropy(Function):
             if prefers_onednn(x_NC):  # see `_add_gradients`
                 weight_grad_VC = weight_grad_VC.view(weight_VC.shape[::-1]).t()
             gradients = torch.empty_like(hidden_NC), weight_grad_VC
-        size = chunk_rows(x_NC.device, w_VC.size(0))
+        size = chunk_rows(device, w_VC.size(0))
         for at in range(0, x_NC.size(0), size):
             rows = slice(at, at + size)
             logits_SV = matmul(x_NC[rows], w_VC.t())
-            log_probs_SV = _log_softmax(logits_SV, exact)
+            log_probs_SV = _log_softmax(logits_SV, exact, in_place=device.type == "cpu")
             loss -= (log_probs_SV.gather(1, targets_N1[rows]) * is_kept_N1[rows]).sum()
             if gradients is not None:
                 probs_SV = log_probs_SV.exp_()
                 _add_gradients(probs_SV, targets_N1, is_kept_N1, rows, factor, x_NC, w_VC, *gradients)
+                del probs_SV
+            # before the next chunk needs the memory
+            del logits_SV, log_probs_SV
         if gradients is not None:
             ctx.save_for_backward(*gradients, n_kept if expected_grad is None else expected_grad)
             ctx.weight_dtype = weight_VC.dtype
@@ -98,12 +106,12 @@ class _LinearCrossEntropy(Function):
         scale = grad / divisor
         weight_grad_VC = sum_VC.new_empty(sum_VC.shape, dtype=ctx.weight_dtype)
         torch.mul(sum_VC, scale, out=weight_grad_VC)
-        return hidden_grad_NC * scale.to(hidden_grad_NC.dtype), weight_grad_VC, None, None, None, None
+        return hidden_grad_NC * scale.to(hidden_grad_NC.dtype), weight_grad_VC, *[None] * 5
 
 
-def _log_softmax(logits_SV: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the log-probabilities in `dtype`; on a CPU in place if the logits have that dtype."""
-    if logits_SV.device.type != "cpu":
+def _log_softmax(logits_SV: torch.Tensor, dtype: torch.dtype, in_place: bool) -> torch.Tensor:
+    """Return the log-probabilities in `dtype`, if asked to in place where the logits have that dtype."""
+    if not in_place:
         return logits_SV.log_softmax(1, dtype=dtype)  # one kernel, which reads the narrower dtype
     logits_SV = logits_SV.to(dtype)
     return torch.log_softmax(logits_SV, 1, out=logits_SV)

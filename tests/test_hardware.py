@@ -190,6 +190,32 @@ def test_peak_flops_are_measured_where_no_maker_s_figure_is_known() -> None:
     assert hardware.peak_flops(torch.device("cpu"), "32-true") > 1e6
 
 
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        ("12GB", 12),
+        ("12", 12),
+        ("7.5 gib", 7.5),
+        ("RTX 3060", 12),
+        ("nvidia GeForce rtx3060", 12),
+        ("T4", 16),
+    ],
+)
+def test_a_card_is_known_by_its_name_or_its_memory(text: str, gib: float) -> None:
+    assert hardware.card_bytes(text) == gib * 2**30
+
+
+@pytest.mark.parametrize("text", ["RTX 9999", "", "-5GB", "12TB", "1e9"])
+def test_an_unknown_card_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="give its memory, as in 12GB"):
+        hardware.card_bytes(text)
+
+
+def test_a_step_fits_with_a_margin_alone() -> None:
+    assert hardware.fits(4 << 30, 6 << 30)
+    assert not hardware.fits(5 << 30, 6 << 30)
+
+
 def test_the_peak_of_a_gpu_is_that_of_the_run_s_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     # NVIDIA's data sheet of the T4
     peaks = {torch.float32: 8.1e12, torch.float16: 65e12}

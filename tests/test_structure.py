@@ -18,7 +18,7 @@ SCRIPTS = ("run_train", "prepare_data", "generate", "evaluate", "wandb_dataset")
 ROWS = (
     ("kernels", "balance", "files", "shell", "threads", "yaml_files"),
     ("moe_layers", "cli", "locks", "processes"),
-    ("config", "loss", "hardware"),
+    ("config", "loss", "recompute", "hardware"),
     ("checkpoints", "data", "generation", "planning"),
     ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),
 )

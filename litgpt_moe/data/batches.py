@@ -128,7 +128,8 @@ class TokenBatches(Dataset[torch.Tensor]):
         if (highest := int(batch.max())) >= self.stream.vocab_size:
             place, size = self.stream.place, self.stream.vocab_size
             raise OSError(f"{place}: damaged: token {highest} of a vocabulary of {size}; {RUN_AGAIN}")
-        return batch
+        # a copy from pinned memory to the GPU need not wait for what the GPU is doing
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def _plan(self, seed: int, start: int) -> Iterator[list[int]]:
         """Yield this rank's sequences for each batch, from sequence `start` on, counted over all epochs."""

@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 from litgpt.config import Config
+from torch._subclasses.fake_tensor import FakeTensor
 
 from litgpt_moe.kernels.cpu import segment_experts
 from litgpt_moe.kernels.grouped_mm import grouped_mm_experts, has_fast_grouped_mm
@@ -37,7 +38,10 @@ def run_experts(
 def _call_experts(x_RC: torch.Tensor, ends_E: torch.Tensor, experts: nn.ModuleList) -> torch.Tensor:
     if x_RC.is_meta:  # where FLOPs are counted: there are no numbers to read, and each row meets one expert
         return experts[0](x_RC)
-    parts = x_RC.split(rows_per_expert(ends_E).tolist())
+    if isinstance(x_RC, FakeTensor):  # where memory is planned: no numbers either, so an even load
+        parts = x_RC.tensor_split(len(experts))
+    else:
+        parts = x_RC.split(rows_per_expert(ends_E).tolist())
     return torch.cat([expert(x_SC) for expert, x_SC in zip(experts, parts, strict=True)])
 
 

@@ -27,6 +27,7 @@ class TrainLoader:
 
     `between_batches` is called there, before the next batch is taken. It may raise to leave the loop.
     A batch of all devices has `batch_size` sequences.
+    `with_first`, if given, is called with the first batch before that is trained on.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class TrainLoader:
         is_finished: Callable[[], bool],
         between_batches: Callable[[], None],
         batch_size: int = 1,
+        with_first: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
         self.loader, self.seed, self.batch_size = loader, seed, batch_size
         self.is_finished, self.between_batches = is_finished, between_batches
+        self.with_first = with_first
         # without Fabric's wrapper; our own loader knows its position
         self.inner = getattr(loader, "_dataloader", loader)
         self.has_state = hasattr(self.inner, "state_dict")
@@ -52,6 +55,9 @@ class TrainLoader:
         if self.is_finished():
             return
         for batch in self.loader if self.has_state else self._replayed():
+            if self.with_first is not None:
+                with_first, self.with_first = self.with_first, None
+                with_first(batch)
             yield batch
             # litgpt 0.5.13 takes one more batch, which a run that goes on from final/ would then miss
             if self.is_finished():

@@ -65,8 +65,11 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     `block_size` is the model's, None where its configuration has problems of its own.
     """
     problems = [*_value_problems(settings), *_ignored_problems(settings)]
-    if has_cuda() and settings.accelerator != "cpu" and world_size > 1 and "Muon" in str(settings.optimizer):
-        problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use devices: 1 or AdamW")
+    if settings.strategy == "fsdp" and world_size > 1:
+        if not has_cuda() or settings.accelerator == "cpu":
+            problems.append("strategy is fsdp, which needs GPUs; use strategy: ddp")
+        if "Muon" in str(settings.optimizer):
+            problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use strategy: ddp")
     return problems or list(_batch_problems(settings.train, block_size, world_size))
 
 

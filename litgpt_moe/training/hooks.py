@@ -20,6 +20,7 @@ from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, is_sa
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
+from litgpt_moe.files import remove
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.threads import load_of_others, usable_cores
@@ -61,6 +62,8 @@ class LoopHooks:
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
         settings = run.settings
         self.run, self.train_args, self.step = run, train_args, run.start_step
+        self.is_compiled = False
+        """Set when the run is launched."""
         # LitGPT's loop takes all steps of a run as equally large
         train_args.max_tokens = run.n_steps * run.tokens_per_step
         self.ending = ""
@@ -81,6 +84,8 @@ class LoopHooks:
         """Whether a save was in progress when this step began."""
         self.saved_step = run.start_step
         self.has_validated = False
+        self.is_discarded = False
+        """Whether the run starts anew, and the logs of this try are to go."""
         self.validation = (0.0, 0)
         """When the latest validation began, on time.perf_counter(), and its micro-batches at most."""
 
@@ -267,6 +272,10 @@ class LoopHooks:
                 logger.finalize("finished")
         except OSError as error:
             self.lose_logger(fabric, error)
+        # our own logs are cut when the run starts anew; TensorBoard's would stay, in a folder for each try
+        for folder in [getattr(logger, "log_dir", None) for logger in fabric.loggers]:
+            if self.is_discarded and folder is not None:
+                remove(Path(folder))
 
     def lose_logger(self, fabric: Fabric, error: OSError) -> None:
         """Go on without TensorBoard, whose thread ends with its first error. Our loggers raise none."""

@@ -21,6 +21,7 @@ from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
 from litgpt_moe.hardware import (
     avoid_wrong_gradients,
+    gpu_bytes,
     has_cuda,
     keep_freed_memory,
     precision_dtype,
@@ -30,9 +31,12 @@ from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.processes import note_once
 from litgpt_moe.threads import usable_cores
 from litgpt_moe.training.batches import TrainLoader, ValLoader
+from litgpt_moe.training.compiled import check_compiled
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loss_scaling import MixedLossScaling, ShardedLossScaling
+from litgpt_moe.training.memory import choose_strategy
 from litgpt_moe.training.optimizer import clone_state, make_optimizer
+from litgpt_moe.training.progress import LatestLoss
 from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings, plain_settings
@@ -53,8 +57,9 @@ class TrainingFabric(L.Fabric):
         hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
         run, n_steps = hooks.run, hooks.run.n_steps
         size = run.settings.train.micro_batch_size * run.world_size
+        check = functools.partial(check_compiled, hooks) if hooks.is_compiled else None
         hooks.loader = TrainLoader(
-            train, run.settings.seed, lambda: hooks.step >= n_steps, hooks.between_batches, size
+            train, run.settings.seed, lambda: hooks.step >= n_steps, hooks.between_batches, size, check
         )
         return [hooks.loader, ValLoader(val, hooks.between_val_batches)]
 
@@ -121,29 +126,26 @@ class BackgroundIO(TorchCheckpointIO):
         return self._opened.state
 
 
-def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any]) -> TrainingFabric:
-    """Return the Fabric that LitGPT's loop runs on: one device, DDP on CPUs, FSDP on GPUs."""
+def make_fabric(run: Run, hooks: LoopHooks, loggers: list[Any], strategy: str) -> TrainingFabric:
+    """Return the Fabric that LitGPT's loop runs on; `strategy` is what `choose_strategy` returns."""
     settings, opened = run.settings, run.resume or run.initial
     # Fabric's "auto" takes a Mac's MPS, on which nothing of this has been tried
     is_mac = torch.backends.mps.is_available() and not has_cuda()
     accelerators = {"gpu": "cuda", "auto": "cpu" if is_mac else "auto"}
     # litgpt.pretrain.setup always takes FSDP, which needs GPUs
-    strategy: Any = "ddp" if run.world_size > 1 else "auto"
-    plugins: list[Any] = [BackgroundIO(hooks.writer, opened)]
-    is_sharded = run.world_size > 1 and settings.accelerator != "cpu" and has_cuda()
-    if is_sharded:
-        strategy, plugins = ShardedStrategy(hooks.writer, opened), []
+    is_fsdp = strategy == "fsdp"
+    plugins: list[Any] = [] if is_fsdp else [BackgroundIO(hooks.writer, opened)]
     precision: Any = run.precision
     if precision == "16-mixed":
         device_type = "cuda" if settings.accelerator != "cpu" and has_cuda() else "cpu"
-        plugins.append((ShardedLossScaling if is_sharded else MixedLossScaling)(device_type))
+        plugins.append((ShardedLossScaling if is_fsdp else MixedLossScaling)(device_type))
         precision = None
     return TrainingFabric(
         hooks,
         accelerator=accelerators.get(settings.accelerator, settings.accelerator),
         devices=run.devices,
         num_nodes=settings.num_nodes,
-        strategy=strategy,
+        strategy=ShardedStrategy(hooks.writer, opened) if is_fsdp else strategy,
         plugins=plugins,
         precision=precision,
         loggers=loggers,
@@ -183,11 +185,15 @@ def keep_threads(run: Run) -> None:
 def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
     """Start the processes, open the output folder; return the Fabric and whether the model is compiled."""
     loggers = other_loggers(run, hooks)
-    fabric = make_fabric(run, hooks, [hooks.metrics, *loggers])
+    is_on_gpus = run.settings.accelerator != "cpu" and has_cuda()
+    strategy, reason = choose_strategy(run, gpu_bytes(run.devices) if is_on_gpus else None)
+    fabric = make_fabric(run, hooks, [hooks.metrics, *loggers], strategy)
     is_compiled, why = set_up_torch(run.settings, fabric.device)
+    hooks.is_compiled = is_compiled
     if fabric.device.type == "cpu":
         keep_threads(run)
     fabric.launch()
+    refuse_two_strategies(fabric, strategy)
     if fabric.is_global_zero:
         if run.settings.overwrite:
             delete_run(run.settings.out_dir)
@@ -199,7 +205,16 @@ def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
     for logger in loggers:
         logger.log_hyperparams(plain_settings(run.settings))
     fabric.print(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
+    if run.world_size > 1:
+        fabric.print(f"Devices {run.world_size} by {strategy.upper()} ({reason})")
     return fabric, is_compiled
+
+
+def refuse_two_strategies(fabric: TrainingFabric, strategy: str) -> None:
+    """Raise RunFailed on all ranks if machines with other GPUs have chosen another strategy."""
+    n_fsdp = fabric.all_reduce(torch.tensor(float(strategy == "fsdp"), device=fabric.device), reduce_op="sum")
+    if n_fsdp not in (0, fabric.world_size):
+        raise RunFailed("the machines' GPUs have different memory: choose --strategy ddp or --strategy fsdp")
 
 
 def other_loggers(run: Run, hooks: LoopHooks) -> list[Any]:
@@ -232,6 +247,8 @@ def replaced_functions(hooks: LoopHooks, compiled: bool) -> Iterator[None]:
         (pretrain, "instantiate_torch_optimizer"): lambda spec, *_, **__: make_optimizer(
             hooks.run.settings, hooks.gpt, spec
         ),
+        # waits for the device at each micro-batch to ask whether the loss is NaN
+        (pretrain, "RunningMean"): LatestLoss,
         # needs all logits at once
         (pretrain, "chunked_cross_entropy"): functools.partial(_loss, hooks, pretrain.chunked_cross_entropy),
     }

@@ -10,6 +10,7 @@ from litgpt import GPT
 
 from litgpt_moe import balance
 from litgpt_moe.kernels.matmul import use_fast_linear
+from litgpt_moe.recompute import recompute_blocks
 from litgpt_moe.training.loss_scaling import loss_scaling
 from litgpt_moe.training.run import Run
 
@@ -21,6 +22,8 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
     """
     gpt: GPT = module.module
     use_fast_linear(gpt)
+    if run.settings.activation_checkpointing:
+        recompute_blocks(gpt)
     loss_scale = None
     if scaling := loss_scaling(fabric):
         scaling.start(fabric.device)

@@ -117,3 +117,22 @@ class StepInProgress:
         self.hooks.loader.load_state_dict(self.start.position)
         set_router_counts(self.hooks.gpt, self.start.router)
         set_rng_state(self.start.rng)
+
+
+class LatestLoss:
+    """What LitGPT's loop fetches at a row of the log in place of the mean of torchmetrics."""
+
+    def __init__(self, **_: Any) -> None:
+        self._loss = torch.zeros(())
+
+    def to(self, _: torch.device) -> "LatestLoss":
+        """Return itself: the loss lies where the model does."""
+        return self
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Remember the loss of a micro-batch, on its device."""
+        self._loss = loss
+
+    def compute(self) -> torch.Tensor:
+        """Return the loss of the latest micro-batch."""
+        return self._loss

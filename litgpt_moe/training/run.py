@@ -11,7 +11,6 @@ from litgpt import args as litgpt_args
 
 from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
-from litgpt_moe.data.artifact import pull
 from litgpt_moe.data.forms import text_in
 from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.data.module import TextShards
@@ -49,6 +48,8 @@ class Run:
     initial: OpenCheckpoint | None = None
     start_step: int = 0
     """Steps done before this process."""
+    is_second_try: bool = False
+    """Whether the GPU's memory ran out in a first try, with twice the micro-batch."""
     resumed_sizes: BatchSizes | None = None
     """Sequences in each step of a run that is resumed, this process's included."""
     demo_data: bool = False
@@ -166,6 +167,8 @@ def _checked_run(parsed: Parsed) -> Run:
 def with_dataset(settings: Settings) -> Settings:
     """Return the settings with the downloaded W&B data set, and the tokenizer in the data folder, if any."""
     if settings.wandb_dataset:
+        from litgpt_moe.data.artifact import pull  # not at the top: importing wandb takes a second
+
         folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
         settings = replace(settings, dataset_dir=folder)
         if (folder / "tokenizer/tokenizer.json").is_file():

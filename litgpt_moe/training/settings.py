@@ -158,6 +158,10 @@ class Settings:
     """Machines."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles on CUDA where Triton is installed, and runs eager elsewhere."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: less memory, one more forward pass."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Of several GPUs: the whole model on each (ddp), or shards (fsdp); auto is ddp where that fits."""
     float32_matmul_precision: Literal["highest", "high"] = "high"
     """Of float32 products on CUDA: high is TF32, as `litgpt pretrain` has it; highest is float32 itself."""
     seed: int = 42

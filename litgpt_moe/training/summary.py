@@ -15,6 +15,7 @@ from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
 from litgpt_moe.kernels.choice import describe_kernel
 from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training.hooks import LoopHooks
+from litgpt_moe.training.memory import out_of_memory
 from litgpt_moe.training.parse import resume_command
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import plain_settings
@@ -95,7 +96,7 @@ def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
     """Return the sentence for an error in training, None for one that only a bug of ours can cause."""
     out_dir, text = run.settings.out_dir, str(error)
     if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
-        return _out_of_memory(run, argv)
+        return out_of_memory(run, argv)
     if isinstance(error, RunFailed | FolderInUse):
         return text
     # gloo: "Connection closed by peer", "Connection reset by peer"
@@ -110,14 +111,3 @@ def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
     if is_disk_full(error):
         return f"{out_dir}: the disk is full; make room and continue with --resume auto"
     return f"{text}; put it right and continue with --resume auto" if isinstance(error, OSError) else None
-
-
-def _out_of_memory(run: Run, argv: list[str]) -> str:
-    train = run.settings.train
-    size = train.micro_batch_size
-    smaller = [n for n in range(size // 2, 0, -1) if train.global_batch_size % (n * run.world_size) == 0]
-    if not smaller:
-        way_out = "choose a smaller model, a shorter train.max_seq_length or a machine with more memory"
-        return f"out of memory with train.micro_batch_size {size}, and none is smaller; {way_out}"
-    command = resume_command(argv, micro_batch_size=smaller[0])
-    return f"out of memory with train.micro_batch_size {size}; with less memory it goes on by: {command}"

@@ -115,9 +115,9 @@ def _connect(run: Run, **options: Any) -> Any:
 
 
 def run_id(run: Run) -> str:
-    """Return the W&B id of this run, the same over all its resumes."""
+    """Return the W&B id of this run, the same over all its resumes and tries."""
     path = run.settings.out_dir / ".wandb_run_id"
-    if run.resume and path.is_file():
+    if (run.resume or run.is_second_try) and path.is_file():
         return path.read_text(encoding="utf-8").strip()
     # eight characters, as in W&B's own ids
     new_id = secrets.token_hex(4)

@@ -20,7 +20,6 @@ if __name__ == "__main__":
     strategy = sys.argv.pop(1)
     if strategy == "fsdp":
         fsdp_on_cpu.let_fsdp_run_on_the_cpu()
-        loop.make_fabric = fsdp_on_cpu.make_fabric
         loop.ShardedLossScaling = lambda _: ShardedLossScaling("cpu")
     calls = (5,) if os.environ["RANK"] == "1" else ()
     with fp16_on_the_cpu(), gradient_times(math.inf, *calls):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def edit_yaml(path: str, key: str, value: object) -> None:
         target = target.setdefault(group, {})
     target[last] = value
     Path(path).write_text(yaml.dump(values), encoding="utf-8")
+
+
+def go_back(step: int, *out_dirs: str) -> None:
+    """Delete the checkpoints after a step."""
+    for file in (file for out_dir in out_dirs for file in Path(out_dir).glob("*/lit_model.pth")):
+        if file.parent.name == "final" or int(file.parent.name.removeprefix("step-")) > step:
+            shutil.rmtree(file.parent)
 
 
 def history(out_dir: str) -> list[dict[str, str]]:

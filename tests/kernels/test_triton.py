@@ -1,6 +1,5 @@
 """The experts in Triton: exact by its interpreter, compiled for each kind of GPU without having one."""
 
-import contextlib
 import importlib
 import re
 import subprocess
@@ -12,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from helpers.fake_cuda import Driver
 from helpers.layers import GROUPS, pair, run
 from litgpt.model import GPT, LLaMAMoE
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from litgpt_moe import balance
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.kernels import rows
 from litgpt_moe.kernels import triton as triton_experts
 from litgpt_moe.kernels.grouped_mm import has_fast_grouped_mm
 
@@ -126,6 +124,23 @@ def test_experts_without_tokens_ties_and_large_tiles_are_exact(
     check_against_stock(device, dtype, n_tokens, special, **config)
 
 
+@pytest.mark.slow
+def test_more_than_65535_tiles_are_exact(device: str) -> None:
+    # of 33,000 experts with no, one or two rows, and two tiles of outputs; minutes in the interpreter
+    n_expert, n_out, n_in = 33_000, 65, 4
+    ends = torch.arange(n_expert).mul(7).remainder(3).cumsum(0)
+    n_rows = int(ends[-1])
+    expert_R = torch.searchsorted(ends, torch.arange(n_rows), right=True)
+    has_rows = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)) > 0
+    tile_ends = has_rows.cumsum(0)
+    tiles = torch.searchsorted(tile_ends, torch.arange(n_rows // 64 + n_expert), right=True)
+    assert tiles.size(0) * 2 > 65_535
+    x, w = torch.randn(n_rows, n_in), torch.randn(n_expert, n_out, n_in)
+    where = [tensor.to(device) for tensor in (ends.int(), tile_ends, tiles)]
+    y = torch.ops.moe.expert_rows(x.to(device), w.to(device), None, *where).cpu()
+    torch.testing.assert_close(y, (w[expert_R] @ x[:, :, None])[..., 0], rtol=1e-4, atol=1e-5)
+
+
 def test_one_expert_a_token_is_exact(device: str) -> None:
     config = {**GROUPS, "n_expert": 4, "n_expert_per_token": 1, "norm_topk_prob": False}
     check_against_stock(device, torch.float32, 21, n_embd=16, moe_intermediate_size=8, **config)
@@ -172,22 +187,6 @@ def test_flops_are_those_of_the_active_experts(device: str) -> None:
 
 
 # --- compiled for GPUs that are not there -------------------------------------------------------------------
-
-
-class Driver:
-    """What Triton asks of a driver to compile for `arch`, without a device to ask."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton keeps what it compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
 
 
 class Compiled:
@@ -276,74 +275,15 @@ def test_kernels_compile_within_each_gpu_s_memory_and_registers(
         assert has_tensor_cores == bool(re.search(r"mma\.sync|wgmma\.mma|tcgen05\.mma", binary.asm["ptx"]))
 
 
-# --- nothing waits for the device ---------------------------------------------------------------------------
+# --- on a GPU; without one, training/test_fake_cuda.py finds what waits for the device ----------------------
 
 
-def balanced_model(**config: object) -> torch.nn.Module:
+def balanced_model() -> torch.nn.Module:
     """A tiny bf16 model that has everything on: both losses, selection bias, counters, statistics."""
-    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast
-    try:
-        model = GPT(MoEConfig(**{**TINY_CONFIG, **config}))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = GPT(MoEConfig(**TINY_CONFIG)).bfloat16()
     balance.set_balance(model, aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.001)
     balance.count_expert_load(model, True)
     return model
-
-
-class Started:
-    """A kernel whose start is noted and not done."""
-
-    def __init__(self) -> None:
-        self.grids: list[tuple[int, ...]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *_, **__: self.grids.append(grid)
-
-
-def run_bodies(patch: pytest.MonkeyPatch) -> Started:
-    """Let fake tensors run the operators' own code, not only its shapes; return what they start."""
-    started = Started()
-    patch.setattr(triton_kernels, "rows_kernel", started)
-    patch.setattr(triton_kernels, "matrices_kernel", started)
-    patch.setattr(torch.cuda, "device_of", contextlib.nullcontext)  # asks the driver
-    bodies = (triton_experts._expert_rows, triton_experts._expert_matrices, rows._exact_product)
-    for operator in bodies:
-        patch.setattr(torch.ops.moe, operator._name, operator._init_fn)
-    return started
-
-
-@pytest.mark.parametrize("config", [{}, GROUPS], ids=["plain", "groups"])
-@pytest.mark.parametrize("kernel", ["grouped_mm", "triton"])
-def test_a_forward_on_cuda_asks_the_device_for_nothing(kernel: str, config: dict, monkeypatch) -> None:
-    started = run_bodies(monkeypatch)
-    with FakeTensorMode(), torch.device("cuda"):  # where .item(), .tolist() and nonzero raise
-        model = balanced_model(**config)
-        for layer in balance.layers_of(model).values():
-            layer.kernel = kernel
-        x = torch.zeros(2, 64, dtype=torch.int64)
-        assert model(x).device.type == "cuda"
-        assert balance.layers_of(model)[0].tokens_per_expert.device.type == "cuda"
-        statistics, _ = balance.router_statistics(model)  # of all layers, to be fetched at once
-        assert statistics.device.type == "cuda" and statistics.shape == (2, 4 + 4)
-    assert len(started.grids) == (4 if kernel == "triton" else 0)
-
-
-@pytest.mark.parametrize("kernel", ["grouped_mm", "triton"])
-def test_a_training_step_asks_the_device_for_nothing(kernel: str, monkeypatch) -> None:
-    # not on fake CUDA: autograd (torch 2.10) looks for the device's threads
-    started = run_bodies(monkeypatch)
-    with FakeTensorMode():
-        model = balanced_model()
-        for layer in balance.layers_of(model).values():
-            layer.kernel = kernel
-        model(torch.zeros(2, 64, dtype=torch.int64)).float().mean().backward()
-        balance.update_selection_bias(model)
-        statistics, _ = balance.router_statistics(model)
-        assert statistics.shape == (2, 4 + 4)
-        with pytest.raises(DataDependentOutputException):
-            statistics.sum().item()
-    assert len(started.grids) == (12 if kernel == "triton" else 0)
 
 
 @pytest.mark.gpu

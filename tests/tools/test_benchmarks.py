@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_CONFIG
+from conftest import TINY_CONFIG
 
 from tools.benchmarks import (
     data,
@@ -17,7 +17,6 @@ from tools.benchmarks import (
     layer,
     layer_variants,
     machine,
-    measure_gpu,
     serve,
     startup,
     train,
@@ -179,31 +178,3 @@ def test_results_lie_in_one_folder_and_are_named_by_the_gpu(monkeypatch: pytest.
     assert machine.results_path("tools/some.py", "cuda:0") == Path(
         "tools/results/some_nvidia_h100_80gb_hbm3_pcie.json"
     )
-
-
-def test_measure_gpu_gives_commands_that_the_scripts_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
-    commands = measure_gpu.commands(tmp_path)
-    parsers = {
-        "tools/benchmarks/layer.py": lambda flags: machine.parse("", layer.LayerBenchmark, flags),
-        "tools/benchmarks/train.py": train.parse,
-    }
-    for script, *flags in commands:
-        assert script == "-m" or (ROOT / script).is_file()
-        if script in parsers:
-            parsers[script](flags)
-        for path in (flag for flag in flags if flag.endswith(".yaml")):
-            assert (ROOT / path).is_file()
-    outputs = [flags[flags.index("--out") + 1] for _, *flags in commands if "--out" in flags]
-    assert [Path(path).name for path in outputs] == [
-        "train_nvidia_x_30m.json",
-        "train_nvidia_x_200m.json",
-    ]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and would be measured")
-def test_measure_gpu_without_one_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert measure_gpu.main([]) == 2
-    assert capsys.readouterr().err.startswith("error: this torch sees no CUDA device; ")

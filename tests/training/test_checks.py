@@ -201,15 +201,19 @@ def test_an_output_directory_below_a_file_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("workspace")
-def test_several_gpus_and_muon_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_needs_gpus_and_an_optimizer_that_takes_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(
         train=replace(Settings().train, max_tokens=10**6), optimizer={"class_path": "torch.optim.Muon"}
     )
-    assert train_problems(settings, 8, 2) == []
+    sharded = replace(settings, strategy="fsdp")
+    no_gpu, no_muon = train_problems(sharded, 8, 2)
+    assert no_gpu == "strategy is fsdp, which needs GPUs; use strategy: ddp"
     monkeypatch.setattr(checks, "has_cuda", lambda: True)
-    (problem,) = train_problems(settings, 8, 2)
-    assert problem.startswith("torch.optim.Muon needs whole matrices, which FSDP splits")
-    assert train_problems(settings, 8, 1) == []
+    assert train_problems(sharded, 8, 2) == [no_muon]
+    assert no_muon.startswith("torch.optim.Muon needs whole matrices, which FSDP splits")
+    assert train_problems(sharded, 8, 1) == train_problems(settings, 8, 2) == []
+    (on_cpu,) = train_problems(replace(sharded, accelerator="cpu", optimizer={}), 8, 2)
+    assert on_cpu == no_gpu
 
 
 @pytest.mark.usefixtures("workspace")

@@ -9,7 +9,7 @@ import litgpt.model
 import pytest
 import torch
 from helpers.runs import run
-from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.fabric.strategies import SingleDeviceStrategy
 from litgpt import pretrain
 from torch._inductor import config as inductor
 from torch.amp.grad_scaler import GradScaler
@@ -71,26 +71,16 @@ def test_only_the_model_is_left_uncompiled() -> None:
     assert compiled == [function]
 
 
-@pytest.mark.parametrize(
-    ("flags", "cuda", "kind"),
-    [
-        ((), False, SingleDeviceStrategy),
-        (("--devices", 2), False, DDPStrategy),
-        (("--devices", 2), True, DDPStrategy),  # `accelerator: cpu` in train_config.yaml
-        (("--devices", 2, "--accelerator", "auto"), True, ShardedStrategy),
-    ],
-)
-def test_one_device_trains_alone_cpus_by_ddp_and_gpus_by_fsdp(
-    flags: tuple[object, ...], cuda: bool, kind: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hooks = hooks_of(*flags)
-    monkeypatch.setattr(loop, "has_cuda", lambda: cuda)
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
+def test_the_chosen_strategy_is_what_fabric_gets(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = hooks_of("--devices", 2)
     made: dict[str, Any] = {}
     monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
-    make_fabric(hooks.run, hooks, [])
-    expected = {SingleDeviceStrategy: "auto", DDPStrategy: "ddp"}.get(kind)
-    assert made["strategy"] == expected or type(made["strategy"]) is kind
-    assert made["devices"] == hooks.run.devices
+    make_fabric(hooks.run, hooks, [], strategy)
+    assert type(made["strategy"]) is ShardedStrategy if strategy == "fsdp" else made["strategy"] == strategy
+    # FSDP's strategy saves by itself, all others by a plugin
+    assert len(made["plugins"]) == (strategy != "fsdp")
+    assert made["devices"] == 2
 
 
 @pytest.mark.parametrize(
@@ -107,7 +97,7 @@ def test_fp16_comes_with_loss_scaling_on_the_device_of_the_run(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     made: dict[str, Any] = {}
     monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
-    make_fabric(run, hooks, [])
+    make_fabric(run, hooks, [], "fsdp" if kind is ShardedLossScaling else "auto")
     plugin = made["plugins"][-1]
     assert type(plugin) is kind and made["precision"] is None
     assert plugin.scaler.is_enabled() and plugin.scaler._device == accelerator.replace("auto", "cuda")
@@ -127,7 +117,7 @@ def test_on_a_mac_only_who_asks_for_mps_gets_it(
     monkeypatch.setattr(loop, "has_cuda", lambda: cuda)
     made: dict[str, Any] = {}
     monkeypatch.setattr(loop, "TrainingFabric", lambda hooks, **options: made.update(options))
-    make_fabric(dataclasses.replace(hooks.run, settings=settings), hooks, [])
+    make_fabric(dataclasses.replace(hooks.run, settings=settings), hooks, [], "auto")
     assert made["accelerator"] == expected
     device = torch.device(expected.replace("auto", "cuda"))
     said = describe(hooks.run, device, "eager", "compile: off")

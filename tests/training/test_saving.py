@@ -214,7 +214,8 @@ def test_out_of_memory_is_one_sentence_with_the_command_that_goes_on(
         assert run(*flags) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
     told, _, command = error.partition("goes on by: uv run python run_train.py ")
-    assert told == "error: out of memory with train.micro_batch_size 4; with less memory it "
+    beginning = r"error: out of memory with train.micro_batch_size 4 \(planned: weights .* GB, of [\d.]+\); "
+    assert re.fullmatch(f"{beginning}--activation_checkpointing saves some; with less memory it ", told)
     assert command == "--config train_config.yaml --out_dir out --micro_batch_size 2 --resume auto"
     assert run(*command.split()[2:]) == 0
     assert checkpoint_flaw(Path("out/final")) is None
@@ -225,9 +226,9 @@ def test_without_a_smaller_micro_batch_other_ways_out_of_memory_are_named(
 ) -> None:
     at_step(1, lambda: bytearray(10**15))
     assert run("--micro_batch_size", 1) == 1
-    assert "error: out of memory with train.micro_batch_size 1, and none is smaller; choose a smaller" in (
-        capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "error: out of memory with train.micro_batch_size 1 (planned: weights " in error
+    assert ", and none is smaller; choose --activation_checkpointing, a smaller model" in error
 
 
 def test_a_report_that_fails_says_where_the_model_is(

@@ -40,13 +40,14 @@ class Recorder:
         self.finished = True
 
 
-def a_run(out_dir: Path, resume: object = None, **settings: Any) -> Any:
+def a_run(out_dir: Path, resume: object = None, is_second_try: bool = False, **settings: Any) -> Any:
     config = SimpleNamespace(name="MoE-tiny")
     return SimpleNamespace(
         settings=Settings(out_dir=out_dir, **settings),
         data_dir=None,
         config=config,
         resume=resume,
+        is_second_try=is_second_try,
         tokens_at=lambda step: step * 256,
     )
 
@@ -128,9 +129,10 @@ def test_the_checkpoints_that_the_settings_want_are_sent_with_what_they_reached(
     assert recorder.finished and recorder.rows == [{"loss": 3.0, "step": 4}]
 
 
-def test_the_id_of_a_run_is_kept_over_its_resumes_and_new_otherwise(tmp_path: Path) -> None:
+def test_the_id_of_a_run_is_kept_over_its_resumes_and_tries_and_new_otherwise(tmp_path: Path) -> None:
     first = run_id(a_run(tmp_path))
     assert run_id(a_run(tmp_path, resume=object())) == first
+    assert run_id(a_run(tmp_path, is_second_try=True)) == first
     assert run_id(a_run(tmp_path)) != first
     assert re.fullmatch(r"[0-9a-f]{8}", first)
     assert [path.name for path in tmp_path.iterdir()] == [".wandb_run_id"]

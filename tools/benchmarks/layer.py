@@ -48,6 +48,8 @@ class LayerBenchmark:
     """Words; only variants that contain one of them, beside stock and dense (default: all)."""
     hf_env: str = str(ROOT / ".hf_env")
     """Environment for Hugging Face's blocks; '' leaves them out."""
+    hf_python: str = ""
+    """Python that has Transformers 5, in place of --hf_env's (default: none)."""
     out: Path | None = None
     """JSON to write (default: in results/, named by the GPU)."""
 
@@ -77,7 +79,9 @@ def run(settings: LayerBenchmark) -> Path:
         raise ValueError("--tokens must be a multiple of 4")
     device = pick_device(settings.device, "auto")[0].type
     try:
-        python = layer_variants.make_hf_environment(Path(settings.hf_env)) if settings.hf_env else None
+        python = Path(settings.hf_python) if settings.hf_python else None
+        if python is None and settings.hf_env:
+            python = layer_variants.make_hf_environment(Path(settings.hf_env))
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"--hf_env {settings.hf_env}: {error}; --hf_env '' leaves them out") from None
     use_tf32(device)
@@ -100,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     """Return 0; 2 after a message when something is missing."""
     settings = parse(__doc__, LayerBenchmark, argv)
     if argv is None and sys.platform == "linux" and not ALLOCATOR.keys() <= os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+        # orig_argv: started by -m it is a module, whose path alone is no command
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
     return run_command(lambda: f"\nWritten to {run(settings)}")
 
 

@@ -1,58 +1,66 @@
-"""Check and measure everything that needs a GPU: the tests marked gpu, both benchmarks, a short real run.
+"""Check and measure on a GPU all that needs one, in ten minutes: what tells most comes first.
 
-Run: uv run python tools/benchmarks/measure_gpu.py     (with CUDA; not timed yet, perhaps half an hour)
+Run: uv run python tools/benchmarks/measure_gpu.py     (10 min with CUDA; --device cpu rehearses it in 3)
 
-The benchmarks' JSON lies in results/ with the GPU in its name, to be committed; so does this one's own, with
-each command, its seconds and its status. A failure does not keep the rest from being measured.
+The first minute tells whether training works and is right: compiled, eager and the CPU must agree. Then: a
+step that must not wait for the device, a short real run, steps of the shipped models with MFU, memory and a
+profile, layer and step beside stock LitGPT, Transformers and a dense model, generation, the tests marked gpu.
+
+Each part is a process that is ended at the end of its budget; the others go on after one that fails. Results
+are in the JSON as soon as they are known, all output in the .log beside it. Without an install `--wheels DIR`
+takes litgpt and what else this Python lacks from wheels (docs/results.md, "On a GPU").
 """
 
+# The standard library alone: what the others need may be in the wheels.
+import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, fail, run_script
-from litgpt_moe.files import write_json
-from tools.benchmarks.machine import ROOT, machine, results_path
+from tools.benchmarks.gpu_wheels import CannotInstall, make_environment
 
-MODELS = {"30m": "configs/moe_30m_debug.yaml", "200m": "configs/moe_200m.yaml"}
+MODULE = "tools.benchmarks.measure_gpu"
 
 
-def commands(out: Path) -> list[list[str]]:
-    """Return the commands, the quickest to fail first."""
-    train = results_path(str(ROOT / "tools/benchmarks/train.py"), "cuda")
-    steps = [
-        ["-m", "pytest", "-m", "gpu"],
-        ["tools/benchmarks/layer.py", "--tokens", "16384", "--rounds", "20"],
-    ]
-    for name, config in MODELS.items():
-        size = ["--micro_batch_size", "16", "--steps", "20"]
-        path = train.with_stem(f"{train.stem}_{name}")
-        steps.append(["tools/benchmarks/train.py", "--model_config", config, *size, "--out", str(path)])
-    demo = ["--model_config", "configs/demo_model.yaml", "--config", "configs/demo_train.yaml"]
-    steps.append(["run_train.py", *demo, "--out_dir", str(out / "demo")])
-    return steps
+def with_wheels(wheels: Path, minutes: float, argv: list[str]) -> int:
+    """Do all in a throw-away environment that has the wheels; return the exit status."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            python = make_environment(Path(folder), wheels)
+        except CannotInstall as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        left = minutes - (time.monotonic() - began) / 60
+        # this Python's own packages, not the wheels, are Transformers'
+        flags = ["--minutes", f"{left:.2f}"]
+        if importlib.util.find_spec("transformers"):
+            flags += ["--hf_python", sys.executable]
+        root = Path(__file__).parents[2]
+        return subprocess.run([str(python), "-m", MODULE, *argv, *flags], cwd=root, check=False).returncode
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return 0; 1 if a command failed; 2 without a GPU."""
-    FlagParser(description=__doc__).parse_args(argv)
-    import torch
+    """Return 0; 1 if a part failed or was ended; 2 for bad settings or without a GPU."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--wheels", type=Path)
+    first.add_argument("--minutes", type=float, default=10.0)
+    own, others = first.parse_known_args(argv)
+    if own.wheels is not None:
+        return with_wheels(own.wheels.resolve(), own.minutes, [_whole(word) for word in others])
+    from tools.benchmarks.gpu_run import main as run_parts  # needs the packages
 
-    if not torch.cuda.is_available():
-        return fail("this torch sees no CUDA device; tools/env_sanity_check.py says more", 2)
-    done = []
-    with tempfile.TemporaryDirectory() as folder:
-        for command in commands(Path(folder)):
-            print("\n>", *command, flush=True)
-            started = time.perf_counter()
-            status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
-            seconds = round(time.perf_counter() - started, 1)
-            done.append({"command": command, "status": status, "seconds": seconds})
-            write_json(results_path(__file__, "cuda"), {"machine": machine(), "commands": done})
-    return int(any(entry["status"] for entry in done))
+    return run_parts(argv, __doc__)
+
+
+def _whole(word: str) -> str:
+    """Return a path that holds in another folder; other words as they are."""
+    return str(Path(word).resolve()) if word.endswith(".json") else word
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(main))
+    raise SystemExit(main())

@@ -59,6 +59,7 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
     import torch
 
     from litgpt_moe.config import MoEConfig
+    from litgpt_moe.files import write_json
     from litgpt_moe.hardware import peak_flops, peak_memory_gb, pick_device, will_compile
     from tools.benchmarks.train_contestants import contestants, make_run, share_of_parts, step_times
 
@@ -82,6 +83,12 @@ def compare(settings: TrainBenchmark, override: dict[str, Any], folder: Path) ->
                 torch.cuda.reset_peak_memory_stats()
             times[name] += step_times(fresh_run(name))
             memory[name] = round(peak_memory_gb(), 3)
+            if settings.out:  # what is known if the rest takes too long
+                medians = {kind: statistics.median(values) for kind, values in times.items() if values}
+                rates = {kind: round(run.tokens_per_step / seconds, 1) for kind, seconds in medians.items()}
+                write_json(
+                    settings.out, {"unfinished": True, "tokens_per_s": rates, "peak_memory_gb": memory}
+                )
     shares = {name: share_of_parts(fresh_run(name), settings.steps) for name in kinds}
     medians = {name: statistics.median(values) for name, values in times.items()}
     rates = {name: run.tokens_per_step / seconds for name, seconds in medians.items()}

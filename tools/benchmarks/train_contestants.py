@@ -171,8 +171,8 @@ def contestants(run: Run, dense: MoEConfig) -> dict[str, tuple[Train, MoEConfig]
     config = run.config
     kinds: dict[str, tuple[Train, MoEConfig]] = {
         "ours": (train_ours, config),
-        "stock": (train_stock, config),
         "dense": (train_with_litgpts_layers, dense),
+        "stock": (train_stock, config),
         "stock dense": (train_stock, dense),
     }
     device, dtype = pick_device("auto", "auto")[0], DTYPES[run.precision.replace("mixed", "true")]
