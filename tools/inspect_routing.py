@@ -56,7 +56,7 @@ def check(settings: InspectSettings, text: Path) -> None:
 def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     """Write both files; return the lines to print. Raises ValueError or OSError with one sentence."""
     from litgpt_moe.checkpoints.layout import find_checkpoint
-    from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, verify_checkpoint
+    from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, processor_of, verify_checkpoint
     from litgpt_moe.hardware import pick_device
     from litgpt_moe.routing import inspect, table
     from litgpt_moe.routing_figure import draw
@@ -65,7 +65,7 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
     device, dtype = pick_device(settings.device, settings.precision)
     folder = find_checkpoint(checkpoint)
     verify_checkpoint(folder)
-    processor, corpus = load_tokenizer(folder).processor, text_corpus([text], folder)
+    processor, corpus = processor_of(load_tokenizer(folder)), text_corpus([text], folder)
     model = load_model(folder, device, dtype)
     ids = corpus.read(0, min(settings.max_tokens, corpus.n_tokens))
     try:
