@@ -124,7 +124,7 @@ def test_experts_without_tokens_ties_and_large_tiles_are_exact(
     check_against_stock(device, dtype, n_tokens, special, **config)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_more_than_65535_tiles_are_exact(device: str) -> None:
     # of 33,000 experts with no, one or two rows, and two tiles of outputs; minutes in the interpreter
     n_expert, n_out, n_in = 33_000, 65, 4

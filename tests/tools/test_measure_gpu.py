@@ -135,7 +135,7 @@ def test_without_a_gpu_it_is_one_sentence(capsys: pytest.CaptureFixture[str]) ->
     assert "--only 'chekc': choose of imports, check, sync" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_rehearsal_runs_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", str(os.cpu_count()))
     out = tmp_path / "rehearsal.json"
