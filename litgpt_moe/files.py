@@ -44,6 +44,8 @@ def no_room(folder: Path, needed: int) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
+    if not path.is_file():  # to read a pipe would wait for ever
+        raise FileNotFoundError(errno.ENOENT, "no ordinary file there", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -13,7 +13,15 @@ from tqdm import tqdm
 
 from litgpt_moe.data.forms import FORMS, OLD_FORMS, text_in
 from litgpt_moe.data.settings import SPLITS
-from litgpt_moe.files import check_inside, fits, is_outside, read_json, sha256_file, write_json
+from litgpt_moe.files import (
+    check_inside,
+    check_no_links,
+    fits,
+    is_outside,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -84,6 +92,9 @@ def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
 def check_own(data_dir: Path) -> None:
     """Raise ValueError if the folder has a manifest.json of another program, which would be overwritten."""
     path, content = data_dir / MANIFEST, None
+    if not path.is_file():
+        check_no_links(path)  # to read a pipe would wait for ever
+        return
     # a damaged one is written again
     with contextlib.suppress(ValueError, OSError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))

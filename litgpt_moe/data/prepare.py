@@ -48,7 +48,7 @@ from litgpt_moe.data.shards import check_memory_limit, check_stories, clean, wri
 from litgpt_moe.data.text import FileReader
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer, find_tokenizer
-from litgpt_moe.files import check_no_links, read_json, write_json
+from litgpt_moe.files import check_no_links, is_link, read_json, write_json
 from litgpt_moe.locks import locked_folder
 
 OPTIONS = (
@@ -93,9 +93,10 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
         try:
             return _prepare(settings, wait)
         finally:
-            for split in SPLITS:
+            for folder in (settings.data_dir / split for split in SPLITS):
                 with contextlib.suppress(OSError):
-                    (settings.data_dir / split / split).rmdir()  # fails unless it is empty
+                    if not is_link(folder):  # behind it are somebody else's
+                        (folder / folder.name).rmdir()  # fails unless it is empty
 
 
 def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
@@ -164,8 +165,10 @@ def _place_tokenizer(settings: PrepareSettings) -> PrepareSettings:
     if settings.tokenizer or (
         is_default and settings.train_tokenizer and (settings.paths or is_hub_name(settings.dataset))
     ):
+        check_no_links(inside)
         return replace(settings, tokenizer_dir=inside)
     if settings.train_tokenizer is None and not is_default and is_foreign(folder):
+        check_no_links(inside)
         return replace(settings, tokenizer_dir=inside, tokenizer=str(folder))
     return settings
 
