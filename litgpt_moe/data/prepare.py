@@ -204,6 +204,7 @@ def _input_record(settings: PrepareSettings, inputs: Inputs, readers: list[FileR
         "paths": [relative_name(path, settings.data_dir) for path in settings.paths],
         "n_files": len(readers),
         "columns": sorted({reader.column for reader in readers if reader.column}),
+        "links": [Path(name).name for name in inputs.links],
         "skipped_files": {reason: len(names) for reason, names in inputs.skipped.items()},
         "skipped_rows": dict(rows),
     }
