@@ -94,8 +94,8 @@ class TokenStream:
             self._check_size(index)
 
     def _check_size(self, index: int) -> None:
-        # To touch what is gone would end the process with SIGBUS. size() asks for that of the open file, which
-        # stays as it is when a new preparation deletes the shard.
+        # To touch what is gone would end the process with SIGBUS. size() asks for that of the open file,
+        # which stays as it is when a new preparation deletes the shard.
         if self._maps[index].size() < self._shards[index].nbytes:
             raise OSError(f"{self._paths[index]}: cut short while it was read; {RUN_AGAIN}")
 

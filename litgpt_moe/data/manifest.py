@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,18 @@ def check_own(data_dir: Path) -> None:
         raise ValueError(
             f"{path}: not a file of prepare_data.py, which writes one of this name; move it away"
         )
+
+
+def special_tokens(splits: Manifest) -> str | None:
+    """Return a sentence on the special tokens that stand in the text itself, None without any."""
+    found = Counter[str]()
+    for entry in (shard for split in splits.values() for shard in split["shards"]):
+        special = entry.get("special")
+        if isinstance(special, dict) and all(type(n) is int for n in special.values()):
+            found.update(special)
+    counts = ", ".join(f"{token!r:.40} {n:,} times" for token, n in found.most_common(5))
+    way_out = "where that is not meant, take them out of the text"
+    return f"special tokens stand in the text, which get their ids: {counts}; {way_out}" if found else None
 
 
 def _is_whole(manifest: Manifest) -> bool:

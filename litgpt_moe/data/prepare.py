@@ -34,6 +34,7 @@ from litgpt_moe.data.manifest import (
     check_own,
     read_manifest,
     record_times,
+    special_tokens,
     text_forms,
 )
 from litgpt_moe.data.mix import folder_of, make_mix, open_parts, read_mix
@@ -120,6 +121,8 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     except BrokenExecutor as error:
         way_out = "free memory or raise its limit, or try fewer --workers"
         raise OSError(f"a worker process ended early (out of memory, or killed); {way_out}") from error
+    if sentence := special_tokens(splits):
+        note(f"{data_dir}: {sentence}")
     # for information only: another version makes no shard stale
     versions = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
     manifest = {

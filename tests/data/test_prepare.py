@@ -28,6 +28,20 @@ def test_shards_hold_every_story_once_between_bos_and_eos(settings: PrepareSetti
     assert read_manifest(settings.data_dir) == manifest
 
 
+def test_special_tokens_in_the_text_itself_are_counted(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(settings)
+    assert "special tokens" not in capsys.readouterr().err
+    stories = [f"{story} <s> hi </s> and </s> <unk>" for story in make_text(200)]
+    write_text(settings.data_dir / "train" / "a.txt", stories)
+    prepare(settings)
+    words = "text: special tokens stand in the text, which get their ids: '</s>' 400 times, '<s>' 200 times; "
+    assert words in capsys.readouterr().err
+    ids = TokenStream(settings.data_dir, "train")
+    assert (ids.read(0, len(ids)) == 2).sum() == 600
+
+
 def test_duplicates_are_dropped_within_and_across_splits(settings: PrepareSettings) -> None:
     stories = make_text(200)
     val = make_text(20, seed=1)
