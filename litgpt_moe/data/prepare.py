@@ -90,6 +90,7 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
         folder = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
         settings = replace(settings, tokenizer_dir=folder)
     check_own(settings.data_dir)
+    _check_folders(settings.data_dir)
     with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
         try:
             return _prepare(settings, wait)
@@ -147,6 +148,13 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
 
 def _written_folders(data_dir: Path) -> list[Path]:
     return [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
+
+
+def _check_folders(data_dir: Path) -> None:
+    """Raise ValueError if a file has the name of a folder of text or of shards."""
+    for folder in _written_folders(data_dir):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, where a folder belongs; move it elsewhere, or rename it")
 
 
 def _prepare_hub_parts(settings: PrepareSettings, wait: bool) -> None:

@@ -186,6 +186,23 @@ def test_a_folder_named_as_a_text_is_refused(
     assert status == 2 and f"{path}: not a file" in line
 
 
+@pytest.mark.parametrize("name", ["val", "train/train"])
+def test_a_file_named_as_a_folder_is_refused(
+    settings: PrepareSettings, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (settings.data_dir / "val/b.txt").unlink()
+    (settings.data_dir / "val").rmdir()
+    (settings.data_dir / name).touch()
+    flags = ("--data_dir", settings.data_dir, "--tokenizer_dir", settings.tokenizer_dir)
+    status, line = error_of(capsys, *flags)
+    assert status == 2 and f"{settings.data_dir / name} is a file, where a folder belongs" in line
+
+
+def test_a_share_for_validation_below_every_corpus_is_refused(settings: PrepareSettings) -> None:
+    with pytest.raises(ValueError, match=r"val_fraction is 1e-320; choose a number from 1e-9 to 0\.5"):
+        prepare(dataclasses.replace(settings, val_fraction=1e-320))
+
+
 def test_a_tokenizer_dir_that_is_a_file_is_refused(
     settings: PrepareSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
