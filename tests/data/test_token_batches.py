@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import sys
 from itertools import islice
 
 import numpy as np
@@ -45,6 +46,7 @@ def test_the_stream_reads_across_shards(settings: PrepareSettings, monkeypatch: 
         stream.read(0, len(whole) + 1)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cuts no file that is mapped")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_shard_that_is_cut_short_while_it_is_read_is_named(
     settings: PrepareSettings, num_workers: int
