@@ -56,8 +56,8 @@ def settings_of(args: argparse.Namespace) -> PrepareSettings:
 
 def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float | None) -> str:
     """Return the counts, the places and the next command; `seconds` is None if nothing had to be made."""
-    from litgpt_moe.data.inputs import what_was_read
     from litgpt_moe.data.manifest import MANIFEST
+    from litgpt_moe.data.summary import what_was_read
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
     from litgpt_moe.yaml_files import read_mapping
 

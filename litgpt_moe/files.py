@@ -44,6 +44,8 @@ def no_room(folder: Path, needed: int) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
+    if not path.is_file():  # to read a pipe would wait for ever
+        raise FileNotFoundError(errno.ENOENT, "no ordinary file there", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -208,14 +210,23 @@ def put_in_place(
 
 
 def move_into(folder: Path, paths: list[Path]) -> None:
-    """Move files and folders of the same disk into `folder`, where a taken name gets a number."""
+    """Move files and folders of the same disk into `folder`, where a taken name gets a number.
+
+    ValueError if `folder` is a link: what it leads to is not ours to write.
+    """
     for path in paths:
+        check_no_links(folder)
         path.rename(free_name(folder / path.name))
+
+
+def is_link(path: Path) -> bool:
+    """Return whether a path is a symbolic link, or a junction of Windows."""
+    return path.is_symlink() or path.is_junction()
 
 
 def remove(path: Path) -> None:
     """Delete a folder, a file or a link if it exists and that is possible; a link is not followed."""
-    if path.is_dir() and not path.is_symlink() and not path.is_junction():
+    if path.is_dir() and not is_link(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
@@ -230,7 +241,7 @@ def open_no_link(path: str, flags: int) -> int:
 def check_no_links(*paths: Path) -> None:
     """Raise ValueError if one of these paths, which are to be written, leads elsewhere."""
     for path in paths:
-        if path.is_symlink() or path.is_junction():
+        if is_link(path):
             raise ValueError(
                 f"{path} is a link (to {path.readlink()}), which is not written through; delete it"
             )
@@ -254,7 +265,7 @@ def check_replaceable(path: Path, *endings: str, is_own: Callable[[Path], bool] 
 def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
     """Return `path` if it does not exist, else the first numbered name (`path.1`) that does not."""
     numbered = (path.with_name(f"{path.name}{separator}{n}") for n in itertools.count(start))
-    return next(name for name in itertools.chain([path], numbered) if not name.exists())
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def check_new_folder(out: Path, n_bytes: int) -> None:

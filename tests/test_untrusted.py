@@ -6,7 +6,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,119 @@ def test_shards_are_not_written_through_a_link(
     ]
     assert_refused(prepare_data.main(flags), capsys, f"{Path('d', name)} is a link")
     assert sorted(Path("elsewhere").rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["carried", "trained", "brought"])
+def test_a_tokenizer_is_not_written_through_a_link_in_the_data_directory(
+    workspace: Path, tiny_data: Path, tiny_tokenizer_dir: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "d", ignore=shutil.ignore_patterns("manifest.json", "tokenizer"))
+    Path("elsewhere").mkdir()
+    Path("d/tokenizer").symlink_to(Path("elsewhere").absolute())
+    flags = {
+        "carried": ["--data_dir", "d", "--tokenizer_dir", str(tiny_tokenizer_dir)],
+        "trained": ["text", "--data_dir", "d", "--train_tokenizer", "400"],
+        "brought": ["--data_dir", "d", "--tokenizer", str(tiny_tokenizer_dir)],
+    }
+    if kind == "trained":
+        Path("d/train").rename("text")
+        shutil.rmtree("text/train")
+        shutil.rmtree("d/val")
+    status = prepare_data.main([*flags[kind], "--workers", "1", "--separator", "."])
+    if kind == "carried":
+        assert status == 0 and "d/tokenizer is a link" in capsys.readouterr().err
+    else:
+        assert_refused(status, capsys, "d/tokenizer is a link")
+    assert not any(Path("elsewhere").iterdir())
+
+
+def test_no_folder_is_deleted_behind_a_link(
+    workspace: Path, tiny_data: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, "d")
+    Path("d/val").rename("elsewhere")
+    shutil.rmtree("elsewhere/val")
+    Path("elsewhere/val").mkdir()
+    Path("d/val").symlink_to(Path("elsewhere").absolute())
+    flags = ["--data_dir", "d", "--tokenizer_dir", str(tiny_tokenizer_dir), "--workers", "1"]
+    assert_refused(prepare_data.main([*flags, "--separator", "."]), capsys, "d/val is a link")
+    assert Path("elsewhere/val").is_dir()
+
+
+# --- pipes under the names of files -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def never_opened(path: Path) -> Iterator[None]:
+    """A pipe at `path`: the test fails if it is opened, which would wait for ever for somebody to write."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    opened = threading.Event()
+
+    def write() -> None:
+        with contextlib.suppress(OSError), path.open("wb"):  # waits for a reader
+            opened.set()
+
+    threading.Thread(target=write, daemon=True).start()
+    yield
+    assert not opened.is_set(), f"{path} was opened"
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # ends the thread
+
+
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+
+
+@needs_pipes
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lit_model.pth",
+        "model_config.yaml",
+        "tokenizer.json",
+        "checkpoint.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "train_config.yaml",
+        "tokenizer.model",
+        "config.json",
+    ],
+)
+@pytest.mark.parametrize("reader", CHECKPOINT_READERS)
+def test_no_pipe_in_a_checkpoint_is_opened(checkpoint: Path, reader: str, name: str) -> None:
+    with never_opened(checkpoint / name):
+        CHECKPOINT_READERS[reader](str(checkpoint))
+
+
+@needs_pipes
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "artifact.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/.copied_from.json",
+        "train/stories.txt",
+    ],
+)
+def test_no_pipe_in_a_data_directory_is_opened(
+    workspace: Path, tiny_data: Path, tiny_tokenizer_dir: Path, name: str
+) -> None:
+    shutil.copytree(tiny_data, "d")
+    path = Path("d", name)
+    path.parent.mkdir(exist_ok=True)
+    if path.name == "tokenizer.json":
+        mark = {"name": "x", "sha256": "0"}
+        path.with_name(".copied_from.json").write_text(json.dumps(mark), encoding="utf-8")
+    if path.suffix == ".txt":
+        manifest = json.loads(Path("d/manifest.json").read_text(encoding="utf-8"))
+        manifest["splits"]["train"]["text"][0]["size"] = 0
+        Path("d/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    flags = ["--data_dir", "d", "--workers", "1"]
+    with never_opened(path):
+        prepare_data.main([*flags, "--tokenizer_dir", str(tiny_tokenizer_dir)])
+        prepare_data.main([*flags, "--tokenizer", str(tiny_tokenizer_dir)])
+        run_train.main([*TRAIN, "--data.train_data_path", "d/train", "--max_steps", "1"])
+        wandb_dataset.main(["verify", "--data_dir", "d"])
 
 
 # --- data directories ---------------------------------------------------------------------------------------

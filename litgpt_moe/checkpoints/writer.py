@@ -3,14 +3,13 @@
 import contextlib
 import errno
 import functools
-import hashlib
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -32,10 +31,12 @@ from litgpt_moe.checkpoints.layout import (
     write_record,
 )
 from litgpt_moe.checkpoints.state import non_finite, tensor_bytes
+from litgpt_moe.checkpoints.state_file import write_state
 from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files
 from litgpt_moe.files import (
     free_name,
     is_disk_full,
+    is_link,
     make_staging,
     move_into,
     new_folder,
@@ -193,39 +194,6 @@ class CheckpointWriter:
                 remove(doomed)
 
 
-class HashingFile:
-    """A binary file that computes the SHA-256 and counts the bytes written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.flush = file, file.flush
-        self.sha256, self.n_bytes = hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write `data`; keep an OSError in `error`, since torch.save turns it into "unexpected pos"."""
-        self.sha256.update(data)
-        self.n_bytes += memoryview(data).nbytes
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
-def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Write `state` to `path`, flushed to the disk; return its entry for checkpoint.json."""
-    with path.open("wb") as raw:
-        file = HashingFile(raw)
-        try:
-            # torch.save calls only write and flush
-            torch.save(state, cast(IO[bytes], file))
-        except RuntimeError as error:
-            raise file.error or error from None
-        raw.flush()
-        os.fsync(raw.fileno())
-    return {"bytes": file.n_bytes, "sha256": file.sha256.hexdigest()}
-
-
 def write_checkpoint(
     out: Path, weights: dict[str, torch.Tensor], config: Config, files: dict[str, bytes]
 ) -> None:
@@ -255,7 +223,7 @@ def tidy(out_dir: Path, start_step: int) -> None:
         if match := LEFT_OVER.fullmatch(path.name):
             target = out_dir / match["target"]
             # moved aside for a replacement, which may be missing
-            is_last = match["ending"] == "old" and not target.exists()
+            is_last = match["ending"] == "old" and not is_link(path) and not os.path.lexists(target)
             if is_last:
                 patient_rename(path, target)
             else:
@@ -271,8 +239,10 @@ def tidy(out_dir: Path, start_step: int) -> None:
 def foreign_files(folder: Path) -> list[Path]:
     """Return what is in a checkpoint's folder and not listed in its checkpoint.json.
 
-    Without a record that is nothing, or all if nothing in it is a checkpoint's.
+    Without a record that is nothing, or all if nothing in it is a checkpoint's. Behind a link nothing is.
     """
+    if is_link(folder):
+        return []
     if folder.is_dir() and not is_checkpoint(folder):
         return list(folder.iterdir())
     try:

@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import math
+import mmap
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ def outlive_stop_signals(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def map_file(path: Path) -> mmap.mmap:
+    """Return the content of a file, mapped into memory to be read."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class TokenStream:
     """The token ids of a split as one long array over its memory-mapped shards."""
 
@@ -47,8 +54,10 @@ class TokenStream:
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         shards = manifest["splits"][split]["shards"]
         allow_open_files(2 * len(shards))
-        # asarray: slicing a plain array over the same memory is several times as fast as slicing a memmap
-        self._shards = [np.asarray(np.memmap(data_dir / s["path"], dtype, mode="r")) for s in shards]
+        self._paths = [data_dir / shard["path"] for shard in shards]
+        self._maps = [map_file(path) for path in self._paths]
+        # slicing a plain array over the same memory is several times as fast as slicing a memmap
+        self._shards = [np.frombuffer(whole, dtype) for whole in self._maps]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
         self.vocab_size = manifest["tokenizer"]["vocab_size"]
         self.place, self._args = data_dir / split / split, (data_dir, split)
@@ -72,11 +81,23 @@ class TokenStream:
         index, filled = bisect.bisect_right(self._ends, start), 0
         while filled < len(ids):
             shard = self._shards[index]
+            self._check_size(index)
             offset = start + filled - (self._ends[index] - len(shard))
             part = shard[offset : offset + len(ids) - filled]
             ids[filled : filled + len(part)] = part
             filled += len(part)
             index += 1
+
+    def check_sizes(self) -> None:
+        """Raise OSError if a shard was cut short since it was opened."""
+        for index in range(len(self._maps)):
+            self._check_size(index)
+
+    def _check_size(self, index: int) -> None:
+        # To touch what is gone would end the process with SIGBUS. size() asks for that of the open file,
+        # which stays as it is when a new preparation deletes the shard.
+        if self._maps[index].size() < self._shards[index].nbytes:
+            raise OSError(f"{self._paths[index]}: cut short while it was read; {RUN_AGAIN}")
 
 
 @dataclass
@@ -121,7 +142,11 @@ class TokenBatches(Dataset[torch.Tensor]):
         # a DataLoader draws a seed; with its own generator the global random state stays as it is
         own = torch.Generator().manual_seed(0)
         options: dict[str, Any] = {"generator": own, "worker_init_fn": outlive_stop_signals}
-        return iter(DataLoader(self, None, sampler=plan, num_workers=self.num_workers, **options))
+        try:
+            yield from DataLoader(self, None, sampler=plan, num_workers=self.num_workers, **options)
+        except (OSError, RuntimeError):  # a worker's, with its traceback for a text
+            self.stream.check_sizes()
+            raise
 
     def _checked(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the batch; OSError if a token is not in the vocabulary, for which the model has no row."""

@@ -30,7 +30,8 @@ def download(
     from huggingface_hub import constants, errors, hf_hub_download  # likewise
 
     note(f"downloading {name} of {repo} to {folder}")
-    check_no_links(part := folder / ".litgpt_moe-download")  # kept for the next command to continue
+    part = folder / ".litgpt_moe-download"  # kept for the next command to continue
+    check_no_links(part, *part.rglob("*"))
     try:
         path = hf_hub_download(repo, name, repo_type=repo_type, local_dir=part, revision=revision)
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:

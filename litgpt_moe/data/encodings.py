@@ -1,6 +1,7 @@
 """Guesses the encoding or the format of a file that is not UTF-8 text, for the message about it."""
 
 import re
+import unicodedata
 
 FORMATS = {
     b"\x1f\x8b": "gzip",
@@ -63,13 +64,28 @@ def nul_problem(chunk: bytes) -> str | None:
         return "looks like UTF-32 text; save it as UTF-8"
     # of a character's two bytes the high one has few values
     n_even, n_odd = len(set(chunk[::2])), len(set(chunk[1::2]))
-    if 2 * min(n_even, n_odd) < 256:
-        return f"looks like UTF-16 text ({'BE' if n_even < n_odd else 'LE'}); save it as UTF-8"
+    order = "BE" if n_even < n_odd else "LE"
+    if 2 * min(n_even, n_odd) < 256 and _is_text(chunk.decode(f"utf-16-{order.lower()}", "ignore")):
+        return f"looks like UTF-16 text ({order}); save it as UTF-8"
     return f"{n_nuls:,} NUL bytes: not a text; remove it or replace it by UTF-8 text"
+
+
+def _is_text(text: str) -> bool:
+    """Return whether hardly any character is a control character, or none at all."""
+    n_odd = sum(unicodedata.category(char) in ("Cc", "Cn", "Co") and not char.isspace() for char in text)
+    return n_odd <= MAX_NULS * len(text)
+
+
+def _is_ebcdic(sample: bytes) -> bool:
+    """Return whether a sample is text in EBCDIC, whose space is 0x40 and whose letters lie above 0x80."""
+    words = re.findall(r"[A-Za-z ]", sample.decode("cp037"))
+    return sample.count(b" ") < 0.01 * len(sample) and len(words) > 0.8 * len(sample)
 
 
 def likely_encoding(sample: bytes) -> str | None:
     """Return the name of the encoding of text that is not UTF-8, None if it is none of the usual ones."""
+    if _is_ebcdic(sample):
+        return "EBCDIC"
     n_high = len(re.findall(rb"[\x80-\xff]", sample))
     is_western = n_high < 0.3 * len(re.findall(rb"[A-Za-z\x80-\xff]", sample))  # some accents
     for name, codec, frequent, least in [WESTERN] if is_western else ENCODINGS:

@@ -15,7 +15,7 @@ from litgpt_moe.data.download import MissingOnHub, download
 from litgpt_moe.data.sentencepiece_model import convert
 from litgpt_moe.data.settings import HUB_ID
 from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
-from litgpt_moe.files import make_staging, read_json, remove, write_json, write_whole
+from litgpt_moe.files import is_link, make_staging, read_json, remove, write_json, write_whole
 
 MARK = ".copied_from.json"  # beside a copy: the name of what was copied, and the digest of its tokenizer.json
 # what holds the vocabulary, in the order in which it is looked for
@@ -74,8 +74,8 @@ def bring_tokenizer(name: str, target: Path, stories: list[str], overwrite: bool
 def _copied_from(target: Path) -> str | None:
     """Return what the tokenizer in a folder was copied from; None if it is none of our copies."""
     with contextlib.suppress(OSError, ValueError):
-        mark = read_json(target / MARK)
-        if mark.get("sha256") == tokenizer_sha256((target / "tokenizer.json").read_bytes()):
+        mark, copy = read_json(target / MARK), target / "tokenizer.json"
+        if copy.is_file() and mark.get("sha256") == tokenizer_sha256(copy.read_bytes()):
             return str(mark.get("name"))
     return None
 
@@ -215,6 +215,9 @@ def carry_tokenizer(folder: Path, target: Path) -> None:
     """Copy the tokenizer that made the shards to `target`, unless a tokenizer of the user's own is there."""
     is_there = (target / "tokenizer.json").is_file()
     if folder.resolve() == target.resolve() or (is_there and _copied_from(target) is None):
+        return
+    if is_link(target):
+        note(f"{target} is a link, which is not written through: the tokenizer is not copied there")
         return
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     write_files(files, target, folder.name)

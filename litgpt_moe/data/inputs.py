@@ -10,7 +10,7 @@ from typing import Any
 from litgpt_moe.data.forms import FORMS, NAMED_FORMS, NO_TEXT, OLD_FORMS, Source, form_of, stem_of, text_in
 from litgpt_moe.data.settings import SPLITS
 from litgpt_moe.data.text import NOT_UTF8
-from litgpt_moe.files import read_json
+from litgpt_moe.files import is_outside, read_json
 
 MAX_NAMES = 5  # of files that are not read
 SMALL_BYTES = 1 << 16  # a file up to this size is looked into before anything is written
@@ -25,6 +25,8 @@ class Inputs:
     text: dict[str, list[Source]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     skipped: dict[str, list[str]] = field(default_factory=dict)
     """Reason -> names of files."""
+    links: dict[str, Path] = field(default_factory=dict)
+    """Name -> target of each link that leads out of the folder that was named, as to text on another disk."""
 
     def skip(self, reason: str, name: str) -> None:
         """Count a file that is not read."""
@@ -32,9 +34,18 @@ class Inputs:
 
     def sentences(self, place: object) -> list[str]:
         """Return a sentence for each reason for which files are not read."""
-        return [
+        lines = [
             f"{place}: {len(names)} not read: {some(names)}; {why}" for why, names in self.skipped.items()
         ]
+        if links := [f"{name} (to {target})" for name, target in self.links.items()]:
+            by = "a link that leads" if len(links) == 1 else "links that lead"
+            lines.append(f"{place}: {len(links)} read through {by} out of it: {some(links)}")
+        return lines
+
+    def note_link(self, path: Path, folder: Path) -> None:
+        """Keep in `links` a file that is read through a link out of `folder`."""
+        if path.is_symlink() and is_outside(path, folder):
+            self.links[path.relative_to(folder).as_posix()] = path.resolve()
 
 
 def some(names: list[str]) -> str:
@@ -59,6 +70,7 @@ def list_text(data_dir: Path, forms: tuple[str, ...] = FORMS) -> Inputs:
             raise ValueError(f"{source.path}: not a file; move it away, or put the text itself there")
         if _is_blank(source.path):
             raise ValueError(f"{source.path}: empty; put text into it or remove it")
+        found.note_link(source.path, data_dir)
     if (train / "demo.json").is_file() and len(found.text["train"]) > 1:
         mixed = f"{train}: the demo corpus (demo.txt, demo.json) is beside other text"
         raise ValueError(f"{mixed}; remove those two files, or use another --data_dir")
@@ -103,7 +115,8 @@ def list_paths(paths: list[Path], data_dir: Path) -> Inputs:
             _add(found, "train", path, data_dir, seen, path.name)
         elif path.is_dir():
             for split, file in _files_in(path, data_dir, found):
-                _add(found, split, file, data_dir, seen, file.relative_to(path).as_posix())
+                if _add(found, split, file, data_dir, seen, file.relative_to(path).as_posix()):
+                    found.note_link(file, path)
         else:
             raise ValueError(f"{path}: not a file or folder; save what it sends in a file first")
     if not found.text["train"]:
@@ -159,13 +172,15 @@ def _walk(folder: Path, data_dir: Path, found: Inputs) -> Iterator[Path]:
         yield from (parent / name for name in sorted(files) if name not in hidden)
 
 
-def _add(found: Inputs, split: str, path: Path, data_dir: Path, seen: set[Path], name: str) -> None:
+def _add(found: Inputs, split: str, path: Path, data_dir: Path, seen: set[Path], name: str) -> bool:
+    """Take a file up, or count it as skipped; return whether it is taken."""
     _check_name(path)
     if reason := _why_not(path, seen):
         found.skip(reason, name)
-        return
+        return False
     seen.add(path.resolve())
     found.text[split].append(source_of(path, data_dir, is_own=False))
+    return True
 
 
 def _why_not(path: Path, seen: set[Path]) -> str:
@@ -265,21 +280,3 @@ def refuse_other_text(data_dir: Path, dataset: str, own: dict[str, str]) -> None
             f"{other}: other text is there already; give --dataset {dataset} a folder of its own "
             "with --data_dir, or leave --dataset out to use that text"
         )
-
-
-def what_was_read(manifest: dict[str, Any]) -> list[str]:
-    """Return the lines on the files of text and on what was skipped; [] for data of an earlier version."""
-    record = manifest.get("input")
-    if not record:
-        line = "mix    {folder}: weight {weight:.3g}, {n_drawn:,} of {n_tokens:,} tokens, {passes:.2f} passes"
-        return [line.format(**entry) for entry in manifest.get("mix", ())]
-    parts = manifest["splits"].values()
-    n_bytes = sum(entry["size"] for part in parts for key in ("text", "read") for entry in part.get(key, ()))
-    columns = "".join(f", column {column}" for column in record["columns"])
-    n_stories = sum(part["n_stories"] + part["n_duplicates"] for part in parts)
-    lines = [f"read   {record['n_files']:,} files, {n_bytes:,} bytes, {n_stories:,} stories{columns}"]
-    for kind in ("files", "rows"):
-        if skipped := record[f"skipped_{kind}"]:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-            lines.append(f"skip   {sum(skipped.values()):,} {kind}: {reasons}")
-    return lines

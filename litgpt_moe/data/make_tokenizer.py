@@ -50,7 +50,8 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, text: list[Sourc
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<unk>", "<s>", "</s>", *BYTE_PIECES],
-        limit_alphabet=max(64, (vocab_size - 259) // 4),
+        # a quarter of what the special and the byte pieces leave, but no more than that
+        limit_alphabet=min(vocab_size - 259, max(64, (vocab_size - 259) // 4)),
         show_progress=False,
     )
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:

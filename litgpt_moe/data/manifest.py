@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from tqdm import tqdm
 
 from litgpt_moe.data.forms import FORMS, OLD_FORMS, text_in
 from litgpt_moe.data.settings import SPLITS
-from litgpt_moe.files import check_inside, fits, is_outside, read_json, sha256_file, write_json
+from litgpt_moe.files import (
+    check_inside,
+    check_no_links,
+    fits,
+    is_outside,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -87,6 +96,9 @@ def read_manifest(data_dir: Path, check_shards: bool = True) -> Manifest:
 def check_own(data_dir: Path) -> None:
     """Raise ValueError if the folder has a manifest.json of another program, which would be overwritten."""
     path, content = data_dir / MANIFEST, None
+    if not path.is_file():
+        check_no_links(path)  # to read a pipe would wait for ever
+        return
     # a damaged one is written again
     with contextlib.suppress(ValueError, OSError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -94,6 +106,18 @@ def check_own(data_dir: Path) -> None:
         raise ValueError(
             f"{path}: not a file of prepare_data.py, which writes one of this name; move it away"
         )
+
+
+def special_tokens(splits: Manifest) -> str | None:
+    """Return a sentence on the special tokens that stand in the text itself, None without any."""
+    found = Counter[str]()
+    for entry in (shard for split in splits.values() for shard in split["shards"]):
+        special = entry.get("special")
+        if isinstance(special, dict) and all(type(n) is int for n in special.values()):
+            found.update(special)
+    counts = ", ".join(f"{token!r:.40} {n:,} times" for token, n in found.most_common(5))
+    way_out = "where that is not meant, take them out of the text"
+    return f"special tokens stand in the text, which get their ids: {counts}; {way_out}" if found else None
 
 
 def _is_whole(manifest: Manifest) -> bool:
@@ -114,7 +138,7 @@ def _has_whole_input(manifest: Manifest) -> bool:
         return False
     counts = [*record["skipped_files"].values(), *record["skipped_rows"].values()]
     read = [manifest["splits"][split].get("read", []) for split in SPLITS]  # a W&B artifact has none
-    return fits(counts, [0]) and fits(read, [[TEXT_FORM]])
+    return fits(counts, [0]) and fits(read, [[TEXT_FORM]]) and fits(record.get("links", []), [str])
 
 
 def _check_sizes(data_dir: Path, manifest: Manifest) -> None:

@@ -34,6 +34,7 @@ from litgpt_moe.data.manifest import (
     check_own,
     read_manifest,
     record_times,
+    special_tokens,
     text_forms,
 )
 from litgpt_moe.data.mix import folder_of, make_mix, open_parts, read_mix
@@ -48,7 +49,7 @@ from litgpt_moe.data.shards import check_memory_limit, check_stories, clean, wri
 from litgpt_moe.data.text import FileReader
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer, find_tokenizer
-from litgpt_moe.files import check_no_links, read_json, write_json
+from litgpt_moe.files import check_no_links, is_link, read_json, write_json
 from litgpt_moe.locks import locked_folder
 
 OPTIONS = (
@@ -89,13 +90,15 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
         folder = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
         settings = replace(settings, tokenizer_dir=folder)
     check_own(settings.data_dir)
+    _check_folders(settings.data_dir)
     with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
         try:
             return _prepare(settings, wait)
         finally:
-            for split in SPLITS:
+            for folder in (settings.data_dir / split for split in SPLITS):
                 with contextlib.suppress(OSError):
-                    (settings.data_dir / split / split).rmdir()  # fails unless it is empty
+                    if not is_link(folder):  # behind it are somebody else's
+                        (folder / folder.name).rmdir()  # fails unless it is empty
 
 
 def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
@@ -119,6 +122,8 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     except BrokenExecutor as error:
         way_out = "free memory or raise its limit, or try fewer --workers"
         raise OSError(f"a worker process ended early (out of memory, or killed); {way_out}") from error
+    if sentence := special_tokens(splits):
+        note(f"{data_dir}: {sentence}")
     # for information only: another version makes no shard stale
     versions = {name: importlib.metadata.version(name) for name in ("litgpt", "tokenizers")}
     manifest = {
@@ -145,6 +150,13 @@ def _written_folders(data_dir: Path) -> list[Path]:
     return [data_dir / folder for split in SPLITS for folder in (split, f"{split}/{split}")]
 
 
+def _check_folders(data_dir: Path) -> None:
+    """Raise ValueError if a file has the name of a folder of text or of shards."""
+    for folder in _written_folders(data_dir):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, where a folder belongs; move it elsewhere, or rename it")
+
+
 def _prepare_hub_parts(settings: PrepareSettings, wait: bool) -> None:
     """Prepare the data sets of the hub that a mix names, with the tokenizer of its other sources."""
     folders = {name: folder_of(name) for name in read_mix(list(settings.mix))}
@@ -164,8 +176,10 @@ def _place_tokenizer(settings: PrepareSettings) -> PrepareSettings:
     if settings.tokenizer or (
         is_default and settings.train_tokenizer and (settings.paths or is_hub_name(settings.dataset))
     ):
+        check_no_links(inside)
         return replace(settings, tokenizer_dir=inside)
     if settings.train_tokenizer is None and not is_default and is_foreign(folder):
+        check_no_links(inside)
         return replace(settings, tokenizer_dir=inside, tokenizer=str(folder))
     return settings
 
@@ -201,6 +215,7 @@ def _input_record(settings: PrepareSettings, inputs: Inputs, readers: list[FileR
         "paths": [relative_name(path, settings.data_dir) for path in settings.paths],
         "n_files": len(readers),
         "columns": sorted({reader.column for reader in readers if reader.column}),
+        "links": [Path(name).name for name in inputs.links],
         "skipped_files": {reason: len(names) for reason, names in inputs.skipped.items()},
         "skipped_rows": dict(rows),
     }

@@ -103,7 +103,7 @@ def check_settings(settings: PrepareSettings) -> None:
         ("subset", s.subset is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
         ("split", s.split is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
         ("on_bad_utf8", s.on_bad_utf8 in ("replace", "refuse"), "one of replace, refuse"),
-        ("val_fraction", 0 < s.val_fraction <= 0.5, "a number above 0, at most 0.5"),
+        ("val_fraction", 1e-9 <= s.val_fraction <= 0.5, "a number from 1e-9 to 0.5"),
         ("train_tokenizer", vocab is None or vocab >= MIN_VOCAB, f"{MIN_VOCAB} pieces or more"),
         ("workers", s.workers >= 0, "0 (one per core) or more"),
         ("demo_stories", s.demo_stories >= 2, "2 or more"),

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +49,16 @@ encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many
 def write_shard(data_dir: Path, name: str, stories: list[bytes], facts: TokenizerFacts) -> Entry:
     """Write a shard whole, and its entry to a journal file beside it; return the entry."""
     encoder = encoder_of(facts)
-    sha256, size = hashlib.sha256(), 0
+    sha256, size, special = hashlib.sha256(), 0, Counter[str]()
     with open_whole(data_dir / name) as file:
         for some in itertools.batched(stories, STORIES_PER_WRITE):
             data = b"".join(encoder.pack([story.decode("utf-8") for story in some]))
             sha256.update(data)
+            special += encoder.special_in(data, len(some))
             size += file.write(data)
     entry = {"path": name, "n_tokens": size // facts.dtype.itemsize, "n_stories": len(stories)}
     entry |= {"n_bytes": sum(map(len, stories)), "sha256": sha256.hexdigest()}
+    entry |= {"special": dict(special)} if special else {}  # in the text itself, as "</s>"
     write_json((data_dir / name).with_suffix(".json"), entry)
     return entry
 

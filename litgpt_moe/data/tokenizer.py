@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ SPACE = "\u2581"  # how Llama's tokenizer writes a space
 LLAMA_NORMALIZER = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
 SPLIT_AT_SPACES = pre_tokenizers.Split(SPACE, "merged_with_next")
 BYTE_PIECES = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}  # LitGPT's decoder expects these ids
+UNKNOWN = ("<unk>", "[UNK]")  # the usual names of what stands for characters that a vocabulary lacks
 NOT_PLAIN_BPE = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 # the parts of a text ("pre-tokens") that Llama's BPE encodes independently of each other:
 # a word with the spaces before it, spaces that no word follows, or a newline
@@ -201,6 +203,11 @@ class StoryEncoder:
             raise ValueError(f"{self._path}: replaced while it was in use; run again when it stays as it is")
         self._tokenizer = load_for_encoding(content, self._path)
         self.pieces = PieceCache(facts, self._tokenizer) if facts.piece else None
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        unknown = (getattr(self._tokenizer.model, "unk_token", None), *UNKNOWN)  # stands for other characters
+        self._special = {i: t.content for i, t in added if t.special and t.content not in unknown}
+        # those that every story gets at its ends
+        self._own_special = Counter(i for i in self.encode("a").tolist() if i in self._special)
 
     def encode(self, text: str) -> np.ndarray[Any, Any]:
         """Return the ids of one text, BOS first and EOS last."""
@@ -212,6 +219,14 @@ class StoryEncoder:
             return [self._pack_pieces(story, self.pieces) for story in stories]
         with as_value_error(self._path, "it fails on a story", "use another tokenizer"):
             return [self._close(encoding.ids) for encoding in self._tokenizer.encode_batch_fast(stories)]
+
+    def special_in(self, packed: bytes, n_stories: int) -> Counter[str]:
+        """Return how often each special token stands in the text of stories that `pack` has packed."""
+        ids = np.frombuffer(packed, self.facts.dtype)
+        found, counts = np.unique(ids[np.isin(ids, list(self._special))], return_counts=True)
+        extra = Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+        extra.subtract({i: n * n_stories for i, n in self._own_special.items()})
+        return Counter({self._special[i]: n for i, n in extra.items() if n > 0})
 
     def changed(self, stories: list[str]) -> str | None:
         """Return an example of text that does not come back as it was when decoded, None without one."""

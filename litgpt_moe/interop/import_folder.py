@@ -15,7 +15,7 @@ from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
 from litgpt_moe.checkpoints.writer import write_checkpoint
 from litgpt_moe.cli import first_line
 from litgpt_moe.config import model_facts
-from litgpt_moe.files import check_no_links, read_json
+from litgpt_moe.files import check_no_links, is_link, is_outside, read_json
 from litgpt_moe.interop.tokenizer_files import to_lit_tokenizer
 from litgpt_moe.interop.transformers import Weights, to_lit_config, to_lit_weights
 
@@ -74,9 +74,21 @@ def shard_names(folder: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
+def check_links(folder: Path, names: list[str]) -> None:
+    """Raise ValueError if one of these files is a link out of `folder`, which may lead to any file."""
+    place = folder.resolve()
+    # a snapshot in the hub's cache holds links only, to its blobs
+    allowed = [place, place.parent.parent / "blobs"] if place.parent.name == "snapshots" else [place]
+    for path in (folder / name for name in names):
+        if path.is_symlink() and all(is_link(of) or is_outside(path, of) for of in allowed):
+            target = path.readlink()
+            raise ValueError(f"{path} is a link out of its folder (to {target}); put the file itself there")
+
+
 def read_weights(folder: Path) -> Weights:
     """Return all weights in a folder. ValueError, in one sentence, if a file is missing or damaged."""
     weights: Weights = {}
+    check_links(folder, shard_names(folder))
     for name in tqdm(shard_names(folder), unit="file", desc="reading", disable=None):
         if not (folder / name).is_file():
             way_out = "get the whole folder again"
@@ -97,6 +109,7 @@ def import_folder(folder: Path, name: str, out: Path) -> tuple[str, bool]:
     """Write the checkpoint; return a line that describes it, and whether it has experts."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; name a folder that Transformers saved")
+    check_links(folder, ["config.json", SINGLE, INDEX, *TOKENIZER_FILES])
     try:
         files, n_pieces = to_lit_tokenizer(folder)
     except UnicodeEncodeError:

@@ -141,6 +141,8 @@ def read_yaml(path: Path, is_foreign: bool = False) -> Given:
                 )
             if key in (*CLASS_KEYS, *must_be_groups) and isinstance(value, dict):
                 flatten(f"{key}.", value)
+            elif isinstance(value, str) and "\0" in value:  # which no path may hold
+                raise ValueError(f"{path}: {key} is {value!r:.80}; a zero byte is in it, take it out")
             else:
                 given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, str(path))
 

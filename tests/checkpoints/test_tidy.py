@@ -11,15 +11,21 @@ from litgpt.model import GPT
 
 from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.checkpoints.state import non_finite, tensor_bytes, tensors_of
-from litgpt_moe.checkpoints.writer import delete_run, tidy, write_checkpoint
+from litgpt_moe.checkpoints.writer import delete_run, foreign_files, tidy, write_checkpoint
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import staging_for
+from litgpt_moe.files import put_in_place, staging_for
 
 pytestmark = pytest.mark.usefixtures("eager")
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def write_weights(folder: Path) -> None:
+    """A checkpoint with its record."""
+    model = GPT(MoEConfig(**TINY_CONFIG))
+    write_checkpoint(folder, model.state_dict(), model.config, {})
 
 
 # --- what a killed process leaves ---------------------------------------------------------------------------
@@ -46,6 +52,49 @@ def test_the_start_of_a_run_deletes_nothing_that_is_not_its_own(tmp_path: Path) 
     (tmp_path / ".final.tmp").symlink_to(".cache.tmp")
     tidy(tmp_path, start_step=0)
     assert names(tmp_path) == sorted(others)
+
+
+@pytest.mark.parametrize("is_final_there", [False, True])
+def test_a_link_under_a_name_of_ours_is_removed_and_its_folder_stays_as_it_is(
+    tmp_path: Path, is_final_there: bool
+) -> None:
+    (out := tmp_path / "out").mkdir()
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "thesis.txt").touch()
+    if is_final_there:
+        write_weights(out / "final")
+    for name in (".final.old", ".step-00000004.old", ".step-00000008.tmp"):
+        (out / name).symlink_to(mine)
+    tidy(out, start_step=4)
+    assert names(out) == ["final"] * is_final_there and names(mine) == ["thesis.txt"]
+
+
+def test_what_was_moved_aside_is_not_put_back_through_a_link(tmp_path: Path) -> None:
+    (out := tmp_path / "out").mkdir()
+    (mine := tmp_path / "mine").mkdir()
+    write_weights(out / ".final.old")
+    (out / ".final.old/notes.txt").touch()
+    (out / "final").symlink_to(mine)
+    with pytest.raises(ValueError, match="final is a link"):
+        tidy(out, start_step=0)
+    assert not names(mine) and "notes.txt" in names(out / ".final.old")
+
+
+def test_a_save_over_a_link_replaces_the_link_alone(tmp_path: Path) -> None:
+    write_weights(mine := tmp_path / "mine")
+    (mine / "notes.txt").touch()
+    before = names(mine)
+    (tmp_path / "final").symlink_to(mine)
+    (staging := tmp_path / "new").mkdir()
+    put_in_place(staging, tmp_path / "final", foreign_files)
+    assert names(mine) == before and not (tmp_path / "final").is_symlink() and not names(tmp_path / "final")
+
+
+def test_a_step_is_not_renamed_over_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "step-00000008").mkdir()
+    (tmp_path / "superseded-step-00000008").symlink_to("nowhere")
+    tidy(tmp_path, start_step=4)
+    assert names(tmp_path) == ["superseded-step-00000008", "superseded-step-00000008.1"]
 
 
 def test_steps_after_the_one_resumed_from_are_renamed_and_nothing_else(

@@ -124,6 +124,27 @@ def test_a_tree_is_read_and_what_is_not_is_counted(
     assert status == 2 and "data/corpus.v1: was prepared from" in line and "--data_dir" in line
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few users make links")
+@pytest.mark.parametrize("is_own", [True, False])
+def test_text_behind_a_link_out_of_its_folder_is_named(
+    tmp_path: Path, tiny_tokenizer_dir: Path, is_own: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    big = write_text(tmp_path / "elsewhere/big.txt", make_text(20))
+    folder = tmp_path / "own"
+    write_text(folder / "train/a.txt", make_text(20, seed=1))
+    (folder / "train/within.txt").symlink_to("a.txt" if is_own else write_text(folder / "b.txt", ["b"]))
+    (folder / "train/linked.txt").symlink_to(big)
+    import prepare_data
+
+    args = ["--data_dir", folder] if is_own else [folder, "--data_dir", tmp_path / "data"]
+    flags = ["--tokenizer_dir", tiny_tokenizer_dir, "--workers", "1", "--val_fraction", "0.2"]
+    assert prepare_data.main([str(arg) for arg in [*args, *flags]]) == 0
+    out, err = capsys.readouterr()
+    assert f"1 read through a link that leads out of it: train/linked.txt (to {big})" in err
+    assert "link   1 file read through a link out of its folder: linked.txt" in out
+    assert "within.txt" not in out + err
+
+
 def test_text_of_a_path_that_changed_is_read_again_and_that_went_leaves_the_shards(
     tmp_path: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,20 @@ def test_shards_hold_every_story_once_between_bos_and_eos(settings: PrepareSetti
     assert read_manifest(settings.data_dir) == manifest
 
 
+def test_special_tokens_in_the_text_itself_are_counted(
+    settings: PrepareSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(settings)
+    assert "special tokens" not in capsys.readouterr().err
+    stories = [f"{story} <s> hi </s> and </s> <unk>" for story in make_text(200)]
+    write_text(settings.data_dir / "train" / "a.txt", stories)
+    prepare(settings)
+    words = "text: special tokens stand in the text, which get their ids: '</s>' 400 times, '<s>' 200 times; "
+    assert words in capsys.readouterr().err
+    ids = TokenStream(settings.data_dir, "train")
+    assert (ids.read(0, len(ids)) == 2).sum() == 600
+
+
 def test_duplicates_are_dropped_within_and_across_splits(settings: PrepareSettings) -> None:
     stories = make_text(200)
     val = make_text(20, seed=1)
@@ -170,6 +184,23 @@ def test_a_folder_named_as_a_text_is_refused(
     path.mkdir()
     status, line = error_of(capsys, "--data_dir", settings.data_dir)
     assert status == 2 and f"{path}: not a file" in line
+
+
+@pytest.mark.parametrize("name", ["val", "train/train"])
+def test_a_file_named_as_a_folder_is_refused(
+    settings: PrepareSettings, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (settings.data_dir / "val/b.txt").unlink()
+    (settings.data_dir / "val").rmdir()
+    (settings.data_dir / name).touch()
+    flags = ("--data_dir", settings.data_dir, "--tokenizer_dir", settings.tokenizer_dir)
+    status, line = error_of(capsys, *flags)
+    assert status == 2 and f"{settings.data_dir / name} is a file, where a folder belongs" in line
+
+
+def test_a_share_for_validation_below_every_corpus_is_refused(settings: PrepareSettings) -> None:
+    with pytest.raises(ValueError, match=r"val_fraction is 1e-320; choose a number from 1e-9 to 0\.5"):
+        prepare(dataclasses.replace(settings, val_fraction=1e-320))
 
 
 def test_a_tokenizer_dir_that_is_a_file_is_refused(

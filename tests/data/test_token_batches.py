@@ -1,6 +1,9 @@
 """Batches of token ids: order, ranks, epochs, reading ahead."""
 
+import os
 import random
+import re
+import sys
 from itertools import islice
 
 import numpy as np
@@ -41,6 +44,33 @@ def test_the_stream_reads_across_shards(settings: PrepareSettings, monkeypatch: 
         assert ids.dtype == np.int64 and ids.tolist() == whole[start:stop].tolist()
     with pytest.raises(IndexError):
         stream.read(0, len(whole) + 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cuts no file that is mapped")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_cut_short_while_it_is_read_is_named(
+    settings: PrepareSettings, num_workers: int
+) -> None:
+    prepare(settings)
+    batches = TokenBatches(TokenStream(settings.data_dir, "train"), 2, 16, 0, num_workers=num_workers)
+    reading = iter(batches)
+    next(reading)
+    (shard,) = (settings.data_dir / "train/train").glob("*.bin")
+    os.truncate(shard, 100)  # to touch what is gone would end the process with SIGBUS
+    with pytest.raises(OSError, match=rf"^{re.escape(str(shard))}: cut short while .* run prepare_data.py"):
+        list(islice(reading, 9))
+
+
+def test_a_shard_that_is_deleted_while_it_is_read_can_be_read_on(settings: PrepareSettings) -> None:
+    prepare(settings)
+    stream = TokenStream(settings.data_dir, "train")
+    whole = stream.read(0, len(stream)).tolist()
+    for shard in (settings.data_dir / "train/train").glob("*.bin"):
+        try:
+            shard.unlink()
+        except PermissionError:  # Windows refuses
+            pytest.skip("this system keeps a file that is mapped")
+    assert stream.read(0, len(stream)).tolist() == whole
 
 
 def test_an_epoch_predicts_every_token_once_in_a_new_order() -> None:

@@ -47,6 +47,15 @@ def test_a_tokenizer_that_litgpt_would_trip_over_is_named(
         read_tokenizer_facts(folder)
 
 
+@pytest.mark.parametrize("vocab_size", [320, 330])
+def test_a_tokenizer_has_no_more_pieces_than_were_asked_for(tmp_path: Path, vocab_size: int) -> None:
+    letters = "".join(map(chr, range(0x4E00, 0x4F00)))  # more than a small vocabulary has room for
+    (path := tmp_path / "a.txt").write_text(f"{letters} and the rest {letters}", encoding="utf-8")
+    settings = PrepareSettings(tmp_path, tokenizer_dir=tmp_path / "tokenizer")
+    train_tokenizer(settings, vocab_size, [source_of(path, tmp_path)])
+    assert read_tokenizer_facts(tmp_path / "tokenizer").vocab_size == vocab_size
+
+
 def test_a_tokenizer_folder_without_bos_is_named(tiny_tokenizer_dir: Path, tmp_path: Path) -> None:
     folder = change_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")
     for name in ("tokenizer_config.json", "generation_config.json"):

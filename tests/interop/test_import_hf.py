@@ -45,6 +45,23 @@ def test_a_download_does_not_go_through_a_link(
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused_unless_it_is_the_hub_s_cache(
+    mixtral: SimpleNamespace, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(mixtral.out, tmp_path / "snapshots" / "0123"))
+    (tmp_path / "elsewhere").mkdir()
+    (folder / name).rename(tmp_path / "elsewhere" / name)
+    (folder / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert import_hf.main([str(folder), str(tmp_path / "new")]) == 2
+    assert f"{folder / name} is a link out of its folder" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "blobs")
+    (folder / name).unlink()
+    (folder / name).symlink_to(Path("../../blobs", name))
+    assert import_hf.main([str(folder), str(tmp_path / "new")]) == 0
+
+
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Llama", "Qwen3"])
 def test_a_folder_that_transformers_saved_is_imported_exactly(
     kind: str, tiny_tokenizer_dir: Path, tmp_path: Path

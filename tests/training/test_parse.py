@@ -1,5 +1,6 @@
 """Settings from YAML files, the environment and flags: which beats which, and which two files are taken."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,19 @@ def test_a_problem_names_the_place_that_its_value_came_from(
 def test_a_wrong_flag_is_told_in_one_sentence_that_names_it(flags: list[str], sentence: str) -> None:
     (told,) = refusal(*flags).splitlines()
     assert told.startswith(sentence)
+
+
+@pytest.mark.parametrize("key", ["out_dir", "model_config", "data.init_args.train_data_path"])
+def test_a_path_with_a_zero_byte_is_named_with_its_key(key: str) -> None:
+    *groups, name = key.split(".")
+    text = f'{name}: "a\\0b"'
+    for group in reversed(groups):
+        text = f"{group}: {{{text}}}"
+    Path("zero.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=rf"^zero\.yaml: {re.escape(key)} is 'a\\x00b'; a zero byte is in it"
+    ):
+        load_settings(["--config", "zero.yaml"])
 
 
 @pytest.mark.parametrize("text", ["train: [", "just text", "\x00", "seed: 1\nseed: 2\n"])
