@@ -52,7 +52,7 @@ def refused_arguments(key: str, spec: dict[str, Any], init_args: dict[str, Any])
         named = [word for word in re.findall(r"\w+", reason) if word in init_args][:1]
         about = [f"{key}.init_args.{name}" for name in named or init_args] or [f"{key}.class_path"]
         text = f"{key}: {spec['class_path']} does not take these init_args: {reason}"
-        raise BadClass(text, about) from None
+        raise BadClass(text, about) from error
 
 
 def check_class_key(key: str) -> None:

@@ -12,7 +12,6 @@ from litgpt_moe.hardware import has_cuda
 from litgpt_moe.training.class_path import find_class
 from litgpt_moe.training.settings import Settings
 
-
 # optimizers that the loop cannot drive, and why
 UNFIT_OPTIMIZERS = {
     torch.optim.SparseAdam: "for sparse gradients",

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from litgpt import args as litgpt_args
 
 from litgpt_moe.checkpoints.batch_sizes import BatchSizes

@@ -146,7 +146,7 @@ def test_a_problem_names_the_place_that_its_value_came_from(
         ),
         (
             ["--optimizer", "Muon", "--optimizer.ns_steps", "200"],
-            "train_config.yaml, --optimizer.ns_steps: optimizer: Muon does not take these init_args: Number of steps",
+            "train_config.yaml, --optimizer.ns_steps: optimizer: Muon does not take these init_args: Number",
         ),
         (["--optimizer.weight_decay", "1e30"], "--optimizer.weight_decay: optimizer: torch.optim.AdamW does"),
         (["max_tokens"], "'max_tokens' is not a flag; write --key value"),
