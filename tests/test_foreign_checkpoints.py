@@ -110,6 +110,23 @@ def test_a_tokenizer_s_file_that_holds_no_object_is_refused(
     assert_one_sentence(COMMANDS[command](checkpoint, text), capsys, "tokenizer")
 
 
+def test_a_prompt_longer_than_the_sliding_window_is_refused_before_it_is_shown(
+    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / "model_config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    window = {"sliding_window_size": 2, "sliding_window_indices": [1] * config["n_layer"]}
+    path.write_text(yaml.dump(config | window), encoding="utf-8")
+    prompt = "Tom had a red ball and a dog"
+    assert generate.main([f"--ckpt_dir={checkpoint}", f"--prompt={prompt}", "--max_tokens=3"]) == 2
+    out, err = capsys.readouterr()
+    assert "tokens but the model's sliding_window_size is 2; shorten it" in err and prompt not in out
+    told = tell_story(
+        load_model(checkpoint), load_tokenizer(checkpoint), prompt, 3, Sampling(temperature=0), seed=0
+    )
+    assert told.startswith("(none: the prompt has")  # training goes on
+
+
 def odd_weights() -> dict[str, dict]:
     values = torch.ones(2, 2)
     return {
