@@ -81,6 +81,21 @@ def test_muon_moves_the_hidden_matrices_and_resumes_exactly() -> None:
     state = torch.load("whole/final/lit_model.pth", weights_only=True)["optimizer"]["state"]
     kinds = [set(entry) for entry in state.values()]
     assert {"momentum_buffer"} in kinds and {"step", "exp_avg", "exp_avg_sq"} in kinds
+    assert_goes_on_exactly()
+
+
+def test_adafactor_resumes_exactly() -> None:
+    edit_yaml("train_config.yaml", "optimizer", {"class_path": "Adafactor", "init_args": {"lr": 0.01}})
+    assert run("--out_dir", "whole") == 0
+    state = torch.load("whole/final/lit_model.pth", weights_only=True)["optimizer"]["state"]
+    assert {frozenset(entry) for entry in state.values()} == {
+        frozenset({"step", "row_var", "col_var"}),
+        frozenset({"step", "variance"}),
+    }
+    assert_goes_on_exactly()
+
+
+def assert_goes_on_exactly() -> None:
     shutil.copytree("whole", "parts")
     for name in ("final", "step-00000008"):
         shutil.rmtree(Path("parts", name))
