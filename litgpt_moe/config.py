@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE
 
+from litgpt_moe.files import fits
 from litgpt_moe.yaml_files import read_mapping, typed
 from moe_layers import MoE
 
@@ -76,7 +78,9 @@ def _problems_in(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
-        lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
+        # an assertion of LitGPT without a message is told by its line
+        line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+        lines = str(error).splitlines()[:12] or [f"LitGPT refuses these values: {line}"]
         raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
 
 
@@ -140,7 +144,7 @@ def _nested_problems(config: Config) -> list[str]:
     """Return a sentence for each key that the mappings in a configuration lack, or that LitGPT ignores."""
     problems = []
     if config.latent_attention is not None:
-        lacks = [key for key in LATENT_KEYS if not isinstance(config.latent_attention.get(key), int)]
+        lacks = [key for key in LATENT_KEYS if not fits(config.latent_attention.get(key), 1)]
         if lacks:
             problems.append(
                 f"latent_attention lacks a whole number {lacks[0]}; it needs {', '.join(LATENT_KEYS)}"

@@ -60,6 +60,14 @@ def test_no_model_that_litgpt_knows_is_refused_for_its_attention() -> None:
     assert [problem for config in configs for problem in attention_problems(Config(**config))] == []
 
 
+def test_an_assertion_of_litgpt_without_a_message_is_told_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "model_config.yaml"
+    dense = {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "intermediate_size": 32, "n_expert_groups": 2}
+    path.write_text(yaml.dump({**TINY_CONFIG, **dense}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"LitGPT refuses these values: assert self\.n_topk_groups"):
+        MoEConfig.from_file(path)
+
+
 def test_all_bad_values_are_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "model_config.yaml"
     values = {**TINY_CONFIG, "n_expert_per_token": 9, "moe_intermediate_size": -1, "n_head": 3}

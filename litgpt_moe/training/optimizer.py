@@ -94,12 +94,15 @@ def try_step(settings: Settings, kind: type, init_args: dict[str, Any]) -> None:
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2, 2), (2,))]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    if has_cuda() and settings.accelerator != "cpu":
+    is_elsewhere = has_cuda() and settings.accelerator != "cpu"
+    if is_elsewhere:
         # for CUDA alone, and this is tried on the CPU
         init_args = {name: value for name, value in init_args.items() if name != "capturable"}
     optimizer = _make(settings, kind, init_args, *([weight] for weight in weights))
-    with torch.compiler.set_stance("force_eager"):
-        optimizer.step()
+    # those of bitsandbytes take steps on CUDA alone
+    if kind.__module__.startswith("torch.optim") or not is_elsewhere:
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
     for group in optimizer.param_groups:
         lr, decay = group.get("lr"), group.get("weight_decay")
         if isinstance(lr, int | float) and isinstance(decay, int | float) and lr * decay > 1:
