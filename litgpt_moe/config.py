@@ -1,6 +1,8 @@
 """The model's configuration: LitGPT's keys, checked together, and the facts that follow from them."""
 
 import contextlib
+import math
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT, LLaMAMoE
 
+from litgpt_moe.files import fits
 from litgpt_moe.yaml_files import read_mapping, typed
 from moe_layers import MoE
 
@@ -17,6 +20,10 @@ from moe_layers import MoE
 MAX_BLOCK_SIZE = 1 << 18
 # over all layers; building the module of each takes time
 MAX_EXPERTS = 20_000
+# the mappings in LitGPT's configuration, of which it ignores other keys
+ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
+ROPE_KEYS += ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
 @dataclass
@@ -71,7 +78,9 @@ def _problems_in(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AssertionError, ArithmeticError, RuntimeError, IndexError) as error:
-        lines = str(error).splitlines()[:12] or ["LitGPT refuses these values"]
+        # an assertion of LitGPT without a message is told by its line
+        line = traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+        lines = str(error).splitlines()[:12] or [f"LitGPT refuses these values: {line}"]
         raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
 
 
@@ -97,11 +106,53 @@ def config_problems(config: Config) -> list[str]:
         problems.append(f"n_query_groups is {groups}, which does not divide n_head {n_head}")
     if not 0.0 <= config.rotary_percentage <= 1.0:
         problems.append(f"rotary_percentage is {config.rotary_percentage}; choose 0.0 to 1.0")
+    problems += attention_problems(config)
     if config.mlp_class_name == "LLaMAMoE":
         problems += _expert_problems(config)
     elif config.n_expert or config.first_k_dense_replace is not None:
         way_out = "set mlp_class_name: LLaMAMoE or remove n_expert and first_k_dense_replace"
         problems.append(f"mlp_class_name is {config.mlp_class_name}, which has no experts; {way_out}")
+    return problems
+
+
+def attention_problems(config: Config) -> list[str]:
+    """Return a sentence for each value of the attention and the logits that LitGPT computes nonsense with."""
+    lowest = {"head_size": 1, "rope_base": 1, "rope_condense_ratio": 1, "attention_scores_scalar": 1}
+    lowest |= {"sliding_window_size": 1, "norm_eps": 0}
+    given = [(key, least, getattr(config, key)) for key, least in lowest.items()]
+    problems = [
+        f"{key} is {value}; choose {least} or more"
+        for key, least, value in given
+        if value is not None and not least <= value < math.inf
+    ]
+    for key in ("final_logit_softcapping", "attention_logit_softcapping", "rope_local_base_freq"):
+        value = getattr(config, key)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"{key} is {value}; choose a number above 0, or null for none")
+    for key in ("rope_indices", "sliding_window_indices"):
+        marks = getattr(config, key)
+        if marks is not None and (len(marks) < config.n_layer or not {0, 1}.issuperset(marks)):
+            problems.append(
+                f"{key} is {marks!s:.60}; give 0 or 1 for each of n_layer {config.n_layer} layers"
+            )
+    if config.rope_indices is not None and config.rope_local_base_freq is None:
+        problems.append("rope_indices are for two kinds of RoPE; set rope_local_base_freq, or remove them")
+    return problems + _nested_problems(config)
+
+
+def _nested_problems(config: Config) -> list[str]:
+    """Return a sentence for each key that the mappings in a configuration lack, or that LitGPT ignores."""
+    problems = []
+    if config.latent_attention is not None:
+        lacks = [key for key in LATENT_KEYS if not fits(config.latent_attention.get(key), 1)]
+        if lacks:
+            problems.append(
+                f"latent_attention lacks a whole number {lacks[0]}; it needs {', '.join(LATENT_KEYS)}"
+            )
+    for key, known in (("rope_adjustments", ROPE_KEYS), ("latent_attention", LATENT_KEYS)):
+        for name in getattr(config, key) or {}:
+            if name not in known:
+                problems.append(f"unknown key {key}.{name!s:.60}; LitGPT reads {', '.join(known)}")
     return problems
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY_CONFIG
-from litgpt.config import Config
+from litgpt.config import Config, configs
 from torch.utils.flop_counter import FlopCounterMode
 
-from litgpt_moe.config import ModelFacts, MoEConfig, meta_model, model_facts
+from litgpt_moe.config import ModelFacts, MoEConfig, attention_problems, meta_model, model_facts
 
 BAD_VALUES = {
     "n_expert_per_token": (8, "n_expert_per_token is 8 but n_expert is 4; choose 1 to 4"),
@@ -25,6 +25,22 @@ BAD_VALUES = {
     "n_layers": (2, "unknown key 'n_layers'; did you mean n_layer?"),
     "bias": ("perhaps", "bias is 'perhaps'; it must be true or false"),
     "norm_class_name": ("BatchNorm", "norm_class_name is 'BatchNorm'; it must be one of LayerNorm, RMSNorm"),
+    "final_logit_softcapping": (0.0, "final_logit_softcapping is 0.0; choose a number above 0, or null"),
+    "attention_logit_softcapping": (-1.0, "attention_logit_softcapping is -1.0; choose a number above 0"),
+    "attention_scores_scalar": (-4, "attention_scores_scalar is -4; choose 1 or more"),
+    "rope_base": (0, "rope_base is 0; choose 1 or more"),
+    "rope_condense_ratio": (0, "rope_condense_ratio is 0; choose 1 or more"),
+    "rope_local_base_freq": (0.0, "rope_local_base_freq is 0.0; choose a number above 0, or null"),
+    "norm_eps": (-1.0, "norm_eps is -1.0; choose 0 or more"),
+    "head_size": (0, "head_size is 0; choose 1 or more"),
+    "sliding_window_size": (0, "sliding_window_size is 0; choose 1 or more"),
+    "rope_indices": ([0, 5], "rope_indices is [0, 5]; give 0 or 1 for each of n_layer 2 layers"),
+    "sliding_window_indices": (
+        [1],
+        "sliding_window_indices is [1]; give 0 or 1 for each of n_layer 2 layers",
+    ),
+    "rope_adjustments": ({"factor": 2.0, "foo": 1}, "unknown key rope_adjustments.foo; LitGPT reads factor,"),
+    "latent_attention": ({"q_lora_rank": 4}, "latent_attention lacks a whole number kv_lora_rank; it needs"),
 }
 
 
@@ -37,6 +53,19 @@ def test_a_bad_value_is_named_with_file_key_and_way_out(key: str, tmp_path: Path
         MoEConfig.from_file(path)
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path))
+
+
+def test_no_model_that_litgpt_knows_is_refused_for_its_attention() -> None:
+    assert len(configs) > 100
+    assert [problem for config in configs for problem in attention_problems(Config(**config))] == []
+
+
+def test_an_assertion_of_litgpt_without_a_message_is_told_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "model_config.yaml"
+    dense = {"mlp_class_name": "LLaMAMLP", "n_expert": 0, "intermediate_size": 32, "n_expert_groups": 2}
+    path.write_text(yaml.dump({**TINY_CONFIG, **dense}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"LitGPT refuses these values: assert self\.n_topk_groups"):
+        MoEConfig.from_file(path)
 
 
 def test_all_bad_values_are_told_at_once(tmp_path: Path) -> None:

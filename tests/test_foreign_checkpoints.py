@@ -98,6 +98,61 @@ def test_a_token_that_is_no_text_is_refused(
     assert_one_sentence(COMMANDS[command](checkpoint, text), capsys)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("content", ["null", "1", '[""]', '"a"'])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_tokenizer_s_file_that_holds_no_object_is_refused(
+    name: str, content: str, command: str, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # LitGPT looks into the second file for what the first lacks
+    edit_json(checkpoint / "tokenizer_config.json", eos_token=...)
+    (checkpoint / name).write_text(content, encoding="utf-8")
+    assert_one_sentence(COMMANDS[command](checkpoint, text), capsys, "tokenizer")
+
+
+def test_a_prompt_longer_than_the_sliding_window_is_refused_before_it_is_shown(
+    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint / "model_config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    window = {"sliding_window_size": 2, "sliding_window_indices": [1] * config["n_layer"]}
+    path.write_text(yaml.dump(config | window), encoding="utf-8")
+    prompt = "Tom had a red ball and a dog"
+    assert generate.main([f"--ckpt_dir={checkpoint}", f"--prompt={prompt}", "--max_tokens=3"]) == 2
+    out, err = capsys.readouterr()
+    assert "tokens but the model's sliding_window_size is 2; shorten it" in err and prompt not in out
+    told = tell_story(
+        load_model(checkpoint), load_tokenizer(checkpoint), prompt, 3, Sampling(temperature=0), seed=0
+    )
+    assert told.startswith("(none: the prompt has")  # training goes on
+
+
+def odd_weights() -> dict[str, dict]:
+    values = torch.ones(2, 2)
+    return {
+        "number": {7: values},
+        "nested": {"a": torch.nested.nested_tensor([values, values])},
+        "sparse": {"a": values.to_sparse()},
+        "meta": {"a": values.to("meta")},
+        "quantized": {"a": torch.quantize_per_tensor(values, 0.1, 0, torch.qint8)},
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", ["generate", "inspect", "export"])
+@pytest.mark.parametrize("kind", odd_weights())
+@pytest.mark.parametrize("where", ["model", "optimizer"])
+def test_weights_that_are_no_plain_named_tensors_are_refused(
+    where: str, kind: str, command: str, checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if where == "optimizer" and kind == "number":
+        pytest.skip("torch numbers the weights of an optimizer")
+    state = torch.load(checkpoint / "lit_model.pth", weights_only=True)
+    state.setdefault(where, {}).update(odd_weights()[kind])
+    torch.save(state, checkpoint / "lit_model.pth")
+    assert_one_sentence(COMMANDS[command](checkpoint, text), capsys, "lit_model.pth")
+
+
 def test_a_tokenizer_without_a_class_is_used(checkpoint: Path, text: Path) -> None:
     edit_json(checkpoint / "tokenizer_config.json", tokenizer_class=...)  # as GPT-2's on the hub
     assert [COMMANDS[command](checkpoint, text) for command in ("generate", "export", "inspect")] == [0] * 3

@@ -11,18 +11,37 @@ from typing import Any
 
 from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
-from litgpt_moe.files import path_of_any_system
+from litgpt_moe.files import fits, path_of_any_system
 
 
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
     """Return the run's data directory, relative to where the run was started, else to the current folder."""
     init_args = settings["data"].get("init_args") or {}
-    train = path_of_any_system(init_args.get("train_data_path", f"{DEFAULT_DATA_DIR.as_posix()}/train"))
+    train = path_of_any_system(init_args.get("train_data_path") or f"{DEFAULT_DATA_DIR.as_posix()}/train")
     named = path_of_any_system(settings.get("dataset_dir") or str(train.parent))
     run_dir, out_dir = checkpoint_dir.resolve().parent, path_of_any_system(settings.get("out_dir") or "")
     is_relative = out_dir.parts and run_dir.parts[-len(out_dir.parts) :] == out_dir.parts
     start = run_dir.parents[len(out_dir.parts) - 1] if is_relative else Path()
     return start / named if (start / named).exists() else named
+
+
+def check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if a value of a checkpoint's settings that is read here is of a wrong type."""
+    from litgpt_moe.yaml_files import must_be, type_words
+
+    # a group stands before its keys
+    forms: dict[str, Any] = {"data": {}, "data.init_args": {}, "data.init_args.train_data_path": str}
+    forms |= {"data.init_args.seed": 0, "seed": 0, "dataset_dir": str, "out_dir": str}
+    forms |= {"train": {}, "train.max_seq_length": 1, "train.max_tokens": 1}
+    for key, form in forms.items():
+        value: Any = settings
+        for name in key.split("."):
+            value = value.get(name) if value else None
+        if value is not None and not fits(value, form):
+            words = type_words(form if isinstance(form, type) else type(form))
+            raise ValueError(f"{path}: {must_be(key, value, words)}")
+    if (settings.get("train") or {}).get("max_tokens") is None:
+        raise ValueError(f"{path}: train.max_tokens is missing; put it back")
 
 
 def show(run: Path, step: int, data_dir: Path | None) -> None:
@@ -36,7 +55,8 @@ def show(run: Path, step: int, data_dir: Path | None) -> None:
     from litgpt_moe.yaml_files import read_mapping
 
     checkpoint_dir = find_checkpoint(run)
-    settings = read_mapping(checkpoint_dir / SETTINGS_FILE)
+    settings = read_mapping(checkpoint_dir / SETTINGS_FILE, is_foreign=True)
+    check_settings(settings, checkpoint_dir / SETTINGS_FILE)
     data, train = settings.get("data") or {}, settings.get("train") or {}
     if (name := data.get("class_path")) != "prepare_data.TextShards":
         raise ValueError(f"{checkpoint_dir}: its data is {name}, not prepare_data.TextShards")

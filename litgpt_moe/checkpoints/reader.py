@@ -4,7 +4,6 @@ A foreign checkpoint cannot run code: its tensors are read with torch's `weights
 a safe loader without aliases, and everything else is JSON.
 """
 
-import contextlib
 import errno
 import os
 import pickle
@@ -31,7 +30,7 @@ from litgpt_moe.checkpoints.layout import (
     recorded_files,
     refuse_damage,
 )
-from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes
+from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes, tensors_of
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import is_outside, path_of_any_system, read_json, sha256_file
 from litgpt_moe.hardware import DTYPES
@@ -96,6 +95,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if odd := next((name for name, tensor in tensors_of(state) if not _is_plain(tensor)), None):
+            raise ValueError(f"its {odd:.80} is no plain tensor")
         # a small storage can be expanded to any size; factor 2: tied weights share one storage
         if tensor_bytes(state) > 2 * path.stat().st_size:
             raise ValueError("its tensors claim more values than it holds")
@@ -113,6 +114,12 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no checkpoint; give one that run_train.py or LitGPT wrote")
     return dict(dict.items(state))  # attributes of an OrderedDict may shadow its methods
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has values (on the device `meta` it has none), in rows and columns."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested
+    return is_dense and not tensor.is_meta and not tensor.is_quantized
 
 
 def _reason(error: Exception) -> str:
@@ -147,7 +154,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     """Return the model's state dict in `state`, the content of `path`; ValueError if it has none."""
     weights = state.get("model", state)
-    if isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in dict.values(weights)):
+    if isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in dict.items(weights)
+    ):
         return dict(dict.items(weights))
     raise ValueError(f"{path} holds no model weights; give a checkpoint that run_train.py or LitGPT wrote")
 
@@ -239,17 +248,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     way_out = "copy in the files of the tokenizer it was trained with"
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; {way_out}")
+    config = read_json(folder / "tokenizer_config.json")
     try:
         tokenizer = Tokenizer.__new__(Tokenizer)
-        # litgpt 0.5.13 reads tokenizer_class as the last thing, and GPT-2's folder has none
-        with contextlib.suppress(KeyError, TypeError):
+        try:
             tokenizer.__init__(folder)
+        except (KeyError, TypeError):
+            # litgpt 0.5.13 reads tokenizer_class for this as the last thing, and GPT-2's folder has none
+            if not hasattr(tokenizer, "apply_decoding_fix"):
+                raise
     # tokenizers raises plain Exception, LitGPT among others KeyError
     except Exception as error:
         raise ValueError(f"{folder}: its tokenizer files cannot be read ({error}); {way_out}") from error
     processor_of(tokenizer).no_truncation()  # which would cut a text
     processor_of(tokenizer).no_padding()
-    config = read_json(folder / "tokenizer_config.json")
     for name in ("bos", "eos"):
         number = getattr(tokenizer, f"{name}_id")
         is_none = number is None and config.get(f"{name}_token") is None

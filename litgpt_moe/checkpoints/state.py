@@ -112,9 +112,12 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
     torch's `load_state_dict` does not check, and the fused AdamW of torch 2.10 writes out of bounds.
     """
     for group in optimizer.param_groups:
-        kept = [set(optimizer.state[weight]) for weight in group["params"] if weight in optimizer.state]
-        if kept and (missing := set.union(*kept) - set.intersection(*kept)):
-            raise ValueError(f"optimizer.state has {min(missing)} for some weights of a group only")
+        has_state = [weight for weight in group["params"] if weight in optimizer.state]
+        # Adafactor keeps sums over rows and columns of a matrix, and all of a vector
+        for weights in ([w for w in has_state if w.ndim > 1], [w for w in has_state if w.ndim <= 1]):
+            kept = [set(optimizer.state[weight]) for weight in weights]
+            if kept and (missing := set.union(*kept) - set.intersection(*kept)):
+                raise ValueError(f"optimizer.state has {min(missing)} for some weights of a group only")
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
             shape = weight.shape if name in MOMENTS else torch.Size()

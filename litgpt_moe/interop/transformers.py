@@ -160,8 +160,10 @@ def _variants(source: dict[str, Any], family: Family) -> list[tuple[str, str]]:
 
 def _lit_values(source: dict[str, Any], family: Family) -> dict[str, Any]:
     values: dict[str, Any] = {ours: source.get(key) for ours, key in KEYS.items()}
-    values["n_query_groups"] = values["n_query_groups"] or values["n_head"]
-    values["head_size"] = values["head_size"] or values["n_embd"] // values["n_head"]
+    if values["n_query_groups"] is None:
+        values["n_query_groups"] = values["n_head"]
+    if values["head_size"] is None:
+        values["head_size"] = values["n_embd"] // values["n_head"]
     if odd := [key for key, value in values.items() if type(value) is not int]:
         raise ValueError(f"{odd[0]} is {values[odd[0]]!r}, not a whole number")
     values |= PLAIN | {"norm_eps": float(source["rms_norm_eps"]), "norm_qk": family.norm_qk}
@@ -176,8 +178,15 @@ def _lit_values(source: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _lit_rope(source: dict[str, Any], family: Family) -> dict[str, Any]:
-    rope = dict(source.get("rope_parameters") or source.get("rope_scaling") or {})
-    base = rope.pop("rope_theta", None) or source.get("rope_theta")
+    given = [source[key] for key in ("rope_parameters", "rope_scaling") if source.get(key)]
+    bases = [place["rope_theta"] for place in (*given, source) if place.get("rope_theta") is not None]
+    ropes = [{key: value for key, value in rope.items() if key != "rope_theta"} for rope in given] or [{}]
+    # the versions of Transformers differ in which of two they read
+    if ropes[0] != ropes[-1] and {rope.get("rope_type", "default") for rope in ropes} != {"default"}:
+        raise ValueError("rope_parameters and rope_scaling contradict each other")
+    if len(set(bases)) > 1:
+        raise ValueError(f"rope_theta is {' and '.join(map(str, bases))}")
+    rope, base = ropes[0], bases[0] if bases else None
     if base is None and family.model_type == "llama":
         base = 10000.0  # configurations of Llama 1 and 2 leave it out
     kind = rope.pop("rope_type", None) or rope.pop("type", "default")

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,30 @@ def build(key: str, spec: dict[str, Any], *args: Any) -> Any:
     """Return the object that `spec` describes, built from `args` and its init_args; or raise BadClass."""
     kind = find_class(key, spec)
     init_args = typed_arguments(key, kind, spec)
-    try:
+    with refused_arguments(key, spec, init_args):
         return kind(*args, **init_args)
-    except (ValueError, TypeError, ImportError) as error:
-        named = [word for word in re.findall(r"\w+", str(error)) if word in init_args][:1]
+
+
+@contextlib.contextmanager
+def refused_arguments(key: str, spec: dict[str, Any], init_args: dict[str, Any]) -> Iterator[None]:
+    """Turn what the class of `spec` raises on its `init_args` into BadClass, about the one that it names."""
+    try:
+        yield
+    # anybody's class may stand here, and torch's raise RuntimeError and AssertionError too
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        named = [word for word in re.findall(r"\w+", reason) if word in init_args][:1]
         about = [f"{key}.init_args.{name}" for name in named or init_args] or [f"{key}.class_path"]
-        text = f"{key}: {spec['class_path']} does not take these init_args: {error}"
-        raise BadClass(text, about) from None
+        text = f"{key}: {spec['class_path']} does not take these init_args: {reason}"
+        raise BadClass(text, about) from error
+
+
+def check_class_key(key: str) -> None:
+    """Raise ValueError if a dotted key stands beside class_path and init_args, where nothing reads it."""
+    group, _, name = key.partition(".")
+    if group in CLASS_KEYS and name.partition(".")[0] not in ("class_path", "init_args"):
+        near = difflib.get_close_matches(name, ("class_path", "init_args"), n=1) or [f"init_args.{name}"]
+        raise ValueError(f"unknown key {key}; did you mean {group}.{near[0]}?")
 
 
 def find_class(key: str, spec: dict[str, Any]) -> type:

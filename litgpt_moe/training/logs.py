@@ -82,7 +82,8 @@ class CsvLog:
     def _append(self) -> None:
         if any(folder.is_symlink() for folder in (self.path.parent, self.path.parent.parent)):
             raise OSError(errno.ELOOP, "its folder has become a link")
-        if not self.path.is_file():
+        # logrotate's copytruncate empties a file in its place
+        if not self.path.is_file() or not self.path.stat().st_size:
             if (n_lost := self.n_rows - len(self._waiting)) > 0:
                 note(f"Warning: {self.path} is gone, with {n_lost:,} rows; it begins anew")
                 # a checkpoint records how many rows to keep

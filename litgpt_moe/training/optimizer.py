@@ -8,8 +8,15 @@ from litgpt import GPT
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from litgpt_moe.hardware import has_cuda
 from litgpt_moe.training.class_path import find_class
 from litgpt_moe.training.settings import Settings
+
+# optimizers that the loop cannot drive, and why
+UNFIT_OPTIMIZERS = {
+    torch.optim.SparseAdam: "for sparse gradients",
+    torch.optim.LBFGS: "which computes the loss several times in a step",
+}
 
 
 def plain_name(name: str) -> str:
@@ -75,9 +82,43 @@ class MuonWithAdamW(Optimizer):
 
 def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Optimizer:
     """Return the optimizer that `spec` describes, its weights grouped by `weight_decay_on`."""
-    kind, init_args = find_class("optimizer", spec), dict(spec["init_args"])
-    parameters = inspect.signature(kind).parameters
-    matrices, head, others = sort_parameters(model)
+    return _make(settings, find_class("optimizer", spec), spec["init_args"], *sort_parameters(model))
+
+
+def try_step(settings: Settings, kind: type, init_args: dict[str, Any]) -> None:
+    """Build an optimizer as `make_optimizer` does, for tiny weights, and take a step.
+
+    torch refuses some values when an optimizer is built and others at the first step. What it raises passes
+    through; ValueError for a weight decay under which no weight stays finite.
+    """
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2, 2), (2,))]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    is_elsewhere = has_cuda() and settings.accelerator != "cpu"
+    if is_elsewhere:
+        # for CUDA alone, and this is tried on the CPU
+        init_args = {name: value for name, value in init_args.items() if name != "capturable"}
+    optimizer = _make(settings, kind, init_args, *([weight] for weight in weights))
+    # those of bitsandbytes take steps on CUDA alone
+    if kind.__module__.startswith("torch.optim") or not is_elsewhere:
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+    for group in optimizer.param_groups:
+        lr, decay = group.get("lr"), group.get("weight_decay")
+        if isinstance(lr, int | float) and isinstance(decay, int | float) and lr * decay > 1:
+            text = f"weight_decay {decay:g} times lr {lr:g} is above 1"
+            raise ValueError(f"{text}, so that weights change their sign in a step; lower it (0.1 is usual)")
+
+
+def _make(
+    settings: Settings,
+    kind: type,
+    init_args: dict[str, Any],
+    matrices: list[nn.Parameter],
+    head: list[nn.Parameter],
+    others: list[nn.Parameter],
+) -> Optimizer:
+    init_args, parameters = dict(init_args), inspect.signature(kind).parameters
     without_decay: dict[str, Any] = {"params": others}
     if settings.weight_decay_on == "matrices" and "weight_decay" in parameters:
         without_decay["weight_decay"] = 0.0

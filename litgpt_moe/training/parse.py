@@ -15,7 +15,13 @@ from litgpt_moe.cli import first_line, join_switches, train_command
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
-from litgpt_moe.training.class_path import CLASS_KEYS, BadClass, arguments_of, without_foreign_arguments
+from litgpt_moe.training.class_path import (
+    CLASS_KEYS,
+    BadClass,
+    arguments_of,
+    check_class_key,
+    without_foreign_arguments,
+)
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.yaml_files import YAML_ERRORS, UniqueKeyLoader, check_numbers, must_be, read_mapping
 
@@ -211,12 +217,19 @@ def typed_settings(given: Given) -> Settings:
     values, problems = Namespace(), []
     for key, (value, place) in given.items():
         try:
+            check_class_key(key)
             # init_args are typed in class_path.py, where their class is known
             values[key] = value if key.split(".")[0] in CLASS_KEYS else _typed(parser, words, key, value)
         except ArgumentError:
             problems.append(f"{place}: {_wrong(key, value, words)}")
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
+    for key, (_, _, usual) in CLASS_KEYS.items():
+        # init_args alone are those of the usual class
+        if key in values and f"{key}.class_path" not in values:
+            values[f"{key}.class_path"] = usual
     typed = parser.instantiate_classes(parser.parse_object(values.as_dict()))
     return Settings(**{f.name: typed[f.name] for f in fields(Settings)})
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from litgpt import args as litgpt_args
 
 from litgpt_moe.checkpoints.batch_sizes import BatchSizes
@@ -19,6 +18,7 @@ from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
+from litgpt_moe.training.optimizer import UNFIT_OPTIMIZERS, try_step
 from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import (
     OpenCheckpoint,
@@ -216,11 +216,13 @@ def _wants_demo_data(run: Run) -> bool:
 
 
 def optimizer_spec(settings: Settings) -> dict[str, Any]:
-    """Return the optimizer's class_path and init_args, typed; BadClass if torch refuses them."""
-    # torch checks the values when an optimizer is built: try it on one weight (a matrix, which Muon needs)
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]} for _ in range(2)]
-    kind = type(class_path.build("optimizer", settings.optimizer, groups))
-    if kind is torch.optim.SparseAdam:
-        raise ValueError("optimizer.class_path is torch.optim.SparseAdam, for sparse gradients; use AdamW")
+    """Return the optimizer's class_path and init_args, typed; ValueError if torch refuses them."""
+    kind = class_path.find_class("optimizer", settings.optimizer)
+    for refused, why in UNFIT_OPTIMIZERS.items():
+        if kind is refused:
+            name = settings.optimizer["class_path"]
+            raise ValueError(f"optimizer.class_path is {name}, {why}; use AdamW")
     init_args = class_path.typed_arguments("optimizer", kind, settings.optimizer)
+    with class_path.refused_arguments("optimizer", settings.optimizer, init_args):
+        try_step(settings, kind, init_args)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init_args}

@@ -219,6 +219,47 @@ def test_a_moment_that_is_missing_or_no_tensor_is_refused(odd: object) -> None:
         check_moments(optimizer)
 
 
+OPTIMIZERS = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+}
+# a base class, and two that a run refuses: for sparse gradients, and with a closure
+REFUSED = ("Optimizer", "SparseAdam", "LBFGS")
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(REFUSED)))
+def test_every_optimizer_of_torch_goes_on_bit_for_bit(name: str) -> None:
+    shapes = [(4, 6), (6, 3)] if name == "Muon" else [(4, 6), (6,), (2, 3, 4), (5,)]
+
+    def fresh() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        draw = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+        return weights, OPTIMIZERS[name]([{"params": weights[:3]}, {"params": weights[3:]}])
+
+    def train(
+        weights: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, first: int, last: int
+    ) -> None:
+        for step in range(first, last):
+            draw = torch.Generator().manual_seed(step)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=draw)
+            optimizer.step()
+
+    weights, optimizer = fresh()
+    train(weights, optimizer, 0, 3)
+    state, kept = copy.deepcopy(optimizer.state_dict()), [weight.detach().clone() for weight in weights]
+    train(weights, optimizer, 3, 6)
+    resumed, its_optimizer = fresh()
+    for weight, value in zip(resumed, kept, strict=True):
+        weight.data.copy_(value)
+    its_optimizer.load_state_dict(state)
+    check_moments(its_optimizer)
+    train(resumed, its_optimizer, 3, 6)
+    assert all(map(torch.equal, weights, resumed))
+    assert not any(map(torch.equal, weights, kept))
+
+
 def test_an_optimizer_s_own_parts_of_other_sizes_are_left_alone() -> None:
     optimizer = torch.optim.SGD([weight := torch.nn.Parameter(torch.zeros(8))])
     optimizer.state[weight] = {"absmax1": torch.zeros(2)}  # as bitsandbytes keeps beside its 8-bit moments

@@ -1,5 +1,7 @@
 """The CSV files of a run: their columns, what a resume keeps, and what a kill or a lock does to them."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,14 +176,17 @@ def test_the_logs_of_a_run_go_on_behind_the_rows_that_a_checkpoint_counts(tmp_pa
     assert again.lengths() == at_checkpoint
 
 
-def test_a_log_that_is_deleted_begins_anew_says_so_and_counts_what_it_has(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_emptied", [False, True], ids=["deleted", "emptied"])
+def test_a_log_that_is_deleted_or_emptied_begins_anew_says_so_and_counts_what_it_has(
+    is_emptied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = CsvLog(tmp_path / "logs/metrics.csv", ["step", "loss"])
     for step in (1, 2, 3):
         log.write({"step": step})
-    log.path.unlink()
-    log.path.parent.rmdir()
+    if is_emptied:
+        os.truncate(log.path, 0)
+    else:
+        shutil.rmtree(log.path.parent)
     log.write({"step": 4})
     assert lines(log) == ["step,loss", "4,"] and log.n_rows == 1
     assert "metrics.csv is gone, with 3 rows; it begins anew" in capsys.readouterr().err

@@ -4,17 +4,17 @@ import csv
 import math
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from helpers.runs import assert_same_run, loss_times, losses, rows, run, weights
+import yaml
+from helpers.runs import assert_same_run, edit_yaml, loss_times, losses, rows, run, weights
 
 from litgpt_moe.training.guard import Guard
 from litgpt_moe.training.hooks import LoopHooks
+from tools import show_batch
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -81,9 +81,6 @@ def test_weights_that_are_no_numbers_are_never_saved(
 def test_a_loss_spike_is_written_down_with_the_place_of_its_batch(
     tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import show_batch
-
     with loss_times(50.0, 41 * 2):  # the second micro-batch of step 41
         assert run("--max_tokens", 45 * 256, "--train.lr_warmup_steps", 20, "--optimizer.lr", 0.001) == 0
     assert "step 41: the loss" in capsys.readouterr().err
@@ -99,9 +96,6 @@ def test_a_loss_spike_is_written_down_with_the_place_of_its_batch(
 def test_the_stories_of_a_step_are_shown_from_any_folder(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import show_batch
-
     shutil.copytree(tiny_data, "data/mine")
     assert run("--max_tokens", 256, "--out_dir", "runs/one", "--dataset_dir", "data/mine") == 0
     (tmp_path / "elsewhere").mkdir()
@@ -116,6 +110,28 @@ def test_the_stories_of_a_step_are_shown_from_any_folder(
     error = capsys.readouterr().err.replace("\\", "/")
     assert error.startswith("error: data/mine/manifest.json: not found; ") and "--data_dir" in error
     assert show_batch.main(["../moved", "--step", "1", "--data_dir", "../data/mine"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("data", 5), ("data.init_args", [1]), ("data.init_args.train_data_path", 5), ("train", [1])],
+        *[("dataset_dir", 5), ("out_dir", 5), ("seed", "x"), ("data.init_args.seed", "x")],
+        *[("train.max_tokens", "x"), ("train.max_tokens", None), ("train.max_seq_length", 0)],
+    ],
+)
+def test_settings_of_others_whose_stories_cannot_be_found_are_told_in_one_sentence(
+    key: str, value: object, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("out/final")
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / "checkpoint.json").unlink(missing_ok=True)
+    data = {"class_path": "prepare_data.TextShards"}
+    path = folder / "train_config.yaml"
+    path.write_text(yaml.dump({"data": data, "seed": 1, "train": {"max_tokens": 512}}), encoding="utf-8")
+    edit_yaml(str(path), key, value)
+    assert show_batch.main(["out", "--step", "1"]) == 2
+    assert f"{path}: {key} is " in capsys.readouterr().err
 
 
 def test_a_resumed_run_goes_on_with_the_losses_and_counts_of_its_guard(at_step: Callable) -> None:

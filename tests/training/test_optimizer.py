@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from litgpt import GPT
 
 import litgpt_moe
 from litgpt_moe.config import MoEConfig, model_facts
-from litgpt_moe.training.optimizer import make_optimizer, sort_parameters
+from litgpt_moe.training import optimizer
+from litgpt_moe.training.optimizer import make_optimizer, sort_parameters, try_step
 from litgpt_moe.training.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -81,6 +83,42 @@ def test_muon_moves_the_hidden_matrices_and_resumes_exactly() -> None:
     state = torch.load("whole/final/lit_model.pth", weights_only=True)["optimizer"]["state"]
     kinds = [set(entry) for entry in state.values()]
     assert {"momentum_buffer"} in kinds and {"step", "exp_avg", "exp_avg_sq"} in kinds
+    assert_goes_on_exactly()
+
+
+class StepsOnCudaAlone(torch.optim.SGD):
+    """As bitsandbytes' optimizers are."""
+
+    def step(self, closure: Any = None) -> Any:
+        raise NotImplementedError("no kernel for the CPU")
+
+
+def test_the_first_step_of_somebody_s_optimizer_is_tried_on_its_own_device_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(NotImplementedError):
+        try_step(Settings(), StepsOnCudaAlone, {})
+    monkeypatch.setattr(optimizer, "has_cuda", lambda: True)
+    try_step(Settings(), StepsOnCudaAlone, {})
+    try_step(Settings(), torch.optim.NAdam, {"capturable": True})
+    with pytest.raises(ValueError, match="Number of steps"):
+        try_step(Settings(), torch.optim.Muon, {"ns_steps": 200})
+    with pytest.raises(NotImplementedError):
+        try_step(Settings(accelerator="cpu"), StepsOnCudaAlone, {})
+
+
+def test_adafactor_resumes_exactly() -> None:
+    edit_yaml("train_config.yaml", "optimizer", {"class_path": "Adafactor", "init_args": {"lr": 0.01}})
+    assert run("--out_dir", "whole") == 0
+    state = torch.load("whole/final/lit_model.pth", weights_only=True)["optimizer"]["state"]
+    assert {frozenset(entry) for entry in state.values()} == {
+        frozenset({"step", "row_var", "col_var"}),
+        frozenset({"step", "variance"}),
+    }
+    assert_goes_on_exactly()
+
+
+def assert_goes_on_exactly() -> None:
     shutil.copytree("whole", "parts")
     for name in ("final", "step-00000008"):
         shutil.rmtree(Path("parts", name))
@@ -91,14 +129,14 @@ def test_muon_moves_the_hidden_matrices_and_resumes_exactly() -> None:
 def test_muon_orthogonalises_each_expert_by_itself() -> None:
     model = GPT(MoEConfig(**TINY_CONFIG))
     spec = {"class_path": "torch.optim.Muon", "init_args": {"lr": 0.1, "weight_decay": 0.0}}
-    optimizer = make_optimizer(Settings(), model, spec)
+    muon = make_optimizer(Settings(), model, spec)
     expert = model.transformer.h[0].mlp.experts[1].fc_1.weight
     before = expert.detach().clone()
     expert.grad = torch.randn_like(expert)
     alone = torch.nn.Parameter(before.clone())
     alone.grad = expert.grad.clone()
     torch.optim.Muon([alone], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
-    optimizer.step()
+    muon.step()
     assert torch.equal(expert, alone) and not torch.equal(expert, before)
 
 

@@ -137,6 +137,19 @@ def test_a_problem_names_the_place_that_its_value_came_from(
         (["--data.num_workers", "-1"], "--data.num_workers: data: prepare_data.TextShards does not take"),
         (["--optimizer.lr", "-1"], "--optimizer.lr, train_config.yaml: optimizer: torch.optim.AdamW does"),
         (["--max_tokens", "5"], "--max_tokens: train.max_tokens is 5, less than one step"),
+        (["--optimizer", "LBFGS"], "--optimizer: optimizer.class_path is LBFGS, which computes the loss"),
+        (["--optimizer", "SparseAdam"], "--optimizer: optimizer.class_path is SparseAdam, for sparse"),
+        (["--optimizer.differentiable", "true"], "--optimizer.differentiable: optimizer: torch.optim.AdamW"),
+        (["--optimizer.fused", "1", "--optimizer.foreach", "1"], "--optimizer.f"),
+        (
+            ["--optimizer", "NAdam", "--optimizer.capturable", "true"],
+            "--optimizer.capturable: optimizer: NAdam does not take these init_args: If capturable=True",
+        ),
+        (
+            ["--optimizer", "Muon", "--optimizer.ns_steps", "200"],
+            "train_config.yaml, --optimizer.ns_steps: optimizer: Muon does not take these init_args: Number",
+        ),
+        (["--optimizer.weight_decay", "1e30"], "--optimizer.weight_decay: optimizer: torch.optim.AdamW does"),
         (["max_tokens"], "'max_tokens' is not a flag; write --key value"),
         (["--max_tokens"], "--max_tokens needs a value"),
         (["--optimizer.lr", "["], "--optimizer.lr: '[' is not readable as a YAML value"),
@@ -160,6 +173,36 @@ def test_a_path_with_a_zero_byte_is_named_with_its_key(key: str) -> None:
         ValueError, match=rf"^zero\.yaml: {re.escape(key)} is 'a\\x00b'; a zero byte is in it"
     ):
         load_settings(["--config", "zero.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("optimizer.lr", "unknown key optimizer.lr; did you mean optimizer.init_args.lr?"),
+        ("optimizer.foo", "unknown key optimizer.foo; did you mean optimizer.init_args.foo?"),
+        ("optimizer.init_arg", "unknown key optimizer.init_arg; did you mean optimizer.init_args?"),
+        ("data.seed", "unknown key data.seed; did you mean data.init_args.seed?"),
+        ("data.nonsense", "unknown key data.nonsense; did you mean data.init_args.nonsense?"),
+        ("train.nonsense", "unknown key train.nonsense; did you mean train.max_tokens?"),
+        ("checkpoints.keep_lats", "unknown key checkpoints.keep_lats; did you mean checkpoints.keep_last?"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(key: str, sentence: str) -> None:
+    edit_yaml("train_config.yaml", key, 3)
+    assert refusal() == f"train_config.yaml: {sentence}"
+
+
+def test_arguments_without_a_class_are_those_of_the_usual_one() -> None:
+    values = yaml.safe_load(Path("train_config.yaml").read_text(encoding="utf-8"))
+    for key in ("data", "optimizer"):
+        values.pop(key, None)
+    Path("train_config.yaml").write_text(yaml.dump(values), encoding="utf-8")
+    usual = Settings()
+    settings = load("--data.seed", 3, "--data.num_workers", 2)
+    assert settings.data == {**usual.data, "init_args": {"seed": 3, "num_workers": 2}}
+    assert settings.optimizer == usual.optimizer
+    edit_yaml("train_config.yaml", "optimizer", {"init_args": {"lr": 0.1}})
+    assert load().optimizer == {**usual.optimizer, "init_args": {"lr": 0.1}}
 
 
 @pytest.mark.parametrize("text", ["train: [", "just text", "\x00", "seed: 1\nseed: 2\n"])

@@ -110,7 +110,7 @@ def test_a_class_named_by_a_flag_takes_what_it_knows_of_the_yaml_s_arguments(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("SparseAdam", "for sparse gradients; use AdamW"), ("LBFGS", "doesn't support per-parameter options")],
+    [("SparseAdam", "for sparse gradients; use AdamW"), ("LBFGS", "several times in a step; use AdamW")],
 )
 def test_an_optimizer_that_no_run_can_use_is_refused_before_it(name: str, reason: str) -> None:
     settings = Settings(optimizer={"class_path": f"torch.optim.{name}"})
