@@ -152,7 +152,7 @@ def test_only_the_first_process_writes_logs(tmp_path: Path, monkeypatch: pytest.
     log = CsvLog(tmp_path / "spikes.csv", ["step"])
     log.write({"step": 1})
     before = log.path.read_bytes()
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     other = CsvLog(log.path, ["step"])
     other.keep(0)
     other.write({"step": 2})

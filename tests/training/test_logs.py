@@ -172,7 +172,7 @@ def test_a_spike_is_written_down_with_the_first_sequence_of_its_step(
 def test_another_process_prints_and_writes_nothing(
     tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     log = a_log(tmp_path)
     log.log_metrics(LINE)
     log.print("hello")

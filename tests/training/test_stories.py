@@ -59,7 +59,7 @@ def test_no_story_where_none_is_wanted_or_another_process_writes_it(
 ) -> None:
     model = load_model(tiny_checkpoint)
     with monkeypatch.context() as patched:
-        patched.setenv("RANK", "1")
+        patched.setenv("LOCAL_RANK", "1")
         story_log.tell(model, None, 4)
     story_log.max_new_tokens = None
     story_log.tell(model, None, 4)
