@@ -26,7 +26,8 @@ from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.threads import load_of_others, usable_cores
 from litgpt_moe.training import slowness
 from litgpt_moe.training.batches import TrainLoader
-from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
+from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.logs import MetricLog, StepFigures, metric_row, validation_row
 from litgpt_moe.training.loss_scaling import LossScaling, loss_scaling
 from litgpt_moe.training.model import prepare_model
 from litgpt_moe.training.progress import StepInProgress, collect, restore

@@ -8,8 +8,9 @@ import torch
 from conftest import TINY_CONFIG
 
 from litgpt_moe.config import ModelFacts, MoEConfig
+from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.guard import Spike
-from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_line, metric_row, validation_row
+from litgpt_moe.training.logs import MetricLog, StepFigures, metric_line, metric_row, validation_row
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings, TrainArgs
 from litgpt_moe.training.steps import Clock

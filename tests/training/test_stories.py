@@ -10,7 +10,7 @@ import torch
 
 from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.loss import defer_head
-from litgpt_moe.training.logs import CsvLog
+from litgpt_moe.training.csv_log import CsvLog
 from litgpt_moe.training.settings import EvalArgs, Settings
 from litgpt_moe.training.stories import PROMPT, StoryLog, final_story
 
