@@ -128,9 +128,9 @@ def train(run: "Run", stops: "StopSignals") -> "LoopHooks | None":
     from litgpt_moe.training.second_try import may_try_again
     from litgpt_moe.training.steps import Ending, RunFailed
 
-    # LitGPT's own copies of the settings; the hooks change the first, to make it save before an early end
+    # LitGPT's own copies of the settings; the hooks change them, to make it save before an early end
     train_args, eval_args = to_litgpt(run.settings)
-    hooks = LoopHooks(run, stops, train_args)
+    hooks = LoopHooks(run, stops, train_args, eval_args)
     fabric, is_compiled = launch(run, hooks)
     try:
         with threads.sleep_when_busy(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):

@@ -45,6 +45,7 @@ class CsvLog:
     def __init__(self, path: Path, columns: list[str]) -> None:
         self.path, self.columns, self.n_rows = path, columns, 0
         self._waiting: list[dict[str, Any]] = []
+        self.last_val_loss: float | None = None  # in the last of the rows that were kept
         self.failure: str | None = None  # why the latest row could not be written
 
     def keep(self, n_rows: int) -> None:
@@ -70,6 +71,8 @@ class CsvLog:
         self.columns = list(dict.fromkeys([*self.columns, *names]))
         self._rewrite(rows)
         self.n_rows = len(rows)
+        with contextlib.suppress(ValueError, TypeError):
+            self.last_val_loss = float(rows[-1]["val_loss"]) if "val_loss" in names and rows else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; columns that it lacks stay empty."""

@@ -12,11 +12,11 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.strategy import Strategy
 from litgpt import GPT
-from litgpt.args import TrainArgs
+from litgpt.args import EvalArgs, TrainArgs
 from torch.optim import Optimizer
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, is_saved, step_name
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, FINAL, checkpoints_of, is_saved, step_name
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -60,9 +60,10 @@ class LoopHooks:
     """None in other precisions than 16-mixed."""
     loader: TrainLoader
 
-    def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
+    def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs, eval_args: EvalArgs) -> None:
         settings = run.settings
         self.run, self.train_args, self.step = run, train_args, run.start_step
+        self.eval_args = eval_args
         self.is_compiled = False
         """Set when the run is launched."""
         # LitGPT's loop takes all steps of a run as equally large
@@ -263,6 +264,11 @@ class LoopHooks:
         state["iter_num"] = state["step_count"] * self.run.accumulation
         restore(self, left_over)
         assert self.run.resume is not None
+        is_end = self.run.start_step == self.run.n_steps and self.run.resume.folder.name == FINAL
+        # final/ is saved after the last validation, whose row ends the log
+        if is_end and self.fabric.broadcast(val_loss := self.logs.metrics.last_val_loss) is not None:
+            self.eval_args.final_validation = False
+            self.metrics.latest |= {"val_loss": val_loss} if val_loss is not None else {}
         say_if_data_changed(self.run.resume.folder, self.writer.notes.get("data"))
 
     def close(self, fabric: Fabric) -> None:
