@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
 from litgpt_moe.processes import is_main_process, launcher_problems
+from litgpt_moe.shell import with_home
 from litgpt_moe.training.output import lasting_output
 from litgpt_moe.training.settings import Settings
 
@@ -77,7 +78,7 @@ def refuse_missing_files(argv: list[str]) -> None:
     """Raise FileNotFoundError for a mistyped configuration file at once, before seconds of imports."""
     for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.partition("=")
-        path = Path(value if equals else following)
+        path = Path(with_home(value if equals else following))
         if name in CONFIG_FLAGS and not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such configuration file; name one that is there, as those in configs/ are"

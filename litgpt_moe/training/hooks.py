@@ -42,6 +42,7 @@ from litgpt_moe.training.stories import StoryLog
 
 # assumed for the first save, until its time has been measured: a slow disk
 ASSUMED_BYTES_PER_S = 200e6
+MAX_LOSS = 700.0
 
 
 class LoopHooks:
@@ -86,6 +87,8 @@ class LoopHooks:
         """Whether a save was in progress when this step began."""
         self.saved_step = run.start_step
         self.has_validated = False
+        self.cut_loss: float | None = None
+        """The latest validation loss, if it is above what LitGPT's loop was given for it."""
         self.is_discarded = False
         """Whether the run starts anew, and the logs of this try are to go."""
         self.validation = (0.0, 0)
@@ -220,6 +223,8 @@ class LoopHooks:
         # read before peak_flops, which is measured at the first row where it is not known
         seconds = self.clock.seconds
         if "loss" not in metrics:
+            if self.cut_loss is not None:
+                metrics |= {"val_loss": self.cut_loss, "val_ppl": math.inf}
             return validation_row(self.run, self.step, seconds, metrics)
         rate = self.clock.steps_per_s(self.step, seconds)
         row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
@@ -241,10 +246,12 @@ class LoopHooks:
             if self.has_validated and not is_sharded(self.fabric):
                 self.stories.tell(self.gpt, self.head, self.step)
             self.has_validated = True
-        if not val_loss.isfinite():
-            self.metrics.print(f"Warning: the validation loss is {val_loss.item():g} at step {self.step}.")
-        # LitGPT takes its exponential, which raises OverflowError above 709
-        return val_loss.clamp(max=700.0)
+        # LitGPT takes its exponential, which raises OverflowError above 709, and prints that
+        self.cut_loss = loss if (loss := val_loss.item()) > MAX_LOSS else None
+        if self.cut_loss is not None or not math.isfinite(loss):
+            self.metrics.print(f"Warning: the validation loss is {loss:g} at step {self.step}.")
+        self.metrics.hides_validation = self.cut_loss is not None
+        return val_loss.clamp(max=MAX_LOSS)
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
         """Save the loop's `state`, and what `resume` needs besides; not what was saved before the resume."""

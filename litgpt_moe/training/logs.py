@@ -92,6 +92,8 @@ class MetricLog:
         self.run, self.logs = run, logs
         self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
         self.bar: tqdm | None = None
+        self.hides_validation = False
+        """Whether LitGPT's lines about a validation stay out, whose loss is not the real one."""
         self.latest: dict[str, float] = {}
         """The latest loss and val_loss in the log, and `step`, the one of that loss."""
 
@@ -134,6 +136,8 @@ class MetricLog:
         line = printable(" ".join(map(str, texts)))
         # litgpt 0.5.13's summary divides by a clock reading, and its epochs restart at 1 after a resume
         if line.startswith(("| ", "-----", "Epoch ")) or not is_main_process():
+            return
+        if self.hides_validation and line.startswith(("iter ", "Final evaluation")):
             return
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
