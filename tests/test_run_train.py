@@ -177,10 +177,8 @@ def test_overwriting_what_is_to_be_read_is_refused(
 
 def test_a_run_is_not_continued_as_another_one(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--max_tokens", 1024)
-    assert run("--resume", "auto", "--global_batch_size", 8) == 2
-    assert "train.global_batch_size was 4, now 8" in capsys.readouterr().err
     assert run("--resume", "auto", "--max_tokens", 256) == 2
-    assert "is past the 1 steps of train.max_tokens" in capsys.readouterr().err
+    assert "trained on 1024 tokens, and train.max_tokens is 256" in capsys.readouterr().err
     assert run("--resume", "auto", "--optimizer", "SGD") == 2
     assert "optimizer.class_path was torch.optim.AdamW, now torch.optim.sgd.SGD" in capsys.readouterr().err
     edit_yaml("model_config.yaml", "n_expert", 8)

@@ -24,10 +24,10 @@ from litgpt_moe.checkpoints.layout import is_read_error
 from litgpt_moe.checkpoints.reader import trained_on
 from litgpt_moe.data import shards
 from litgpt_moe.data.batches import TokenBatches, TokenStream
+from litgpt_moe.data.inputs import list_text
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.data.text import list_text
 from litgpt_moe.files import new_folder, put_in_place, write_whole
 from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.interop import export_folder
@@ -223,7 +223,7 @@ def test_texts_are_read_in_an_order_that_is_the_same_on_every_system(tmp_path: P
     for name in ("b.txt", "A.txt", "C.txt"):
         write_text(tmp_path / "train" / name, ["Once."])
     # by their names: paths compare without regard to case on Windows
-    assert [path.name for path in list_text(tmp_path)["train"]] == ["A.txt", "C.txt", "b.txt"]
+    assert [source.path.name for source in list_text(tmp_path).text["train"]] == ["A.txt", "C.txt", "b.txt"]
 
 
 def test_an_error_about_a_path_that_is_too_long_says_so(

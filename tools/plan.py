@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser, printable, run_command, run_script
+from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
 
 if TYPE_CHECKING:
     from litgpt_moe.config import ModelFacts
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
         cards = {card: card_bytes(card) for card in [*(args.gpu or []), *(args.memory or [])] or CARDS}
         plans = [plan(path, args.precision, args.optimizer) for path in args.model_config or MODELS]
-        print(printable(text(plans, cards)))
+        say(printable(text(plans, cards)))
 
     return run_command(run)
 

@@ -274,7 +274,7 @@ def what_was_read(manifest: dict[str, Any]) -> list[str]:
         line = "mix    {folder}: weight {weight:.3g}, {n_drawn:,} of {n_tokens:,} tokens, {passes:.2f} passes"
         return [line.format(**entry) for entry in manifest.get("mix", ())]
     parts = manifest["splits"].values()
-    n_bytes = sum(entry["size"] for part in parts for key in ("text", "read") for entry in part[key])
+    n_bytes = sum(entry["size"] for part in parts for key in ("text", "read") for entry in part.get(key, ()))
     columns = "".join(f", column {column}" for column in record["columns"])
     n_stories = sum(part["n_stories"] + part["n_duplicates"] for part in parts)
     lines = [f"read   {record['n_files']:,} files, {n_bytes:,} bytes, {n_stories:,} stories{columns}"]

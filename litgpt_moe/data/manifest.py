@@ -35,6 +35,9 @@ FORM = {
     "options": {},
     "splits": dict.fromkeys(SPLITS, SPLIT_FORM),
 }
+# of what data of earlier versions do not have
+INPUT_FORM = {"n_files": 0, "columns": [str], "skipped_files": {}, "skipped_rows": {}}
+MIX_FORM = [{"folder": str, "weight": 0.0, "n_drawn": 0, "n_tokens": 0, "passes": 0.0}]
 
 
 def listed(manifest: Manifest, kind: str) -> list[dict[str, Any]]:
@@ -98,7 +101,20 @@ def _is_whole(manifest: Manifest) -> bool:
     if not fits(manifest, FORM) or manifest["dtype"] not in ("uint16", "uint32"):
         return False
     splits = [manifest["splits"][name] for name in SPLITS]
+    if not fits(manifest.get("mix", []), MIX_FORM) or not _has_whole_input(manifest):
+        return False
     return all(sum(s["n_tokens"] for s in split["shards"]) == split["n_tokens"] for split in splits)
+
+
+def _has_whole_input(manifest: Manifest) -> bool:
+    """Return whether the record of what was read, which data of earlier versions lack, can be shown."""
+    if (record := manifest.get("input")) is None:
+        return True
+    if not fits(record, INPUT_FORM):
+        return False
+    counts = [*record["skipped_files"].values(), *record["skipped_rows"].values()]
+    read = [manifest["splits"][split].get("read", []) for split in SPLITS]  # a W&B artifact has none
+    return fits(counts, [0]) and fits(read, [[TEXT_FORM]])
 
 
 def _check_sizes(data_dir: Path, manifest: Manifest) -> None:

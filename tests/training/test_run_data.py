@@ -11,7 +11,7 @@ from conftest import alter
 from helpers.data import snapshot
 from helpers.runs import edit_yaml, run
 
-from litgpt_moe.data import manifest, prepare
+from litgpt_moe.data import freshness, manifest
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.training import batches
 from litgpt_moe.training.run import Run
@@ -167,7 +167,7 @@ def test_data_that_are_emptied_after_their_checks_are_one_sentence(
 def test_shards_are_hashed_once_in_a_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
     check = manifest.altered_shards
-    monkeypatch.setattr(prepare, "altered_shards", lambda *args: hashed.append(1) or check(*args))
+    monkeypatch.setattr(freshness, "altered_shards", lambda *args: hashed.append(1) or check(*args))
     assert run("--max_tokens", 256) == 0
     assert len(hashed) == 1
 
@@ -185,7 +185,6 @@ def test_a_mistyped_tokenizer_folder_is_not_filled_and_the_run_goes_on_without_t
     workspace: Path, tiny_data: Path, tiny_tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_data, "mine")
-    shutil.copytree(tiny_tokenizer_dir, "mine/tokenizer")
     assert run("--dataset_dir", "mine", "--max_tokens", 512) == 0
     before = snapshot(Path())
     mistyped = ("--dataset_dir", "mine", "--resume", "auto", "--tokenizer_dir", "mine/tokeniser")
