@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
 from litgpt_moe.processes import is_main_process, launcher_problems
+from litgpt_moe.shell import with_home
 from litgpt_moe.training.output import lasting_output
 from litgpt_moe.training.settings import Settings
 
@@ -77,7 +78,7 @@ def refuse_missing_files(argv: list[str]) -> None:
     """Raise FileNotFoundError for a mistyped configuration file at once, before seconds of imports."""
     for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.partition("=")
-        path = Path(value if equals else following)
+        path = Path(with_home(value if equals else following))
         if name in CONFIG_FLAGS and not path.is_file():
             raise FileNotFoundError(
                 f"{path}: no such configuration file; name one that is there, as those in configs/ are"
@@ -128,9 +129,9 @@ def train(run: "Run", stops: "StopSignals") -> "LoopHooks | None":
     from litgpt_moe.training.second_try import may_try_again
     from litgpt_moe.training.steps import Ending, RunFailed
 
-    # LitGPT's own copies of the settings; the hooks change the first, to make it save before an early end
+    # LitGPT's own copies of the settings; the hooks change them, to make it save before an early end
     train_args, eval_args = to_litgpt(run.settings)
-    hooks = LoopHooks(run, stops, train_args)
+    hooks = LoopHooks(run, stops, train_args, eval_args)
     fabric, is_compiled = launch(run, hooks)
     try:
         with threads.sleep_when_busy(), replaced_functions(hooks, is_compiled), contextlib.suppress(Ending):

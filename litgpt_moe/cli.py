@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from docstring_parser import parse_from_object
 from tqdm import tqdm
 
-from litgpt_moe.shell import command_line
+from litgpt_moe.shell import command_line, with_home
 
 # what a terminal obeys, what reorders a line, and half surrogate pairs, as of file names that are not UTF-8
 CONTROLS = re.compile(
@@ -73,7 +73,7 @@ def path_from_flag(text: str) -> Path:
     """Return the path; an empty text (an unset shell variable) is refused, Path would read it as "."."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"the path is {text!r}; name one, '.' is the current folder")
-    return Path(text)
+    return Path(with_home(text))
 
 
 class FlagParser(argparse.ArgumentParser):

@@ -122,7 +122,7 @@ def training_device(
     count = str((n_gpus or 1) if devices in ("auto", "-1", -1) else devices)
     n_devices = int(count) if count.isdecimal() else 0
     if n_devices < 1:
-        raise ValueError(f"devices is {devices!r}; choose auto or a number of 1 or more")
+        raise ValueError(f"devices is {devices!r}; choose auto (or -1, the same) or a number of 1 or more")
     if cuda and n_devices > n_gpus:
         raise ValueError(f"devices is {n_devices} but this machine has {n_gpus} CUDA device(s)")
     precision = _training_precision(precision, cuda)

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from litgpt_moe.cli import note
-from litgpt_moe.files import read_json, remove, write_json
+from litgpt_moe.files import read_json, write_json
 
 
 class FolderInUse(OSError):
@@ -36,7 +36,7 @@ def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool 
             # of a process that was killed amid write_json below
             for path in folder.glob(f".{name}.*.tmp"):
                 if re.fullmatch(rf"\.{name}\.[0-9]+\.tmp", path.name):
-                    remove(path)
+                    _remove_file(path)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             me = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
             with contextlib.suppress(OSError):  # a full disk: only the message will lack it
@@ -52,8 +52,8 @@ def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool 
         yield
     finally:
         if lock is not None:
-            remove(identity)
-            remove(Path(lock.lock_file))  # while it is held: filelock takes no file that was unlinked
+            _remove_file(identity)
+            _remove_file(Path(lock.lock_file))  # while it is held: filelock takes no file that was unlinked
             lock.release()
         with contextlib.suppress(OSError):
             for new in made:
@@ -71,14 +71,22 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
             raise
         if path.is_symlink():
             raise FolderInUse(f"{path} is a link (to {path.readlink()}); delete it") from None
+        if path.is_dir():
+            raise FolderInUse(f"{path} is a folder; move it elsewhere, a lock has that name") from None
         if not path.exists() or error.errno == errno.EROFS:
             return None  # nothing can be written there; the writer will report it
         if error.errno in (errno.EACCES, errno.EPERM):
             text = f"{path} cannot be locked ({error.strerror}): another user's run may be live there"
             raise FolderInUse(f"{text}; if there is none, delete it") from None
         reason = error.strerror
-    remove(path)
+    _remove_file(path)
     soft = SoftFileLock(path.with_suffix(".claim"))
     soft.acquire(timeout=timeout)
     note(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out")
     return soft
+
+
+def _remove_file(path: Path) -> None:
+    # a folder of that name is somebody else's
+    with contextlib.suppress(OSError):
+        path.unlink()

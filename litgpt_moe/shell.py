@@ -1,8 +1,10 @@
 """Commands to paste, quoted for the shell of this system."""
 
+import contextlib
 import re
 import shlex
 import sys
+from pathlib import Path
 
 
 def command_line(*words: object) -> str:
@@ -25,3 +27,11 @@ def _quoted_on_windows(word: str) -> str:
     # as a program's own parser wants it: a quotation mark is escaped, and so are the backslashes before it
     escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), word)
     return f'"{escaped}"'
+
+
+def with_home(path: str) -> str:
+    """Return a path with `~` at its beginning replaced by the home folder, which not every shell does."""
+    if path.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no such user: a file may have that name
+            return str(Path(path).expanduser())
+    return path

@@ -56,8 +56,8 @@ def test_a_device_that_cannot_be_used_is_named(device: str, precision: str, mess
     ("accelerator", "devices", "precision", "message"),
     [
         ("gpu", "auto", None, "accelerator is gpu but this torch sees no CUDA device; use accelerator: cpu"),
-        ("cpu", "many", None, "devices is 'many'; choose auto or a number of 1 or more"),
-        ("cpu", 0, None, "devices is 0; choose auto or a number of 1 or more"),
+        ("cpu", "many", None, "devices is 'many'; choose auto (or -1, the same) or a number of 1 or more"),
+        ("cpu", 0, None, "devices is 0; choose auto (or -1, the same) or a number of 1 or more"),
         (
             *("cpu", 1, "16-true"),
             "precision is '16-true'; choose one of 32-true, bf16-true, bf16-mixed, 16-mixed",

@@ -126,3 +126,16 @@ def test_a_lock_file_of_another_user_is_refused() -> None:
 def test_a_folder_in_which_nothing_can_be_written_needs_no_lock() -> None:
     with lock(Path("readable")), lock(Path("readable/more")):
         pass
+
+
+@pytest.mark.parametrize("name", [".run.lock", ".run.json", ".run.123456.tmp"])
+def test_a_folder_of_somebody_else_in_the_place_of_a_lock_s_file_stays(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis").touch()
+    if name == ".run.lock":
+        with pytest.raises(FolderInUse, match=r"\.run\.lock is a folder; move it elsewhere"), lock(tmp_path):
+            pass
+    else:
+        with lock(tmp_path):
+            pass
+    assert names(tmp_path) == [name] and names(tmp_path / name) == ["thesis"]

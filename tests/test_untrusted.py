@@ -20,7 +20,7 @@ import prepare_data
 import run_train
 import wandb_dataset
 from litgpt_moe.data.manifest import read_manifest
-from litgpt_moe.training.logs import CsvLog
+from litgpt_moe.training.csv_log import CsvLog
 from tools import inspect_checkpoint
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")

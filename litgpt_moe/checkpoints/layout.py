@@ -30,7 +30,8 @@ MAX_RECORD_BYTES = 1 << 20
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 SUPERSEDED = re.compile(rf"superseded-{STEP_NAME.pattern}(\.[0-9]+)?")
 LEFT_OVER = re.compile(
-    rf"\.(?P<target>{FINAL}|{STEP_NAME.pattern})(\.litgpt_moe-[0-9a-f]{{8}}-[0-9]+)?\.(?P<ending>tmp|old)"
+    rf"\.(?P<target>{FINAL}|{STEP_NAME.pattern})(?P<mark>\.litgpt_moe-[0-9a-f]{{8}}-[0-9]+)?"
+    r"\.(?P<ending>tmp|old)"
 )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from litgpt_moe.balance import BIAS_NAME
 from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.checkpoints.layout import RECORD_FILE, read_record, step_of
 from litgpt_moe.files import fits
@@ -77,6 +78,8 @@ class RunState:
         if loss_scale := (run or {}).get("loss_scale"):
             self.loss_scale = _check("run.loss_scale", loss_scale, SCALE_FORM)
         self.rng = _check("rng", state.get("rng"), RNG_FORM)
+        # a trial: the run's own generators are set when it begins
+        set_rng_state(self.rng, random.Random().setstate, np.random.RandomState().set_state, _try_torch)
 
 
 def _check(name: str, value: Any, form: Any) -> Any:
@@ -96,6 +99,13 @@ def check_state(state: dict[str, Any], folder: Path) -> None:
     with damage_in(folder):
         for name, form in LOOP_FORM.items():
             _check(name, state.get(name), form)
+        _check_optimizer(state["optimizer"], [name for name in state["model"] if BIAS_NAME not in name])
+        position = state["train_dataloader"]
+        # ours; other data modules have keys of their own
+        if "n_sequences" in position:
+            _check("train_dataloader", position, {"epoch": 0, "n_used": 0, "n_sequences": 1})
+            if position["n_used"] >= position["n_sequences"]:
+                raise ValueError(f"train_dataloader is {position!r:.60}, which is no position in the data")
         for step in (step_of(folder), read_record(folder).get("step")):
             if step is not None and step != state["step_count"]:
                 raise ValueError(
@@ -104,6 +114,19 @@ def check_state(state: dict[str, Any], folder: Path) -> None:
         # a checkpoint of LitGPT's own loop has neither
         if "run" in state or "rng" in state or (folder / RECORD_FILE).exists():
             RunState().load_state_dict(state)
+
+
+def _check_optimizer(state: dict[str, Any], weights: list[str]) -> None:
+    """Raise ValueError unless the groups of a saved optimizer hold its weights."""
+    if "param_groups" not in state:
+        raise ValueError("optimizer has no param_groups")
+    groups = _check("optimizer.param_groups", state["param_groups"], [{"params": list}])
+    held = {weight for group in groups for weight in group["params"]}
+    # tied, the embedding and the head are one weight
+    if not len(weights) - 1 <= len(held) <= len(weights):
+        raise ValueError(f"optimizer.param_groups hold {len(held)} weights, the model has {len(weights)}")
+    if not _check("optimizer.state", state.get("state"), {}).keys() <= held:
+        raise ValueError("optimizer.state is of a weight that no group has")
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -186,21 +209,39 @@ def rng_state() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore a state of `rng_state`; CUDA's only if the number of devices is the same."""
+def set_rng_state(
+    state: dict[str, Any],
+    set_python: Callable[..., object] = random.setstate,
+    set_numpy: Callable[..., object] = np.random.set_state,
+    set_torch: Callable[[torch.Tensor, list[torch.Tensor]], object] | None = None,
+) -> None:
+    """Restore a state of `rng_state`; CUDA's only if the number of devices is the same.
+
+    The functions set other generators than the process's own. ValueError if a state cannot be set.
+    """
     try:
-        random.setstate(state["python"])
+        set_python(state["python"])
         name, keys, position, *others = state["numpy"]
         if not 0 <= position <= MT19937_WORDS:  # NumPy would read out of bounds
             raise ValueError(f"position {position}")
-        np.random.set_state((name, keys.numpy().astype(np.uint32), position, *others))
-        torch.set_rng_state(state["torch"])
-        if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        set_numpy((name, keys.numpy().astype(np.uint32), position, *others))
+        (set_torch or _set_torch)(state["torch"], state["cuda"])
     # each generator has its own errors for a state that it refuses
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"the state of its random generators cannot be set ({reason})") from error
+
+
+def _set_torch(state: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state)
+    if len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def _try_torch(state: torch.Tensor, cuda: list[torch.Tensor]) -> None:
+    torch.Generator().set_state(state)
+    if not fits(cuda, [torch.Tensor]):
+        raise ValueError("CUDA's is no list of tensors")
 
 
 def batch_sizes_of(state: dict[str, Any], settings: dict[str, Any]) -> BatchSizes | None:

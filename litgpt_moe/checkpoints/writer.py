@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import shutil
 import threading
 import time
@@ -18,9 +19,9 @@ from litgpt.utils import save_config
 
 from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
+    CONFIG_FILE,
     FINAL,
     LEFT_OVER,
-    LOGS,
     RECORD_FILE,
     SETTINGS_FILE,
     SUPERSEDED,
@@ -32,7 +33,7 @@ from litgpt_moe.checkpoints.layout import (
 )
 from litgpt_moe.checkpoints.state import non_finite, tensor_bytes
 from litgpt_moe.checkpoints.state_file import write_state
-from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files
+from litgpt_moe.checkpoints.tokenizer_files import COPIED_FILES, read_tokenizer_files
 from litgpt_moe.files import (
     free_name,
     is_disk_full,
@@ -48,11 +49,6 @@ from litgpt_moe.files import (
 )
 from litgpt_moe.processes import note_once
 
-# what a run writes into logs/; version_*: LitGPT's loggers
-LOG_NAMES = (
-    *("run.json", "spikes.csv", "expert_load.csv", "stories.csv", "csv/metrics.csv"),
-    *("csv/version_*", "tensorboard/version_*"),
-)
 SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
 # what a save needs beside weights and moments; 64 KiB: random generators and counters
 BESIDE_BYTES = SMALL_FILES_BYTES + (1 << 16)
@@ -221,6 +217,8 @@ def tidy(out_dir: Path, start_step: int) -> None:
     """Remove staging folders of a killed process from `out_dir`, and rename steps after `start_step`."""
     for path in out_dir.glob(".*"):
         if match := LEFT_OVER.fullmatch(path.name):
+            if not match["mark"] and match["ending"] == "tmp" and holds_others(path):
+                continue
             target = out_dir / match["target"]
             # moved aside for a replacement, which may be missing
             is_last = match["ending"] == "old" and not is_link(path) and not os.path.lexists(target)
@@ -234,6 +232,13 @@ def tidy(out_dir: Path, start_step: int) -> None:
             superseded = free_name(path.with_name(f"superseded-{path.name}"))
             patient_rename(path, superseded)
             note_once(f"{path} is not part of this run's history: renamed to {superseded.name}")
+
+
+def holds_others(folder: Path) -> bool:
+    """Return whether a folder holds what no save of a checkpoint writes."""
+    own = (CHECKPOINT_FILE, CONFIG_FILE, SETTINGS_FILE, RECORD_FILE, *COPIED_FILES)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() and not folder.is_symlink() else []
+    return any(name not in own and not re.fullmatch(r"checkpoint\.[0-9]+\.tmp", name) for name in names)
 
 
 def foreign_files(folder: Path) -> list[Path]:
@@ -250,16 +255,6 @@ def foreign_files(folder: Path) -> list[Path]:
     except (ValueError, OSError):
         return []
     return [path for path in folder.iterdir() if path.name not in own] if len(own) > 1 else []
-
-
-def delete_run(out_dir: Path) -> None:
-    """Remove the checkpoints and logs of an earlier run from `out_dir`, and nothing else."""
-    logs = out_dir / LOGS
-    for old in [*run_folders(out_dir), *(path for name in LOG_NAMES for path in logs.glob(name))]:
-        remove(old)
-    for folder in (logs / "csv", logs / "tensorboard", logs):
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # fails unless it is empty
 
 
 def run_folders(out_dir: Path) -> list[Path]:

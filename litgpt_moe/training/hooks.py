@@ -12,11 +12,11 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.strategy import Strategy
 from litgpt import GPT
-from litgpt.args import TrainArgs
+from litgpt.args import EvalArgs, TrainArgs
 from torch.optim import Optimizer
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, is_saved, step_name
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, FINAL, checkpoints_of, is_saved, step_name
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -26,7 +26,8 @@ from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.threads import load_of_others, usable_cores
 from litgpt_moe.training import slowness
 from litgpt_moe.training.batches import TrainLoader
-from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_row, validation_row
+from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.logs import MetricLog, StepFigures, metric_row, validation_row
 from litgpt_moe.training.loss_scaling import LossScaling, loss_scaling
 from litgpt_moe.training.model import prepare_model
 from litgpt_moe.training.progress import StepInProgress, collect, restore
@@ -41,6 +42,7 @@ from litgpt_moe.training.stories import StoryLog
 
 # assumed for the first save, until its time has been measured: a slow disk
 ASSUMED_BYTES_PER_S = 200e6
+MAX_LOSS = 700.0
 
 
 class LoopHooks:
@@ -59,9 +61,10 @@ class LoopHooks:
     """None in other precisions than 16-mixed."""
     loader: TrainLoader
 
-    def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs) -> None:
+    def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs, eval_args: EvalArgs) -> None:
         settings = run.settings
         self.run, self.train_args, self.step = run, train_args, run.start_step
+        self.eval_args = eval_args
         self.is_compiled = False
         """Set when the run is launched."""
         # LitGPT's loop takes all steps of a run as equally large
@@ -84,6 +87,8 @@ class LoopHooks:
         """Whether a save was in progress when this step began."""
         self.saved_step = run.start_step
         self.has_validated = False
+        self.cut_loss: float | None = None
+        """The latest validation loss, if it is above what LitGPT's loop was given for it."""
         self.is_discarded = False
         """Whether the run starts anew, and the logs of this try are to go."""
         self.validation = (0.0, 0)
@@ -218,6 +223,8 @@ class LoopHooks:
         # read before peak_flops, which is measured at the first row where it is not known
         seconds = self.clock.seconds
         if "loss" not in metrics:
+            if self.cut_loss is not None:
+                metrics |= {"val_loss": self.cut_loss, "val_ppl": math.inf}
             return validation_row(self.run, self.step, seconds, metrics)
         rate = self.clock.steps_per_s(self.step, seconds)
         row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
@@ -239,10 +246,12 @@ class LoopHooks:
             if self.has_validated and not is_sharded(self.fabric):
                 self.stories.tell(self.gpt, self.head, self.step)
             self.has_validated = True
-        if not val_loss.isfinite():
-            self.metrics.print(f"Warning: the validation loss is {val_loss.item():g} at step {self.step}.")
-        # LitGPT takes its exponential, which raises OverflowError above 709
-        return val_loss.clamp(max=700.0)
+        # LitGPT takes its exponential, which raises OverflowError above 709, and prints that
+        self.cut_loss = loss if (loss := val_loss.item()) > MAX_LOSS else None
+        if self.cut_loss is not None or not math.isfinite(loss):
+            self.metrics.print(f"Warning: the validation loss is {loss:g} at step {self.step}.")
+        self.metrics.hides_validation = self.cut_loss is not None
+        return val_loss.clamp(max=MAX_LOSS)
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
         """Save the loop's `state`, and what `resume` needs besides; not what was saved before the resume."""
@@ -262,6 +271,11 @@ class LoopHooks:
         state["iter_num"] = state["step_count"] * self.run.accumulation
         restore(self, left_over)
         assert self.run.resume is not None
+        is_end = self.run.start_step == self.run.n_steps and self.run.resume.folder.name == FINAL
+        # final/ is saved after the last validation, whose row ends the log
+        if is_end and self.fabric.broadcast(val_loss := self.logs.metrics.last_val_loss) is not None:
+            self.eval_args.final_validation = False
+            self.metrics.latest |= {"val_loss": val_loss} if val_loss is not None else {}
         say_if_data_changed(self.run.resume.folder, self.writer.notes.get("data"))
 
     def close(self, fabric: Fabric) -> None:

@@ -17,8 +17,9 @@ from litgpt import GPT, pretrain
 from litgpt.utils import choose_logger
 from torch.optim import Optimizer
 
+from litgpt_moe.checkpoints.overwrite import delete_run
 from litgpt_moe.checkpoints.state import check_moments, damage_in
-from litgpt_moe.checkpoints.writer import CheckpointWriter, delete_run, tidy
+from litgpt_moe.checkpoints.writer import CheckpointWriter, tidy
 from litgpt_moe.hardware import (
     avoid_wrong_gradients,
     gpu_bytes,

@@ -15,6 +15,7 @@ from litgpt_moe.cli import first_line, join_switches, train_command
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
+from litgpt_moe.shell import with_home
 from litgpt_moe.training.class_path import (
     CLASS_KEYS,
     BadClass,
@@ -43,6 +44,9 @@ SWITCHES = {f.name for f in fields(Settings) if f.type is bool} | {
     f"{group}.{f.name}" for group, kind in GROUPS.items() for f in fields(kind) if f.type is bool
 }
 SWITCH_FLAGS = {f"--{name}" for name in SWITCHES}
+# in these ~ is the home folder, as a shell has it only before a space
+PATHS = {f.name for f in fields(Settings) if "Path" in str(f.type)} | {"resume"}
+PATHS |= {f"data.init_args.{name}" for name in ("train_data_path", "val_data_path", "tokenizer_dir")}
 # file names that belong together when they lie in one folder: a checkpoint's, and the demo's
 PAIRS = (("train_config.yaml", "model_config.yaml"), ("demo_train.yaml", "demo_model.yaml"))
 
@@ -90,7 +94,7 @@ def load_settings(argv: list[str]) -> Parsed:
 
     ValueError has one line per problem, naming the place, the key, the value and the way out.
     """
-    given = {**read_variables(), **read_flags(argv)}
+    given = from_home({**read_variables(), **read_flags(argv)})
     if "config" in given:  # its model_config may name the model's file
         given = {**read_settings_file(Path(given["config"][0])), **given}
     config, model_config = choose_configs(given)
@@ -169,7 +173,15 @@ def read_settings_file(path: Path) -> Given:
         )
     if model_config is not None and not (isinstance(model_config, str) and model_config):
         raise ValueError(f"{path}: model_config is {model_config!r}; it must be a path or null")
-    return given if model_config is None else {**given, "model_config": (model_config, str(path))}
+    return from_home(given if model_config is None else {**given, "model_config": (model_config, str(path))})
+
+
+def from_home(given: Given) -> Given:
+    """Return the values with `~` at the beginning of a path replaced by the user's home folder."""
+    return {
+        key: (with_home(value), place) if key in PATHS and isinstance(value, str) else (value, place)
+        for key, (value, place) in given.items()
+    }
 
 
 def choose_configs(given: Given) -> tuple[Path, Path]:

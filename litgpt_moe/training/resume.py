@@ -165,6 +165,12 @@ def check_resume(run: "Run", model: GPT) -> None:
     _say_what_changed(folder, opened.settings, settings)
     if run.start_step == run.n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
+    if (
+        run.start_step
+        and not opened.state["optimizer"].get("state")
+        and "SGD" not in run.optimizer["class_path"]
+    ):
+        note_once(f"Warning: {folder} holds no moments of the optimizer, which begin anew.")
     _warn_of_another_end(run, opened)
 
 

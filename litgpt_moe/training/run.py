@@ -127,20 +127,29 @@ def set_up(argv: list[str], held: contextlib.ExitStack | None = None) -> Run:
     """
     parsed = load_settings(argv)
     parsed.attempt(checks.check_writable, out_dir := parsed.settings.out_dir)
+    precision, devices = _processes(parsed)
     with contextlib.ExitStack() as own:
-        if is_main_process() and not parsed.problems:
+        if not parsed.problems and is_main_process():
             (own if held is None else held).enter_context(checks.run_lock(out_dir))
-        return _checked_run(parsed)
+        return _checked_run(parsed, precision, devices)
 
 
-def _checked_run(parsed: Parsed) -> Run:
+def _processes(parsed: Parsed) -> tuple[str, int]:
+    """Return the precision and the devices on this machine; add what does not fit a launcher's variables."""
+    settings = parsed.settings
+    wanted = (settings.accelerator, settings.devices, settings.num_nodes, settings.precision)
+    if (chosen := parsed.attempt(training_device, *wanted)) is None:
+        return "", 1
+    # a number of machines below 1 has a sentence of its own
+    parsed.add(launcher_problems(chosen[1], max(1, settings.num_nodes)))
+    return chosen
+
+
+def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     settings = with_dataset(parsed.settings)
     built: Any = parsed.attempt(MoEConfig.model_from_file, settings.model_config) or (None, None)
     config, model = built
-    wanted = (settings.accelerator, settings.devices, settings.num_nodes, settings.precision)
-    precision, devices = parsed.attempt(training_device, *wanted) or ("", 1)
     world_size = devices * settings.num_nodes
-    parsed.add(launcher_problems(world_size))
     parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
     data = parsed.attempt(build_data, settings)
     settings = parsed.attempt(with_tokenizer, settings, data) or settings

@@ -153,7 +153,7 @@ class Settings:
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     """Kind of device; auto is CUDA, or else the CPU. mps (Apple) must be asked for."""
     devices: int | str = "auto"
-    """Devices on this machine; auto is every GPU, or one CPU process."""
+    """Devices on this machine; auto (or -1) is every GPU, or one CPU process."""
     num_nodes: int = 1
     """Machines."""
     compile: Literal["auto", "on", "off"] = "auto"

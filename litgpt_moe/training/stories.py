@@ -10,7 +10,7 @@ from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.generation.text import tell_story
 from litgpt_moe.loss import LossHead
 from litgpt_moe.processes import is_main_process
-from litgpt_moe.training.logs import CsvLog
+from litgpt_moe.training.csv_log import CsvLog
 from litgpt_moe.training.run import Run
 
 PROMPT = "Once upon a time"

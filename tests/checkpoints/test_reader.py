@@ -117,8 +117,9 @@ def test_the_tokenizer_is_the_one_in_the_folder(checkpoint: Path) -> None:
 def with_training_state(checkpoint: Path, step: int = 4) -> Path:
     """The checkpoint as a run of `step` steps leaves it: training state and record."""
     run = RunState(rng=rng_state()).state_dict()
-    parts = {"optimizer": {"state": {}, "param_groups": []}, "train_dataloader": {}}
     model = torch.load(checkpoint / "lit_model.pth", weights_only=True)["model"]
+    groups = [{"params": list(range(len(model)))}]
+    parts = {"optimizer": {"state": {}, "param_groups": groups}, "train_dataloader": {}}
     state = {"model": model, **parts, "iter_num": step, "step_count": step, **run}
     torch.save(state, checkpoint / "lit_model.pth")
     write_record(checkpoint, step, {})

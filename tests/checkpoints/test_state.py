@@ -113,6 +113,19 @@ def test_a_state_without_its_parts_is_refused(part: dict) -> None:
         RunState().load_state_dict(state)
 
 
+@pytest.mark.parametrize("part", ["python", "numpy", "torch", "cuda"])
+def test_random_generators_that_cannot_be_set_are_refused_before_the_run_begins(part: str) -> None:
+    before, bad = rng_state(), rng_state()
+    bad["python"] = (3, (1,), None) if part == "python" else bad["python"]
+    bad["numpy"] = (*bad["numpy"][:2], 625, 0, 0.0) if part == "numpy" else bad["numpy"]
+    bad["torch"] = torch.zeros(3, dtype=torch.uint8) if part == "torch" else bad["torch"]
+    bad["cuda"] = ["x"] if part == "cuda" else bad["cuda"]
+    with pytest.raises(ValueError, match="the state of its random generators cannot be set"):
+        RunState().load_state_dict({**run_state().state_dict(), "rng": bad})
+    # a trial changes none of them
+    assert torch.equal(rng_state()["torch"], before["torch"]) and rng_state()["python"] == before["python"]
+
+
 # --- the whole file -----------------------------------------------------------------------------------------
 
 

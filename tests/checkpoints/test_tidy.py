@@ -9,9 +9,10 @@ import torch
 from conftest import TINY_CONFIG
 from litgpt.model import GPT
 
+from litgpt_moe.checkpoints.overwrite import delete_run
 from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.checkpoints.state import non_finite, tensor_bytes, tensors_of
-from litgpt_moe.checkpoints.writer import delete_run, foreign_files, tidy, write_checkpoint
+from litgpt_moe.checkpoints.writer import foreign_files, tidy, write_checkpoint
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import put_in_place, staging_for
 
@@ -120,6 +121,32 @@ def test_an_earlier_run_is_deleted_and_what_is_not_its_own_stays(tmp_path: Path)
     (tmp_path / "step-00000012").touch()
     delete_run(tmp_path)
     assert names(tmp_path) == sorted([*others, "step-00000012"])
+
+
+def test_of_the_logs_an_earlier_run_wrote_only_its_own_files_are_deleted(tmp_path: Path) -> None:
+    own = ("csv/metrics.csv", "spikes.csv", "csv/version_0/metrics.csv", "csv/version_0/hparams.yaml")
+    own += ("tensorboard/version_0/events.out.tfevents.1.host.2.0", "tensorboard/version_1/hparams.yaml")
+    others = ("csv/version_mine/thesis", "tensorboard/version_0/thesis", "tensorboard/version_mine/thesis")
+    others += ("run.json/thesis", "csv/version_0.bak/metrics.csv")
+    for name in (*own, *others):
+        (tmp_path / "logs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "logs" / name).touch()
+    delete_run(tmp_path)
+    left = [path.relative_to(tmp_path / "logs") for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.as_posix() for path in left) == sorted(others)
+    assert not (tmp_path / "logs/csv/version_0").exists()
+    assert not (tmp_path / "logs/tensorboard/version_1").exists()
+
+
+def test_a_folder_named_as_what_version_0_1_left_stays_if_it_holds_something_else(tmp_path: Path) -> None:
+    left = (".step-00000010.tmp/lit_model.pth", ".step-00000010.tmp/checkpoint.123456789012.tmp")
+    others = (".step-00000020.tmp/lit_model.pth", ".step-00000020.tmp/thesis", ".final.tmp/thesis")
+    for name in (*left, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    tidy(tmp_path, start_step=0)
+    assert names(tmp_path) == [".final.tmp", ".step-00000020.tmp"]
+    assert names(tmp_path / ".step-00000020.tmp") == ["lit_model.pth", "thesis"]
 
 
 # --- a checkpoint of bare weights, and what a state holds ---------------------------------------------------

@@ -52,7 +52,8 @@ class Run:
     def save(self, step: int, name: str = "") -> Path:
         """Save the state of a step and wait until it is written."""
         run = RunState(rng=rng_state()).state_dict()
-        parts = {"optimizer": {"state": {}, "param_groups": []}, "train_dataloader": {}}
+        groups = [{"params": list(range(len(self.model.state_dict())))}]
+        parts = {"optimizer": {"state": {}, "param_groups": groups}, "train_dataloader": {}}
         state = {"model": self.model, **parts, "iter_num": step, "step_count": step, **run}
         target = self.out / (name or step_name(step))
         self.writer.save(

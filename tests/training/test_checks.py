@@ -46,7 +46,7 @@ BAD_TRAIN_VALUES = {
     "weight_decay_on": ("some", "weight_decay_on is 'some'; it must be one of matrices, all"),
     "precision": ("16-mixed", "precision is 16-mixed, which is for CUDA; use bf16-mixed or 32-true"),
     "accelerator": ("tpu", "accelerator is 'tpu'; it must be one of auto, cpu, cuda, gpu, mps"),
-    "devices": (0, "devices is 0; choose auto or a number of 1 or more"),
+    "devices": (0, "devices is 0; choose auto (or -1, the same) or a number of 1 or more"),
     "num_nodes": (0, "num_nodes is 0"),
     "logger_name": ("paper", "logger_name is 'paper'; it must be one of csv, tensorboard, wandb"),
     "optimizer": ({"class_path": 5}, "optimizer.class_path is 5; name a class, such as torch.optim.AdamW"),

@@ -10,8 +10,8 @@ import pytest
 from conftest import TINY_CONFIG
 
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.training import logs
-from litgpt_moe.training.logs import CsvLog, RunLogs, metric_columns
+from litgpt_moe.training import csv_log
+from litgpt_moe.training.csv_log import CsvLog, RunLogs, metric_columns
 
 
 def lines(log: CsvLog) -> list[str]:
@@ -82,7 +82,7 @@ def locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise PermissionError(13, "it is in use", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(logs, "open_no_link", refuse)
+        patched.setattr(csv_log, "open_no_link", refuse)
         yield
 
 
@@ -154,7 +154,7 @@ def test_only_the_first_process_writes_logs(tmp_path: Path, monkeypatch: pytest.
     log = CsvLog(tmp_path / "spikes.csv", ["step"])
     log.write({"step": 1})
     before = log.path.read_bytes()
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     other = CsvLog(log.path, ["step"])
     other.keep(0)
     other.write({"step": 2})
@@ -210,3 +210,58 @@ def test_no_row_is_written_through_a_folder_that_became_a_link(
     (tmp_path / "moved").rename(tmp_path / folder)
     log.write({"step": 3})
     assert lines(log) == ["step", "1", "2", "3"]
+
+
+def test_a_log_that_is_emptied_begins_anew_with_its_header(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    for step in (1, 2, 3):
+        log.write({"step": step})
+    # as `: > metrics.csv` and logrotate's copytruncate do
+    log.path.write_bytes(b"")
+    log.write({"step": 4})
+    assert lines(log) == ["step,loss", "4,"] and log.n_rows == 1
+    assert "metrics.csv is gone, with 3 rows; it begins anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [b"", b"step,loss\r\n1,3.0\r\n"])
+def test_a_resume_says_that_rows_of_its_checkpoint_are_missing(
+    left: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    log.path.write_bytes(left)
+    log.keep(3)
+    assert f"metrics.csv has {log.n_rows} of the 3 rows that the checkpoint counts" in capsys.readouterr().err
+    log.keep(log.n_rows)
+    assert capsys.readouterr().err == "" and lines(log)[0] == "step,loss"
+
+
+def test_a_log_without_a_header_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # what earlier versions wrote into a log that had been emptied
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    log.path.write_bytes(b"4,2.0\r\n5,1.5\r\n")
+    log.keep(5)
+    assert lines(log) == ["step,loss"] and (log.columns, log.n_rows) == (["step", "loss"], 0)
+    assert (tmp_path / "metrics.csv.1").read_bytes() == b"4,2.0\r\n5,1.5\r\n"
+    told = capsys.readouterr().err
+    assert "metrics.csv has no header; it is now metrics.csv.1" in told
+
+
+def test_rows_that_were_never_written_are_told_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = RunLogs(tmp_path / "logs", MoEConfig(**TINY_CONFIG))
+    logs.metrics.write({"step": 1})
+    (tmp_path / "logs").rename(tmp_path / "moved")
+    (tmp_path / "logs").symlink_to(tmp_path / "moved")
+    for step in (2, 3):
+        logs.metrics.write({"step": step})
+    logs.sync()
+    assert "are lost" not in capsys.readouterr().err
+    logs.close()
+    told = capsys.readouterr().err
+    assert (
+        "metrics.csv could not be written to the end (its folder has become a link): 2 rows are lost" in told
+    )
+    assert told.count("are lost") == 1

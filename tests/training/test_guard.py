@@ -149,10 +149,14 @@ def test_a_resumed_run_goes_on_with_the_losses_and_counts_of_its_guard(at_step: 
 
 
 def test_a_validation_loss_too_large_for_its_exponential_ends_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from litgpt import pretrain
 
     monkeypatch.setattr(pretrain, "validate", lambda *_, **__: torch.tensor(1e6))
     assert run("--max_tokens", 4 * 256) == 0
-    assert [row["val_loss"] for row in rows() if row["val_loss"]] == ["700.0", "700.0"]
+    validations = [(row["val_loss"], row["val_ppl"]) for row in rows() if row["val_loss"]]
+    assert validations == [("1000000.0", "inf")] * 2
+    output = capsys.readouterr()
+    assert "Warning: the validation loss is 1e+06 at step 4." in output.err
+    assert "700.0" not in output.out + output.err and "1000000.000 in validation" in output.out

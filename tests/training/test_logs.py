@@ -8,8 +8,9 @@ import torch
 from conftest import TINY_CONFIG
 
 from litgpt_moe.config import ModelFacts, MoEConfig
+from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.guard import Spike
-from litgpt_moe.training.logs import MetricLog, RunLogs, StepFigures, metric_line, metric_row, validation_row
+from litgpt_moe.training.logs import MetricLog, StepFigures, metric_line, metric_row, validation_row
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings, TrainArgs
 from litgpt_moe.training.steps import Clock
@@ -172,7 +173,7 @@ def test_a_spike_is_written_down_with_the_first_sequence_of_its_step(
 def test_another_process_prints_and_writes_nothing(
     tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     log = a_log(tmp_path)
     log.log_metrics(LINE)
     log.print("hello")

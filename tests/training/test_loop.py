@@ -40,7 +40,7 @@ REPLACED = (
 
 def hooks_of(*flags: object) -> LoopHooks:
     run = set_up(normalize_flags(["--config", "train_config.yaml", *map(str, flags)]))
-    return LoopHooks(run, StopSignals(), to_litgpt(run.settings)[0])
+    return LoopHooks(run, StopSignals(), *to_litgpt(run.settings))
 
 
 def test_the_replaced_functions_are_back_afterwards_even_after_an_error() -> None:

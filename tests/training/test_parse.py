@@ -41,6 +41,24 @@ def test_a_flag_beats_the_environment_and_both_beat_the_yaml(monkeypatch: pytest
     assert settings.train.log_interval == Settings().train.log_interval
 
 
+def test_a_tilde_is_the_home_folder_in_yaml_flags_and_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    home = tmp_path / "home"
+    edit_yaml("train_config.yaml", "out_dir", "~/runs")
+    edit_yaml("train_config.yaml", "data.init_args.val_data_path", "~/data/val")
+    monkeypatch.setenv("WANDB_ARTIFACTS_DIR", "~/arts")
+    settings = load("--dataset_dir=~/data", "--resume=~/old")
+    assert (settings.out_dir, settings.dataset_dir) == (home / "runs", home / "data")
+    assert settings.wandb_artifacts_dir == home / "arts" and Path(str(settings.resume)) == home / "old"
+    assert Path(settings.data["init_args"]["val_data_path"]) == home / "data/val"
+    # a file may have such a name, and other text is no path
+    assert load("--out_dir", "a~/x", "--log.run", "~/x").out_dir == Path("a~/x")
+    assert load("--logger_name", "wandb", "--log.run", "~/x").log.run == "~/x"
+
+
 @pytest.mark.parametrize(
     ("flag", "key", "text", "value"),
     [

@@ -187,6 +187,38 @@ def test_a_checkpoint_with_nan_is_passed_over(part: str, capsys: pytest.CaptureF
         assert "lm_head.weight holds values that are not finite" in told
 
 
+DAMAGES: dict[str, Callable[[dict], object]] = {
+    "optimizer has no param_groups": lambda state: state["optimizer"].pop("param_groups"),
+    "optimizer.param_groups hold 0 weights": lambda state: state["optimizer"]["param_groups"].clear(),
+    "optimizer.param_groups is": lambda state: state["optimizer"]["param_groups"].append({"lr": 1.0}),
+    "optimizer.state is of a weight that no group has": lambda state: state["optimizer"].update(
+        state={999: {}}
+    ),
+    "train_dataloader is": lambda state: state["train_dataloader"].update(n_used=10**18),
+}
+
+
+@pytest.mark.parametrize("flaw", DAMAGES)
+def test_a_checkpoint_without_a_record_whose_training_state_is_damaged_is_passed_over(
+    flaw: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        save(f"out/step-{step:08d}", step)
+    path = Path("out/step-00000004/lit_model.pth")
+    state = torch.load(path, weights_only=True)
+    DAMAGES[flaw](state)
+    torch.save(state, path)
+    assert set_up_here("--resume", "auto").start_step == 2
+    told = told_paths(capsys)
+    assert f"Skipping out/step-00000004: its training state is damaged: {flaw.partition(' has')[0]}" in told
+
+
+def test_a_resume_without_the_optimizer_s_moments_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    save("out/step-00000004", 4)
+    assert set_up_here("--resume", "auto").start_step == 4
+    assert "out/step-00000004 holds no moments of the optimizer, which begin anew" in told_paths(capsys)
+
+
 def test_resume_true_without_a_checkpoint_is_an_error_and_auto_starts_afresh(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -309,3 +309,19 @@ def test_a_finished_run_that_is_resumed_leaves_its_final_checkpoint_as_it_was() 
     shutil.rmtree("out/final")
     assert run("--resume", "auto") == 0
     assert checkpoint_flaw(Path("out/final")) is None
+
+
+def test_a_finished_run_that_is_resumed_is_not_validated_again(capsys: pytest.CaptureFixture[str]) -> None:
+    # so that final/ alone is at the last step, as after most runs
+    assert run("--train.save_interval", 100) == 0
+    before = Path("out/logs/csv/metrics.csv").read_bytes()
+    loss = re.search(r"[0-9.]+ in validation", capsys.readouterr().out)
+    assert loss
+    for _ in range(2):
+        assert run("--resume", "auto", "--train.save_interval", 100) == 0
+        assert Path("out/logs/csv/metrics.csv").read_bytes() == before
+        assert loss[0] in capsys.readouterr().out
+    # without its log the loss is not known
+    Path("out/logs/csv/metrics.csv").unlink()
+    assert run("--resume", "auto", "--train.save_interval", 100) == 0
+    assert loss[0] in capsys.readouterr().out and [row["step"] for row in rows()] == ["8"]

@@ -10,7 +10,7 @@ import torch
 
 from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.loss import defer_head
-from litgpt_moe.training.logs import CsvLog
+from litgpt_moe.training.csv_log import CsvLog
 from litgpt_moe.training.settings import EvalArgs, Settings
 from litgpt_moe.training.stories import PROMPT, StoryLog, final_story
 
@@ -59,7 +59,7 @@ def test_no_story_where_none_is_wanted_or_another_process_writes_it(
 ) -> None:
     model = load_model(tiny_checkpoint)
     with monkeypatch.context() as patched:
-        patched.setenv("RANK", "1")
+        patched.setenv("LOCAL_RANK", "1")
         story_log.tell(model, None, 4)
     story_log.max_new_tokens = None
     story_log.tell(model, None, 4)

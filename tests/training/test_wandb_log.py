@@ -91,7 +91,7 @@ def test_without_a_network_the_run_is_recorded_offline(
 
 
 def test_another_process_connects_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(wandb_log, "connect", lambda *_: pytest.fail("rank 1 connects"))
     log = WandbLog(a_run(tmp_path), print)
     log.log_metrics({"loss": 1.0}, 1)
