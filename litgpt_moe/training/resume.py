@@ -21,7 +21,7 @@ from litgpt_moe.checkpoints.layout import (
     find_checkpoint,
     read_record,
 )
-from litgpt_moe.checkpoints.state import check_state
+from litgpt_moe.checkpoints.state import check_state, damage_in
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import fits
@@ -123,7 +123,12 @@ def place_of(opened: OpenCheckpoint, settings: Settings, block_size: int) -> tup
     step, size = opened.state["step_count"], settings.train.global_batch_size
     before = opened.settings.get("train.global_batch_size", size)
     # LitGPT's own checkpoints may hold another type
-    sizes = BatchSizes.from_state(opened.state, before if fits(before, 1) else size).changed(step, size)
+    before = before if fits(before, 1) else size
+    sizes = BatchSizes.from_state(opened.state, before)
+    with damage_in(opened.folder):
+        if (last := sizes.changes[-1][1]) != before:
+            raise ValueError(f"run.batch_sizes ends with {last}, and {SETTINGS_FILE} says {before}")
+    sizes = sizes.changed(step, size)
     if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.max_tokens or 0):
         raise ValueError(
             f"{opened.folder} is past the end of the run: it has been trained on {n_tokens} tokens, "
