@@ -131,8 +131,8 @@ def test_the_environment_has_the_wheels_and_this_python_s_torch(tmp_path: Path) 
 def test_without_a_gpu_it_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert measure_gpu.main([]) == 2
     assert capsys.readouterr().err.startswith("error: this torch sees no CUDA device; ")
-    assert measure_gpu.main(["--device", "cpu", "--only", "check,chekc"]) == 2
-    assert "--only 'chekc': choose of imports, check, sync" in capsys.readouterr().err
+    assert measure_gpu.main(["--device", "cpu", "--only", "check,nonsense"]) == 2
+    assert "--only 'nonsense': choose of imports, check, sync" in capsys.readouterr().err
 
 
 @pytest.mark.by_hand
