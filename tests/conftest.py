@@ -149,6 +149,15 @@ def eager() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def first_rank() -> Iterator[None]:
+    """Lightning keeps the rank of the last Fabric in a global, which a test with a launcher's variables sets."""
+    yield
+    for name in ("lightning.fabric.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
+        if module := sys.modules.get(name):
+            module.rank_zero_only.rank = 0
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama-style BPE of at most 512 pieces with byte fallback, trained in-process."""
