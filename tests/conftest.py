@@ -151,7 +151,7 @@ def eager() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def first_rank() -> Iterator[None]:
-    """Lightning keeps the rank of the last Fabric in a global, which a test with a launcher's variables sets."""
+    """Lightning keeps the rank of the last Fabric in a global, which launchers' variables in a test set."""
     yield
     for name in ("lightning.fabric.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
         if module := sys.modules.get(name):
