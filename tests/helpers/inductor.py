@@ -2,13 +2,14 @@
 
 import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config as inductor_config
 import torch._subclasses.fake_tensor as fake_tensor
+import torch.utils._triton
 from helpers.fake_cuda import Driver
 from torch._inductor import async_compile, compile_fx
 from torch._inductor.decomposition import select_decomp_table
@@ -64,7 +65,7 @@ def code_of(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> str:
     Nothing is started, nor compiled by Triton.
     """
     codes: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forgotten_answers():
         pretend(patch)
         patch.setattr(GraphLowering, "save_output_code", staticmethod(codes.append))
         patch.setattr(async_compile.AsyncCompile, "triton", lambda *_, **__: None)
@@ -74,6 +75,19 @@ def code_of(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> str:
             compile_fx.compile_fx_inner(graph, inputs)
     (code,) = codes
     return code
+
+
+@contextlib.contextmanager
+def forgotten_answers() -> Iterator[None]:
+    """Let torch ask anew, now and after the block, whether Triton finds a GPU here: it keeps the answers."""
+    functions = [answer for answer in vars(torch.utils._triton).values() if hasattr(answer, "cache_clear")]
+    for function in functions:
+        function.cache_clear()
+    try:
+        yield
+    finally:
+        for function in functions:
+            function.cache_clear()
 
 
 def pretend(patch: pytest.MonkeyPatch) -> None:
