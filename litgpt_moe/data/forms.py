@@ -149,10 +149,9 @@ def _unpacked(packed: io.BufferedReader, packing: str) -> Any:
     if packing == ".xz":
         return io.BufferedReader(XzFile(packed), READ_BYTES)  # type: ignore[arg-type]
     if packing == ".zst":
-        # not at the top: pyarrow takes 40 MB, in each worker process too. zstandard's reader takes the end
-        # of a truncated file for the end of the data.
-        import pyarrow
+        import pyarrow  # not at the top: it takes 40 MB, in each worker process too
 
+        # not zstandard, whose reader takes the end of a truncated file for the end of the data
         return io.BufferedReader(pyarrow.CompressedInputStream(packed, "zstd"), READ_BYTES)
     return contextlib.nullcontext(packed)
 

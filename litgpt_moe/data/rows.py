@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,9 +30,9 @@ Row = tuple[str, Any]  # where it stands ("row 7"), and what it holds: a dict, o
 class RowReader(FileReader):
     """Yields the text column of a file's rows; rows without text are counted by reason."""
 
+    @abstractmethod
     def rows(self, progress: "tqdm[Any]") -> Iterator[Row]:
         """Yield the rows; ValueError with file and row for one that is broken."""
-        raise NotImplementedError
 
     def story_lists(self, progress: "tqdm[Any]") -> Iterator[list[str]]:
         """Yield the stories in order, stripped and never empty, some megabytes at a time."""

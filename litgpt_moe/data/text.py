@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def cut_long(text: str) -> tuple[list[str], str]:
     return parts, text[start:] if start else text
 
 
-class FileReader:
+class FileReader(ABC):
     """Reads a file in blocks of UTF-8 text; reports and counts what it had to replace."""
 
     def __init__(self, source: Source, reading: Reading) -> None:
@@ -93,9 +94,9 @@ class FileReader:
         self.column: str | None = None  # which held the text
         self._bad_text = b""
 
+    @abstractmethod
     def story_lists(self, progress: "tqdm[Any]") -> Iterator[list[str]]:
         """Yield the stories in order, stripped and never empty, some megabytes at a time."""
-        raise NotImplementedError
 
     def report_faults(self) -> None:
         """Report at the end of the file what was replaced, cut or not used."""
