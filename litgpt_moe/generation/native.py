@@ -72,6 +72,8 @@ def unsupported(config: Config) -> str | None:
         value = getattr(config, field.name)
         if field.name not in FREE_KEYS and value != KNOWN_VALUES.get(field.name, field.default):
             return f"{field.name} {value}"
+    if config.rope_n_elem % 2:  # LitGPT pairs the elements of an odd number in a way of its own
+        return f"rope_n_elem {config.rope_n_elem}"
     return None if config.mlp_class_name in MLP_CLASSES else f"mlp_class_name {config.mlp_class_name}"
 
 
@@ -123,6 +125,9 @@ class NativeDecoder:
         rows, logits = [], torch.empty(len(work), self.vocab)
         for place, (cache, tokens) in enumerate(work):
             data, capacity = cache.tensor.data_ptr(), cache.tensor.size(3)
+            # native.cpp checks nothing: it would read and write beyond the memory
+            assert cache.n_read + len(tokens) <= capacity <= self.block_size
+            assert min(tokens) >= 0 and max(tokens) < self.vocab
             for number, token in enumerate(tokens, start=1):
                 wanted = place if number == len(tokens) else -1
                 rows.append(_Row(token, cache.n_read, data, capacity, wanted))
@@ -157,7 +162,7 @@ class NativeDecoder:
             *(config.norm_eps, scale, config.routed_scaling_factor),
             (_Layer * len(layers))(*layers),
             *(self._matrix(transformer.wte), self._matrix(model.lm_head)),
-            *map(self._floats, (transformer.ln_f.weight, model.cos, model.sin)),
+            *(self._norm(transformer.ln_f), self._floats(model.cos), self._floats(model.sin)),
         )
 
     def _layer(self, block: Any) -> _Layer:
@@ -168,7 +173,7 @@ class NativeDecoder:
         bias = self._floats(mlp.selection_bias) if has_experts and mlp.has_selection_bias else None
         maps = [self._matrices([getattr(e, name) for e in experts]) for name in ("fc_1", "fc_2", "proj")]
         return _Layer(
-            *map(self._floats, (block.norm_1.weight, block.norm_2.weight)),
+            *map(self._norm, (block.norm_1, block.norm_2)),
             *map(self._matrix, (attention.qkv, attention.proj)),
             *(self._floats(mlp.gate.weight) if has_experts else None, bias, *maps),
             *(
@@ -178,6 +183,10 @@ class NativeDecoder:
             ),
             0 if shared is None else shared.fc_1.out_features,
         )
+
+    def _norm(self, norm: Any) -> int:
+        # LitGPT adds 1 to the weights where the model's name has "Gemma" in it
+        return self._floats(1 + norm.weight if norm.add_unit_offset else norm.weight)
 
     def _floats(self, tensor: torch.Tensor) -> int:
         return self._keep(tensor.detach().float().contiguous())

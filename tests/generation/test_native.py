@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "odd widths": {"n_embd": 44, "moe_intermediate_size": 13, "padded_vocab_size": 513},
     "part of a head rotates": {"rotary_percentage": 0.5, "attention_scores_scalar": 3},
     "all experts": {"n_expert_per_token": 4},
+    "norms with an offset": {"name": "Gemma-like"},  # LitGPT goes by the name
 }
 
 
@@ -118,6 +119,17 @@ def test_eight_bits_are_the_rounded_weights_and_nothing_else() -> None:
     assert not zero.any() and scale.isfinite().all()
 
 
+def test_neither_tokens_nor_positions_reach_beyond_the_memory() -> None:
+    decoder = NativeDecoder(make_model())
+    for token in (-1, TINY_CONFIG["padded_vocab_size"]):
+        with pytest.raises(AssertionError):
+            decoder.read([(decoder.open(2), [token])])
+    cache = decoder.open(2)
+    decoder.read([(cache, [3, 4])])
+    with pytest.raises(AssertionError):
+        decoder.read([(cache, [5])])
+
+
 # --- what it does not take ----------------------------------------------------------------------------------
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -131,6 +143,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "scale_embeddings": {"scale_embeddings": True},
     "n_expert_groups": {"n_expert_groups": 2, "n_topk_groups": 1, "n_topk_scores_per_group": 2},
     "rope_interleave": {"rope_interleave": True},
+    "rope_n_elem": {"n_embd": 20, "n_head": 4},
     "mlp_class_name": {**DENSE, "mlp_class_name": "GptNeoxMLP"},
 }
 
