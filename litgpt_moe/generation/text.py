@@ -68,20 +68,20 @@ def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int
     """Return the prompt's token ids; ValueError if it has none, leaves no room, or the tokenizer is wrong."""
     prompt_ids = encode(tokenizer, prompt)
     room_for(prompt_ids, max_tokens, model.max_seq_length)
-    check_window(model, prompt_ids)
-    if max(prompt_ids) >= model.lm_head.out_features:
-        size = f"token {max(prompt_ids):,}, the model knows {model.lm_head.out_features:,}"
-        raise ValueError(f"the tokenizer is not the model's ({size}); copy the right one into the checkpoint")
+    check_prompt(model, prompt_ids)
     return prompt_ids
 
 
-def check_window(model: GPT, prompt_ids: list[int]) -> None:
-    """Raise ValueError for a prompt that is longer than the sliding window of the model's attention."""
+def check_prompt(model: GPT, prompt_ids: list[int]) -> None:
+    """Raise ValueError for a prompt longer than the attention's sliding window, or with unknown tokens."""
     config = model.config
     window, is_used = config.sliding_window_size, any((config.sliding_window_indices or [])[: config.n_layer])
     if window is not None and is_used and len(prompt_ids) > window:
         sizes = f"{len(prompt_ids):,} tokens but the model's sliding_window_size is {window:,}"
         raise ValueError(f"the prompt has {sizes}; shorten it: LitGPT reads a prompt of one window at most")
+    if max(prompt_ids, default=0) >= model.lm_head.out_features:
+        size = f"token {max(prompt_ids):,}, the model knows {model.lm_head.out_features:,}"
+        raise ValueError(f"the tokenizer is not the model's ({size}); copy the right one into the checkpoint")
 
 
 def tell_story(
@@ -94,7 +94,7 @@ def tell_story(
     model.eval()
     try:
         prompt_ids = encode(tokenizer, prompt)
-        check_window(model, prompt_ids)
+        check_prompt(model, prompt_ids)
     except ValueError as error:
         return f"(none: {error})"
     if len(prompt_ids) >= model.max_seq_length:

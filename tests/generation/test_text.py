@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSETS, SENTENCE
+from conftest import ASSETS, SENTENCE, TINY_CONFIG
 from lightning import Fabric
+from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litgpt_moe.checkpoints.reader import load_model
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.generation.text import AsyncTokenStreamer, TextDecoder, tell_story
 
@@ -171,6 +173,12 @@ def test_a_context_that_the_prompt_fills_leaves_the_prompt(
 ) -> None:
     prompt = "Tom went " * 40
     assert tell_story(load_model(tiny_checkpoint), tokenizer, prompt, 30, Sampling(), seed=1) == prompt
+
+
+def test_the_story_by_anothers_tokenizer_says_so(tokenizer: Tokenizer) -> None:
+    model = GPT(MoEConfig(**{**TINY_CONFIG, "vocab_size": 8, "padded_vocab_size": 8}))
+    story = tell_story(model, tokenizer, "Tom", 30, Sampling(), seed=1)
+    assert story.startswith("(none: the tokenizer is not the model's (token ")
 
 
 def test_the_story_of_a_diverged_model_says_so(tiny_checkpoint: Path, tokenizer: Tokenizer) -> None:
