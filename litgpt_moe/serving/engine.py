@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,23 +174,26 @@ class Engine:
 
     def _step(self) -> list[tuple[Choice, Piece | Exception]]:
         """Let members leave and join, and advance all. An error in it is every member's."""
-        members: list[Any] = self.batch.members
-        for choice in [choice for choice in members if not choice.is_wanted]:
-            self.batch.leave(choice)
+        members: list[Any] = [*self.batch.members]
         try:
+            for choice in [choice for choice in members if not choice.is_wanted]:
+                self.batch.leave(choice)
             if self.is_stopping():
                 raise ApiError(503, "the server is stopping", code="stopping")
             while self._joining:
-                choice = self._joining.popleft()
-                if choice.is_wanted:
-                    self.batch.join(choice)
+                members.append(self._joining.popleft())
+                if members[-1].is_wanted:
+                    self.batch.join(members[-1])
             advances: Any = self.batch.step()
             return [(advance.member, self._piece_of(advance)) for advance in advances]
         except Exception as error:  # noqa: BLE001  the requests raise it
-            failed, self._joining = [*members, *self._joining], deque()
-            for choice in failed:
-                self.batch.leave(choice)
-            return [(choice, as_api_error(error)) for choice in failed]
+            while self._joining:  # one at a time: meanwhile `run` may add others
+                members.append(self._joining.popleft())
+            for choice in members:
+                # a GPU that failed may fail again
+                with suppress(RuntimeError):
+                    self.batch.leave(choice)
+            return [(choice, as_api_error(error)) for choice in members]
 
     def _piece_of(self, advance: Advance) -> Piece | Exception:
         choice: Any = advance.member

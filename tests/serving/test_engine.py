@@ -4,6 +4,7 @@ import http.client
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from conftest import SENTENCE, wait_until
 from helpers.server import Running, complete, serving
 
-from litgpt_moe.serving.engine import StopText
+from litgpt_moe.serving.engine import Choice, StopText
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -119,3 +120,47 @@ def test_clients_that_go_away_free_their_slots_and_too_many_are_refused(talker: 
     engine._thread.submit(lambda: None).result()
     assert not engine.batch.members
     assert complete(talker, max_tokens=3).usage.completion_tokens == 3
+
+
+# --- steps that fail ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(tiny: Running) -> Running:
+    """The server with a client that does not wait for an answer that never comes."""
+    return replace(tiny, client=tiny.client.with_options(timeout=20))
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_a_sample_for_whose_cache_there_is_no_memory_is_an_error(
+    quick: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(quick.engine.batch.decoder, "open", fail)
+        with pytest.raises(openai.InternalServerError, match="CUDA out of memory"):
+            complete(quick)
+    assert complete(quick, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_an_error_while_memory_is_freed_reaches_the_client(
+    quick: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(quick.engine.batch.decoder, "read", fail)
+        patched.setattr(quick.engine.batch.decoder, "close", fail)
+        with pytest.raises(openai.InternalServerError, match="CUDA out of memory"):
+            complete(quick, n=2)
+    assert complete(quick, max_tokens=3).usage.completion_tokens == 3
+
+
+def test_a_sample_that_ends_in_a_step_that_fails_is_an_error(
+    quick: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Choice, "put", fail)
+        with pytest.raises(openai.InternalServerError, match="CUDA out of memory"):
+            complete(quick, max_tokens=1)
+    assert complete(quick, max_tokens=3).usage.completion_tokens == 3
