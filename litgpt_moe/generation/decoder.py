@@ -127,16 +127,18 @@ class TorchDecoder:
 
     def _grow(self, store: _Store, capacity: int, n_slots: int) -> None:
         """Make room for more sequences, or longer ones; what the store holds is kept."""
-        length, dtype, before = self.model.rope_cache_length(), self.model.lm_head.weight.dtype, store.layers
-        store.capacity, store.n_slots, store.layers = capacity, n_slots, []
+        length, dtype = self.model.rope_cache_length(), self.model.lm_head.weight.dtype
+        layers = []
         with torch.inference_mode():
-            store.mask = build_mask_cache(capacity, self.device)
+            mask = build_mask_cache(capacity, self.device)
             for attention in self._attentions:
                 view = attention.build_kv_cache(n_slots, capacity, length, self.device, dtype)
-                store.layers.append(_Layer(view.k, view.v, view))
-            for new, old in zip(store.layers, before, strict=False):  # nothing is there at first
+                layers.append(_Layer(view.k, view.v, view))
+            for new, old in zip(layers, store.layers, strict=False):  # nothing is there at first
                 new.k[: old.k.size(0), :, : old.k.size(2)] = old.k
                 new.v[: old.v.size(0), :, : old.v.size(2)] = old.v
+        # only now: without memory for the new ones, the store stays as it was
+        store.capacity, store.n_slots, store.layers, store.mask = capacity, n_slots, layers, mask
 
     def read(self, work: Sequence[tuple[TorchCache, Sequence[int]]], with_routing: bool = False) -> Read:
         """Read the next tokens of some sequences; see `Decoder.read`."""

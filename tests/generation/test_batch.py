@@ -142,6 +142,28 @@ def test_closing_frees_the_memory(decoder: Decoder) -> None:
     assert [list(ids) for ids in generate_together(decoder, [member(OTHER, 3)])] == [alone(decoder, OTHER, 3)]
 
 
+def test_without_memory_for_one_more_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = TorchDecoder(make_model())
+    batch, going, late = Batch(decoder), member(SHORT, 6), member(OTHER, 6)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    for under_way in ([], [going]):
+        for one in under_way:
+            batch.join(one)
+            batch.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder.model.transformer.h[1].attn, "build_kv_cache", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                batch.join(late)
+    batch.join(late)
+    while batch.members:
+        batch.step()
+    assert going._ids[len(SHORT) :] == alone(decoder, SHORT, 6)
+    assert late._ids[len(OTHER) :] == alone(decoder, OTHER, 6)
+
+
 def test_one_that_diverges_ends_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, bad, good = Batch(decoder), member(SHORT, 6), member(OTHER, 6)
     expected, take = alone(decoder, OTHER, 6), Continuation.take
