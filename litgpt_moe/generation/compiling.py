@@ -33,7 +33,7 @@ def load_library() -> ctypes.CDLL:
     """
     command = _command()
     key = hashlib.sha256(
-        repr((SOURCE.read_bytes(), command, _compiler_version(command[0]), _processor())).encode()
+        repr((SOURCE.read_bytes(), command, _compiler_version(command), _processor())).encode()
     )
     name = f"decode-{key.hexdigest()[:32]}.so"
     try:
@@ -47,11 +47,13 @@ def load_library() -> ctypes.CDLL:
 
 def _command() -> list[str]:
     """Return the compiler and its flags, without the names of files. Raises NoLibrary."""
-    if (
-        sys.platform == "win32"
-    ):  # the flags, and who may write to the cache folder, are those of POSIX systems
+    # the flags, and who may write to the cache folder, are those of POSIX systems
+    if sys.platform == "win32":
         raise NoLibrary("compiled code needs Linux or macOS (on Windows: WSL 2); use --engine torch")
-    given = shlex.split(os.environ.get("CXX", ""))
+    try:
+        given = shlex.split(text := os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise NoLibrary(f"CXX is {text!r:.80}, which is no command ({error}); use --engine torch") from None
     found = given or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
     if not found:
         raise NoLibrary("there is no C++ compiler here; install g++ for twice the speed")
@@ -59,11 +61,15 @@ def _command() -> list[str]:
     return [*found, *FLAGS, "-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp"]
 
 
-def _compiler_version(compiler: str) -> bytes:
+def _compiler_version(command: list[str]) -> bytes:
+    # with all words: the first may be a program like ccache, which has a version of its own
+    asked = [*command, "--version"]
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, timeout=10, check=False).stdout
+        return subprocess.run(asked, capture_output=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoLibrary(f"the C++ compiler {compiler} does not start ({error}); use --engine torch") from None
+        raise NoLibrary(
+            f"the C++ compiler {command[0]} does not start ({error}); use --engine torch"
+        ) from None
 
 
 def _processor() -> str:
@@ -76,25 +82,22 @@ def _processor() -> str:
 
 def _cache_folder() -> Path:
     """Return a folder that nobody else can write to: what lies there is loaded as code."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "litgpt-moe"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litgpt-moe"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
         is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
         if is_own and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user, one of a container perhaps, has no home
         pass
-    return _own_folder()
+    return Path(_own_folder().name)
 
 
 @functools.cache
-def _own_folder() -> Path:
-    """Return a temporary folder that is deleted when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="litgpt-moe-")
-    _own_folder.kept = folder  # type: ignore[attr-defined]
-    return Path(folder.name)
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a temporary folder, which is deleted when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="litgpt-moe-")
 
 
 def _compile(command: list[str], target: Path) -> None:
@@ -108,6 +111,7 @@ def _compile(command: list[str], target: Path) -> None:
                 [*command, *inputs, "-o", str(made)],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=COMPILE_S,
                 check=False,
             )

@@ -214,6 +214,37 @@ def test_without_a_compiler_pytorch_decodes(empty_cache: Path, monkeypatch: pyte
         compiling.load_library()
 
 
+def test_a_value_of_cxx_that_is_no_command_is_told(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "g++ -DNAME='a")
+    with pytest.raises(NoLibrary, match=r"CXX is .*No closing quotation.*use --engine torch"):
+        compiling.load_library()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compiler is a program for POSIX")
+def test_cxx_may_be_a_compiler_behind_another_program(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    text = f"import sys; open({str(told)!r}, 'a').write(' '.join(sys.argv[1:]) + '\\n'); sys.exit(1)\n"
+    write_compiler(tmp_path / "cache", text)
+    monkeypatch.setenv("CXX", f"{tmp_path / 'cache'} g++")
+    with pytest.raises(NoLibrary, match="status 1"):
+        compiling.load_library()
+    first = told.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("g++ ") and first.endswith(" --version")
+
+
+def test_a_user_without_a_home_gets_compiled_code(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert compiling.load_library().decode_step
+
+
 def test_it_is_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiling.load_library()
     [made] = empty_cache.iterdir()
