@@ -29,13 +29,13 @@ class NoLibrary(RuntimeError):
 def load_library() -> ctypes.CDLL:
     """Return the compiled native.cpp. Raises NoLibrary.
 
-    It is kept in the user's cache folder under a name that stands for source, compiler and processor.
+    It is kept in the user's cache folder under a name that stands for source, compiler, processor and torch.
     """
     command = _command()
-    key = hashlib.sha256(
-        repr((SOURCE.read_bytes(), command, _compiler_version(command), _processor())).encode()
-    )
-    name = f"decode-{key.hexdigest()[:32]}.so"
+    # the library asks for torch's OpenMP by its file name, which is another one in other versions of torch
+    openmp = [library.name for library in _openmp_of_torch()]
+    parts = (SOURCE.read_bytes(), command, _compiler_version(command), _processor(), openmp)
+    name = f"decode-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
     try:
         folder = _cache_folder()
         if not (folder / name).is_file():
@@ -100,9 +100,13 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="litgpt-moe-")
 
 
+def _openmp_of_torch() -> list[Path]:
+    return sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
+
+
 def _compile(command: list[str], target: Path) -> None:
     # torch's own OpenMP comes first, so that its threads and ours are the same
-    openmp = sorted(map(str, Path(torch.__file__).with_name("lib").glob("libgomp*.so*")))
+    openmp = list(map(str, _openmp_of_torch()))
     with tempfile.TemporaryDirectory(prefix="compile-", dir=target.parent) as folder:
         made = Path(folder) / target.name
         inputs = [str(SOURCE), *(["-Wl,--as-needed", *openmp] if openmp else [])]

@@ -253,6 +253,21 @@ def test_it_is_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700 and made.suffix == ".so"
 
 
+def test_another_torch_gets_code_of_its_own(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set()
+    monkeypatch.setattr(compiling, "_compile", lambda _, target: names.add(target.name))
+    for version in ("a1", "b2"):
+        library = tmp_path / version / "lib" / f"libgomp-{version}.so.1"
+        library.parent.mkdir(parents=True)
+        library.touch()
+        monkeypatch.setattr(torch, "__file__", str(tmp_path / version / "__init__.py"))
+        with pytest.raises(NoLibrary):
+            compiling.load_library()
+    assert len(names) == 2
+
+
 @pytest.mark.skipif(os.name != "posix", reason="the rights of POSIX")
 def test_what_others_may_write_is_not_loaded(empty_cache: Path) -> None:
     empty_cache.mkdir(parents=True)
