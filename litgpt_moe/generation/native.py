@@ -72,7 +72,7 @@ def unsupported(config: Config) -> str | None:
         value = getattr(config, field.name)
         if field.name not in FREE_KEYS and value != KNOWN_VALUES.get(field.name, field.default):
             return f"{field.name} {value}"
-    if config.rope_n_elem % 2:  # LitGPT pairs the elements of an odd number in a way of its own
+    if (config.rope_n_elem or 0) % 2:  # LitGPT pairs the elements of an odd number in a way of its own
         return f"rope_n_elem {config.rope_n_elem}"
     return None if config.mlp_class_name in MLP_CLASSES else f"mlp_class_name {config.mlp_class_name}"
 
