@@ -120,7 +120,8 @@ class Batch:
         """Free a continuation's memory. One that has ended leaves by itself."""
         if member in self.members:
             self.members.remove(member)
-            self.decoder.close(member.cache)
+            cache, member.cache = member.cache, None
+            self.decoder.close(cache)
 
     def step(self) -> list[Advance]:
         """Read each member's next tokens and draw a new one for each that has read all of its own."""

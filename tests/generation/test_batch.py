@@ -1,5 +1,6 @@
 """Texts that advance together: the same as alone, whoever joins and leaves, however long a prompt is."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -137,6 +138,8 @@ def test_closing_frees_the_memory(decoder: Decoder) -> None:
     members = [member(SHORT, 20, seed) for seed in range(3)]
     with closing(generate_together(decoder, members)) as texts:
         assert len([token for token, _ in zip(next(texts), range(4), strict=False)]) == 4
+        caches = [weakref.ref(one.cache) for one in members]
+    assert not any(cache() for cache in caches)
     if isinstance(decoder, TorchDecoder):
         assert not decoder._open and not decoder._store.layers and decoder.model.mask_cache is None
     assert [list(ids) for ids in generate_together(decoder, [member(OTHER, 3)])] == [alone(decoder, OTHER, 3)]
