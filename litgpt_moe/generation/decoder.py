@@ -40,7 +40,6 @@ class Decoder(Protocol):
     name: str
     block_size: int
     """Tokens that a sequence may have."""
-    vocab: int
 
     def open(self, capacity: int) -> Any:
         """Return a cache for a new sequence of up to `capacity` tokens."""
@@ -88,7 +87,7 @@ class TorchDecoder:
     name = "torch"
 
     def __init__(self, model: GPT) -> None:
-        self.model, self.block_size, self.vocab = model, model.max_seq_length, model.lm_head.weight.size(0)
+        self.model, self.block_size = model, model.max_seq_length
         self.device = model.lm_head.weight.device
         blocks: Any = model.transformer.h
         self._attentions = [block.attn for block in blocks]
