@@ -362,6 +362,5 @@ def test_ctrl_c_which_a_terminal_sends_to_the_workers_too_leaves_them_at_work(ti
 
 
 def test_no_code_is_compiled_where_the_compiler_s_flags_would_be_others(like_windows: list[float]) -> None:
-    load_library.cache_clear()
     with pytest.raises(NoLibrary, match=r"needs Linux or macOS .* use --engine torch"):
         load_library()

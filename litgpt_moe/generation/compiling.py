@@ -25,13 +25,26 @@ class NoLibrary(RuntimeError):
     """Why there is no compiled library here; the text ends with the way out."""
 
 
-@functools.cache
 def load_library() -> ctypes.CDLL:
     """Return the compiled native.cpp. Raises NoLibrary.
 
     It is kept in the user's cache folder under a name that stands for source, compiler, processor and torch.
     """
-    command = _command()
+    if isinstance(found := _load_once(*_command()), str):
+        raise NoLibrary(found)
+    return found
+
+
+@functools.cache
+def _load_once(*command: str) -> ctypes.CDLL | str:
+    """Return the library or, kept as well, why there is none: each story of a training run asks for it."""
+    try:
+        return _load([*command])
+    except NoLibrary as error:
+        return str(error)
+
+
+def _load(command: list[str]) -> ctypes.CDLL:
     # the library asks for torch's OpenMP by its file name, which is another one in other versions of torch
     openmp = [library.name for library in _openmp_of_torch()]
     parts = (SOURCE.read_bytes(), command, _compiler_version(command), _processor(), openmp)

@@ -1,5 +1,6 @@
 """Compiled decoding: the logits and routing of PyTorch, for every kind of model that it takes."""
 
+import functools
 import os
 import stat
 import sys
@@ -176,7 +177,7 @@ def test_eight_bits_need_compiled_code() -> None:
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiling, "load_library", compiling.load_library.__wrapped__)
+    monkeypatch.setattr(compiling, "_load_once", functools.cache(compiling._load_once.__wrapped__))
     return tmp_path / "cache/litgpt-moe"
 
 
@@ -245,8 +246,23 @@ def test_a_user_without_a_home_gets_compiled_code(empty_cache: Path, monkeypatch
     assert compiling.load_library().decode_step
 
 
+def test_a_compiler_that_fails_is_not_tried_at_every_story(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    write_compiler(tmp_path / "cc", f"open({str(told)!r}, 'a').write('called\\n'); raise SystemExit(1)\n")
+    monkeypatch.setenv("CXX", str(tmp_path / "cc"))
+    for _ in range(3):
+        with pytest.raises(NoLibrary, match="status 1"):
+            compiling.load_library()
+    # for its version, and to compile
+    assert told.read_text(encoding="utf-8") == "called\n" * 2
+
+
 def test_it_is_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiling.load_library()
+    # as another process would
+    monkeypatch.setattr(compiling, "_load_once", compiling._load_once.__wrapped__)
     [made] = empty_cache.iterdir()
     monkeypatch.setattr(compiling, "_compile", lambda *_: pytest.fail("compiled again"))
     compiling.load_library()
@@ -257,6 +273,7 @@ def test_another_torch_gets_code_of_its_own(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = set()
+    monkeypatch.setattr(compiling, "_load_once", compiling._load_once.__wrapped__)
     monkeypatch.setattr(compiling, "_compile", lambda _, target: names.add(target.name))
     for version in ("a1", "b2"):
         library = tmp_path / version / "lib" / f"libgomp-{version}.so.1"
