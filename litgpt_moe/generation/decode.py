@@ -38,7 +38,8 @@ def make_decoder(model: GPT, engine: str = "auto", quantize: bool = False) -> De
     """Return the decoder for a model: compiled code where that is possible, else PyTorch.
 
     Args:
-        model: in eval mode; its weights are read where they lie, so they may change between two texts.
+        model: in eval mode. Once its weights have changed it needs another decoder, since compiled code
+            reads the large ones where they lie but keeps copies of others.
         engine: auto, native (ValueError where compiled code is not possible) or torch.
         quantize: round the weights to 8 bits, which only compiled code does.
     """

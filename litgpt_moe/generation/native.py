@@ -94,7 +94,8 @@ class NativeDecoder:
         """Raise NoLibrary where the model, its device or this machine is none for compiled code.
 
         Args:
-            model: on a CPU, in float32 or bfloat16. Its weights are read where they lie.
+            model: on a CPU, in float32 or bfloat16. Its matrices are read where they lie; of norms and
+                routers that are not in float32 there are copies.
             quantize: round each row of each matrix to 8 bits, in a copy.
         """
         weight = model.lm_head.weight
