@@ -57,15 +57,21 @@ class Piece:
 class Choice(Continuation):
     """One sample of a request, and the text that has come of it."""
 
-    def __init__(self, served: Served, request: CompletionRequest, number: int) -> None:
+    def __init__(
+        self,
+        served: Served,
+        request: CompletionRequest,
+        number: int,
+        pieces: "asyncio.Queue[tuple[Choice, Piece | Exception]]",
+    ) -> None:
+        """Make the request's sample `number`; `pieces` is the queue of all its samples."""
         tokenizer, body, context = served.tokenizer, request.body, served.model.max_seq_length
         prompt_ids = request.prompts[number // body.n]
         generator = torch.Generator(served.model.lm_head.weight.device)
         generator.manual_seed(body.seed + number % body.n)
         room = room_for(prompt_ids, body.max_tokens, context)
         super().__init__(prompt_ids, room, request.sampling, tokenizer.eos_id, generator, body.routing)
-        self.number, self.is_wanted = number, True
-        self.pieces: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue()
+        self.number, self.pieces, self.is_wanted = number, pieces, True
         self._full = f"the context of {context:,} tokens is full"
         self._full = self._full if room < body.max_tokens else "max_tokens reached"
         self._decoder, self._stop = TextDecoder(processor_of(tokenizer)), StopText(body.stop)
@@ -145,10 +151,8 @@ class Engine:
 
     async def run(self, request: CompletionRequest) -> AsyncGenerator[tuple[int, Piece]]:
         """Yield (choice, piece) as the request's samples advance, until all have ended, inside `slots`."""
-        choices = [Choice(self.served, request, number) for number in range(request.n_samples)]
-        pieces = choices[0].pieces
-        for choice in choices:
-            choice.pieces = pieces
+        pieces: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue()
+        choices = [Choice(self.served, request, number, pieces) for number in range(request.n_samples)]
         self._joining.extend(choices)
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._advance())
