@@ -140,7 +140,7 @@ def test_every_setting_of_a_run_is_explained() -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_front_page_run(tmp_path: Path) -> None:
-    shutil.copytree(ASSETS / "fairytales", tmp_path / "data/mine")
+    shutil.copytree(ASSETS / "fairytales", tmp_path / "my_stories")
     # a hundredth of the training; the settings are those of the page
     env = {**os.environ, **OFFLINE, "MAX_TOKENS": "20000", "PYTHONUTF8": "1"}
     ran = []
