@@ -19,7 +19,7 @@ ROWS = (
     ("kernels", "balance", "files", "shell", "threads", "yaml_files"),
     ("moe_layers", "cli", "locks", "processes"),
     ("config", "loss", "recompute", "hardware"),
-    ("checkpoints", "data", "generation", "planning"),
+    ("checkpoints", "data", "generation", "planning", "budget"),
     ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),
 )
 SCRIPT_LINES = {

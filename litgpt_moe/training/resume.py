@@ -129,7 +129,7 @@ def place_of(opened: OpenCheckpoint, settings: Settings, block_size: int) -> tup
         if (last := sizes.changes[-1][1]) != before:
             raise ValueError(f"run.batch_sizes ends with {last}, and {SETTINGS_FILE} says {before}")
     sizes = sizes.changed(step, size)
-    if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.max_tokens or 0):
+    if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.n_tokens):
         raise ValueError(
             f"{opened.folder} is past the end of the run: it has been trained on {n_tokens} tokens, "
             f"and train.max_tokens is {most}; raise that"
@@ -142,7 +142,7 @@ def say_if_batch_changed(run: "Run") -> None:
     start, sizes, n_steps = run.start_step, run.batch_sizes, run.n_steps
     if sizes.changes[-1][0] != start or n_steps == start:
         return
-    left = (run.settings.train.max_tokens or 0) - run.tokens_at(n_steps)
+    left = run.settings.train.n_tokens - run.tokens_at(n_steps)
     end = f"{run.tokens_at(n_steps):,} tokens" + (f"; the last {left:,} fill no step" if left else "")
     note_once(
         f"From step {start + 1:,} on a step takes {sizes.size(start + 1):,} sequences, "
