@@ -24,6 +24,8 @@ NO_MATTER = ("out_dir", "dataset_dir", "tokenizer_dir", "wandb", "logger_name", 
 NO_MATTER += ("checkpoints.", "train.save_interval", "train.log_interval", "train.max_time", "accelerator")
 NO_MATTER += ("devices", "num_nodes", "compile", "activation_checkpointing", "strategy", "data.init_args.")
 NO_MATTER += ("float32_matmul_precision", "guard.spike_sigma", "initial_checkpoint_dir")
+# a run gets its tokens, and its warm-up in tokens
+NO_MATTER += ("train.lr_warmup_steps", "train.epochs", "train.max_steps")
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,8 @@ def yaml_text(matched: Matched, source: Path) -> str:
     made = command_line("uv", "run", "python", "tools/dense_twin.py", inside.as_posix())
     facts = model_facts(matched.config)
     head = (
-        f"# {matched.config.name}, the dense twin of {source.name}: {facts.total_params / 1e6:.1f}M parameters, "
-        f"{facts.active_params / 1e6:.1f}M of them active for a token.\n"
+        f"# {matched.config.name}, the dense twin of {source.name}: {facts.total_params / 1e6:.1f}M "
+        f"parameters, {facts.active_params / 1e6:.1f}M of them active for a token.\n"
         f"# Made by: {made}\n"
         f"# FLOPs:   {matched.flops_per_token:,} a token, {matched.left_over:+.2%} of the other's.\n"
     )

@@ -32,7 +32,7 @@ def test_each_run_is_trained_scored_and_recorded_once(compare: Callable, starts:
         own = [row for row in rows() if row["name"] == model["name"]]
         assert model["loss"]["mean"] == pytest.approx(sum(row["loss"] for row in own) / 2)
         assert (model["tokens"], model["flops"]) == (2048, 2048 * model["flops_per_token"])
-        assert [point[0] for point in own[0]["curve"]] == list(range(1, 9))
+        assert own[0]["curve"][-1][:2] == [8, 2048]
         # the whole split, by both; windows of the validation during training are of whole sequences alone
         assert own[0]["curve"][-1][3] == pytest.approx(own[0]["loss"], abs=0.05)
     (verdict,) = result()["verdicts"]
