@@ -31,6 +31,7 @@ from litgpt_moe.checkpoints.layout import (
     refuse_damage,
 )
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes, tensors_of
+from litgpt_moe.checkpoints.state_file import sha256_of_weights
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import is_outside, path_of_any_system, read_json, sha256_file
 from litgpt_moe.hardware import DTYPES
@@ -41,14 +42,21 @@ MAX_PICKLE_BYTES = 4 << 20  # for data.pkl, the list of tensors; 400M parameters
 
 
 @patient
-def verify_checkpoint(folder: Path) -> None:
-    """Raise ValueError if a file differs from its record, or is a link out of the folder."""
+def verify_checkpoint(folder: Path, weights_only: bool = False) -> None:
+    """Raise ValueError if a file differs from its record, or is a link out of the folder.
+
+    `weights_only`: of lit_model.pth read only what the weights need, where the record has a digest of that.
+    """
     for path in folder.iterdir():
         if path.is_symlink() and is_outside(path, folder):
             raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
     for path, entry in recorded_files(folder).items():
-        stat = path.stat()
-        if sha256_of(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
+        stat, weights = path.stat(), entry.get("weights")
+        if weights_only and weights:
+            is_same = sha256_of_weights(path, weights["head"], weights["tail"]) == weights["sha256"]
+        else:
+            is_same = sha256_of(path, stat.st_size, stat.st_mtime_ns) == entry["sha256"]
+        if not is_same:
             refuse_damage(path, f"its content is not what {RECORD_FILE} recorded")
 
 
@@ -195,7 +203,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     """
     # a digest of a gigabyte takes as long as reading its weights: both at once
     with ThreadPoolExecutor(1, "digest") as other:
-        verified = other.submit(verify_checkpoint, folder)
+        verified = other.submit(verify_checkpoint, folder, weights_only=True)
         try:
             model = _read_model(folder, device, dtype)
         except (ValueError, OSError):

@@ -76,8 +76,26 @@ class MuonWithAdamW(Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Take a step with both parts."""
+        momentum = self._next_momentum()
         for part in self.parts:
             part.step()
+        for weight, value in momentum.items():
+            self.state[weight]["momentum_buffer"].copy_(value)
+
+    def _next_momentum(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Return the momentum that the step will have, of the weights where torch 2.10 and 2.11 lose it.
+
+        Without Nesterov's momentum, torch's Muon normalises the momentum itself where it is in bfloat16: what
+        should be a copy in bfloat16 is no copy (torch/optim/_muon.py; torch 2.15 copies).
+        """
+        found = {}
+        for group in self.parts[0].param_groups:
+            weights = [] if group["nesterov"] else [w for w in group["params"] if w.grad is not None]
+            for weight in weights:
+                if weight.grad.dtype is torch.bfloat16:
+                    momentum = self.state[weight].get("momentum_buffer", torch.zeros_like(weight.grad))
+                    found[weight] = momentum.lerp(weight.grad, 1 - group["momentum"])
+        return found
 
 
 def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Optimizer:
