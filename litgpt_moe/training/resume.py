@@ -27,7 +27,7 @@ from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
-from litgpt_moe.training.settings import Settings, plain_settings
+from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
 if TYPE_CHECKING:
     from litgpt_moe.training.run import Run
@@ -241,7 +241,7 @@ def _changed_run(
 
 
 def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
-    now, default = (dict(_flat(plain_settings(some))) for some in (settings, Settings()))
+    now, default = (dict(dotted(plain_settings(some))) for some in (settings, Settings()))
     changes = [
         f"{key} {was} -> {value}"
         for key, value in now.items()
@@ -261,11 +261,3 @@ def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:
     before = read_record(folder).get("data")
     if before and fingerprint and before != fingerprint:
         note_once(f"Changed since {folder}: the data; its steps so far saw other text or another tokenizer.")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `run_train.py --help` answers at once. T
 have LitGPT's names, types and defaults: `import litgpt.args` would load torch. A contract test compares them.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -197,6 +198,15 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
     # with slashes on Windows too, so that a checkpoint can go on elsewhere
     return {name: value.as_posix() if isinstance(value, PurePath) else value for name, value in plain.items()}
+
+
+def dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def saved_text(settings: Settings) -> str:
