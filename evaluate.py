@@ -76,8 +76,9 @@ def evaluate(settings: EvaluateSettings, quality: QualitySettings) -> dict[str, 
     from litgpt_moe.checkpoints.reader import load_model
     from litgpt_moe.generation.quantization import round_weights
     from litgpt_moe.hardware import keep_freed_memory, pick_device
-    from litgpt_moe.quality.assess import Subject, assess
+    from litgpt_moe.quality.assess import Subject, assess, read_inputs
 
+    inputs = read_inputs(quality)
     device, dtype = pick_device(settings.device, settings.precision)
     folder = None if settings.random_weights else scoring.pick_checkpoint(settings.ckpt_dir, CHECKPOINTS)
     if folder is None:
@@ -111,7 +112,7 @@ def evaluate(settings: EvaluateSettings, quality: QualitySettings) -> dict[str, 
     if device.type == "cpu":
         keep_freed_memory()  # the next chunk of logits reuses it
     figures = scoring.score(model, corpus, window, **counts) if corpus and window else scoring.NO_FIGURES
-    others = assess(Subject(model, identity, tokenizer_dir, data_dir, settings.seed), quality)
+    others = assess(Subject(model, identity, tokenizer_dir, data_dir, settings.seed), quality, inputs)
     return {**figures, **others, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
@@ -161,12 +162,10 @@ def load_row(layer: int, tokens_E: list[int]) -> str:
 
 def run(settings: EvaluateSettings, quality: QualitySettings) -> None:
     """Score the model, print the result and append it to the results file."""
-    from litgpt_moe.quality.assess import check_files
     from litgpt_moe.report.results import check_file
 
     if settings.results_file not in ("none", "beside"):
         check_file(Path(settings.results_file))
-    check_files(quality)
     result = evaluate(settings, quality)
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))

@@ -100,5 +100,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
     n, size = f"{figures['n_pairs']:,} pairs", f"{figures['n_paradigms']} paradigms"
     stderr = f"+- {figures['accuracy_stderr']:.2%}"
     head = f"minimal pairs {figures['accuracy']:.2%} {stderr} right of {n} in {size}; chance is 50%"
-    rows = [(name, share) for kind in ("fields", "phenomena") for name, share in figures[kind].items()]
-    return [head, *(f"  {name:<28} {share:7.2%}" for name, share in rows)]
+    found = [head]
+    for title, kind in (("by field", "fields"), ("by phenomenon", "phenomena")):
+        found += [f"  {title}", *(f"    {name:<26} {share:7.2%}" for name, share in figures[kind].items())]
+    return found

@@ -73,18 +73,19 @@ def _checked(found: dict[str, Any]) -> dict[str, float] | None:
 
 
 class Judge:
-    """A model that grades; every request may take `timeout_s`."""
+    """A model that grades; without a name, the only one that the server lists."""
 
     def __init__(self, url: str, model: str | None, timeout_s: float) -> None:
         self.url = url.rstrip("/").removesuffix("/chat/completions")
-        self.name = model or ""
         key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{KEY_VARIABLE} holds a character that no key has; set it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(headers=headers, timeout=timeout_s)
         self._timeout_s = timeout_s
+        self.name = model or self._only_model()
 
     def __enter__(self) -> "Judge":
-        self.name = self.name or self._only_model()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -111,6 +111,14 @@ def test_a_server_that_is_silent_or_gone_or_has_several_models_is_one_sentence()
         judge_stories(Judge(asked.url, None, 30), STORIES)
 
 
+@pytest.mark.parametrize("key", ["two\nlines", "caf\u00e9"])
+def test_a_key_that_cannot_be_one_is_refused_and_not_told(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    with pytest.raises(ValueError, match="JUDGE_API_KEY holds a character") as raised:
+        Judge("http://127.0.0.1:9/v1", "m", 1)
+    assert key not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_CONFIG
-from helpers.runs import assert_same_run, losses, refusal, run, weights
+from helpers.runs import assert_same_run, edit_yaml, losses, refusal, run, weights
 from litgpt import GPT
 
+from generate import main as generate
+from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.generation.decode import make_decoder
+from litgpt_moe.generation.decoder import TorchDecoder
 from litgpt_moe.training.optimizer import make_optimizer
 from litgpt_moe.training.recipe import set_rates
 from litgpt_moe.training.settings import RecipeArgs, Settings
@@ -86,6 +90,27 @@ def test_a_run_with_the_whole_recipe_resumes_bit_for_bit(kind: str) -> None:
         shutil.rmtree(Path("parts", name))
     assert run("--out_dir", "parts", "--resume", "auto", *flags) == 0
     assert_same_run("parts", "whole")
+
+
+@pytest.mark.parametrize("norm_qk", [False, True])
+def test_the_keys_of_a_model_that_a_recipe_may_change_train_resume_and_decode(
+    norm_qk: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"norm_qk": norm_qk, "n_shared_expert": 1, "n_expert": 8}
+    for key, value in {**keys, "first_k_dense_replace": 1, "intermediate_size": 24}.items():
+        edit_yaml("model_config.yaml", key, value)
+    assert run("--out_dir", "whole") == 0
+    shutil.copytree("whole", "parts")
+    for name in ("final", "step-00000008"):
+        shutil.rmtree(Path("parts", name))
+    assert run("--out_dir", "parts", "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+    model = load_model(Path("whole/final"))
+    # compiled code does not know a norm of queries and keys: PyTorch decodes such a model
+    assert isinstance(make_decoder(model), TorchDecoder) or not norm_qk
+    capsys.readouterr()
+    assert generate(["--ckpt_dir", "whole", "--prompt", "Tom", "--max_tokens", "9", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("Tom")
 
 
 def test_the_rates_of_a_resumed_run_are_those_of_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
