@@ -39,6 +39,7 @@ TOLD = (
     *("optimizer.", "schedule.", "moe.", "guard.", "data.", "dataset_dir", "wandb_dataset", "precision"),
     *("devices", "num_nodes", "accelerator", "seed", "train.global_batch_size"),
     *("train.micro_batch_size", "train.max_tokens", "train.lr_warmup", "train.min_lr", "train.max_norm"),
+    "recipe.",
 )
 
 
@@ -232,6 +233,13 @@ def _changed_run(
         names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             yield f"{key} was {before[key]}, now {value}"
+    # weights with learning rates of their own are in groups of their own
+    had, has = (
+        any(some.get(f"recipe.{name}_lr", 1.0) != 1.0 for name in ("embedding", "head", "other"))
+        for some in (before, dict(_flat(plain_settings(settings))))
+    )
+    if had != has:
+        yield f"recipe.*_lr was {'set' if had else 'not set'}, now it is {'set' if has else 'not set'}"
     # with these on, an optimizer of torch expects moments that it does not keep otherwise
     init_args = settings.optimizer.get("init_args") or {}
     for name in ("amsgrad", "centered", *(["momentum"] if "RMSprop" in optimizer else [])):
