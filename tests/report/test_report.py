@@ -89,6 +89,12 @@ def test_the_page_holds_what_the_run_logged(
     assert [story["step"] for story in run["stories"]] == ["4", "8"]
     assert run["settings"]["train.global_batch_size"] == "4" and run["settings"]["model.n_expert"] == "4"
     assert run["command"] == "run_train.py --config train_config.yaml" and run["done"]
+    about = run["about"]
+    assert about["Model"] == "MoE-tiny: 2 layers of width 16, 4 experts, 2 for each token"
+    assert about["Parameters"].endswith(" active for each token")
+    assert "cores, " in about["Machine"] and "a tokenizer of " in about["Data"]
+    n_tokens = json.loads((run_dir / "logs/run.json").read_text("utf-8"))["data"]["train"]["n_tokens"]
+    assert about["Passes"] == f"{8 * 4 * 64 / n_tokens:.3g} through the training data"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("report.html") and "file://" in lines[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"first", "report.html"}
@@ -152,6 +158,10 @@ def test_evaluations_of_a_run_are_found_by_digest_and_by_path(run_dir: Path, tmp
         ("step-00000004", 1.5),
     ]
     assert {row["data"] for row in run["results"]} == {"d val"}
+    newest = run["results"][-1]
+    assert run["about"]["Evaluation"].startswith(
+        f"{newest['checkpoint']} on d val: loss {newest['loss']:.4f}, "
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,14 +202,15 @@ def test_a_long_log_makes_a_small_page_that_keeps_the_extremes(tmp_path: Path) -
 
 def test_facts_of_another_shape_are_left_out(tmp_path: Path) -> None:
     odd = write_log(tmp_path / "odd", "step,loss\n10,3.5\n")
-    facts = {"settings": ["seed", 1], "versions": "2.10", "command": 7}
+    facts = {"settings": ["seed", 1], "versions": "2.10", "command": 7, "model": {"name": 5}, "machine": []}
+    facts |= {"data": {"class_path": 1}, "commit": {"id": None, "is_changed": True}}
     (odd / "logs/run.json").write_text(json.dumps(facts), encoding="utf-8")
     load = f"step,layer,e0,e1\n10,0,3,{'9' * 30}\n20,0,1,3\n"
     (odd / "logs/expert_load.csv").write_text(load, encoding="utf-8")
     (odd / "final").mkdir()
     (odd / "final/model_config.yaml").write_text("a: &b [1]\nc: *b\n", encoding="utf-8")
     (run,) = make(odd, out=tmp_path / "report.html")
-    assert (run["settings"], run["versions"], run["command"]) == ({}, {}, "")
+    assert (run["settings"], run["versions"], run["command"], run["about"]) == ({}, {}, "", {})
     assert run["heat"]["steps"] == [20] and run["train"]["loss"] == [3.5]
 
 
@@ -333,6 +344,30 @@ def test_it_fits_the_window_in_both_schemes(
     assert browser.js(page) == ("rgb(246, 246, 243)" if scheme == "light" else "rgb(20, 22, 26)")
     picture = base64.b64decode(browser("Page.captureScreenshot", format="png")["data"])
     assert picture.startswith(b"\x89PNG") and browser.problems == []
+
+
+@in_browser
+@pytest.mark.parametrize("width", [1280, 1000, 390])
+def test_every_column_of_every_table_is_in_the_window(width: int, browser: Browser, two_runs: Path) -> None:
+    show(browser, two_runs, width)
+    browser.js("$('all').open = true")
+    outside = """[...document.querySelectorAll("td")].filter((e) => {
+      const {left, right, width} = e.getBoundingClientRect();
+      return width && (left < 0 || right > document.documentElement.clientWidth);
+    }).map((e) => e.textContent)"""
+    assert browser.js("document.querySelectorAll('td').length") > 50 and browser.js(outside) == []
+    if width == 390:  # the labels stand in the cells, since the head of the table is out of sight
+        label = "getComputedStyle(document.querySelector('#results td:nth-child(5)'), '::before').content"
+        assert browser.js(label) == '"Loss"'
+
+
+@in_browser
+def test_the_page_says_what_each_run_was(browser: Browser, two_runs: Path) -> None:
+    show(browser, two_runs)
+    rows = browser.js("[...$('about').rows].map((row) => [...row.cells].map((cell) => cell.textContent))")
+    assert rows[0] == ["", "first", "<img src=x>"]
+    assert [row[0] for row in rows[1:6]] == ["Model", "Parameters", "Machine", "Data", "Passes"]
+    assert rows[1][1] == rows[1][2] == "MoE-tiny: 2 layers of width 16, 4 experts, 2 for each token"
 
 
 @in_browser
