@@ -236,7 +236,7 @@ def _changed_run(
     # weights with learning rates of their own are in groups of their own
     had, has = (
         any(some.get(f"recipe.{name}_lr", 1.0) != 1.0 for name in ("embedding", "head", "other"))
-        for some in (before, dict(_flat(plain_settings(settings))))
+        for some in (before, dict(dotted(plain_settings(settings))))
     )
     if had != has:
         yield f"recipe.*_lr was {'set' if had else 'not set'}, now it is {'set' if has else 'not set'}"
