@@ -201,11 +201,11 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
     The optimizer state is not read into memory. On the device `meta` only names and shapes are checked.
     """
-    # a digest of a gigabyte takes as long as reading its weights: both at once
-    with ThreadPoolExecutor(1, "digest") as other:
+    # the checks of a gigabyte take as long as copying it: both at once
+    with ThreadPoolExecutor(1, "checks") as other:
         verified = other.submit(verify_checkpoint, folder, weights_only=True)
         try:
-            model = _read_model(folder, device, dtype)
+            model = _read_model(folder, device, dtype, other)
         except (ValueError, OSError):
             verified.result()  # that a file is damaged says more than what came of it
             raise
@@ -213,18 +213,23 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     return model
 
 
-def _read_model(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> GPT:
+def _read_model(
+    folder: Path, device: torch.device | str, dtype: torch.dtype | None, other: ThreadPoolExecutor
+) -> GPT:
     config, model = MoEConfig.model_from_file(folder / CONFIG_FILE, is_foreign=True)
     weights = read_weights(folder / CHECKPOINT_FILE)
     check_weights(folder, model, weights)
+    finite = None
     if torch.device(device).type != "meta":
-        check_finite({"model": weights}, folder / CHECKPOINT_FILE)
+        finite = other.submit(check_finite, {"model": weights}, folder / CHECKPOINT_FILE)
     # the selection bias stays float32 in every dtype, so that the same experts are chosen as in training;
     # copy: a run that is still training may replace the memory-mapped file
     weights = {
         name: weight.to(device, torch.float32 if name.endswith(BIAS_NAME) else dtype, copy=True)
         for name, weight in weights.items()
     }
+    if finite:
+        finite.result()
     model.load_state_dict(weights, assign=True)
     use_fast_linear(model)
     model.cos, model.sin = model.rope_cache(device=torch.device(device))

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,7 +144,7 @@ def copy_of(model: GPT, model_class: type[GPT], config: Config, dtype: torch.dty
 def our_contestants(model: GPT, config_file: Path) -> dict[str, Contestant]:
     """Return stock LitGPT and our engines by name and precision."""
     found: dict[str, Contestant] = {}
-    stock = copy_of(model, GPT, Config.from_file(config_file), torch.float32)
+    stock = copy_of(model, GPT, Config(**asdict(model.config)), torch.float32)
     found["stock float32"] = Stock(stock)
     plain = copy_of(model, GPT, MoEConfig.from_file(config_file), torch.float32)
     lay_out_for_decoding(plain)
