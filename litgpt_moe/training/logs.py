@@ -11,6 +11,7 @@ from litgpt_moe.cli import command_line, printable
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
 from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.forecast import Forecast
 from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.run import Run
 
@@ -94,6 +95,7 @@ class MetricLog:
         self.bar: tqdm | None = None
         self.hides_validation = False
         """Whether LitGPT's lines about a validation stay out, whose loss is not the real one."""
+        self.forecast = Forecast(run)
         self.latest: dict[str, float] = {}
         """The latest loss and val_loss in the log, and `step`, the one of that loss."""
 
@@ -130,6 +132,8 @@ class MetricLog:
             self.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True)
         if self.bar is not None:
             self.bar.update(n_tokens)
+        if is_main_process() and (line := self.forecast.after(step)):
+            self.print(line)
 
     def print(self, *texts: Any, **_: Any) -> None:
         """Print a line on stderr, except for LitGPT's own metrics and summary, which ours replace."""

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from litgpt_moe.cli import first_line, join_switches, train_command
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
 from litgpt_moe.shell import with_home
@@ -23,6 +24,7 @@ from litgpt_moe.training.class_path import (
     check_class_key,
     without_foreign_arguments,
 )
+from litgpt_moe.training.given import Given, has_own_data, with_one_length
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.yaml_files import YAML_ERRORS, UniqueKeyLoader, check_numbers, must_be, read_mapping
 
@@ -49,8 +51,6 @@ PATHS = {f.name for f in fields(Settings) if "Path" in str(f.type)} | {"resume"}
 PATHS |= {f"data.init_args.{name}" for name in ("train_data_path", "val_data_path", "tokenizer_dir")}
 # file names that belong together when they lie in one folder: a checkpoint's, and the demo's
 PAIRS = (("train_config.yaml", "model_config.yaml"), ("demo_train.yaml", "demo_model.yaml"))
-
-Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, variable or flag that gave it)
 
 
 @dataclass
@@ -100,7 +100,7 @@ def load_settings(argv: list[str]) -> Parsed:
     config, model_config = choose_configs(given)
     if "config" not in given:
         given = {**read_settings_file(config), **given}
-    given = without_foreign_arguments(given, str(config))
+    given = without_foreign_arguments(with_one_length(given), str(config))
     given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
     return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
 
@@ -188,7 +188,8 @@ def choose_configs(given: Given) -> tuple[Path, Path]:
     """Return the YAML files of the settings and of the model; a note on stderr says which, and why.
 
     If only one is named, the other is its partner in PAIRS, if that lies in the same folder, or the default:
-    train_config.yaml, and model_config.yaml (without CUDA, the demo's).
+    train_config.yaml, and model_config.yaml. Without CUDA, or where there is no text yet to train on but the
+    demo stories, the default is the demo's.
     """
     named = {key: Path(given[key][0]) for key in ("config", "model_config") if key in given}
     config, model_config = named.get("config"), named.get("model_config")
@@ -198,10 +199,13 @@ def choose_configs(given: Given) -> tuple[Path, Path]:
     elif model_config and not config and (config := _partner(model_config)):
         why_config = " (beside the model's; another: --config PATH)"
     if model_config is None:
-        model_config = ROOT / (PAIRS[0][1] if has_cuda() else f"configs/{PAIRS[1][1]}")
-        if not has_cuda():
+        reason = "" if has_cuda() else "No CUDA and no model config named"
+        if not reason and not config and not has_own_data(given):
+            reason = f"No text of yours in {DEFAULT_DATA_DIR} and no model config named"
+        model_config = ROOT / (f"configs/{PAIRS[1][1]}" if reason else PAIRS[0][1])
+        if reason:
             note_once(
-                "No CUDA and no model config named: training the small demo model on the CPU "
+                f"{reason}: training the small demo model{'' if has_cuda() else ' on the CPU'} "
                 "(MoE-200M all the same: --model_config model_config.yaml)."
             )
         config = config or _partner(model_config)

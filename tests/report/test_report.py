@@ -323,7 +323,8 @@ def two_runs(run_dir: Path, tmp_path: Path) -> Path:
         csv.writer(file).writerow([8, 2048, "Once", STORY])
     spike = "step,loss,mean,sigma,grad_norm,first_sequence\n5,6.5,5.5,0.1,3.0,16\n"
     (other / "logs/spikes.csv").write_text(spike, encoding="utf-8")
-    (other / "results.jsonl").write_text(result(other / "final", data={"data_dir": STORY}), encoding="utf-8")
+    row = result(other / "final", data={"data_dir": STORY}, blimp={"accuracy": 0.625})
+    (other / "results.jsonl").write_text(row, encoding="utf-8")
     make(run_dir, other, out=tmp_path / "report.html")
     return tmp_path / "report.html"
 
@@ -378,6 +379,8 @@ def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path
     cells = browser.js("[...document.querySelectorAll('#results td')].map((e) => e.textContent)")
     loss = ["1.5000", "4.5", "0.5000", "2026-01-01 00:00"]
     assert cells == ["<img src=x>", "final (replaced since)", f"{STORY} None", "99", *loss]
+    cells = browser.js("[...document.querySelectorAll('#quality td')].map((e) => e.textContent)")
+    assert cells == ["<img src=x>", "final (replaced since)", "62.5%", "2026-01-01 00:00"]
 
 
 @in_browser
@@ -496,3 +499,22 @@ def test_a_report_takes_its_settings_from_the_newest_step_not_from_a_folder_with
         (tmp_path / name / "train_config.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
     settings, _, _ = read_facts(tmp_path)
     assert settings["seed"] == "2"
+
+
+def test_scores_beside_the_loss_are_shown_as_far_as_they_are_numbers(run_dir: Path, tmp_path: Path) -> None:
+    told = {"n": 48, "ended": 0.75, "distinct_3": None, "copied_longest": 9, "copied": [9] * 48, "words": "x"}
+    judged = {**told, "judge": {"grammar": 7.5, "plot": "<b>", "model": "j", "failure": "x"}}
+    path = run_dir / "final"
+    rows = [
+        result(path, loss=None, data={}, blimp={"accuracy": 0.625, "paradigms": {"a": 0.625}}),
+        result(path, stories=judged, blimp=[1]),
+        result(path, loss=2.0, stories="odd", blimp={"accuracy": float("nan")}),
+    ]
+    (run_dir / "results.jsonl").write_text("".join(rows), encoding="utf-8")
+    (run,) = make(run_dir, out=tmp_path / "report.html")
+    assert [row["quality"] for row in run["results"]] == [
+        {"blimp": 0.625},
+        {"n": 48, "ended": 0.75, "copied_longest": 9, "grammar": 7.5},
+        None,
+    ]
+    assert run["results"][0]["data"] == "none"
