@@ -40,7 +40,7 @@ def check_counts(parser: FlagParser, settings: Any) -> None:
 
 
 def recorded(settings: Any) -> dict[str, Any]:
-    """Return a benchmark's settings as its JSON has them: paths from the project's folder, or the name alone."""
+    """Return a benchmark's settings as its JSON has them: paths below the project's folder, or a name."""
 
     def plain(value: Any) -> Any:
         if not isinstance(value, Path):
