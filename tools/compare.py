@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> str:
     if (args.budget is None) == (settings.budget_of_first is None):
         raise ValueError("give --budget N, or --budget_of_first N, and not both")
     from litgpt_moe.comparison.compare import begin
-    from litgpt_moe.comparison.contestants import check_vocabulary, gather
+    from litgpt_moe.comparison.contestants import gather
     from litgpt_moe.comparison.facts import gather_facts
     from litgpt_moe.comparison.runs import RunsFile
     from litgpt_moe.comparison.train import Trainer
@@ -68,8 +68,15 @@ def run(args: argparse.Namespace) -> str:
     facts, file = gather_facts(settings.data), RunsFile(settings.results_file)
     with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
         variants = [variant(words) for words in args.variant]
-        found = gather(args.configs, settings, settings.dense, args.experts, dict(args.override), variants)
-        check_vocabulary(found, facts.data["vocab_size"])
+        found = gather(
+            args.configs,
+            settings,
+            settings.dense,
+            args.experts,
+            dict(args.override),
+            variants,
+            facts.data["vocab_size"],
+        )
         if args.plan:
             return "\n".join(contestant.note or contestant.name for contestant in found)
         comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)
