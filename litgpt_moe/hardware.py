@@ -4,10 +4,13 @@ import contextlib
 import ctypes
 import importlib.util
 import math
+import os
+import platform
 import re
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -223,6 +226,21 @@ def mallopt(**values: int) -> None:
     if hasattr(libc, "mallopt"):
         for name, value in values.items():
             libc.mallopt(numbers[name], value)
+
+
+def machine() -> dict[str, str | int]:
+    """Return processor, GPU where there is one, threads, system and versions, to record beside figures."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": next(names, platform.processor() or platform.machine()),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
 
 
 def card_bytes(text: str) -> int:

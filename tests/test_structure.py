@@ -20,7 +20,10 @@ ROWS = (
     ("moe_layers", "cli", "locks", "processes"),
     ("config", "loss", "recompute", "hardware"),
     ("checkpoints", "data", "generation", "planning", "budget"),
-    ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),
+    (
+        *("training", "serving", "scoring", "quality", "routing", "routing_figure", "interop", "report"),
+        "comparison",
+    ),
 )
 SCRIPT_LINES = {
     "run_train": 250,

@@ -41,7 +41,7 @@ LOWEST = {
     "guard.max_skipped_steps eval.interval eval.max_iters",
     0: "seed train.lr_warmup_steps train.lr_warmup_fraction train.min_lr train.max_norm moe.aux_loss_coef "
     "moe.z_loss_coef moe.bias_update_rate schedule.warmup_tokens schedule.decay_fraction guard.spike_sigma "
-    "eval.max_new_tokens",
+    "eval.max_new_tokens recipe.embedding_lr recipe.head_lr recipe.other_lr",
 }
 MAY_BE_INF = ("train.max_norm", "guard.spike_sigma")
 
@@ -71,7 +71,16 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
             problems.append("strategy is fsdp, which needs GPUs; use strategy: ddp")
         if "Muon" in str(settings.optimizer):
             problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use strategy: ddp")
+    problems += _recipe_problems(settings)
     return problems or list(_batch_problems(settings.train, block_size, world_size))
+
+
+def _recipe_problems(settings: Settings) -> Iterator[str]:
+    name = str(settings.optimizer.get("class_path"))
+    if settings.recipe.cautious_decay and "AdamW" not in name and "Muon" not in name:
+        yield f"recipe.cautious_decay needs AdamW or Muon, whose decay is no gradient; optimizer is {name}"
+    if settings.recipe.zero_head and settings.train.tie_embeddings:
+        yield "recipe.zero_head would set the tied embedding to zero; drop it or train.tie_embeddings"
 
 
 def _value_problems(settings: Settings) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
+from litgpt_moe.training.recipe import set_rates
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import ScheduleArgs, TrainArgs
 
@@ -31,8 +32,7 @@ def set_learning_rate(
         warmed = present_steps(run, warmup) if warm_by_steps else warmup
         now, end = present_steps(run, step), present_steps(run, run.n_steps)
         lr = rate(now, end, warmed, lowest=train.min_lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_rates(optimizer, lr, (step - 1) / max(1, run.n_steps - 1), settings.recipe)
     return lr
 
 

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `run_train.py --help` answers at once. T
 have LitGPT's names, types and defaults: `import litgpt.args` would load torch. A contract test compares them.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -118,6 +119,24 @@ class ScheduleArgs:
 
 
 @dataclass(frozen=True)
+class RecipeArgs:
+    """Finer points of the optimizer and of the first weights, all of them off by default."""
+
+    embedding_lr: float = 1.0
+    """Learning rate of the embedding, times optimizer.init_args.lr."""
+    head_lr: float = 1.0
+    """Learning rate of the output head, times optimizer.init_args.lr."""
+    other_lr: float = 1.0
+    """Learning rate of norms, biases and routers, times optimizer.init_args.lr."""
+    decay_to_zero: bool = False
+    """Lower the weight decay in a straight line to 0 at the last step."""
+    cautious_decay: bool = False
+    """Decay a weight only where the step itself makes it smaller (arxiv.org/abs/2510.12402)."""
+    zero_head: bool = False
+    """Start from an output head of zeros."""
+
+
+@dataclass(frozen=True)
 class GuardArgs:
     """What happens at a loss that is not finite, or suddenly far too high."""
 
@@ -185,6 +204,7 @@ class Settings:
     train: TrainArgs = field(default_factory=TrainArgs)
     moe: BalanceArgs = field(default_factory=BalanceArgs)
     schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
+    recipe: RecipeArgs = field(default_factory=RecipeArgs)
     checkpoints: CheckpointArgs = field(default_factory=CheckpointArgs)
     guard: GuardArgs = field(default_factory=GuardArgs)
     eval: EvalArgs = field(default_factory=EvalArgs)
@@ -197,6 +217,15 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
     # with slashes on Windows too, so that a checkpoint can go on elsewhere
     return {name: value.as_posix() if isinstance(value, PurePath) else value for name, value in plain.items()}
+
+
+def dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def saved_text(settings: Settings) -> str:

@@ -83,7 +83,12 @@ def test_the_digests_are_those_of_the_files() -> None:
     assert set(described["files"]) == files - {"checkpoint.json"} and described["step"] == 1
     for name, entry in described["files"].items():
         data = Path("out/final", name).read_bytes()
+        weights = entry.pop("weights", None)
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if name == "lit_model.pth":  # of each weight there are two moments too
+            head, tail = data[: weights["head"]], data[-weights["tail"] :]
+            assert len(head) < len(data) / 2
+            assert weights["sha256"] == hashlib.sha256(head + tail).hexdigest()
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
