@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import note, run_script
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -171,11 +172,11 @@ def record(result: dict[str, Any], results_file: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input, 130 after Ctrl-C."""
-    parser = cli.FlagParser(description=__doc__)
-    cli.add_flags(parser, EvaluateSettings)
+    parser = FlagParser(description=__doc__)
+    add_flags(parser, EvaluateSettings)
     args = parser.parse_args(argv)
     try:
-        settings = cli.from_flags(EvaluateSettings, args)
+        settings = from_flags(EvaluateSettings, args)
     except ValueError as error:
         return cli.fail(error, 2)
     threads.limit_spinning()

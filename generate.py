@@ -18,7 +18,8 @@ import sys
 from importlib.util import find_spec
 
 from litgpt_moe import threads
-from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_command, run_script
+from litgpt_moe.cli import fail, run_command, run_script
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.generation.settings import DEFAULT_PROMPT, GenerateSettings, Sampling
 
 MAX_PROMPT_BYTES = 1 << 24  # far beyond any context

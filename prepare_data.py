@@ -24,16 +24,17 @@ from litgpt_moe.data.settings import (
     WandbSettings,
     is_hub_name,
 )
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 
-def build_parser() -> cli.FlagParser:
+def build_parser() -> FlagParser:
     """Return the parser of the command line."""
-    parser = cli.FlagParser(description=__doc__)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="text, see above")
     mix_help = "prepared data directories to draw from, by weight (or a YAML file of such lines)"
     parser.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT", help=mix_help)
     for kind in (PrepareFlags, WandbSettings):
-        cli.add_flags(parser, kind)
+        add_flags(parser, kind)
     parser.set_defaults(data_dir=None)
     return parser
 
@@ -51,7 +52,7 @@ def settings_of(args: argparse.Namespace) -> PrepareSettings:
     elif args.data_dir is None and is_hub_name(args.dataset):
         args.data_dir = DEFAULT_DATA_DIR.parent / args.dataset.rpartition("/")[2]
     args.paths, args.mix = tuple(args.paths), tuple(args.mix)
-    return cli.from_flags(PrepareSettings, args)
+    return from_flags(PrepareSettings, args)
 
 
 def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float | None) -> str:
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         from litgpt_moe.data.artifact import push
 
         tokenizer_dir = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
-        return push(settings.data_dir, cli.from_flags(WandbSettings, args), tokenizer_dir)
+        return push(settings.data_dir, from_flags(WandbSettings, args), tokenizer_dir)
 
     return cli.run_command(work, "stopped; finished shards are kept, run again to go on")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
+from litgpt_moe.flags import FlagParser, add_flags, normalize_flags
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.shell import with_home
 from litgpt_moe.training.output import lasting_output
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 2 for bad settings, 1 for failed work, 130 after Ctrl-C."""
     started = time.monotonic()
-    argv = cli.normalize_flags(sys.argv[1:] if argv is None else argv)
+    argv = normalize_flags(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
-        parser = cli.FlagParser(prog="run_train.py", description=__doc__)
-        cli.add_flags(parser, Settings)
+        parser = FlagParser(prog="run_train.py", description=__doc__)
+        add_flags(parser, Settings)
         parser.print_help()
         return 0
     if sys.platform == "linux":

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from conftest import ROOT, start_scripts
 
-from litgpt_moe.cli import FlagParser, WorkFailed, add_flags, command_line, explain, note, run_command
+from litgpt_moe.cli import WorkFailed, command_line, explain, note, run_command
+from litgpt_moe.flags import FlagParser, add_flags
 from litgpt_moe.processes import note_once
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
@@ -338,7 +339,7 @@ def test_a_closed_stream_is_no_error_and_its_number_is_given_to_no_file(closed: 
 @pytest.mark.parametrize("work", ["run_command(lambda: 'a')", "run_command(lambda: say('a'))", "help_of()"])
 def test_a_full_disk_behind_stdout_is_told_as_such(work: str) -> None:
     code = (
-        "import sys; from litgpt_moe.cli import *\n"
+        "import sys; from litgpt_moe.cli import *; from litgpt_moe.flags import *\n"
         "help_of = lambda: FlagParser().parse_args(['--help'])\n"
         f"sys.exit(run_script(lambda: {work}))"
     )

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser, WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.cli import WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.flags import FlagParser
 
 if TYPE_CHECKING:
     from litgpt_moe.config import MoEConfig

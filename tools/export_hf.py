@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
+from litgpt_moe.cli import command_line, run_command, run_script
+from litgpt_moe.flags import FlagParser
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 

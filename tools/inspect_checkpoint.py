@@ -8,7 +8,8 @@ Status 0: complete. 1: something is missing or damaged. 2: there is no checkpoin
 
 from pathlib import Path
 
-from litgpt_moe.cli import STDOUT, FlagParser, WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.cli import STDOUT, WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.flags import FlagParser
 
 
 def inspect(path: Path, with_tensors: bool) -> list[str]:

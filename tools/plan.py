@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
+from litgpt_moe.cli import printable, run_command, run_script, say
+from litgpt_moe.flags import FlagParser
 
 if TYPE_CHECKING:
     from litgpt_moe.config import ModelFacts

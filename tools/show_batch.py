@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
+from litgpt_moe.cli import printable, run_command, run_script, say
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import fits, path_of_any_system
+from litgpt_moe.flags import FlagParser
 
 
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:

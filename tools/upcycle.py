@@ -15,7 +15,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+from litgpt_moe.cli import run_command, run_script
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.generation.settings import check_ranges
 
 

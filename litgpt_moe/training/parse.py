@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from litgpt_moe.cli import first_line, join_switches, train_command
+from litgpt_moe.cli import first_line, train_command
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.flags import join_switches
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.processes import note_once
 from litgpt_moe.shell import with_home
@@ -90,7 +91,7 @@ class Parsed:
 
 
 def load_settings(argv: list[str]) -> Parsed:
-    """Return the typed settings of a command line with hyphens made underscores (cli.normalize_flags).
+    """Return the typed settings of a command line with hyphens made underscores (normalize_flags).
 
     ValueError has one line per problem, naming the place, the key, the value and the way out.
     """

@@ -9,7 +9,7 @@ import yaml
 from conftest import TINY_CONFIG
 from helpers.runs import edit_yaml, refusal
 
-from litgpt_moe.cli import normalize_flags
+from litgpt_moe.flags import normalize_flags
 from litgpt_moe.training import parse
 from litgpt_moe.training.parse import GROUPS, ROOT, VARIABLES, choose_configs, load_settings, resume_command
 from litgpt_moe.training.settings import Settings
