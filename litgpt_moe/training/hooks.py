@@ -16,7 +16,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from torch.optim import Optimizer
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, FINAL, checkpoints_of, is_saved, step_name
+from litgpt_moe.checkpoints.layout import FINAL, checkpoints_of, is_saved
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -27,6 +27,7 @@ from litgpt_moe.threads import load_of_others, usable_cores
 from litgpt_moe.training import slowness
 from litgpt_moe.training.batches import TrainLoader
 from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.ending import EarlyEnd
 from litgpt_moe.training.logs import MetricLog, StepFigures, metric_row, validation_row
 from litgpt_moe.training.loss_scaling import LossScaling, loss_scaling
 from litgpt_moe.training.model import prepare_model
@@ -37,7 +38,7 @@ from litgpt_moe.training.schedule import set_learning_rate
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
 from litgpt_moe.training.slowness import SlowSteps
-from litgpt_moe.training.steps import Clock, Ending, Judge, RunFailed, StopSignals, Verdict
+from litgpt_moe.training.steps import Clock, Judge, RunFailed, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
 
 # assumed for the first save, until its time has been measured: a slow disk
@@ -79,7 +80,7 @@ class LoopHooks:
         self.writer = CheckpointWriter(settings.out_dir, settings.checkpoints, text, self.metrics.print)
         self.writer.keep_tokenizer(settings.tokenizer_dir)
         self.figures = StepFigures()
-        self.in_progress = StepInProgress(self)
+        self.in_progress, self.early_end = StepInProgress(self), EarlyEnd(self)
         # a run of several processes would take its own for others
         is_alone = run.devices == 1 and not getattr(run.data, "num_workers", 0)
         self.slow_steps = SlowSteps(load_of_others() if is_alone else lambda: None)
@@ -176,47 +177,6 @@ class LoopHooks:
         if slow := self.slow_steps.add(time.perf_counter() - self.in_progress.began):
             counts = usable_cores(), torch.get_num_threads()
             self.metrics.print(slowness.warning(slow, self.step, self.fabric.device.type, *counts))
-
-    def between_batches(self) -> None:
-        """Leave the loop if the run must end: after a whole step, or amid one that would take long."""
-        if self.in_progress.n_batches == 0:
-            if self.ending:
-                raise Ending(self.ending)
-            self.is_saving = self.writer.is_writing
-            self.in_progress.begin()
-            return
-        batch_s = self.in_progress.seconds_per_batch()
-        left_s = batch_s * (self.run.accumulation - self.in_progress.n_batches)
-        if self._must_leave(batch_s, left_s):
-            self.metrics.print(f"Step {self.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
-            self._leave()
-
-    def between_val_batches(self, n_done: int, n_batches: float) -> None:
-        """Leave the loop if the run must end and the validation would take long."""
-        began, max_iters = self.validation
-        batch_s = (time.perf_counter() - began) / n_done
-        if self._must_leave(batch_s, batch_s * (min(max_iters, n_batches) - n_done)):
-            self.metrics.print(f"The validation at step {self.step} is cut off.")
-            self._leave()
-
-    def _must_leave(self, batch_s: float, left_s: float) -> bool:
-        """Return whether to leave amid a step or validation with `left_s` to go, `batch_s` a micro-batch."""
-        # 1.5 as in `vote`; as long as another micro-batch fits, the estimate of the rest may still shrink
-        self.judge.check_time(time.monotonic(), min(1.5 * batch_s, left_s) + self.save_s)
-        return self.in_progress.must_leave(left_s)
-
-    def _leave(self) -> None:
-        """Save the last whole step, unless that is done, and leave the loop."""
-        self.ending = self.judge.stops.reason or "the request of another process"
-        if self.step == self.run.start_step and self.ending.startswith("train.max_time"):
-            self.ending += ", in which no step was done: raise it"
-        if self.saved_step != self.step:
-            self.in_progress.roll_back()
-            state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
-            state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}
-            file = self.run.settings.out_dir / step_name(self.step) / CHECKPOINT_FILE
-            self.save(self.fabric, state, self.run.settings.tokenizer_dir, file)
-        raise Ending(self.ending)
 
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`: figures of all ranks, and the routers' statistics."""
