@@ -172,8 +172,10 @@ def record(result: dict[str, Any], results_file: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input, 130 after Ctrl-C."""
-    parser = FlagParser(description=__doc__)
+    common = ("ckpt_dir", "data_dir", "split", "text", "max_batches", "json")
+    parser = FlagParser(common, description=__doc__)
     add_flags(parser, EvaluateSettings)
+    parser.accept_positional("ckpt_dir")
     args = parser.parse_args(argv)
     try:
         settings = from_flags(EvaluateSettings, args)
@@ -181,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         return cli.fail(error, 2)
     threads.limit_spinning()
     # imports torch, which takes seconds: before run_command, Ctrl-C ends the process without a traceback
-    import litgpt_moe.scoring  # noqa: F401
+    with cli.status("loading PyTorch and LitGPT"):
+        import litgpt_moe.scoring  # noqa: F401
 
     interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
     with threads.sleep_when_busy():

@@ -29,7 +29,8 @@ from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 def build_parser() -> FlagParser:
     """Return the parser of the command line."""
-    parser = FlagParser(description=__doc__)
+    common = ("mix", "data_dir", "dataset", "train_tokenizer", "tokenizer", "text_column", "overwrite")
+    parser = FlagParser(common, description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="text, see above")
     mix_help = "prepared data directories to draw from, by weight (or a YAML file of such lines)"
     parser.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT", help=mix_help)
@@ -74,7 +75,7 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
     flags: list[object] = []
     if settings.data_dir != PrepareSettings.data_dir:
-        flags += ["--dataset_dir", settings.data_dir]
+        flags += ["--data_dir", settings.data_dir]
     if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
         # without CUDA run_train.py takes the demo model, which has no rows for so many pieces
         flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]

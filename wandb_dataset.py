@@ -33,7 +33,7 @@ class Folders:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the three commands."""
-    parser = FlagParser(description=__doc__)
+    parser = FlagParser(("data_dir", "tokenizer_dir", "wandb_project", "wandb_entity"), description=__doc__)
     commands = ("push", "pull", "verify")
     parser.add_argument("command", nargs="?", choices=commands, default="push", help="default push")
     reference = f"what to pull (default WANDB_DATASET_ARTIFACT); {REFERENCE_FORM}"
@@ -68,7 +68,7 @@ def transfer(args: argparse.Namespace) -> str:
         return push(folders.data_dir, from_flags(WandbSettings, args), folders.tokenizer_dir)
     reference = args.reference or cli.variable("WANDB_DATASET_ARTIFACT") or ""
     folder = pull(reference, folders.wandb_artifacts_dir)
-    return f"{folder}: complete; train on it with: {cli.train_command('--dataset_dir', folder)}"
+    return f"{folder}: complete; train on it with: {cli.train_command('--data_dir', folder)}"
 
 
 def main(argv: list[str] | None = None) -> int:

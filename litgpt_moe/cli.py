@@ -11,12 +11,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from litgpt_moe.shell import command_line
+from litgpt_moe.terminal import Ticker, paint, paint_report, shows_bars
 
 # what a terminal obeys, what reorders a line, and half surrogate pairs, as of file names that are not UTF-8
 CONTROLS = re.compile(
@@ -24,6 +25,7 @@ CONTROLS = re.compile(
 )
 MAX_WINDOWS_PATH = 259  # characters, unless LongPathsEnabled is set in the registry
 STDOUT = "standard output"
+WARNING = "Warning:"
 INTERRUPTED = 130  # a shell reports this status for a command that Ctrl-C ended
 
 
@@ -46,10 +48,46 @@ def train_command(*flags: object) -> str:
     return command_line("uv", "run", "python", "run_train.py", *flags)
 
 
+class _Voice:
+    """What this process says of itself."""
+
+    is_quiet = False
+
+
+def set_quiet(is_quiet: bool) -> None:
+    """Let `note` say warnings alone, and bars stay away, or go back to saying everything."""
+    _Voice.is_quiet = is_quiet
+
+
+def no_bar() -> bool | None:
+    """Return what tqdm takes as `disable`: None lets it show a bar on a terminal."""
+    return True if _Voice.is_quiet else None
+
+
+@contextlib.contextmanager
+def status(text: str, is_shown: bool = True) -> Iterator[None]:
+    """Show what is going on, and for how long, on a terminal in the block; nothing of it stays."""
+    if not is_shown or no_bar() or not shows_bars(sys.stderr):
+        yield
+        return
+    # {elapsed} is the block's time as 00:12
+    bar = tqdm(desc=text, bar_format="{desc} {elapsed}", leave=False, dynamic_ncols=True)
+    ticker = Ticker(bar)
+    try:
+        yield
+    finally:
+        ticker.stop()
+
+
 def note(text: str) -> None:
-    """Print a line on stderr, without breaking a progress bar; a full disk there ends no work."""
+    """Print a line on stderr, without breaking a bar; a full disk there ends no work. See `set_quiet`."""
+    if _Voice.is_quiet and not text.startswith(WARNING):
+        return
+    text = printable(text)
+    if text.startswith(WARNING):
+        text = paint(WARNING, "warning", sys.stderr) + text.removeprefix(WARNING)
     with contextlib.suppress(OSError):
-        tqdm.write(printable(text), file=sys.stderr)
+        tqdm.write(text, file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -95,7 +133,7 @@ def run_command(work: Callable[[], object], interrupted: str = "") -> int:
     try:
         hear_ctrl_c()
         if (text := work()) is not None:
-            say(printable(str(text)))
+            say_result(str(text))
     except KeyboardInterrupt:
         return fail(interrupted, INTERRUPTED)
     except (ValueError, OSError, WorkFailed) as error:
@@ -152,7 +190,7 @@ def fail(error: object, status: int) -> int:
     """Print each line of `error` on stderr and return `status`."""
     with contextlib.suppress(OSError):
         for line in str(error).splitlines():
-            print(f"error: {printable(line)}", file=sys.stderr)
+            print(paint("error:", "error", sys.stderr), printable(line), file=sys.stderr)
     return status
 
 
@@ -162,6 +200,11 @@ def say(text: str) -> None:
         print(text, flush=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, STDOUT) from None
+
+
+def say_result(text: str) -> None:
+    """Print what a command has made, with the commands to go on painted on a terminal that has colours."""
+    say(paint_report(printable(text), sys.stdout))
 
 
 def silence_stdout() -> None:

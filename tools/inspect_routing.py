@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = FlagParser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint directory, or an out_dir (its final or newest)")
+    add("--ckpt_dir", type=Path, help="checkpoint directory, or an out_dir (its final or newest)")
+    parser.accept_positional("ckpt_dir", is_required=True)
     add("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
     add_flags(parser, InspectSettings)
     args = parser.parse_args(argv)
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     import litgpt_moe.routing_figure  # noqa: F401
 
     with threads.sleep_when_busy():
-        return cli.run_command(lambda: run(settings, args.checkpoint, args.text))
+        return cli.run_command(lambda: run(settings, args.ckpt_dir, args.text))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litgpt_moe.cli import printable, run_command, run_script, say
-from litgpt_moe.flags import FlagParser
+from litgpt_moe.flags import FlagParser, config_from_flag
 
 if TYPE_CHECKING:
     from litgpt_moe.config import ModelFacts
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--gpu", action="append", help="name of a card, such as 'RTX 3060'; may be repeated")
     add("--memory", action="append", help="or its memory, such as 12GB (default: 6, 8, 12 and 24 GB)")
-    add("--model_config", action="append", type=Path, help="a model (default: ours); may be repeated")
+    add("--model_config", action="append", type=config_from_flag, help="a model (default: ours); repeatable")
     add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the run (%(default)s)")
     add("--optimizer", default="torch.optim.AdamW", help="class, such as bitsandbytes.optim.AdamW8bit")
     args = parser.parse_args(argv)

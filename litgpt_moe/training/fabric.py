@@ -15,6 +15,14 @@ from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.optimizer import clone_state
 from litgpt_moe.training.steps import RunFailed
 
+# the beginnings of all that LitGPT's loop prints: our own lines say it, or it is for LitGPT's developers
+LITGPT_LINES = (
+    *("Time to instantiate model", "Total parameters", "Resuming training from", "Verifying settings"),
+    *("Measured TFLOPs", "Epoch ", "iter ", "Validating ", "Final evaluation"),
+    # its summary divides by a clock reading, and its epochs restart at 1 after a resume
+    *("| ", "-----"),
+)
+
 
 class TrainingFabric(L.Fabric):
     """Fabric whose methods, which LitGPT's loop calls, call the hooks too."""
@@ -81,5 +89,12 @@ class TrainingFabric(L.Fabric):
             self.hooks.lose_logger(self, error)
 
     def print(self, *texts: Any, **_: Any) -> None:
-        """Print the loop's lines through the metric log, which knows the bar."""
-        self.hooks.metrics.print(*texts)
+        """Print what the loop says, but for the lines that ours replace."""
+        line = " ".join(map(str, texts))
+        if not line.startswith(LITGPT_LINES):
+            self.hooks.metrics.print(line)
+
+    @staticmethod
+    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
+        """Seed as Fabric does, without its line about it: `describe` names the seed."""
+        return L.Fabric.seed_everything(seed, workers, verbose=False)

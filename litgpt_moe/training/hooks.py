@@ -97,6 +97,7 @@ class LoopHooks:
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
+        self.metrics.show("reading the data")
         self.fabric, self.module, self.gpt = fabric, module, module.module
         self.scaling = loss_scaling(fabric)
         if prepare_model(fabric, module, self.run):
@@ -123,6 +124,12 @@ class LoopHooks:
     def save_s(self) -> float:
         """Seconds that a save takes."""
         return self.writer.lasting_s or self.run.checkpoint_bytes / ASSUMED_BYTES_PER_S
+
+    @property
+    def now(self) -> str:
+        """What the bar calls the work of the loop: nothing, but for the first step, which takes longest."""
+        first = "compiling, and the first step" if self.is_compiled else "the first step"
+        return first if self.step == self.run.start_step else ""
 
     def before_step(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
         """Judge the step, whose gradient is complete, and set its learning rate."""
@@ -168,7 +175,7 @@ class LoopHooks:
         self.step += 1
         self.clock.end_step()
         self._watch_speed()
-        self.metrics.advance(self.step)
+        self.metrics.advance()
 
     def _watch_speed(self) -> None:
         """Say so when steps have become slow; the first one prepares much, and a save takes a core."""
@@ -199,6 +206,7 @@ class LoopHooks:
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
         """Return LitGPT's validation loss; write a story, and warn of a loss that is not finite."""
+        self.metrics.show("validating" if self.has_validated else "checking by two batches")
         self.validation = time.perf_counter(), options["max_iters"]
         with self.clock.pause():
             val_loss = validate(*args, **options)
@@ -210,7 +218,7 @@ class LoopHooks:
         self.cut_loss = loss if (loss := val_loss.item()) > MAX_LOSS else None
         if self.cut_loss is not None or not math.isfinite(loss):
             self.metrics.print(f"Warning: the validation loss is {loss:g} at step {self.step}.")
-        self.metrics.hides_validation = self.cut_loss is not None
+        self.metrics.show(self.now)
         return val_loss.clamp(max=MAX_LOSS)
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
@@ -220,10 +228,12 @@ class LoopHooks:
         if is_old and fabric.broadcast(is_saved(checkpoint_file.parent, self.run.start_step)):
             self.metrics.print(f"{checkpoint_file.parent} is there already")
             return
+        self.metrics.show("saving")
         self.logs.sync()
         self.saved_step = state["step_count"]
         state = {**state, **collect(self).state_dict()}
         self.writer.save(fabric, state, tokenizer_dir, checkpoint_file)
+        self.metrics.show(self.now)
 
     def resume(self, state: dict[str, Any], left_over: dict[str, Any]) -> None:
         """Restore what `save` added to the loop's `state`; `left_over` is what Fabric has not loaded."""

@@ -137,9 +137,11 @@ def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
         write_run_facts(run)
     for logger in loggers:
         logger.log_hyperparams(plain_settings(run.settings))
-    fabric.print(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
+    tell = hooks.metrics.print
+    tell(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
     if run.world_size > 1:
-        fabric.print(f"Devices {run.world_size} by {strategy.upper()} ({reason})")
+        tell(f"Devices {run.world_size} by {strategy.upper()} ({reason})")
+    hooks.metrics.show("building the model")
     return fabric, is_compiled
 
 

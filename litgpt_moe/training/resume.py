@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
 # settings whose change on a resume is told
 TOLD = (
-    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "dataset_dir", "wandb_dataset", "precision"),
+    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "data_dir", "wandb_dataset", "precision"),
     *("devices", "num_nodes", "accelerator", "seed", "train.global_batch_size"),
     *("train.micro_batch_size", "train.max_tokens", "train.lr_warmup", "train.min_lr", "train.max_norm"),
 )

@@ -179,7 +179,7 @@ def with_dataset(settings: Settings) -> Settings:
         from litgpt_moe.data.artifact import pull  # not at the top: importing wandb takes a second
 
         folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
-        settings = replace(settings, dataset_dir=folder)
+        settings = replace(settings, data_dir=folder)
         if (folder / "tokenizer/tokenizer.json").is_file():
             settings = replace(settings, tokenizer_dir=folder / "tokenizer")
     return settings
@@ -204,8 +204,8 @@ def _as_run(run: Run) -> Settings:
 def build_data(settings: Settings) -> Any:
     """Return the data module (TextShards with the run's tokenizer and seed), or raise ValueError."""
     init_args = dict(settings.data.get("init_args") or {})
-    if settings.dataset_dir:
-        init_args |= {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
+    if settings.data_dir:
+        init_args |= {f"{split}_data_path": str(settings.data_dir / split) for split in SPLITS}
     data = class_path.build("data", {**settings.data, "init_args": init_args})
     if isinstance(data, TextShards):
         own = settings.tokenizer_dir
@@ -219,7 +219,7 @@ def build_data(settings: Settings) -> Any:
 
 def _wants_demo_data(run: Run) -> bool:
     # in the default folder alone: a mistyped folder must not be filled with stories
-    if run.settings.dataset_dir is not None or run.data_dir != DEFAULT_DATA_DIR:
+    if run.settings.data_dir is not None or run.data_dir != DEFAULT_DATA_DIR:
         return False
     return not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not text_in(Path(run.data.train_data_path))
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 import litgpt_moe
-from litgpt_moe.cli import command_line, is_out_of_memory
+from litgpt_moe.cli import command_line, is_out_of_memory, printable
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import is_disk_full, write_json
 from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
 from litgpt_moe.kernels.choice import describe_kernel
 from litgpt_moe.locks import FolderInUse
+from litgpt_moe.terminal import wrapped
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.memory import out_of_memory
 from litgpt_moe.training.parse import resume_command
@@ -75,7 +76,8 @@ def report(hooks: LoopHooks, argv: list[str]) -> str:
     lines.append(f"Memory     {peak_memory_gb():.2f} GB{' on the GPU' if has_cuda() else ''} at its peak")
     lines += [f"Checkpoint {final}", f"Log        {hooks.logs.metrics.path}"]
     if run.data_dir is not None:
-        lines.append(f"\nA story from it:\n\n{final_story(final)}\n")
+        story = wrapped(printable(final_story(final)), sys.stdout)
+        lines.append(f"\nA story from it:\n\n{story}\n")
     data_flag = () if run.data_dir in (None, DEFAULT_DATA_DIR) else ("--data_dir", run.data_dir)
     lines += [
         "Next:",

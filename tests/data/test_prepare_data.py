@@ -38,7 +38,7 @@ def test_the_script_says_what_it_made_and_what_is_next(
     assert prepare_data.main(arguments) == 0
     stdout = capsys.readouterr().out
     assert "train  200 stories" in stdout and "0 duplicates" in stdout and "tokens/s" in stdout
-    flags = f"--dataset_dir {settings.data_dir}"
+    flags = f"--data_dir {settings.data_dir}"
     assert f"uv run python run_train.py {flags}" in stdout
     assert prepare_data.main(arguments) == 0
     captured = capsys.readouterr()
