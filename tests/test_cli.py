@@ -457,6 +457,5 @@ def test_a_short_number_and_a_name_that_is_nearly_right(capsys: pytest.CaptureFi
     assert parser.parse_args(["--max_tokens", "1.5k"]).max_tokens == 1500
     with pytest.raises(SystemExit):
         parser.parse_args(["--split", "tranin"])
-    assert (
-        capsys.readouterr().err == "error: --split is 'tranin'; did you mean train? Choose one of train, val\n"
-    )
+    told = "error: --split is 'tranin'; did you mean train? Choose one of train, val\n"
+    assert capsys.readouterr().err == told

@@ -22,17 +22,16 @@ class _LiveBar(tqdm):
 class RunBar:
     """Shows a run from before its first step, when most of the waiting is, to its end."""
 
-    FORMAT = "{desc}{percentage:3.0f}%|{bar}| {losses}[{elapsed}<{remaining}, {rate_noinv_fmt}]"
-
-    def __init__(self, total: int, done: int, doing: str) -> None:
-        """Show the bar at `done` of `total` tokens."""
+    def __init__(self, total: float, done: float, doing: str, is_timed: bool = False) -> None:
+        """Show the bar at `done` of `total` tokens, or seconds where the learning rate follows the clock."""
+        speed = "" if is_timed else ", {rate_noinv_fmt}"
         self.bar = _LiveBar(
             desc=f"{doing}: ",
             total=total,
             initial=done,
             unit=" tokens",
             unit_scale=True,
-            bar_format=self.FORMAT,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {losses}[{elapsed}<{remaining}" + speed + "]",
             dynamic_ncols=True,
             colour="green" if has_colour(sys.stderr) else None,
         )
@@ -52,14 +51,13 @@ class RunBar:
         texts = [f"{name} {latest[key]:.3f}" for key, name in names.items() if key in latest]
         self.bar.losses = ", ".join(texts) + " " if texts else ""
 
-    def advance(self, n_tokens: int) -> None:
-        """Move on after a step. The first one is slow, and does not count for the speed."""
+    def advance(self, done: float) -> None:
+        """Move on to `done` after a step. The first one is slow, and does not count for the speed."""
         if self.has_trained:
-            self.bar.update(n_tokens)
+            self.bar.update(done - self.bar.n)
             return
         self.has_trained = True
-        self.bar.n += n_tokens
-        self.bar.last_print_n = self.bar.n
+        self.bar.n = self.bar.last_print_n = done
         self.show("")
 
     def close(self) -> None:

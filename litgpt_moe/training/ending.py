@@ -43,7 +43,9 @@ class EarlyEnd:
         """Return whether to leave amid a step or validation with `left_s` to go, `batch_s` a micro-batch."""
         # 1.5 as in `vote`; as long as another micro-batch fits, the estimate of the rest may still shrink
         needed_s = min(1.5 * batch_s, left_s) + self.hooks.save_s
-        self.hooks.judge.check_time(time.monotonic(), needed_s)
+        # where the learning rate follows the clock, what has begun is ended: the run is not to be resumed
+        if self.hooks.budget.limit_s is None:
+            self.hooks.judge.check_time(time.monotonic(), needed_s)
         return self.hooks.in_progress.must_leave(left_s)
 
     def _leave(self) -> None:

@@ -34,18 +34,19 @@ class TrainingFabric(L.Fabric):
     def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
         hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
-        run, n_steps = hooks.run, hooks.run.n_steps
+        run = hooks.run
         size = run.settings.train.micro_batch_size * run.world_size
         check = functools.partial(check_compiled, hooks) if hooks.is_compiled else None
         hooks.loader = TrainLoader(
             train,
             run.settings.seed,
-            lambda: hooks.step >= n_steps,
+            lambda: hooks.is_finished,
             hooks.early_end.between_batches,
             size,
             check,
         )
-        return [hooks.loader, ValLoader(val, hooks.early_end.between_val_batches)]
+        hooks.val_loader = ValLoader(val, hooks.early_end.between_val_batches)
+        return [hooks.loader, hooks.val_loader]
 
     def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
         """Add the loss of a micro-batch to that of its step."""

@@ -25,7 +25,8 @@ from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.threads import load_of_others, usable_cores
 from litgpt_moe.training import slowness
-from litgpt_moe.training.batches import TrainLoader
+from litgpt_moe.training.batches import TrainLoader, ValLoader
+from litgpt_moe.training.budget import TimeBudget
 from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.ending import EarlyEnd
 from litgpt_moe.training.logs import MetricLog, StepFigures, metric_row, validation_row
@@ -61,6 +62,7 @@ class LoopHooks:
     scaling: LossScaling | None
     """None in other precisions than 16-mixed."""
     loader: TrainLoader
+    val_loader: ValLoader
 
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs, eval_args: EvalArgs) -> None:
         settings = run.settings
@@ -72,6 +74,7 @@ class LoopHooks:
         train_args.max_tokens = run.n_steps * run.tokens_per_step
         self.ending = ""
         """Why the run ends early, after this step; empty while it goes on."""
+        self.budget = TimeBudget(settings, run.started, run.used_time)
         self.judge = Judge(settings, run.started, stops, run.world_size)
         self.clock = Clock(run.start_step)
         self.logs = RunLogs(settings.out_dir / "logs", run.config, run.precision)
@@ -94,6 +97,8 @@ class LoopHooks:
         """Whether the run starts anew, and the logs of this try are to go."""
         self.validation = (0.0, 0)
         """When the latest validation began, on time.perf_counter(), and its micro-batches at most."""
+        self.validation_s = 0.0
+        """Of the latest whole validation, with its story; 0 before the first."""
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
@@ -126,6 +131,20 @@ class LoopHooks:
         return self.writer.lasting_s or self.run.checkpoint_bytes / ASSUMED_BYTES_PER_S
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the run has had its last step."""
+        return self.step >= self.run.n_steps or self.budget.is_up
+
+    @property
+    def ahead_s(self) -> float:
+        """Seconds that the run needs when this step is its last: for validations, and to save."""
+        n_batches = min(self.eval_args.max_iters, self.val_loader.n_batches)
+        # until one is measured: a batch takes less than one of training
+        each_s = self.validation_s or n_batches * self.budget.longest_step_s / self.run.accumulation
+        n = self.eval_args.final_validation + ((self.step + 1) % self.eval_args.interval == 0)
+        return n * each_s + self.save_s
+
+    @property
     def now(self) -> str:
         """What the bar calls the work of the loop: nothing, but for the first step, which takes longest."""
         first = "compiling, and the first step" if self.is_compiled else "the first step"
@@ -136,14 +155,17 @@ class LoopHooks:
         self.optimizer = optimizer
         failed_save, must_fail = self.writer.failure, self.writer.must_end_run
         vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, self.save_s, must_fail)
-        loss, grad_norm, votes = self.in_progress.end(norm, vote)
-        lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader))
+        share = self.budget.share(time.monotonic(), self.ahead_s)
+        loss, grad_norm, votes, share = self.in_progress.end(norm, vote, share)
+        self.budget.end_step(time.perf_counter() - self.in_progress.began)
+        time_share = self.budget.settle(share)
+        lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader), time_share)
         self.figures = StepFigures(loss, grad_norm, lr)
         can_lower = not math.isfinite(grad_norm) and self.scaling is not None and self.scaling.can_lower()
         verdict = self.judge.verdict(loss, grad_norm, votes, failed_save, can_lower)
         if verdict.fail:
             raise RunFailed(verdict.fail)
-        if verdict.end:
+        if verdict.end and not self.budget.is_up:
             self.ending = verdict.end
             # LitGPT reads this copy of the settings after each step: it saves, and the loader ends the run
             self.train_args.save_interval = 1
@@ -175,7 +197,7 @@ class LoopHooks:
         self.step += 1
         self.clock.end_step()
         self._watch_speed()
-        self.metrics.advance()
+        self.metrics.advance(self.step, self.budget.used_s(time.monotonic()))
 
     def _watch_speed(self) -> None:
         """Say so when steps have become slow; the first one prepares much, and a save takes a core."""
@@ -193,6 +215,8 @@ class LoopHooks:
             if self.cut_loss is not None:
                 metrics |= {"val_loss": self.cut_loss, "val_ppl": math.inf}
             return validation_row(self.run, self.step, seconds, metrics)
+        if (left_s := self.budget.left_s(time.monotonic())) is not None:
+            metrics["remaining_time"] = min(left_s, metrics["remaining_time"])
         rate = self.clock.steps_per_s(self.step, seconds)
         row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
         row["epoch"] = self.loader.state_dict().get("epoch", 0)
@@ -213,7 +237,9 @@ class LoopHooks:
             # the first validation of each process is a trial of two batches
             if self.has_validated and not is_sharded(self.fabric):
                 self.stories.tell(self.gpt, self.head, self.step)
-            self.has_validated = True
+        if self.has_validated:
+            self.validation_s = time.perf_counter() - self.validation[0]
+        self.has_validated = True
         # LitGPT takes its exponential, which raises OverflowError above 709, and prints that
         self.cut_loss = loss if (loss := val_loss.item()) > MAX_LOSS else None
         if self.cut_loss is not None or not math.isfinite(loss):
@@ -241,7 +267,7 @@ class LoopHooks:
         state["iter_num"] = state["step_count"] * self.run.accumulation
         restore(self, left_over)
         assert self.run.resume is not None
-        is_end = self.run.start_step == self.run.n_steps and self.run.resume.folder.name == FINAL
+        is_end = self.is_finished and self.run.resume.folder.name == FINAL
         # final/ is saved after the last validation, whose row ends the log
         if is_end and self.fabric.broadcast(val_loss := self.logs.metrics.last_val_loss) is not None:
             self.eval_args.final_validation = False

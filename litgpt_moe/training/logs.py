@@ -132,13 +132,15 @@ class MetricLog:
         if self.bar is not None:
             self.bar.show(doing)
         elif self.is_live:
-            tokens_at = self.run.tokens_at
-            self.bar = RunBar(tokens_at(self.run.n_steps), tokens_at(self.run.start_step), doing)
+            ends = self.run.tokens_at(self.run.n_steps), self.run.tokens_at(self.run.start_step)
+            if self.run.is_timed:
+                ends = self.run.settings.train.max_time or 0.0, self.run.used_time.seconds
+            self.bar = RunBar(*ends, doing, self.run.is_timed)
 
-    def advance(self) -> None:
-        """Move the bar on after a step."""
+    def advance(self, step: int, used_s: float) -> None:
+        """Move the bar on after a step, when the run has used so many seconds."""
         if self.bar is not None:
-            self.bar.advance(self.run.tokens_per_step)
+            self.bar.advance(used_s if self.run.is_timed else self.run.tokens_at(step))
 
     def print(self, text: str) -> None:
         """Print a line on stderr, above the bar if there is one."""

@@ -18,6 +18,7 @@ from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.training import checks, class_path
+from litgpt_moe.training.budget import NO_TIME, UsedTime, used_time
 from litgpt_moe.training.optimizer import UNFIT_OPTIMIZERS, try_step
 from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import (
@@ -52,6 +53,8 @@ class Run:
     """Whether the GPU's memory ran out in a first try, with twice the micro-batch."""
     resumed_sizes: BatchSizes | None = None
     """Sequences in each step of a run that is resumed, this process's included."""
+    used_time: UsedTime = NO_TIME
+    """Of the commands before this one, up to the checkpoint that is resumed."""
     demo_data: bool = False
     """Whether the demo stories are written, because there is no text yet."""
     started: float = field(default_factory=time.monotonic)
@@ -80,6 +83,11 @@ class Run:
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.batch_sizes.steps((self.settings.train.max_tokens or 0) // self.block_size)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the learning rate follows the clock, and the run ends when its time is up."""
+        return self.settings.schedule.progress == "time"
 
     @property
     def world_size(self) -> int:
@@ -161,6 +169,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
     if resume and (place := parsed.attempt(place_of, resume, settings, run.block_size)):
         run = replace(run, start_step=place[0], resumed_sizes=place[1])
+        run = replace(run, used_time=parsed.attempt(used_time, resume, settings) or NO_TIME)
         say_if_batch_changed(run)
     run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(run))
     checks.warn_of_rates(run)

@@ -37,7 +37,7 @@ class TrainArgs:
     max_steps: int | None = None
     """Not supported in pretraining: use train.max_tokens."""
     max_time: float | None = None
-    """Seconds, or 3h, in which the command trains, saves and ends."""
+    """Seconds, or 3h, in which the command trains, saves and ends (see schedule.progress)."""
     max_seq_length: int | None = None
     """Tokens in a sequence (null: the model's block_size)."""
     tie_embeddings: bool | None = None
@@ -106,6 +106,8 @@ class ScheduleArgs:
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine: half a period; wsd: warmup-stable-decay, down only at the end; constant: never down."""
+    progress: Literal["tokens", "time"] = "tokens"
+    """What the rate follows: the tokens, or also the time: down when train.max_time of the run is up."""
     warmup_tokens: int | None = None
     """Tokens of linear warm-up, in place of train.lr_warmup_steps (null: that key counts)."""
     decay_fraction: float = 0.2

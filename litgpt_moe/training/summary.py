@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,6 +36,10 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     steps = f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens"
     if len(run.batch_sizes.changes) > 1:
         steps = f"{run.n_steps:,} steps, now of {run.tokens_per_step:,} tokens"
+    if run.is_timed:
+        time = timedelta(seconds=round(run.settings.train.max_time or 0))
+        used = f", {timedelta(seconds=round(run.used_time.seconds))} of them used" if run.resume else ""
+        steps = f"{time} in all{used}, at most {steps}"
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
         f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"

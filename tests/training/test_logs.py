@@ -182,9 +182,9 @@ def test_a_bar_on_a_terminal_replaces_the_lines(
     log.show("building the model")
     # before the first step: the longest wait of a beginner
     assert "\rbuilding the model:   0%|" in capsys.readouterr().err
-    log.advance()
+    log.advance(1, 0.0)
     log.log_metrics(LINE | {"val_loss": 2.5, "val_ppl": 12.0})
-    log.advance()
+    log.advance(2, 0.0)
     assert log.bar is not None and (log.bar.bar.n, log.bar.bar.total) == (2 * 256, 8 * 256)
     log.finalize("success")
     error = capsys.readouterr().err
