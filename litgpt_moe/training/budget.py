@@ -57,17 +57,19 @@ class TimeBudget:
             self.longest_step_s = max(self.longest_step_s, step_s)
         self._n_steps += 1
 
-    def share(self, now: float, ahead_s: float) -> float:
+    def share(self, now: float, last_s: float, next_s: float = 0.0) -> float:
         """Return how much of the time for steps is over, 0 without a limit.
 
-        `ahead_s` is needed for what comes after the steps: the last validation and save. The share is 1 where
-        no other step fits in, and it never falls, while `ahead_s` is known better and better.
+        `last_s` is for what comes after the steps, the last validation and save; `next_s` for a validation
+        before the next step. The share is 1 where no other step fits in, and it never falls, while these are
+        known better and better.
         """
         if self.limit_s is None:
             return 0.0
-        for_steps_s = self.limit_s - ahead_s - CAUTION * self.longest_step_s
-        used = self.used_s(now) / for_steps_s if for_steps_s > 0 else 1.0
-        return min(1.0, max(self._share, used))
+        used_s, for_steps_s = self.used_s(now), self.limit_s - last_s - CAUTION * self.longest_step_s
+        if used_s + next_s >= for_steps_s:
+            return 1.0
+        return max(self._share, used_s / for_steps_s)
 
     def settle(self, share: float) -> float | None:
         """Take the mean share of all processes as that of this step; return it, None without a limit."""

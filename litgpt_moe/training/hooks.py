@@ -97,8 +97,8 @@ class LoopHooks:
         """Whether the run starts anew, and the logs of this try are to go."""
         self.validation = (0.0, 0)
         """When the latest validation began, on time.perf_counter(), and its micro-batches at most."""
-        self.validation_s = 0.0
-        """Of the latest whole validation, with its story; 0 before the first."""
+        self.val_batch_s = math.inf
+        """Seconds of a batch in the latest validation, its story included."""
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
@@ -136,13 +136,13 @@ class LoopHooks:
         return self.step >= self.run.n_steps or self.budget.is_up
 
     @property
-    def ahead_s(self) -> float:
-        """Seconds that the run needs when this step is its last: for validations, and to save."""
-        n_batches = min(self.eval_args.max_iters, self.val_loader.n_batches)
-        # until one is measured: a batch takes less than one of training
-        each_s = self.validation_s or n_batches * self.budget.longest_step_s / self.run.accumulation
-        n = self.eval_args.final_validation + ((self.step + 1) % self.eval_args.interval == 0)
-        return n * each_s + self.save_s
+    def ahead_s(self) -> tuple[float, float]:
+        """Seconds for the last validation and save, and for a validation before the next step."""
+        # a batch takes less than one of training, and no more than in the trial, which may compile
+        batch_s = min(self.val_batch_s, self.budget.longest_step_s / self.run.accumulation)
+        val_s = batch_s * min(self.eval_args.max_iters, self.val_loader.n_batches)
+        is_due = (self.step + 1) % self.eval_args.interval == 0
+        return self.eval_args.final_validation * val_s + self.save_s, is_due * val_s
 
     @property
     def now(self) -> str:
@@ -155,7 +155,7 @@ class LoopHooks:
         self.optimizer = optimizer
         failed_save, must_fail = self.writer.failure, self.writer.must_end_run
         vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, self.save_s, must_fail)
-        share = self.budget.share(time.monotonic(), self.ahead_s)
+        share = self.budget.share(time.monotonic(), *self.ahead_s)
         loss, grad_norm, votes, share = self.in_progress.end(norm, vote, share)
         self.budget.end_step(time.perf_counter() - self.in_progress.began)
         time_share = self.budget.settle(share)
@@ -237,8 +237,8 @@ class LoopHooks:
             # the first validation of each process is a trial of two batches
             if self.has_validated and not is_sharded(self.fabric):
                 self.stories.tell(self.gpt, self.head, self.step)
-        if self.has_validated:
-            self.validation_s = time.perf_counter() - self.validation[0]
+        n_batches = min(options["max_iters"], self.val_loader.n_batches)
+        self.val_batch_s = (time.perf_counter() - self.validation[0]) / n_batches
         self.has_validated = True
         # LitGPT takes its exponential, which raises OverflowError above 709, and prints that
         self.cut_loss = loss if (loss := val_loss.item()) > MAX_LOSS else None

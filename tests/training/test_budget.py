@@ -59,22 +59,25 @@ def test_the_time_for_steps_ends_where_no_other_fits_before_the_last_validation_
     budget.end_step(50.0)  # the first one prepares much
     budget.end_step(2.0)
     # 100 s but 7 for the rest, and 1.5 steps
-    assert budget.share(1015.0, ahead_s=7.0) == pytest.approx(45 / 90)
+    assert budget.share(1015.0, last_s=7.0) == pytest.approx(45 / 90)
+    # a validation that is due before the next step counts where it decides
+    assert budget.share(1015.0, last_s=7.0, next_s=44.0) == pytest.approx(45 / 90)
+    assert budget.share(1015.0, last_s=7.0, next_s=45.0) == 1.0
     assert not budget.is_up and budget.left_s(1015.0) == pytest.approx(55.0)
-    assert budget.share(1060.0, ahead_s=7.0) == 1.0
+    assert budget.share(1060.0, last_s=7.0) == 1.0
     assert budget.settle(1.0) == 1.0 and budget.is_up
 
 
 def test_the_share_never_falls() -> None:
     budget = TimeBudget(settings(), began=0.0, before=NO_TIME)
-    assert budget.settle(budget.share(40.0, ahead_s=20.0)) == pytest.approx(0.5)
+    assert budget.settle(budget.share(40.0, last_s=20.0)) == pytest.approx(0.5)
     # the validation took much less than was thought
-    assert budget.share(41.0, ahead_s=1.0) == pytest.approx(0.5)
+    assert budget.share(41.0, last_s=1.0) == pytest.approx(0.5)
 
 
 def test_without_time_for_a_step_the_first_is_the_last() -> None:
     budget = TimeBudget(settings(5.0), began=0.0, before=NO_TIME)
-    assert budget.share(1.0, ahead_s=10.0) == 1.0
+    assert budget.share(1.0, last_s=10.0) == 1.0
 
 
 def test_by_tokens_the_time_is_only_counted() -> None:
@@ -111,7 +114,7 @@ BY_TIME = ("--schedule.progress", "time", "--max_tokens", "1B", "--train.lr_warm
 def second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step takes a second by the clock of the budget, and nothing else any time."""
     monkeypatch.setattr(TimeBudget, "used_s", lambda self, _: self.before.seconds + self._n_steps)
-    monkeypatch.setattr("litgpt_moe.training.hooks.LoopHooks.ahead_s", 0.0)
+    monkeypatch.setattr("litgpt_moe.training.hooks.LoopHooks.ahead_s", (0.0, 0.0))
     monkeypatch.setattr(TimeBudget, "end_step", lambda self, _: setattr(self, "_n_steps", self._n_steps + 1))
 
 
