@@ -7,8 +7,8 @@ Standard output carries only the text: prompt and continuation; with --num_sampl
 separated by a line `<|endoftext|>`, which prepare_data.py understands. Everything else goes to stderr.
 
 `generate.py --serve` opens a playground at http://127.0.0.1:8000 (one page, nothing is loaded from elsewhere)
-and OpenAI's /v1/completions; the flags are the defaults of a request's parameters. The same seed and prompt
-give the same text in both modes.
+and OpenAI's /v1/completions and /v1/chat/completions; the flags are the defaults of a request's parameters.
+The same seed and prompt give the same text in both modes.
 """
 
 import os

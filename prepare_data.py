@@ -18,7 +18,6 @@ from typing import Any
 from litgpt_moe import cli
 from litgpt_moe.data.settings import (
     DEFAULT_DATA_DIR,
-    DEMO_MODEL,
     PrepareFlags,
     PrepareSettings,
     WandbSettings,
@@ -58,10 +57,12 @@ def settings_of(args: argparse.Namespace) -> PrepareSettings:
 
 def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float | None) -> str:
     """Return the counts, the places and the next command; `seconds` is None if nothing had to be made."""
+    from litgpt_moe.budget import fitting_flags
+    from litgpt_moe.data.demo_stories import has_own_text
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.summary import what_was_read
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-    from litgpt_moe.yaml_files import read_mapping
+    from litgpt_moe.hardware import has_cuda
 
     line = "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
     line += "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
@@ -76,9 +77,8 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     flags: list[object] = []
     if settings.data_dir != PrepareSettings.data_dir:
         flags += ["--data_dir", settings.data_dir]
-    if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
-        # without CUDA run_train.py takes the demo model, which has no rows for so many pieces
-        flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
+    if flags or has_own_text(settings.data_dir):  # the demo's pair is the default for its stories
+        flags += fitting_flags(splits["train"]["n_tokens"], has_cuda())
     return "\n".join([*what_was_read(manifest), *lines, f"next   {cli.train_command(*flags)}"])
 
 

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             return cli.fail("out of memory before training began; close other programs, or use less text", 1)
         except (ValueError, OSError) as error:
             return cli.fail(*cli.explain(error))
-        return train_and_report(run, argv)
+        return plan(run) if run.settings.plan else train_and_report(run, argv)
 
 
 def set_up(argv: list[str], started: float, held: contextlib.ExitStack) -> "Run":
@@ -72,10 +72,15 @@ def set_up(argv: list[str], started: float, held: contextlib.ExitStack) -> "Run"
     cli.hear_ctrl_c()
     with cli.status("checking the settings", is_main_process()):
         run = dataclasses.replace(runs.set_up(argv, held), started=started)
+    if run.settings.plan:
+        # without prepared data, a length that they decide stays unknown
+        with contextlib.suppress(FileNotFoundError):
+            run = runs.settle(run)
+        return run
     # the other processes wait for rank 0 when the process group forms
     if is_main_process():
         prepare_data_of(run)
-    return run
+    return runs.settle(run)
 
 
 def refuse_missing_files(argv: list[str]) -> None:
@@ -84,6 +89,13 @@ def refuse_missing_files(argv: list[str]) -> None:
         name, equals, value = flag.partition("=")
         if name in CONFIG_FLAGS:
             config_file(Path(with_home(value if equals else following)))
+
+
+def plan(run: "Run") -> int:
+    """Print what the run would take, and return the exit status."""
+    from litgpt_moe.training.forecast import plan_text
+
+    return cli.run_command(lambda: plan_text(run))
 
 
 def train_and_report(run: "Run", argv: list[str]) -> int:

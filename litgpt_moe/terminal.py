@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import unicodedata
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -119,7 +119,7 @@ def wrapped(text: str, stream: TextIO) -> str:
 class Ticker:
     """Draws a bar again each second, so that its clock goes on while nothing else happens."""
 
-    def __init__(self, bar: "tqdm[object]") -> None:
+    def __init__(self, bar: "tqdm[Any]") -> None:
         self.bar, self._ended = bar, threading.Event()
         self._thread = threading.Thread(target=self._run, name="ticker", daemon=True)
         self._thread.start()

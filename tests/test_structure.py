@@ -19,8 +19,11 @@ ROWS = (
     ("kernels", "balance", "files", "shell", "terminal", "threads", "words", "yaml_files"),
     ("moe_layers", "cli", "flags", "locks", "processes"),
     ("config", "loss", "recompute", "hardware"),
-    ("checkpoints", "data", "generation", "planning"),
-    ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),
+    ("checkpoints", "data", "generation", "planning", "budget"),
+    (
+        *("training", "serving", "scoring", "quality", "routing", "routing_figure", "interop", "report"),
+        "comparison",
+    ),
 )
 SCRIPT_LINES = {
     "run_train": 250,

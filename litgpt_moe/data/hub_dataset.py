@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+from pathlib import Path
 from typing import Any
 
 from litgpt_moe.cli import first_line, note
@@ -16,6 +17,7 @@ VAL_SPLITS = ("validation", "valid", "val", "dev")
 SPLIT_WORDS = ("train", "training", *VAL_SPLITS, "test", "testing", "eval", "evaluation")
 SHARD_NUMBER = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?([-_][0-9a-f]{16})?$")
 RECORD = {"repo": str, "subset": str, "split": str, "revision": str, "files": {}}
+SUBSETS_RECORD = {"repo": str, "revision": str, "files": [str]}
 
 Layout = dict[str, dict[str, list[str]]]  # subset -> split -> paths in the repository
 
@@ -46,6 +48,27 @@ def fetch_dataset(settings: PrepareSettings) -> None:
             note(f"file {number} of {len(wanted)}")
             folder = settings.data_dir / split
             download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
+
+
+def fetch_subsets(repo: str, folder: Path) -> list[Path]:
+    """Fetch the training files of every subset of a hub data set into `folder`; return where they lie.
+
+    As with `fetch_dataset` the list of them is recorded first, and files that are there stay.
+    """
+    record = read_json(folder / HUB_RECORD)
+    if not fits(record, SUBSETS_RECORD) or record["repo"] != repo:
+        if record:
+            raise ValueError(f"{folder / HUB_RECORD}: not about {repo}; rename that folder")
+        layout, revision, _ = _look_up(repo)
+        files = sorted(path for splits in layout.values() for path in splits.get("train", ()))
+        record = {"repo": repo, "revision": revision, "files": files}
+        write_json(folder / HUB_RECORD, record)
+    way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
+    targets = {path: folder / _flat(path) for path in record["files"]}
+    for path, target in targets.items():
+        if not target.is_file():
+            download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
+    return list(targets.values())
 
 
 def _flat(path: str) -> str:

@@ -16,7 +16,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
 REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
 CONFIGS = Path(__file__).parents[2] / "configs"
-DEMO_MODEL = CONFIGS / "demo_model.yaml"
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.flags import ALL, FlagParser, add_flags
 from litgpt_moe.shell import with_home
 from litgpt_moe.training.settings import Settings
-from litgpt_moe.training.sources import OLD_KEYS, choose_configs, read_variables
+from litgpt_moe.training.sources import OLD_KEYS, Given, choose_configs, read_variables
 
 COMMON = (
-    *("model_config", "config", "data_dir", "out_dir", "resume", "overwrite"),
+    *("model_config", "config", "data_dir", "out_dir", "resume", "overwrite", "plan"),
     *("train.max_tokens", "train.max_time", "train.global_batch_size", "train.micro_batch_size"),
     *("optimizer.lr", "precision", "activation_checkpointing"),
 )
@@ -45,10 +46,11 @@ def in_force(argv: list[str]) -> tuple[dict[str, Any], str]:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     parser.add_argument("--config", "--train_config")
     parser.add_argument("--model_config")
+    parser.add_argument("--data_dir", "--dataset_dir")
     with contextlib.suppress(OSError, ValueError, argparse.ArgumentError, yaml.YAMLError, AttributeError):
         named, _ = parser.parse_known_args(argv)
         given = {key: (with_home(value), key) for key, value in vars(named).items() if value}
-        config, model_config = choose_configs(given, has_driver, tell=lambda _: None)
+        config, model_config = choose_configs(given, has_driver, seems_to_have_data, tell=lambda _: None)
         values = dict(_flat(yaml.safe_load(config.read_text(encoding="utf-8"))))
         values |= {"config": config, "model_config": model_config}
         variables = read_variables()
@@ -64,6 +66,12 @@ def has_driver() -> bool:
     windows = Path(os.environ.get("SYSTEMROOT", "C:/Windows"), "System32/nvcuda.dll")
     driver = windows if sys.platform == "win32" else Path("/proc/driver/nvidia/version")
     return driver.exists()
+
+
+def seems_to_have_data(given: Given) -> bool:
+    """Return whether data are named, or the default folder seems to hold other text than the demo stories."""
+    is_prepared = (DEFAULT_DATA_DIR / "manifest.json").is_file()
+    return "data_dir" in given or (is_prepared and not (DEFAULT_DATA_DIR / "train/demo.txt").is_file())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from litgpt_moe.processes import is_main_process
 from litgpt_moe.terminal import shows_bars
 from litgpt_moe.training.bar import RunBar
 from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.forecast import Forecast
 from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.run import Run
 
@@ -98,6 +99,7 @@ class MetricLog:
         self.run, self.logs = run, logs
         self.is_live = run.settings.progress and not no_bar() and shows_bars(sys.stderr) and is_main_process()
         self.bar: RunBar | None = None
+        self.forecast = Forecast(run)
         self.latest: dict[str, float] = {}
         """The latest loss and val_loss in the log, and `step`, the one of that loss."""
 
@@ -141,6 +143,8 @@ class MetricLog:
         """Move the bar on after a step, when the run has used so many seconds."""
         if self.bar is not None:
             self.bar.advance(used_s if self.run.is_timed else self.run.tokens_at(step))
+        if is_main_process() and (line := self.forecast.after(step)):
+            self.print(line)
 
     def print(self, text: str) -> None:
         """Print a line on stderr, above the bar if there is one."""

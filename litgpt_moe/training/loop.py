@@ -29,6 +29,7 @@ from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.processes import note_once
 from litgpt_moe.threads import usable_cores
 from litgpt_moe.training.fabric import TrainingFabric
+from litgpt_moe.training.facts import write_run_facts
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loss_scaling import MixedLossScaling, ShardedLossScaling
 from litgpt_moe.training.memory import choose_strategy
@@ -39,7 +40,7 @@ from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings, plain_settings
 from litgpt_moe.training.sharding import ShardedStrategy
 from litgpt_moe.training.steps import RunFailed
-from litgpt_moe.training.summary import describe, write_run_facts
+from litgpt_moe.training.summary import describe
 
 
 class BackgroundIO(TorchCheckpointIO):
@@ -134,7 +135,7 @@ def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
         tidy(run.settings.out_dir, run.start_step)
         if run.resume is None:
             hooks.logs.keep({})
-        write_run_facts(run)
+        write_run_facts(run, fabric.device)
     for logger in loggers:
         logger.log_hyperparams(plain_settings(run.settings))
     tell = hooks.metrics.print

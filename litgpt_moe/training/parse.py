@@ -22,6 +22,7 @@ from litgpt_moe.training.class_path import (
     check_class_key,
     without_foreign_arguments,
 )
+from litgpt_moe.training.given import has_own_data, with_one_length
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.sources import FLAG_TO_KEY, OLD_KEYS, Given, choose_configs, read_variables
 from litgpt_moe.words import config_file, near, seconds, whole_number
@@ -82,10 +83,10 @@ def load_settings(argv: list[str]) -> Parsed:
     given = from_home({**read_variables(), **read_flags(argv)})
     if "config" in given:  # its model_config may name the model's file
         given = {**read_settings_file(config_file(Path(given["config"][0]))), **given}
-    config, model_config = choose_configs(given, has_cuda)
+    config, model_config = choose_configs(given, has_cuda, has_own_data)
     if "config" not in given:
         given = {**read_settings_file(config), **given}
-    given = without_foreign_arguments(given, str(config))
+    given = without_foreign_arguments(with_one_length(given), str(config))
     given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
     return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
 
@@ -216,8 +217,8 @@ def _wrong(key: str, value: Any, words: dict[str, str]) -> str:
     if key in GROUPS:
         return f"{key} is {value!r}; give one of its keys, as in --{key}.KEY VALUE"
     if key in words:
-        choices = words[key].removeprefix("one of ").split(", ") if "one of " in words[key] else []
-        meant = near(str(value), choices)
+        names = re.search(r"one of (.*?)( or null)?$", words[key])
+        meant = near(str(value), names[1].split(", ")) if names else ""
         return must_be(key, value, words[key]) + (f"; {meant}" if meant else "")
     if key in MoEConfig.__dataclass_fields__:
         return f"unknown key {key}; it describes the model: set it in the file of --model_config"

@@ -27,7 +27,7 @@ from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
-from litgpt_moe.training.settings import Settings, plain_settings
+from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
 if TYPE_CHECKING:
     from litgpt_moe.training.run import Run
@@ -39,6 +39,7 @@ TOLD = (
     *("optimizer.", "schedule.", "moe.", "guard.", "data.", "data_dir", "wandb_dataset", "precision"),
     *("devices", "num_nodes", "accelerator", "seed", "train.global_batch_size"),
     *("train.micro_batch_size", "train.max_tokens", "train.lr_warmup", "train.min_lr", "train.max_norm"),
+    "recipe.",
 )
 
 
@@ -129,7 +130,7 @@ def place_of(opened: OpenCheckpoint, settings: Settings, block_size: int) -> tup
         if (last := sizes.changes[-1][1]) != before:
             raise ValueError(f"run.batch_sizes ends with {last}, and {SETTINGS_FILE} says {before}")
     sizes = sizes.changed(step, size)
-    if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.max_tokens or 0):
+    if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.n_tokens):
         raise ValueError(
             f"{opened.folder} is past the end of the run: it has been trained on {n_tokens} tokens, "
             f"and train.max_tokens is {most}; raise that"
@@ -142,7 +143,7 @@ def say_if_batch_changed(run: "Run") -> None:
     start, sizes, n_steps = run.start_step, run.batch_sizes, run.n_steps
     if sizes.changes[-1][0] != start or n_steps == start:
         return
-    left = (run.settings.train.max_tokens or 0) - run.tokens_at(n_steps)
+    left = run.settings.train.n_tokens - run.tokens_at(n_steps)
     end = f"{run.tokens_at(n_steps):,} tokens" + (f"; the last {left:,} fill no step" if left else "")
     note_once(
         f"From step {start + 1:,} on a step takes {sizes.size(start + 1):,} sequences, "
@@ -246,6 +247,13 @@ def _changed_run(
         names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             yield f"{key} was {before[key]}, now {value}"
+    # weights with learning rates of their own are in groups of their own
+    had, has = (
+        any(some.get(f"recipe.{name}_lr", 1.0) != 1.0 for name in ("embedding", "head", "other"))
+        for some in (before, dict(dotted(plain_settings(settings))))
+    )
+    if had != has:
+        yield f"recipe.*_lr was {'set' if had else 'not set'}, now it is {'set' if has else 'not set'}"
     # with these on, an optimizer of torch expects moments that it does not keep otherwise
     init_args = settings.optimizer.get("init_args") or {}
     for name in ("amsgrad", "centered", *(["momentum"] if "RMSprop" in optimizer else [])):
@@ -255,7 +263,7 @@ def _changed_run(
 
 
 def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
-    now, default = (dict(_flat(plain_settings(some))) for some in (settings, Settings()))
+    now, default = (dict(dotted(plain_settings(some))) for some in (settings, Settings()))
     changes = [
         f"{key} {was} -> {value}"
         for key, value in now.items()
@@ -275,11 +283,3 @@ def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:
     before = read_record(folder).get("data")
     if before and fingerprint and before != fingerprint:
         note_once(f"Changed since {folder}: the data; its steps so far saw other text or another tokenizer.")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
+from litgpt_moe.training.recipe import set_rates
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import ScheduleArgs, TrainArgs
 
@@ -33,8 +34,9 @@ def set_learning_rate(
     warm_by_steps = settings.schedule.warmup_tokens is None and not train.lr_warmup_fraction
     n_steps = run.n_steps if warm_by_steps else math.ceil(present_steps(run, run.n_steps))
     warmup = warmup_steps(settings.schedule, train, n_steps, run.tokens_per_step, steps_in_epoch)
+    done = (step - 1) / max(1, run.n_steps - 1)
     if time_share is not None:
-        share = max(time_share, present_steps(run, step) / present_steps(run, run.n_steps))
+        done = share = max(time_share, present_steps(run, step) / present_steps(run, run.n_steps))
         peak, lowest = float(optimizer.defaults["lr"]), train.min_lr
         lr = rate_at_share(settings.schedule, share, step, warmup, peak, lowest)
     elif warm_by_steps and step <= warmup:
@@ -43,8 +45,7 @@ def set_learning_rate(
         warmed = present_steps(run, warmup) if warm_by_steps else warmup
         now, end = present_steps(run, step), present_steps(run, run.n_steps)
         lr = rate(now, end, warmed, lowest=train.min_lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_rates(optimizer, lr, done, settings.recipe)
     return lr
 
 

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `run_train.py --help` answers at once. T
 have LitGPT's names, types and defaults: `import litgpt.args` would load torch. A contract test compares them.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -31,11 +32,11 @@ class TrainArgs:
     lr_warmup_fraction: float | None = None
     """Share of an epoch to warm up in, in place of lr_warmup_steps."""
     epochs: int | None = None
-    """Not supported in pretraining: use train.max_tokens."""
-    max_tokens: int | None = None
-    """Tokens to train on, such as 10M."""
+    """Passes through the training text, in place of train.max_tokens."""
+    max_tokens: int | Literal["auto"] | None = "auto"
+    """Tokens to train on, such as 10M; auto: 4 passes through the text, or fewer."""
     max_steps: int | None = None
-    """Not supported in pretraining: use train.max_tokens."""
+    """Not supported in pretraining: use train.max_tokens or train.epochs."""
     max_time: float | None = None
     """Seconds, or 3h, in which the command trains, saves and ends (see schedule.progress)."""
     max_seq_length: int | None = None
@@ -46,6 +47,11 @@ class TrainArgs:
     """Norm that the gradient is clipped to (.inf: off)."""
     min_lr: float = 6e-5
     """Learning rate at the end of the decay."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to train on; 0 as long as the data have not decided it."""
+        return self.max_tokens if isinstance(self.max_tokens, int) and not self.epochs else 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,24 @@ class ScheduleArgs:
 
 
 @dataclass(frozen=True)
+class RecipeArgs:
+    """Finer points of the optimizer and of the first weights, all of them off by default."""
+
+    embedding_lr: float = 1.0
+    """Learning rate of the embedding, times optimizer.init_args.lr."""
+    head_lr: float = 1.0
+    """Learning rate of the output head, times optimizer.init_args.lr."""
+    other_lr: float = 1.0
+    """Learning rate of norms, biases and routers, times optimizer.init_args.lr."""
+    decay_to_zero: bool = False
+    """Lower the weight decay in a straight line to 0 at the last step."""
+    cautious_decay: bool = False
+    """Decay a weight only where the step itself makes it smaller (arxiv.org/abs/2510.12402)."""
+    zero_head: bool = False
+    """Start from an output head of zeros."""
+
+
+@dataclass(frozen=True)
 class GuardArgs:
     """What happens at a loss that is not finite, or suddenly far too high."""
 
@@ -136,6 +160,8 @@ class Settings:
     """Folder for step-*/, final/ and logs/."""
     overwrite: bool = False
     """Delete an earlier run in out_dir."""
+    plan: bool = False
+    """Say what the run would take, and train nothing."""
     resume: str | bool = False
     """auto: from the newest checkpoint, or a fresh start; true: or an error; or a path."""
     initial_checkpoint_dir: Path | None = None
@@ -169,7 +195,8 @@ class Settings:
     seed: int = 42
     """Seed of the weights and the order of the data."""
     optimizer: dict[str, Any] = field(default_factory=lambda: {"class_path": "torch.optim.AdamW"})
-    """class_path and init_args of an optimizer. torch.optim.Muon leaves all but hidden matrices to AdamW."""
+    """class_path and init_args of an optimizer. lr may be auto, a rule by the model's size.
+    torch.optim.Muon leaves all but hidden matrices to AdamW."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     """matrices: no decay on norms, biases, embeddings and routers; all: on every weight."""
     logger_name: Literal["csv", "tensorboard", "wandb"] = "csv"
@@ -179,6 +206,7 @@ class Settings:
     train: TrainArgs = field(default_factory=TrainArgs)
     moe: BalanceArgs = field(default_factory=BalanceArgs)
     schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
+    recipe: RecipeArgs = field(default_factory=RecipeArgs)
     checkpoints: CheckpointArgs = field(default_factory=CheckpointArgs)
     guard: GuardArgs = field(default_factory=GuardArgs)
     eval: EvalArgs = field(default_factory=EvalArgs)
@@ -187,10 +215,19 @@ class Settings:
 
 def plain_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain values for YAML and loggers, without those that name files or a run."""
-    left_out = ("config", "model_config", "resume", "overwrite")
+    left_out = ("config", "model_config", "resume", "overwrite", "plan")
     plain = {name: value for name, value in asdict(settings).items() if name not in left_out}
     # with slashes on Windows too, so that a checkpoint can go on elsewhere
     return {name: value.as_posix() if isinstance(value, PurePath) else value for name, value in plain.items()}
+
+
+def dotted(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def saved_text(settings: Settings) -> str:

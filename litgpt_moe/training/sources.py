@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.processes import note_once
 from litgpt_moe.words import ROOT, config_file
 
@@ -38,12 +39,16 @@ def read_variables() -> Given:
 
 
 def choose_configs(
-    given: Given, has_cuda: Callable[[], bool], tell: Callable[[str], None] = note_once
+    given: Given,
+    has_cuda: Callable[[], bool],
+    has_own_data: Callable[[Given], bool],
+    tell: Callable[[str], None] = note_once,
 ) -> tuple[Path, Path]:
     """Return the YAML files of the settings and of the model, and tell which, and why.
 
     If only one is named, the other is its partner in PAIRS, if that lies in the same folder, or the default:
-    train_config.yaml, and model_config.yaml (without CUDA, the demo's).
+    train_config.yaml, and model_config.yaml. Without CUDA, or where there is no text yet to train on but the
+    demo stories, the default is the demo's.
     """
     named = {key: config_file(Path(given[key][0])) for key in ("config", "model_config") if key in given}
     config, model_config = named.get("config"), named.get("model_config")
@@ -53,10 +58,13 @@ def choose_configs(
     elif model_config and not config and (config := _partner(model_config)):
         why_config = " (beside the model's; another: --config PATH)"
     if model_config is None:
-        model_config = ROOT / (PAIRS[0][1] if has_cuda() else f"configs/{PAIRS[1][1]}")
-        if not has_cuda():
+        reason = "" if has_cuda() else "No CUDA and no model config named"
+        if not reason and not config and not has_own_data(given):
+            reason = f"No text of yours in {DEFAULT_DATA_DIR} and no model config named"
+        model_config = ROOT / (f"configs/{PAIRS[1][1]}" if reason else PAIRS[0][1])
+        if reason:
             tell(
-                "No CUDA and no model config named: training the small demo model on the CPU "
+                f"{reason}: training the small demo model{'' if has_cuda() else ' on the CPU'} "
                 "(MoE-200M all the same: --model_config model_config.yaml)."
             )
         config = config or _partner(model_config)

@@ -1,17 +1,14 @@
-"""What a run prints at its start, at its end and when it fails, and its logs/run.json."""
+"""What a run prints at its start, at its end and when it fails."""
 
 import errno
 import sys
 from datetime import timedelta
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
-import litgpt_moe
 from litgpt_moe.cli import command_line, is_out_of_memory, printable
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
-from litgpt_moe.files import is_disk_full, write_json
+from litgpt_moe.files import is_disk_full
 from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
 from litgpt_moe.kernels.choice import describe_kernel
 from litgpt_moe.locks import FolderInUse
@@ -20,7 +17,6 @@ from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.memory import out_of_memory
 from litgpt_moe.training.parse import resume_command
 from litgpt_moe.training.run import Run
-from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.steps import RunFailed
 from litgpt_moe.training.stories import final_story
 
@@ -46,15 +42,6 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
         f"Experts {describe_kernel(run.config, device, dtype)}\n"
         f"Run     {steps}, seed {run.settings.seed}{resumed}"
     )
-
-
-def write_run_facts(run: Run) -> None:
-    """Write logs/run.json: the command, the settings and the versions, for reports."""
-    versions = {"python": sys.version.split()[0], "litgpt_moe": litgpt_moe.__version__}
-    versions |= {name: version(name) for name in ("torch", "litgpt", "lightning", "numpy")}
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    facts = {"command": command, "settings": plain_settings(run.settings), "versions": versions}
-    write_json(run.settings.out_dir / "logs/run.json", facts)
 
 
 def report(hooks: LoopHooks, argv: list[str]) -> str:

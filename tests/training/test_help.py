@@ -44,18 +44,18 @@ def test_the_values_in_force_are_shown_with_where_they_come_from(
     edit_yaml("train_config.yaml", "optimizer.init_args.lr", 0.5)
     text = shown(capsys, "--config", "train_config.yaml", "--help")
     assert "The values in brackets are in force, by train_config.yaml and $MAX_TOKENS." in text
-    for words in ("such as 10M (now 1M)", "init_args (now mine)", "at its peak (now 0.5)"):
+    for words in ("or fewer (now 1M)", "init_args (now mine)", "at its peak (now 0.5)"):
         assert words in text, text
     # a file that cannot be read hides no help
     Path("train_config.yaml").write_text("train: [", encoding="utf-8")
-    assert "such as 10M." in shown(capsys, "--config", "train_config.yaml", "--help")
+    assert "Tokens to train on, such as 10M;" in shown(capsys, "--config", "train_config.yaml", "--help")
 
 
 def test_without_a_name_the_driver_decides_whose_values_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for has_driver, config in ((True, "train_config.yaml"), (False, "demo_train.yaml")):
         monkeypatch.setattr(help_module, "has_driver", lambda found=has_driver: found)
-        values, where = in_force([])
-        assert where.endswith(config) and values["train.max_tokens"] > 1000
+        values, where = in_force(["--data_dir", "mine"])
+        assert where.endswith(config) and values["train.global_batch_size"] > 1
 
 
 @pytest.mark.usefixtures("eager")

@@ -11,6 +11,7 @@ from helpers.runs import edit_yaml, refusal
 
 from litgpt_moe.flags import normalize_flags
 from litgpt_moe.hardware import has_cuda
+from litgpt_moe.training.given import has_own_data
 from litgpt_moe.training.parse import GROUPS, load_settings, resume_command
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.sources import PAIRS, VARIABLES, choose_configs
@@ -276,7 +277,7 @@ def test_a_settings_file_that_is_no_yaml_mapping_is_refused(text: str) -> None:
 
 
 def chosen(**named: str) -> tuple[Path, Path]:
-    return choose_configs({key: (path, f"--{key}") for key, path in named.items()}, has_cuda)
+    return choose_configs({key: (path, f"--{key}") for key, path in named.items()}, has_cuda, has_own_data)
 
 
 @pytest.fixture(params=[True, False])
@@ -338,12 +339,36 @@ def test_a_name_that_is_near_pairs_no_files(cuda: bool, capsys: pytest.CaptureFi
 def test_without_a_name_the_pair_is_that_for_this_machine(
     cuda: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("data/custom_text/train").mkdir(parents=True)
+    Path("data/custom_text/train/a.txt").touch()
     pair = ("train_config.yaml", "model_config.yaml") if cuda else ("demo_train.yaml", "demo_model.yaml")
     folder = ROOT if cuda else ROOT / "configs"
     assert chosen() == (folder / pair[0], folder / pair[1])
     told = capsys.readouterr().err
     assert told.endswith(f"Settings from {folder / pair[0]} and {folder / pair[1]}.\n")
     assert ("training the small demo model on the CPU" in told) is not cuda
+
+
+def test_where_there_is_no_text_the_pair_is_the_demo_s_on_a_gpu_too(
+    cuda: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = (ROOT / "configs/demo_train.yaml", ROOT / "configs/demo_model.yaml")
+    train, manifest = Path("data/custom_text/train"), Path("data/custom_text/manifest.json")
+    assert chosen() == demo
+    assert "training the small demo model" in capsys.readouterr().err
+    # the demo's own text is there the second time
+    train.mkdir(parents=True)
+    for name in ("demo.txt", "demo.json"):
+        (train / name).touch()
+    assert chosen() == demo
+    own = (ROOT / "train_config.yaml", ROOT / "model_config.yaml") if cuda else demo
+    assert chosen(data_dir="data/mine") == own
+    # shards without their text, as of a mixture
+    manifest.write_text("{}", encoding="utf-8")
+    assert chosen() == own
+    manifest.unlink()
+    (train / "mine.txt").touch()
+    assert chosen() == own
 
 
 def test_a_model_config_in_the_settings_is_the_model_s_file_unless_a_flag_names_another() -> None:

@@ -1,10 +1,7 @@
 """What all benchmarks share: their command line, the machine in their JSON, where that is kept."""
 
-import os
-import platform
 import re
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +46,9 @@ def recorded(settings: Any) -> dict[str, Any]:
 
 def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions."""
-    import torch
+    from litgpt_moe import hardware  # not at the top: it imports torch, which --help must not wait for
 
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": next(names, platform.processor() or platform.machine()),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
+    return hardware.machine()
 
 
 def results_path(script: str, device: str) -> Path:
