@@ -1,6 +1,6 @@
 """Find a model's learning rate: short runs with rates in a geometric grid, and a chart of their losses.
 
-Run: uv run python tools/find_lr.py configs/compare_moe.yaml --data data/classics --sweep_tokens 800000
+Run: uv run python tools/find_lr.py configs/compare_moe.yaml --data_dir data/classics --sweep_tokens 800000
 (5 minutes on two CPU cores)
 
 It is the sweep of tools/compare.py --lr auto, for one model. While the best rate is at an edge of the grid,
@@ -11,8 +11,9 @@ OUT/find_lr.svg.
 import argparse
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+from litgpt_moe.cli import run_command, run_script
 from litgpt_moe.comparison.settings import FindSettings, key_and_value
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 
 def run(args: argparse.Namespace) -> str:
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.report.comparison import sweep_chart
     from litgpt_moe.training.fit import proposed_rate
 
-    facts, file = gather_facts(settings.data), RunsFile(settings.results_file)
+    facts, file = gather_facts(settings.data_dir), RunsFile(settings.results_file)
     with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
         changes, n_pieces = dict(args.override), facts.data["vocab_size"]
         (model,) = gather([args.config_file], settings, False, [], changes, [], n_pieces)

@@ -21,7 +21,7 @@ from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
 # settings that say where a run lies, what it shows and how it computes, but not which model comes out
-NO_MATTER = ("out_dir", "dataset_dir", "tokenizer_dir", "wandb", "logger_name", "log.", "progress", "eval.")
+NO_MATTER = ("out_dir", "data_dir", "tokenizer_dir", "wandb", "logger_name", "log.", "progress", "eval.")
 NO_MATTER += ("checkpoints.", "train.save_interval", "train.log_interval", "train.max_time", "accelerator")
 NO_MATTER += ("devices", "num_nodes", "compile", "activation_checkpointing", "strategy", "data.init_args.")
 NO_MATTER += ("float32_matmul_precision", "guard.spike_sigma", "initial_checkpoint_dir")
@@ -162,8 +162,8 @@ def _add(
         str(settings.config),
         "--model_config",
         str(file),
-        "--dataset_dir",
-        str(settings.data),
+        "--data_dir",
+        str(settings.data_dir),
     ]
     with contextlib.redirect_stderr(io.StringIO()):  # it says which files it takes: those that we name
         parsed = load_settings([*argv, *flags])

@@ -96,7 +96,7 @@ class RunSpec:
         flags: dict[str, object] = {
             "config": config,
             "model_config": self.contestant.model_file,
-            "dataset_dir": data,
+            "data_dir": data,
             "out_dir": out_dir,
             "seed": self.seed,
             "train.max_tokens": self.tokens,

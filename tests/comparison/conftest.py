@@ -54,7 +54,7 @@ def starts(eager: None) -> Starts:
 def compare(workspace: Path, tiny_data: Path, starts: Starts) -> Callable[..., Comparison]:
     """A function that begins a comparison of the tiny model and its dense twin, with settings changed."""
     base = CompareSettings(
-        data=tiny_data,
+        data_dir=tiny_data,
         config=workspace / "train_config.yaml",
         out=workspace / "comparison",
         results_file=workspace / "runs.jsonl",

@@ -5,8 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags
 from litgpt_moe.files import check_replaceable
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.threads import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[2]
