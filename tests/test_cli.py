@@ -335,6 +335,16 @@ def test_a_closed_stream_is_no_error_and_its_number_is_given_to_no_file(closed: 
     assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
 
 
+@pytest.mark.parametrize(
+    ("backend", "is_kept"), [("module://matplotlib_inline.backend_inline", False), ("agg", True)]
+)
+def test_the_matplotlib_backend_of_a_notebook_is_not_passed_on(backend: str, is_kept: bool) -> None:
+    code = "import os, sys; from litgpt_moe.cli import run_script\nsys.exit(run_script(lambda: {}))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code.format("'MPLBACKEND' in os.environ")], env=env)
+    assert done.returncode == is_kept
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("work", ["run_command(lambda: 'a')", "run_command(lambda: say('a'))", "help_of()"])
 def test_a_full_disk_behind_stdout_is_told_as_such(work: str) -> None:
