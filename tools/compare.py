@@ -51,6 +51,8 @@ def build_parser() -> FlagParser:
     add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
     add("--plan", action="store_true", help="only say what would be trained")
     add_flags(parser, CompareSettings)
+    same = "the same as --data_dir"
+    add("--data", type=Path, dest="data_dir", default=argparse.SUPPRESS, metavar="PATH", help=same)
     return parser
 
 
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> str:
             facts.data["vocab_size"],
         )
         if args.plan:
-            return "\n".join(contestant.note or contestant.name for contestant in found)
+            return "\n".join(map(str, found))
         comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)
         text = comparison.run()
     return f"{text}\n\n{settings.out / 'comparison.html'} shows it in a browser"

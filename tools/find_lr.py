@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         help=text,
     )
     add_flags(parser, FindSettings)
+    same = "the same as --data_dir"
+    add("--data", type=Path, dest="data_dir", default=argparse.SUPPRESS, metavar="PATH", help=same)
     args = parser.parse_args(argv)
     return run_command(lambda: run(args), "stopped; the same command goes on")
 
