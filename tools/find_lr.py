@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help=text,
     )
+    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, FindSettings)
     same = "the same as --data_dir"
     add("--data", type=Path, dest="data_dir", default=argparse.SUPPRESS, metavar="PATH", help=same)
