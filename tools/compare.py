@@ -52,8 +52,6 @@ def build_parser() -> FlagParser:
     add("--plan", action="store_true", help="only say what would be trained")
     add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, CompareSettings)
-    same = "the same as --data_dir"
-    add("--data", type=Path, dest="data_dir", default=argparse.SUPPRESS, metavar="PATH", help=same)
     return parser
 
 

@@ -66,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, FindSettings)
-    same = "the same as --data_dir"
-    add("--data", type=Path, dest="data_dir", default=argparse.SUPPRESS, metavar="PATH", help=same)
     args = parser.parse_args(argv)
     return run_command(lambda: run(args), "stopped; the same command goes on")
 
