@@ -174,6 +174,9 @@ def _add(
     with contextlib.redirect_stderr(io.StringIO()):  # it says which files it takes: those that we name
         parsed = load_settings([*argv, *flags])
     wanted = parsed.settings
+    if wanted.schedule.progress == "time" or wanted.train.max_time is not None:
+        rule = "a comparison gives each run its tokens: take train.max_time and schedule.progress out"
+        raise ValueError(f"{settings.config}: {rule}, and give --match seconds")
     device = (wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.precision)
     resolved = dataclasses.replace(wanted, precision=training_device(*device)[0])
     facts = model_facts(config, wanted.train.max_seq_length)
