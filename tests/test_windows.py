@@ -19,16 +19,17 @@ from helpers.runs import run, weights
 from helpers.windows import WindowsFiles, busy_for
 
 import evaluate
-from litgpt_moe import cli, files
+from litgpt_moe import cli, files, flags
 from litgpt_moe.checkpoints.layout import is_read_error
 from litgpt_moe.checkpoints.reader import trained_on
-from litgpt_moe.data import shards
+from litgpt_moe.data import workers
 from litgpt_moe.data.batches import TokenBatches, TokenStream
 from litgpt_moe.data.inputs import list_text
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import new_folder, put_in_place, write_whole
+from litgpt_moe.flags import FlagParser
 from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.interop import export_folder
 from litgpt_moe.training.checks import check_path_lengths
@@ -296,7 +297,8 @@ def test_a_pipe_that_is_closed_ends_a_command_in_silence(
     like_windows: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     silenced: list[bool] = []
-    monkeypatch.setattr(cli, "silence_stdout", lambda: silenced.append(True))
+    for module in (cli, flags):
+        monkeypatch.setattr(module, "silence_stdout", lambda: silenced.append(True))
 
     def work() -> None:
         ClosedPipe().write("text")
@@ -306,7 +308,7 @@ def test_a_pipe_that_is_closed_ends_a_command_in_silence(
         patch.setattr(sys, "stdout", ClosedPipe())
         assert cli.run_command(lambda: "a result") == 0 and len(silenced) == 2
         with pytest.raises(SystemExit) as ended:
-            cli.FlagParser().parse_args(["--help"])
+            FlagParser().parse_args(["--help"])
         assert ended.value.code == 0 and len(silenced) == 3
     assert capsys.readouterr().err == ""
     # a file that cannot be read is another matter, and so is this error elsewhere
@@ -325,17 +327,17 @@ def test_a_pipe_that_is_closed_ends_no_training(like_windows: list[float]) -> No
 def test_a_pool_has_no_more_workers_than_windows_can_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     large = 1 << 40
-    assert (shards.n_workers(0, large), shards.n_workers(100, large)) == (128, 100)
-    assert (shards.n_workers(0, 1), shards.n_workers(2, large)) == (1, 2)
+    assert (workers.n_workers(0, large), workers.n_workers(100, large)) == (128, 100)
+    assert (workers.n_workers(0, 1), workers.n_workers(2, large)) == (1, 2)
     monkeypatch.setattr(sys, "platform", "win32")
-    assert (shards.n_workers(0, large), shards.n_workers(100, large), shards.n_workers(2, large)) == (
+    assert (workers.n_workers(0, large), workers.n_workers(100, large), workers.n_workers(2, large)) == (
         61,
         61,
         2,
     )
-    shards.start_pool(shards.n_workers(0, large)).shutdown()  # with 62 it raises
+    workers.start_pool(workers.n_workers(0, large)).shutdown()  # with 62 it raises
     with pytest.raises(ValueError, match="max_workers must be <= 61"):
-        shards.start_pool(62)
+        workers.start_pool(62)
 
 
 def test_what_a_worker_process_reads_can_be_sent_to_it(tiny_data: Path) -> None:

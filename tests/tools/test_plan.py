@@ -88,11 +88,11 @@ def test_the_time_is_told_on_a_card_of_known_speed(demo: Plan) -> None:
     assert float(row[2]) == pytest.approx(7200 * 5e11 / cost / 1e6, rel=0.05) and row[3] == "2.0 hours"
     # without a speed or a text: as many tokens as suit the model, and the work that they are
     (row,) = [cells(line) for line in length_text([demo], [], None, None).splitlines() if "MoE-4M" in line]
-    assert row[1:3] == ["78.8M", f"{20 * demo.facts.total_params * cost / 1e18:.2g} exaFLOPs"]
+    assert row[1:3] == ["78.8M", f"{20 * demo.facts.total_params * cost / 1e15:,.0f} PFLOP"]
 
 
 def test_a_share_of_the_peak_and_hours_are_above_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--hours", "0"]) == 2 and plan.main(["--mfu", "1.5"]) == 2
     told = capsys.readouterr().err
     assert "--hours is 0; choose a number above 0" in told and "--mfu is 1.5; choose" in told
-    assert plan.main(["--data", "nowhere"]) == 2
+    assert plan.main(["--data_dir", "nowhere"]) == 2
