@@ -63,10 +63,12 @@ def _vocabulary_of(checkpoint: Path | None) -> dict[str, Any]:
     return {}
 
 
-def with_learning_rate(settings: Settings, config: MoEConfig, resume: OpenCheckpoint | None) -> Settings:
+def with_learning_rate(
+    settings: Settings, config: MoEConfig | None, resume: OpenCheckpoint | None
+) -> Settings:
     """Return the settings with a number for `optimizer.init_args.lr: auto`; ValueError if no rule knows it.
 
-    A run that is resumed keeps the number it had.
+    A run that is resumed keeps the number it had. `config` is None if it has problems of its own.
     """
     init_args = settings.optimizer.get("init_args") or {}
     if init_args.get("lr") != AUTO:
@@ -76,7 +78,7 @@ def with_learning_rate(settings: Settings, config: MoEConfig, resume: OpenCheckp
     if "Adam" not in name and name != "Muon":
         raise ValueError(f"optimizer.init_args.lr is auto, a rule for AdamW; give a number for {name}")
     had = resume.settings.get("optimizer.init_args.lr") if resume else None
-    rate = had if isinstance(had, float) else proposed_rate(config)
+    rate = had if isinstance(had, float) else proposed_rate(config) if config else budget.HIGHEST_RATE
     return replace(settings, optimizer={**settings.optimizer, "init_args": {**init_args, "lr": rate}})
 
 

@@ -160,8 +160,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     config, model = built
     world_size = devices * settings.num_nodes
     parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
-    if config:
-        settings = parsed.attempt(fit.with_learning_rate, settings, config, resume) or settings
+    settings = parsed.attempt(fit.with_learning_rate, settings, config, resume) or settings
     optimizer = parsed.attempt(optimizer_spec, settings)
     parsed.raise_all()
     facts = model_facts(config, settings.train.max_seq_length, model)
