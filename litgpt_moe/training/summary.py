@@ -30,7 +30,8 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     if len(run.batch_sizes.changes) > 1:
         steps = f"{run.n_steps:,} steps, now of {run.tokens_per_step:,} tokens"
     return (
-        f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
+        f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token, "
+        f"vocabulary {run.config.vocab_size:,}\n"
         f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
         f"Experts {describe_kernel(run.config, device, dtype)}\n"
         f"Run     {steps}, seed {run.settings.seed}{resumed}"
