@@ -34,6 +34,11 @@ def vocabulary_size(tokenizer_dir: Path) -> int | None:
     return read_tokenizer_facts(tokenizer_dir).vocab_size
 
 
+def leaves_vocabulary_open(settings: Settings) -> bool:
+    """Return whether the tokenizer decides the vocabulary of the model."""
+    return settings.model_config is not None and has_open_vocabulary(settings.model_config)
+
+
 def fitting_model(
     settings: Settings, resume: OpenCheckpoint | None, has_demo_data: bool
 ) -> tuple[MoEConfig, GPT]:
@@ -42,8 +47,9 @@ def fitting_model(
     `vocab_size: auto` becomes what the checkpoint has that the run starts from, else the number of pieces of
     the tokenizer, else what the tokenizer will have that is made with the data.
     """
-    path = Path(settings.model_config or "")
-    if not has_open_vocabulary(path):
+    assert settings.model_config is not None  # `load_settings` has chosen one
+    path = settings.model_config
+    if not leaves_vocabulary_open(settings):
         return MoEConfig.model_from_file(path)
     sizes = _vocabulary_of(resume.folder if resume else settings.initial_checkpoint_dir)
     if not sizes:

@@ -200,8 +200,8 @@ def settle(run: Run) -> Run:
 
     Before, a vocabulary and a length that the settings leave open are not known.
     """
-    n_pieces = fit.vocabulary_size(run.settings.tokenizer_dir)
-    if fit.has_open_vocabulary(run.settings.model_config or "") and n_pieces != run.config.vocab_size:
+    is_open = fit.leaves_vocabulary_open(run.settings) and not (run.resume or run.initial)
+    if is_open and fit.vocabulary_size(run.settings.tokenizer_dir) != run.config.vocab_size:
         config, model = fit.fitting_model(run.settings, run.resume, has_demo_data=False)
         facts = model_facts(config, run.settings.train.max_seq_length, model)
         run = replace(run, config=config, facts=facts)

@@ -151,9 +151,9 @@ class Settings:
     """What one run needs; the keys of train_config.yaml."""
 
     config: Path | None = None
-    """YAML with these settings (default: train_config.yaml with CUDA, configs/demo_train.yaml without)."""
+    """YAML with these settings (default: train_config.yaml; without CUDA or text configs/demo_train.yaml)."""
     model_config: Path | None = None
-    """YAML with LitGPT Config keys (default: model_config.yaml with CUDA, else configs/demo_model.yaml)."""
+    """YAML with LitGPT Config keys (default: model_config.yaml; without CUDA or text the demo's)."""
     out_dir: Path = Path("checkpoints")
     """Directory for step-*/, final/ and logs/."""
     overwrite: bool = False
