@@ -100,10 +100,11 @@ def is_open(train: TrainArgs) -> bool:
 
 def kept_length(train: TrainArgs, resume: OpenCheckpoint | None) -> TrainArgs:
     """Return the length of the run that is resumed, where the settings leave it open without train.epochs."""
-    had = resume.settings.get("train.max_tokens") if resume else None
-    if train.epochs is None and is_open(train) and isinstance(had, int):
-        return replace(train, max_tokens=had)
-    return train
+    if resume is None or train.epochs is not None or not is_open(train):
+        return train
+    # LitGPT's own checkpoints may hold another type
+    had = resume.settings.get("train.max_tokens")
+    return replace(train, max_tokens=had) if isinstance(had, int) else train
 
 
 def settled_length(train: TrainArgs, data: Any, block_size: int, facts: ModelFacts) -> TrainArgs:
