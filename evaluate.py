@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import WorkFailed, note, run_script
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.quality.settings import QualitySettings
 
 CHECKPOINTS = Path("checkpoints")
+COMMON = ("ckpt_dir", "data_dir", "split", "text", "max_batches", "json", "blimp", "stories")
 
 
 @dataclass(frozen=True)
@@ -193,19 +195,21 @@ def record(result: dict[str, Any], results_file: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input, 130 after Ctrl-C."""
-    parser = cli.FlagParser(description=__doc__)
+    parser = FlagParser(COMMON, description=__doc__)
     for kind in (EvaluateSettings, QualitySettings):
-        cli.add_flags(parser, kind)
+        add_flags(parser, kind)
+    parser.accept_positional("ckpt_dir")
     args = parser.parse_args(argv)
     try:
-        settings, quality = (cli.from_flags(kind, args) for kind in (EvaluateSettings, QualitySettings))
+        settings, quality = (from_flags(kind, args) for kind in (EvaluateSettings, QualitySettings))
         if not settings.loss and quality.blimp is None and quality.stories is None:
             raise ValueError("--no_loss leaves nothing to score; add --blimp PATH or --stories N")
     except ValueError as error:
         return cli.fail(error, 2)
     threads.limit_spinning()
     # imports torch, which takes seconds: before run_command, Ctrl-C ends the process without a traceback
-    import litgpt_moe.scoring  # noqa: F401
+    with cli.status("loading PyTorch and LitGPT"):
+        import litgpt_moe.scoring  # noqa: F401
 
     interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
     with threads.sleep_when_busy():

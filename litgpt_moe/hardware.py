@@ -19,6 +19,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch.torch_version import TorchVersion
 
 from litgpt_moe.kernels.matmul import matmul
+from litgpt_moe.words import choose_one
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # no 16-true: with weights in fp16 small updates are lost, and Adam's moments underflow
@@ -71,7 +72,7 @@ def _training_precision(precision: str | None, is_cuda: bool) -> str:
         is_fp16 = is_cuda and not _has_bf16() and _has_fast_fp16()
         return "16-mixed" if is_fp16 else default_precision("cuda" if is_cuda else "cpu")
     if precision not in TRAINING_PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(TRAINING_PRECISIONS)}")
+        raise ValueError(f"precision is {precision!r}; {choose_one(precision, TRAINING_PRECISIONS)}")
     if precision.startswith("bf16") and is_cuda and not _has_bf16():
         instead = "16-mixed" if _has_fast_fp16() else "32-true"
         raise ValueError(f"precision is {precision}, which this GPU lacks; use {instead}")

@@ -19,7 +19,7 @@ from litgpt.model import GPT
 from tqdm import tqdm
 
 from litgpt_moe.balance import layers_of
-from litgpt_moe.cli import WorkFailed
+from litgpt_moe.cli import WorkFailed, no_bar
 from litgpt_moe.scoring import head_apart
 
 N_TYPICAL = 8  # typical tokens listed per expert
@@ -95,7 +95,7 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
     with torch.inference_mode(), ExitStack() as hooks:
         for index, layer in layers_of(model).items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(record, index)))
-        progress = hooks.enter_context(tqdm(total=len(ids), unit="tok", unit_scale=True, disable=None))
+        progress = hooks.enter_context(tqdm(total=len(ids), unit="tok", unit_scale=True, disable=no_bar()))
         for start in range(0, len(ids), window):
             part = torch.from_numpy(ids[start : start + window]).to(device)
             model(part[None])

@@ -28,7 +28,7 @@ from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_settings, read_state, sha256_of, trained_on, verify_checkpoint
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
-from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory
+from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory, no_bar
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import MANIFEST, manifest_fingerprint, read_manifest
@@ -239,7 +239,7 @@ def score(
     with (
         torch.inference_mode(),
         head_apart(model) as logits,
-        tqdm(total=corpus.n_tokens - 1, unit=" tokens", disable=None) as progress,
+        tqdm(total=corpus.n_tokens - 1, unit=" tokens", disable=no_bar()) as progress,
     ):
         for batch in batches:
             if batch.max() >= vocab:

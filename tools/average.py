@@ -8,7 +8,8 @@ The mean is added up in float32. Every checkpoint must be undamaged and of the s
 import argparse
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
+from litgpt_moe.cli import command_line, run_command, run_script
+from litgpt_moe.flags import FlagParser
 
 
 def run(args: argparse.Namespace) -> str:

@@ -1,6 +1,6 @@
 """Train models side by side at equal tokens, FLOPs or seconds, and say which is better and by how much.
 
-Run: uv run python tools/compare.py configs/compare_moe.yaml --dense --budget 8M --data data/classics
+Run: uv run python tools/compare.py configs/compare_moe.yaml --dense --budget 8M --data_dir data/classics
 (hours: with 3 seeds it trains 6 models, after a sweep of learning rates for each of the two)
 
 Each run is run_train.py in a process and a folder of its own, with the same data in the same order for the
@@ -12,8 +12,9 @@ to that.
 import argparse
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+from litgpt_moe.cli import run_command, run_script
 from litgpt_moe.comparison.settings import CompareSettings, amount, key_and_value, rate, variant
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 
 def build_parser() -> FlagParser:
@@ -49,6 +50,7 @@ def build_parser() -> FlagParser:
     text = "also train each CONFIG with these keys replaced, under this name; repeatable"
     add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
     add("--plan", action="store_true", help="only say what would be trained")
+    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, CompareSettings)
     return parser
 
@@ -59,18 +61,24 @@ def run(args: argparse.Namespace) -> str:
     if (args.budget is None) == (settings.budget_of_first is None):
         raise ValueError("give --budget N, or --budget_of_first N, and not both")
     from litgpt_moe.comparison.compare import begin
-    from litgpt_moe.comparison.contestants import check_vocabulary, gather
+    from litgpt_moe.comparison.contestants import gather
     from litgpt_moe.comparison.facts import gather_facts
     from litgpt_moe.comparison.runs import RunsFile
     from litgpt_moe.comparison.train import Trainer
     from litgpt_moe.locks import locked_folder
 
-    facts, file = gather_facts(settings.data), RunsFile(settings.results_file)
+    facts, file = gather_facts(settings.data_dir), RunsFile(settings.results_file)
     with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
         variants = [variant(words) for words in args.variant]
-        n_pieces, changes = facts.data["vocab_size"], dict(args.override)
-        found = gather(args.configs, settings, settings.dense, args.experts, changes, variants, n_pieces)
-        check_vocabulary(found, n_pieces)
+        found = gather(
+            args.configs,
+            settings,
+            settings.dense,
+            args.experts,
+            dict(args.override),
+            variants,
+            facts.data["vocab_size"],
+        )
         if args.plan:
             return "\n".join(contestant.note or contestant.name for contestant in found)
         comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)

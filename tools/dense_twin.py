@@ -8,7 +8,8 @@ included. What is left over is printed, and stands in the head of the file.
 
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, run_command, run_script
+from litgpt_moe.cli import run_command, run_script
+from litgpt_moe.flags import FlagParser
 
 
 def write_twin(source: Path, out: Path | None, overwrite: bool) -> str:

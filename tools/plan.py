@@ -1,6 +1,6 @@
 """Show which model fits which graphics card, and how long it trains there.
 
-Run: uv run python tools/plan.py --gpu "RTX 3060" --hours 3 --data data/mine     (a minute)
+Run: uv run python tools/plan.py --gpu "RTX 3060" --hours 3 --data_dir data/mine     (a minute)
 
 For each shipped configuration: its parameters, the peak memory of a training step by micro-batch size,
 without and with activation checkpointing, the tokens that suit it, the time they take, and the learning rate.
@@ -9,7 +9,8 @@ The step is counted tensor by tensor, which needs no GPU. For one run on this ma
 
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
+from litgpt_moe.cli import printable, run_command, run_script, say
+from litgpt_moe.flags import FlagParser, config_from_flag
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("demo_model", "moe_10m", "moe_30m_debug", "moe_100m", "moe_200m", "moe_400m")
@@ -26,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--memory", action="append", help="or its memory, such as 12GB (default: 6, 8, 12 and 24 GB)")
     add("--hours", type=float, help="tokens for so many hours, on --gpu or this machine (default: as suit)")
     add("--mfu", type=float, help="share of the peak FLOP/s, as a run's log has it (default: a typical one)")
-    add("--data", type=Path, metavar="DIR", help="prepared data: tokens for these, with their vocabulary")
-    add("--model_config", action="append", type=Path, help="a model (default: ours); may be repeated")
+    add("--data_dir", "--data", type=Path, help="prepared data: tokens for these, with their vocabulary")
+    add("--model_config", action="append", type=config_from_flag, help="a model (default: ours); repeatable")
     add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the run (%(default)s)")
     add("--optimizer", default="torch.optim.AdamW", help="class, such as bitsandbytes.optim.AdamW8bit")
     args = parser.parse_args(argv)
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, most in (("hours", 1e5), ("mfu", 1)):
             if (value := getattr(args, name)) is not None and not 0 < value <= most:
                 raise ValueError(f"--{name} is {value:g}; choose a number above 0, up to {most:g}")
-        text = card_plan.Text.of(args.data) if args.data else None
+        text = card_plan.Text.of(args.data_dir) if args.data_dir else None
         speeds = [speed for gpu in args.gpu or [] if (speed := card_plan.speed_of(gpu, args.mfu))]
         if not speeds and (args.hours or args.mfu):
             speeds = [card_plan.speed_here(args.precision, args.mfu)]

@@ -251,7 +251,8 @@ def trained_on(settings: dict[str, Any]) -> Path | None:
     data: Any = settings.get("data")
     given = data.get("init_args") if isinstance(data, dict) else None
     train = given.get("train_data_path") if isinstance(given, dict) else None
-    if isinstance(named := settings.get("dataset_dir"), str):
+    # its name in earlier versions is dataset_dir
+    if isinstance(named := settings.get("data_dir") or settings.get("dataset_dir"), str):
         return path_of_any_system(named)
     return path_of_any_system(train).parent if isinstance(train, str) else None
 

@@ -13,7 +13,7 @@ import yaml
 
 from litgpt_moe.comparison.settings import PlaceSettings
 from litgpt_moe.comparison.twin import Matched, changed_keys, dense_twin, with_experts
-from litgpt_moe.config import AUTO, ModelFacts, MoEConfig, has_open_vocabulary, model_facts
+from litgpt_moe.config import ModelFacts, MoEConfig, has_open_vocabulary, model_facts
 from litgpt_moe.files import write_whole
 from litgpt_moe.hardware import training_device
 from litgpt_moe.training.fit import proposed_rate
@@ -21,7 +21,7 @@ from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
 # settings that say where a run lies, what it shows and how it computes, but not which model comes out
-NO_MATTER = ("out_dir", "dataset_dir", "tokenizer_dir", "wandb", "logger_name", "log.", "progress", "eval.")
+NO_MATTER = ("out_dir", "data_dir", "tokenizer_dir", "wandb", "logger_name", "log.", "progress", "eval.")
 NO_MATTER += ("checkpoints.", "train.save_interval", "train.log_interval", "train.max_time", "accelerator")
 NO_MATTER += ("devices", "num_nodes", "compile", "activation_checkpointing", "strategy", "data.init_args.")
 NO_MATTER += ("float32_matmul_precision", "guard.spike_sigma", "initial_checkpoint_dir")
@@ -61,10 +61,20 @@ class Contestant:
         return self.settings.train.global_batch_size * self.block_size
 
     @property
+    def named_rate(self) -> float | None:
+        """The learning rate that its settings name, None if that is left to the rule."""
+        rate = (self.settings.optimizer.get("init_args") or {}).get("lr")
+        return float(rate) if isinstance(rate, int | float) else None
+
+    @property
     def own_rate(self) -> float:
-        """The learning rate that its settings name."""
-        rate = (self.settings.optimizer.get("init_args") or {}).get("lr", 1e-3)
-        return proposed_rate(self.config, self.facts) if rate == AUTO else float(rate)
+        """The learning rate that its settings name, or that the rule by its size proposes."""
+        return self.named_rate or proposed_rate(self.config, self.facts)
+
+    @property
+    def end_share(self) -> float:
+        """Where the decay ends, as a share of the learning rate: that of the settings, or a tenth."""
+        return self.settings.train.min_lr / self.named_rate if self.named_rate else 0.1
 
     def whole_steps(self, tokens: float) -> int:
         """Return the tokens of the whole steps that fit into `tokens`, one step at least."""
@@ -78,16 +88,16 @@ def gather(
     experts: list[int],
     overrides: dict[str, str],
     variants: list[tuple[str, dict[str, str]]],
-    n_pieces: int | None = None,
+    n_pieces: int,
 ) -> list[Contestant]:
     """Return all contestants in the order in which they are trained; their model files are written.
 
-    `n_pieces` is the vocabulary of the data, for configurations that leave theirs open.
+    `n_pieces` of the data's tokenizer are the vocabulary of a configuration that leaves it open.
     """
     found: list[Contestant] = []
     for path in configs:
-        sizes = {"vocab_size": n_pieces} if n_pieces and has_open_vocabulary(path) else {}
-        base = MoEConfig.from_file(path, **{**sizes, **model_keys(overrides)})
+        sizes = {"vocab_size": n_pieces} if has_open_vocabulary(path) else {}
+        base = MoEConfig.from_file(path, **sizes, **model_keys(overrides))
         flags = training_flags(overrides)
         siblings = [
             _add(found, settings, match.config, flags, str(match)) for match in _siblings(base, experts)
@@ -96,10 +106,12 @@ def gather(
         own += [_add(found, settings, *_varied(base, flags, *each)) for each in variants]
         for contestant in own if is_dense else []:
             if contestant.config.n_expert:
-                match = dense_twin(contestant.config)
+                # one for all siblings, whose FLOPs are those of `base` but for the rounding of widths
+                match = dense_twin(base if siblings and contestant in siblings else contestant.config)
                 twin = _add(found, settings, match.config, contestant.flags, str(match))
                 at = next(i for i, other in enumerate(found) if other.name == contestant.name)
                 found[at] = dataclasses.replace(contestant, reference=twin.name)
+    check_vocabulary(found, n_pieces)
     first = found[0].name
     # a dense twin is what others are compared with; it is not compared itself
     references = {contestant.reference for contestant in found}
@@ -150,8 +162,8 @@ def _add(
         str(settings.config),
         "--model_config",
         str(file),
-        "--dataset_dir",
-        str(settings.data),
+        "--data_dir",
+        str(settings.data_dir),
     ]
     with contextlib.redirect_stderr(io.StringIO()):  # it says which files it takes: those that we name
         parsed = load_settings([*argv, *flags])

@@ -37,7 +37,7 @@ class SweepSettings:
 class PlaceSettings:
     """What all runs of a comparison share, and where they lie."""
 
-    data: Path = Path("data/custom_text")
+    data_dir: Path = Path("data/custom_text")
     """Prepared data directory (prepare_data.py) to train and to validate on."""
     config: Path = ROOT / "configs/compare_train.yaml"
     """Training settings, as of run_train.py (default configs/compare_train.yaml)."""

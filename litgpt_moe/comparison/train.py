@@ -60,7 +60,7 @@ class Trainer:
         """Train a run to its end, from where an earlier try stopped; return how, and where its log is."""
         folder = self.folder(spec)
         log = self.place.out / "logs" / f"{folder.name}.txt"
-        words = spec.command(self.place.config, self.place.data, folder, self.facts.data["val_tokens"])
+        words = spec.command(self.place.config, self.place.data_dir, folder, self.facts.data["val_tokens"])
         return self.start(script("run_train.py", *words), log, low_priority), log
 
     def _make(self, spec: RunSpec, identity: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +72,7 @@ class Trainer:
             check_ended(outcome, self.describe(spec), log)
             if not (folder / "final").is_dir():
                 raise KeyboardInterrupt  # somebody has asked run_train.py itself to save and end
+            self.facts.check_data(self.place.data_dir)
             figures = self._score(spec, log)
         facts = spec.contestant.facts
         return {
@@ -120,7 +121,7 @@ class Trainer:
         results = folder / RESULTS_FILE
         flags = {
             "ckpt_dir": folder / "final",
-            "data_dir": self.place.data,
+            "data_dir": self.place.data_dir,
             "results_file": results,
             "precision": "32-true",
         }

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, TOKENIZER_FILES
-from litgpt_moe.cli import note
+from litgpt_moe.cli import no_bar, note
 from litgpt_moe.data.download import download
 from litgpt_moe.data.forms import Source
 from litgpt_moe.data.parquet import reader_of
@@ -54,7 +54,7 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, text: list[Sourc
         limit_alphabet=min(vocab_size - 259, max(64, (vocab_size - 259) // 4)),
         show_progress=False,
     )
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=no_bar()) as progress:
         # problems of the text are reported when it is tokenized
         reading = Reading.of(settings, is_quiet=True)
         readers = (reader_of(source, reading) for source in text)

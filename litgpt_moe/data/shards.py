@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from litgpt_moe.cli import note
+from litgpt_moe.cli import no_bar, note
 from litgpt_moe.data.forms import Source
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
 from litgpt_moe.data.parquet import reader_of, text_bytes
@@ -166,7 +166,7 @@ def write_splits(
     workers = n_workers(settings.workers, total // SHARD_BYTES)
     val = None if text["val"] else ValShare(settings.val_fraction, text_bytes(text["train"], settings))
     writer = SplitWriter(data_dir, facts, workers, val)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=no_bar())
     with start_pool(workers) as pool, bar as progress:
         for split in readers:
             for stories in itertools.chain.from_iterable(r.story_lists(progress) for r in readers[split]):

@@ -112,10 +112,15 @@ class ValLoader:
     def __init__(self, loader: Any, between_batches: Callable[[int, float], None]) -> None:
         self.loader, self.between_batches = loader, between_batches
 
-    def __iter__(self) -> Iterator[Any]:
-        n_batches = math.inf
+    @property
+    def n_batches(self) -> float:
+        """Its batches, infinite where it has no length."""
         with contextlib.suppress(TypeError):
-            n_batches = len(self.loader)
+            return len(self.loader)
+        return math.inf
+
+    def __iter__(self) -> Iterator[Any]:
+        n_batches = self.n_batches
         for n_done, batch in enumerate(self.loader):
             if n_done:
                 self.between_batches(n_done, n_batches)

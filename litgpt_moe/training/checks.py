@@ -104,6 +104,8 @@ def _value_problems(settings: Settings) -> Iterator[str]:
             f"train.lr_warmup_steps is {steps} and train.lr_warmup_fraction is {fraction}: "
             "Can't provide both; set one of them to null"
         )
+    if settings.schedule.progress == "time" and settings.train.max_time is None:
+        yield "schedule.progress is time, which needs the time; set it by --train.max_time 3h, or use tokens"
     if settings.schedule.warmup_tokens is not None and fraction:
         yield "schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one"
 

@@ -44,7 +44,9 @@ def forecast(run: Run, step: int, step_s: float) -> str:
     left_s = n_left * step_s + n_validations * settings.eval.max_iters * batch_s * FORWARD_SHARE
     parts = [f"about {budget.time_words(left_s)} for {n_left:,} more steps" if n_left else "the last step"]
     limit_s = settings.train.max_time
-    if limit_s is not None and limit_s - (time.monotonic() - run.started) < left_s:
+    # by the clock it is the time of the whole run
+    used_s = run.used_time.seconds if run.is_timed else 0.0
+    if limit_s is not None and limit_s - used_s - (time.monotonic() - run.started) < left_s:
         parts[0] += f" (train.max_time ends the run after {budget.time_words(limit_s)})"
     if passes := passes_of(run):
         parts.append(passes)

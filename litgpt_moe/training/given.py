@@ -1,11 +1,9 @@
 """What the given settings mean together: which of two lengths holds; is there text of one's own."""
 
-from typing import Any
-
 from litgpt_moe.data.demo_stories import has_own_text
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
+from litgpt_moe.training.sources import Given
 
-Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, variable or flag that gave it)
 LENGTHS = ("train.epochs", "train.max_tokens")
 
 
@@ -18,5 +16,5 @@ def with_one_length(given: Given) -> Given:
 
 def has_own_data(given: Given) -> bool:
     """Return whether data are named, or the default folder holds other text than the demo stories."""
-    is_named = any(key in ("dataset_dir", "wandb_dataset") or key.startswith("data.") for key in given)
+    is_named = any(key in ("data_dir", "wandb_dataset") or key.startswith("data.") for key in given)
     return is_named or has_own_text(DEFAULT_DATA_DIR)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
 # settings whose change on a resume is told
 TOLD = (
-    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "dataset_dir", "wandb_dataset", "precision"),
+    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "data_dir", "wandb_dataset", "precision"),
     *("devices", "num_nodes", "accelerator", "seed", "train.global_batch_size"),
     *("train.micro_batch_size", "train.max_tokens", "train.lr_warmup", "train.min_lr", "train.max_norm"),
     "recipe.",
@@ -173,6 +173,8 @@ def check_resume(run: "Run", model: GPT) -> None:
     _say_what_changed(folder, opened.settings, settings)
     if run.start_step == run.n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
+    elif run.is_timed and run.used_time.share >= 1:
+        note_once(f"{folder} is at the end of train.max_time; to train on, raise that.")
     if (
         run.start_step
         and not opened.state["optimizer"].get("state")
@@ -180,6 +182,7 @@ def check_resume(run: "Run", model: GPT) -> None:
     ):
         note_once(f"Warning: {folder} holds no moments of the optimizer, which begin anew.")
     _warn_of_another_end(run, opened)
+    _warn_of_another_time(run, opened)
 
 
 def _warn_of_another_end(run: "Run", opened: OpenCheckpoint) -> None:
@@ -193,6 +196,17 @@ def _warn_of_another_end(run: "Run", opened: OpenCheckpoint) -> None:
         note_once(
             f"Warning: {opened.folder} is of a run of {n_before:,} steps, now train.max_tokens makes it "
             f"{run.n_steps:,}; the learning rates so far followed the old total, the rest follows the new."
+        )
+
+
+def _warn_of_another_time(run: "Run", opened: OpenCheckpoint) -> None:
+    """Warn if the learning rate was to reach its end at another time."""
+    before, now = opened.settings.get("train.max_time"), run.settings.train.max_time
+    if run.is_timed and opened.settings.get("schedule.progress") == "time" and before != now:
+        note_once(
+            f"Warning: {opened.folder} is of a run of {before} s, of which it has used "
+            f"{run.used_time.seconds:.0f}, now train.max_time makes it {now:g} s; the learning rates so far "
+            "followed the old time, the rest follows the new."
         )
 
 

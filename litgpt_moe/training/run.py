@@ -19,6 +19,7 @@ from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems, note_once
 from litgpt_moe.training import checks, class_path, fit
+from litgpt_moe.training.budget import NO_TIME, UsedTime, used_time
 from litgpt_moe.training.optimizer import UNFIT_OPTIMIZERS, try_step
 from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import (
@@ -53,6 +54,8 @@ class Run:
     """Whether the GPU's memory ran out in a first try, with twice the micro-batch."""
     resumed_sizes: BatchSizes | None = None
     """Sequences in each step of a run that is resumed, this process's included."""
+    used_time: UsedTime = NO_TIME
+    """Of the commands before this one, up to the checkpoint that is resumed."""
     demo_data: bool = False
     """Whether the demo stories are written, because there is no text yet."""
     started: float = field(default_factory=time.monotonic)
@@ -81,6 +84,11 @@ class Run:
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.batch_sizes.steps(self.settings.train.n_tokens // self.block_size)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the learning rate follows the clock, and the run ends when its time is up."""
+        return self.settings.schedule.progress == "time"
 
     @property
     def world_size(self) -> int:
@@ -184,7 +192,7 @@ def _resumed(run: Run, opened: OpenCheckpoint) -> Run:
     """Return the run at the place where it goes on; train.epochs counts the passes from its beginning."""
     run = _with_length(run)
     step, sizes = place_of(opened, run.settings, run.block_size)
-    run = replace(run, start_step=step, resumed_sizes=sizes)
+    run = replace(run, start_step=step, resumed_sizes=sizes, used_time=used_time(opened, run.settings))
     say_if_batch_changed(run)
     return run
 
@@ -224,7 +232,7 @@ def with_dataset(settings: Settings) -> Settings:
         from litgpt_moe.data.artifact import pull  # not at the top: importing wandb takes a second
 
         folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
-        settings = replace(settings, dataset_dir=folder)
+        settings = replace(settings, data_dir=folder)
         if (folder / "tokenizer/tokenizer.json").is_file():
             settings = replace(settings, tokenizer_dir=folder / "tokenizer")
     return settings
@@ -257,8 +265,8 @@ def _as_it_runs(run: Run) -> Run:
 def build_data(settings: Settings) -> Any:
     """Return the data module (TextShards with the run's tokenizer and seed), or raise ValueError."""
     init_args = dict(settings.data.get("init_args") or {})
-    if settings.dataset_dir:
-        init_args |= {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
+    if settings.data_dir:
+        init_args |= {f"{split}_data_path": str(settings.data_dir / split) for split in SPLITS}
     data = class_path.build("data", {**settings.data, "init_args": init_args})
     if isinstance(data, TextShards):
         own = settings.tokenizer_dir
@@ -272,7 +280,7 @@ def build_data(settings: Settings) -> Any:
 
 def _wants_demo_data(settings: Settings, data: Any) -> bool:
     # in the default folder alone: a mistyped folder must not be filled with stories
-    if settings.dataset_dir is not None or not isinstance(data, TextShards):
+    if settings.data_dir is not None or not isinstance(data, TextShards):
         return False
     is_empty = not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not text_in(Path(data.train_data_path))
     return data.data_dir == DEFAULT_DATA_DIR and is_empty

@@ -26,7 +26,7 @@ class TrainArgs:
     global_batch_size: int = 64
     """Sequences in a step, over all devices."""
     micro_batch_size: int = 4
-    """Sequences that one device computes at a time; lower it first if memory runs out."""
+    """Sequences at a time on a device; lower it if memory runs out."""
     lr_warmup_steps: int | None = 100
     """Steps of linear warm-up of the learning rate."""
     lr_warmup_fraction: float | None = None
@@ -34,11 +34,11 @@ class TrainArgs:
     epochs: int | None = None
     """Passes through the training text, in place of train.max_tokens."""
     max_tokens: int | Literal["auto"] | None = "auto"
-    """Tokens to train on, rounded down to whole steps; auto: 4 passes through the text, or fewer."""
+    """Tokens to train on, such as 10M; auto: 4 passes through the text, or fewer."""
     max_steps: int | None = None
     """Not supported in pretraining: use train.max_tokens or train.epochs."""
     max_time: float | None = None
-    """Seconds from the start of the command, in which the run also saves and ends (null: no limit)."""
+    """Seconds, or 3h, in which the command trains, saves and ends (see schedule.progress)."""
     max_seq_length: int | None = None
     """Tokens in a sequence (null: the model's block_size)."""
     tie_embeddings: bool | None = None
@@ -112,6 +112,8 @@ class ScheduleArgs:
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     """cosine: half a period; wsd: warmup-stable-decay, down only at the end; constant: never down."""
+    progress: Literal["tokens", "time"] = "tokens"
+    """What the rate follows: the tokens, or also the time: down when train.max_time of the run is up."""
     warmup_tokens: int | None = None
     """Tokens of linear warm-up, in place of train.lr_warmup_steps (null: that key counts)."""
     decay_fraction: float = 0.2
@@ -151,31 +153,31 @@ class Settings:
     """What one run needs; the keys of train_config.yaml."""
 
     config: Path | None = None
-    """YAML with these settings (default: train_config.yaml; without CUDA or text configs/demo_train.yaml)."""
+    """The settings: a YAML file, or its name in configs/."""
     model_config: Path | None = None
-    """YAML with LitGPT Config keys (default: model_config.yaml; without CUDA or text the demo's)."""
+    """The model: a YAML file of LitGPT Config keys, or its name in configs/."""
     out_dir: Path = Path("checkpoints")
-    """Directory for step-*/, final/ and logs/."""
+    """Folder for step-*/, final/ and logs/."""
     overwrite: bool = False
-    """Delete an earlier run in out_dir instead of refusing to touch it."""
+    """Delete an earlier run in out_dir."""
     plan: bool = False
-    """Say what the run would take (memory, time, passes through the data, disk), and train nothing."""
+    """Say what the run would take, and train nothing."""
     resume: str | bool = False
-    """auto: the newest checkpoint in out_dir, or a fresh start; true: the newest, or an error; or a path."""
+    """auto: from the newest checkpoint, or a fresh start; true: or an error; or a path."""
     initial_checkpoint_dir: Path | None = None
     """Checkpoint whose weights to start from; not together with resume."""
     data: dict[str, Any] = field(default_factory=lambda: {"class_path": "prepare_data.TextShards"})
     """class_path and init_args of a LitGPT data module."""
-    dataset_dir: Path | None = None
-    """Data directory (with train/ and val/) that replaces the one in data.init_args."""
+    data_dir: Path | None = None
+    """Prepared data, in place of those in data.init_args."""
     tokenizer_dir: Path = DEFAULT_TOKENIZER_DIR
-    """Directory with tokenizer.json, copied into every checkpoint; dataset_dir/tokenizer overrides it."""
+    """Folder of tokenizer.json, copied into every checkpoint; not named: the one that made the data."""
     wandb_dataset: str | None = None
     """W&B artifact to train on: entity/project/name:alias, or project/name:alias with WANDB_ENTITY."""
     wandb_artifacts_dir: Path = Path("artifacts")
     """Directory for downloaded artifacts."""
     precision: str | None = None
-    """bf16-true, bf16-mixed, 16-mixed, 32-true, or auto: the best that the device has (docs/training.md)."""
+    """bf16-true, bf16-mixed, 16-mixed, 32-true, or auto: the best here."""
     accelerator: Literal["auto", "cpu", "cuda", "gpu", "mps"] = "auto"
     """Kind of device; auto is CUDA, or else the CPU. mps (Apple) must be asked for."""
     devices: int | str = "auto"
@@ -185,7 +187,7 @@ class Settings:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto compiles on CUDA where Triton is installed, and runs eager elsewhere."""
     activation_checkpointing: bool = False
-    """Compute each block's activations again in the backward pass: less memory, one more forward pass."""
+    """Less memory, for one more forward pass."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """Of several GPUs: the whole model on each (ddp), or shards (fsdp); auto is ddp where that fits."""
     float32_matmul_precision: Literal["highest", "high"] = "high"

@@ -38,7 +38,7 @@ def test_the_script_says_what_it_made_and_what_is_next(
     assert prepare_data.main(arguments) == 0
     stdout = capsys.readouterr().out
     assert "train  200 stories" in stdout and "0 duplicates" in stdout and "tokens/s" in stdout
-    flags = f"--dataset_dir {settings.data_dir}"
+    flags = f"--data_dir {settings.data_dir}"
     assert f"uv run python run_train.py {flags}" in stdout
     assert prepare_data.main(arguments) == 0
     captured = capsys.readouterr()
@@ -77,7 +77,7 @@ def test_the_next_command_suits_the_amount_of_text(
 
     flags = f"--model_config configs/{model}.yaml --config configs/small_train.yaml"
     mine = PrepareSettings(data_dir=Path("data/mine"))
-    assert proposed(mine) == f"uv run python run_train.py --dataset_dir {Path('data/mine')} {flags}"
+    assert proposed(mine) == f"uv run python run_train.py --data_dir {Path('data/mine')} {flags}"
     # of the demo stories, for which the pair is the default
     assert proposed(PrepareSettings()) == "uv run python run_train.py"
     Path("data/custom_text/train").mkdir(parents=True)

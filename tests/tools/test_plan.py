@@ -95,4 +95,4 @@ def test_a_share_of_the_peak_and_hours_are_above_zero(capsys: pytest.CaptureFixt
     assert plan.main(["--hours", "0"]) == 2 and plan.main(["--mfu", "1.5"]) == 2
     told = capsys.readouterr().err
     assert "--hours is 0; choose a number above 0" in told and "--mfu is 1.5; choose" in told
-    assert plan.main(["--data", "nowhere"]) == 2
+    assert plan.main(["--data_dir", "nowhere"]) == 2

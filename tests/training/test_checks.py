@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from helpers.runs import edit_yaml, refusal, run
 
 from litgpt_moe.checkpoints.writer import BESIDE_BYTES
 from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training import checks
 from litgpt_moe.training.checks import train_problems
-from litgpt_moe.training.parse import ROOT, load_settings
+from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.run import set_up
 from litgpt_moe.training.settings import Settings
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags
 from litgpt_moe.files import check_replaceable
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.threads import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +40,14 @@ def check_counts(parser: FlagParser, settings: Any) -> None:
 
 
 def recorded(settings: Any) -> dict[str, Any]:
-    """Return a benchmark's settings as its JSON has them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    """Return a benchmark's settings as its JSON has them: paths below the project's folder, or a name."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Path):
+            return value
+        return value.relative_to(ROOT).as_posix() if value.is_relative_to(ROOT) else value.name
+
+    return {name: plain(value) for name, value in vars(settings).items()}
 
 
 def machine() -> dict[str, str | int]:
