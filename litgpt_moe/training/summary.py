@@ -37,7 +37,8 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
         used = f", {timedelta(seconds=round(run.used_time.seconds))} of them used" if run.resume else ""
         steps = f"{time} in all{used}, at most {steps}"
     return (
-        f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
+        f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token, "
+        f"vocabulary {run.config.vocab_size:,}\n"
         f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
         f"Experts {describe_kernel(run.config, device, dtype)}\n"
         f"Run     {steps}, seed {run.settings.seed}{resumed}"
