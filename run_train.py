@@ -21,6 +21,7 @@ from litgpt_moe.flags import ALL, normalize_flags
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.shell import with_home
 from litgpt_moe.training.help import print_help
+from litgpt_moe.training.leaving import leave_process_group
 from litgpt_moe.training.output import lasting_output
 from litgpt_moe.words import config_file
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     threads.limit_spinning()
     # held gets the lock of out_dir, until the end of the run
     with lasting_output(), contextlib.ExitStack() as held:
+        held.callback(leave_process_group)
         try:
             run = set_up(argv, started, held)
         except KeyboardInterrupt:

@@ -105,6 +105,8 @@ def run_script(main: Callable[[], int]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the process without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ.get("MPLBACKEND", "").startswith("module:"):  # a Jupyter kernel's: other packages lack it
+        del os.environ["MPLBACKEND"]
     # a closed stream (`>&-`) is None, and a file opened later would get its number
     while (free := os.open(os.devnull, os.O_RDWR)) < 3:
         pass

@@ -166,6 +166,23 @@ def test_a_default_of_nought_or_one_is_told_in_the_help() -> None:
     assert "Any free one (default 0)" in text and "How many (default 1.0)" in text
 
 
+def test_a_flag_of_an_inherited_field_has_its_text_too() -> None:
+    @dataclass(frozen=True)
+    class Place:
+        port: int = 0
+        """Any free one."""
+
+    @dataclass(frozen=True)
+    class Settings(Place):
+        count: float = 1.0
+        """How many."""
+
+    parser = FlagParser()
+    add_flags(parser, Settings)
+    text = parser.format_help()
+    assert "Any free one (default 0)" in text and "How many (default 1.0)" in text
+
+
 def test_a_value_that_begins_with_dashes_is_no_flag_after_two_dashes() -> None:
     parser = FlagParser()
     parser.add_argument("file")
@@ -333,6 +350,16 @@ def test_a_closed_stream_is_no_error_and_its_number_is_given_to_no_file(closed: 
         command, shell=True, cwd=tmp_path, env=env | {"CODE": code}, capture_output=True, check=False
     )
     assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_kept"), [("module://matplotlib_inline.backend_inline", False), ("agg", True)]
+)
+def test_the_matplotlib_backend_of_a_notebook_is_not_passed_on(backend: str, is_kept: bool) -> None:
+    code = "import os, sys; from litgpt_moe.cli import run_script\nsys.exit(run_script(lambda: {}))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code.format("'MPLBACKEND' in os.environ")], env=env)
+    assert done.returncode == is_kept
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

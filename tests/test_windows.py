@@ -22,7 +22,7 @@ import evaluate
 from litgpt_moe import cli, files, flags
 from litgpt_moe.checkpoints.layout import is_read_error
 from litgpt_moe.checkpoints.reader import trained_on
-from litgpt_moe.data import shards
+from litgpt_moe.data import workers
 from litgpt_moe.data.batches import TokenBatches, TokenStream
 from litgpt_moe.data.inputs import list_text
 from litgpt_moe.data.manifest import read_manifest
@@ -327,17 +327,17 @@ def test_a_pipe_that_is_closed_ends_no_training(like_windows: list[float]) -> No
 def test_a_pool_has_no_more_workers_than_windows_can_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     large = 1 << 40
-    assert (shards.n_workers(0, large), shards.n_workers(100, large)) == (128, 100)
-    assert (shards.n_workers(0, 1), shards.n_workers(2, large)) == (1, 2)
+    assert (workers.n_workers(0, large), workers.n_workers(100, large)) == (128, 100)
+    assert (workers.n_workers(0, 1), workers.n_workers(2, large)) == (1, 2)
     monkeypatch.setattr(sys, "platform", "win32")
-    assert (shards.n_workers(0, large), shards.n_workers(100, large), shards.n_workers(2, large)) == (
+    assert (workers.n_workers(0, large), workers.n_workers(100, large), workers.n_workers(2, large)) == (
         61,
         61,
         2,
     )
-    shards.start_pool(shards.n_workers(0, large)).shutdown()  # with 62 it raises
+    workers.start_pool(workers.n_workers(0, large)).shutdown()  # with 62 it raises
     with pytest.raises(ValueError, match="max_workers must be <= 61"):
-        shards.start_pool(62)
+        workers.start_pool(62)
 
 
 def test_what_a_worker_process_reads_can_be_sent_to_it(tiny_data: Path) -> None:

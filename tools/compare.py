@@ -50,6 +50,7 @@ def build_parser() -> FlagParser:
     text = "also train each CONFIG with these keys replaced, under this name; repeatable"
     add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
     add("--plan", action="store_true", help="only say what would be trained")
+    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, CompareSettings)
     return parser
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> str:
     if (args.budget is None) == (settings.budget_of_first is None):
         raise ValueError("give --budget N, or --budget_of_first N, and not both")
     from litgpt_moe.comparison.compare import begin
-    from litgpt_moe.comparison.contestants import check_vocabulary, gather
+    from litgpt_moe.comparison.contestants import gather
     from litgpt_moe.comparison.facts import gather_facts
     from litgpt_moe.comparison.runs import RunsFile
     from litgpt_moe.comparison.train import Trainer
@@ -69,8 +70,15 @@ def run(args: argparse.Namespace) -> str:
     facts, file = gather_facts(settings.data_dir), RunsFile(settings.results_file)
     with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
         variants = [variant(words) for words in args.variant]
-        found = gather(args.configs, settings, settings.dense, args.experts, dict(args.override), variants)
-        check_vocabulary(found, facts.data["vocab_size"])
+        found = gather(
+            args.configs,
+            settings,
+            settings.dense,
+            args.experts,
+            dict(args.override),
+            variants,
+            facts.data["vocab_size"],
+        )
         if args.plan:
             return "\n".join(contestant.note or contestant.name for contestant in found)
         comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)

@@ -19,7 +19,8 @@ from litgpt_moe.flags import FlagParser, add_flags, from_flags
 def run(args: argparse.Namespace) -> str:
     """Make the runs, write the chart, and return the table."""
     settings: FindSettings = from_flags(FindSettings, args)
-    from litgpt_moe.comparison.contestants import check_vocabulary, gather
+    from litgpt_moe.budget import RATE_SOURCE
+    from litgpt_moe.comparison.contestants import gather
     from litgpt_moe.comparison.facts import gather_facts
     from litgpt_moe.comparison.runs import RunsFile
     from litgpt_moe.comparison.sweep import sweep
@@ -27,22 +28,25 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.files import write_whole
     from litgpt_moe.locks import locked_folder
     from litgpt_moe.report.comparison import sweep_chart
+    from litgpt_moe.training.fit import proposed_rate
 
     facts, file = gather_facts(settings.data_dir), RunsFile(settings.results_file)
     with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
-        (model,) = gather([args.config_file], settings, False, [], dict(args.override), [])
-        check_vocabulary([model], facts.data["vocab_size"])
+        changes, n_pieces = dict(args.override), facts.data["vocab_size"]
+        (model,) = gather([args.config_file], settings, False, [], changes, [], n_pieces)
         tokens = model.whole_steps(settings.sweep_tokens or facts.data["train_tokens"] / 10)
         found = sweep(Trainer(settings, facts, file), model, settings, tokens)
         write_whole(chart := settings.out / "find_lr.svg", sweep_chart([found.as_json()]))
-    rows = [
-        f"{rate:>9g}  {found.losses[rate]:8.4f}{'  best' * (rate == found.best)}"
-        for rate in sorted(found.losses)
-    ]
-    lines = [f"{model.name}, {tokens:,} tokens with each rate", "     rate      loss", *rows]
-    edge = [] if found.is_inside else ["The best is at the edge of the grid: try rates beyond it."]
-    own = f"{settings.config} names {model.own_rate:g}; the chart is {chart}"
-    return "\n".join([*lines, *edge, own])
+    lines = [f"{model.name}, {tokens:,} tokens with each rate", "     rate      loss"]
+    for rate in sorted(found.losses):
+        lines.append(f"{rate:>9g}  {found.losses[rate]:8.4f}{'  best' * (rate == found.best)}")
+    if not found.is_inside:
+        lines.append("The best is at the edge of the grid: try rates beyond it.")
+    proposed = proposed_rate(model.config, model.facts)
+    lines.append(f"The rule by the model's size ({RATE_SOURCE}) proposes {proposed:g}.")
+    if model.named_rate:
+        lines.append(f"{settings.config} names {model.named_rate:g}.")
+    return "\n".join([*lines, f"The chart is {chart}."])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help=text,
     )
+    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, FindSettings)
     args = parser.parse_args(argv)
     return run_command(lambda: run(args), "stopped; the same command goes on")

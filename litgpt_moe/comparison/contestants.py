@@ -13,9 +13,10 @@ import yaml
 
 from litgpt_moe.comparison.settings import PlaceSettings
 from litgpt_moe.comparison.twin import Matched, changed_keys, dense_twin, with_experts
-from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
+from litgpt_moe.config import ModelFacts, MoEConfig, has_open_vocabulary, model_facts
 from litgpt_moe.files import write_whole
 from litgpt_moe.hardware import training_device
+from litgpt_moe.training.fit import proposed_rate
 from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
@@ -60,9 +61,20 @@ class Contestant:
         return self.settings.train.global_batch_size * self.block_size
 
     @property
+    def named_rate(self) -> float | None:
+        """The learning rate that its settings name, None if that is left to the rule."""
+        rate = (self.settings.optimizer.get("init_args") or {}).get("lr")
+        return float(rate) if isinstance(rate, int | float) else None
+
+    @property
     def own_rate(self) -> float:
-        """The learning rate that its settings name."""
-        return float((self.settings.optimizer.get("init_args") or {}).get("lr", 1e-3))
+        """The learning rate that its settings name, or that the rule by its size proposes."""
+        return self.named_rate or proposed_rate(self.config, self.facts)
+
+    @property
+    def end_share(self) -> float:
+        """Where the decay ends, as a share of the learning rate: that of the settings, or a tenth."""
+        return self.settings.train.min_lr / self.named_rate if self.named_rate else 0.1
 
     def whole_steps(self, tokens: float) -> int:
         """Return the tokens of the whole steps that fit into `tokens`, one step at least."""
@@ -76,11 +88,16 @@ def gather(
     experts: list[int],
     overrides: dict[str, str],
     variants: list[tuple[str, dict[str, str]]],
+    n_pieces: int,
 ) -> list[Contestant]:
-    """Return all contestants in the order in which they are trained; their model files are written."""
+    """Return all contestants in the order in which they are trained; their model files are written.
+
+    `n_pieces` of the data's tokenizer are the vocabulary of a configuration that leaves it open.
+    """
     found: list[Contestant] = []
     for path in configs:
-        base = MoEConfig.from_file(path, **model_keys(overrides))
+        sizes = {"vocab_size": n_pieces} if has_open_vocabulary(path) else {}
+        base = MoEConfig.from_file(path, **sizes, **model_keys(overrides))
         flags = training_flags(overrides)
         siblings = [
             _add(found, settings, match.config, flags, str(match)) for match in _siblings(base, experts)
@@ -89,10 +106,12 @@ def gather(
         own += [_add(found, settings, *_varied(base, flags, *each)) for each in variants]
         for contestant in own if is_dense else []:
             if contestant.config.n_expert:
-                match = dense_twin(contestant.config)
+                # one for all siblings, whose FLOPs are those of `base` but for the rounding of widths
+                match = dense_twin(base if siblings and contestant in siblings else contestant.config)
                 twin = _add(found, settings, match.config, contestant.flags, str(match))
                 at = next(i for i, other in enumerate(found) if other.name == contestant.name)
                 found[at] = dataclasses.replace(contestant, reference=twin.name)
+    check_vocabulary(found, n_pieces)
     first = found[0].name
     # a dense twin is what others are compared with; it is not compared itself
     references = {contestant.reference for contestant in found}

@@ -9,6 +9,8 @@ from typing import Any
 from litgpt_moe.cli import command_line
 from litgpt_moe.comparison.settings import ROOT
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
+from litgpt_moe.data.prepare import stale_reasons
+from litgpt_moe.data.tokenizer_folder import find_tokenizer
 from litgpt_moe.hardware import machine
 
 # of a machine, what its speed depends on
@@ -29,14 +31,23 @@ class Facts:
         """The digest of the data and of their tokenizer."""
         return self.data["fingerprint"]
 
+    def check_data(self, data_dir: Path) -> None:
+        """Raise ValueError if the data are others than when the command began."""
+        if manifest_fingerprint(read_manifest(data_dir)) != self.fingerprint:
+            raise ValueError(
+                f"{data_dir} has changed since this began; the same command compares on what it is now"
+            )
+
     def is_this_machine(self, other: dict[str, Any]) -> bool:
         """Return whether speeds that were measured on a machine hold on this one."""
         return all(other.get(key) == self.machine[key] for key in SPEED_FACTS)
 
 
 def gather_facts(data_dir: Path) -> Facts:
-    """Return the facts; ValueError or OSError if the data are not prepared."""
+    """Return the facts; ValueError or OSError if the data are not prepared, or their text has changed."""
     manifest = read_manifest(data_dir)
+    if reasons := stale_reasons(data_dir, find_tokenizer(data_dir, None)):
+        raise ValueError(f"{data_dir}: {reasons[0]}; run prepare_data.py on that folder again")
     val = manifest["splits"]["val"]
     data = {
         "fingerprint": manifest_fingerprint(manifest),

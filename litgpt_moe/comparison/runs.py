@@ -58,8 +58,7 @@ class RunSpec:
     @property
     def _min_lr(self) -> float:
         # the decay ends at the same share of the rate, whatever that is
-        share = self.contestant.settings.train.min_lr / self.contestant.own_rate
-        return float(f"{share * self.lr:.6g}")
+        return float(f"{self.contestant.end_share * self.lr:.6g}")
 
     @property
     def _warmup_tokens(self) -> int | None:
@@ -101,6 +100,7 @@ class RunSpec:
             "out_dir": out_dir,
             "seed": self.seed,
             "train.max_tokens": self.tokens,
+            "train.epochs": "null",
             "optimizer.init_args.lr": self.lr,
             "train.min_lr": self._min_lr,
             "schedule.warmup_tokens": "null" if (warmup := self._warmup_tokens) is None else warmup,

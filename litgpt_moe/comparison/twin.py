@@ -12,7 +12,7 @@ from typing import Any
 from litgpt.config import Config
 
 from litgpt_moe.comparison.settings import ROOT
-from litgpt_moe.config import MoEConfig, model_facts
+from litgpt_moe.config import AUTO, MoEConfig, has_open_vocabulary, header_vocabulary, model_facts
 from litgpt_moe.shell import command_line
 
 # of an MLP's width: matrix kernels are fastest there, and grouped_mm needs it in bf16
@@ -103,22 +103,32 @@ def changed_keys(config: Config) -> dict[str, Any]:
     """Return the keys of a configuration that are not LitGPT's defaults: what describes the model."""
     usual = Config(n_head=config.n_head, n_embd=config.n_embd, block_size=config.block_size)
     sizes = ("n_head", "n_embd", "block_size", "n_layer", "vocab_size", "padded_vocab_size")
-    keys = [item.name for item in dataclasses.fields(Config) if item.name not in ("hf_config",)]
+    # padding_multiple only helps to find padded_vocab_size, which is given
+    keys = [item.name for item in dataclasses.fields(Config)]
+    keys = [key for key in keys if key not in ("hf_config", "padding_multiple")]
     values = {key: getattr(config, key) for key in keys}
     return {key: v for key, v in values.items() if key in sizes or v != getattr(usual, key)}
 
 
 def yaml_text(matched: Matched, source: Path) -> str:
-    """Return the YAML file of a match, with a head that says what it is and which command made it."""
+    """Return the YAML file of a match, with a head that says what it is and which command made it.
+
+    Where the source leaves the vocabulary open, the FLOPs are equal at the one that its header names, and
+    nearly so at others.
+    """
     import yaml  # not at the top: only this function writes YAML
 
     inside = source.resolve().relative_to(ROOT) if source.resolve().is_relative_to(ROOT) else source
     made = command_line("uv", "run", "python", "tools/dense_twin.py", inside.as_posix())
-    facts = model_facts(matched.config)
+    facts, values, at = model_facts(matched.config), changed_keys(matched.config), ""
+    if has_open_vocabulary(source):
+        values["vocab_size"] = AUTO
+        del values["padded_vocab_size"]
+        at = f", at a vocabulary of {header_vocabulary(source):,}"
     head = (
         f"# {matched.config.name}, the dense twin of {source.name}: {facts.total_params / 1e6:.1f}M "
-        f"parameters, {facts.active_params / 1e6:.1f}M of them active for a token.\n"
+        f"parameters, {facts.active_params / 1e6:.1f}M of them active for a token{at}.\n"
         f"# Made by: {made}\n"
         f"# FLOPs:   {matched.flops_per_token:,} a token, {matched.left_over:+.2%} of the other's.\n"
     )
-    return head + yaml.safe_dump(changed_keys(matched.config), sort_keys=False)
+    return head + yaml.safe_dump(values, sort_keys=False)

@@ -45,10 +45,11 @@ from litgpt_moe.data.settings import (
     check_settings,
     is_hub_name,
 )
-from litgpt_moe.data.shards import check_memory_limit, check_stories, clean, write_splits
+from litgpt_moe.data.shards import check_stories, clean, write_splits
 from litgpt_moe.data.text import FileReader
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer, find_tokenizer
+from litgpt_moe.data.workers import check_memory_limit
 from litgpt_moe.files import check_no_links, is_link, read_json, write_json
 from litgpt_moe.locks import locked_folder
 

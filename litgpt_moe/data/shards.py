@@ -7,14 +7,9 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import multiprocessing
-import os
 import re
-import signal
-import sys
-import threading
 from collections import Counter
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +24,14 @@ from litgpt_moe.data.parquet import reader_of, text_bytes
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
 from litgpt_moe.data.text import FileReader, Reading, SeenStories, nearest_cut
 from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
+from litgpt_moe.data.workers import n_workers, start_pool
 from litgpt_moe.files import check_inside, fits, open_whole, read_json, sha256_file, write_json
 
 LONG_STORY = 10_000  # bytes; a longer one may be cut in two, for train and val
 SHARD_BYTES = 8 << 20  # text per shard: the unit of work and of resuming; it bounds a worker's memory
 STORIES_PER_WRITE = 1_000
-MIN_MEMORY = 512 << 20  # of address space; with 300 to 410 MB tokenizers 0.22 aborted or never ended
 SAMPLED_STORIES = 20  # on which a tokenizer is tried
 OWN_FILE = re.compile(r"\d{5}-[0-9a-f]{16}\.(bin|json|\d+\.tmp)")  # no other files are deleted
-
-try:
-    import resource
-except ImportError:  # Windows has no such limits
-    resource = None
 Entry = dict[str, Any]  # a shard's entry in the manifest
 encoder_of = functools.lru_cache(maxsize=1)(StoryEncoder)  # a worker makes many shards with one encoder
 
@@ -77,53 +67,6 @@ def finished_shards(data_dir: Path, width: int) -> dict[str, Entry]:
                 if OWN_FILE.fullmatch(shard.name) and shard.is_file() and shard.stat().st_size == size:
                     found[shard.stem[6:]] = entry  # its name is number-key.bin
     return found
-
-
-def start_worker() -> None:
-    """Make a worker process ignore Ctrl-C, which its parent handles, and end when its parent has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def n_workers(wanted: int, n_bytes: int) -> int:
-    """Return the number of workers for a text of so many bytes; `wanted` of 0 means one per core."""
-    wanted = wanted or os.cpu_count() or 1
-    if sys.platform == "win32":
-        wanted = min(wanted, 61)  # a pool cannot wait for more processes there
-    # one per two shards: starting a process takes as long as tokenizing some megabytes
-    return min(wanted, 1 + n_bytes // (2 * SHARD_BYTES))
-
-
-def memory_limit() -> int | None:
-    """Return the limit of a process's address space (`ulimit -v`) in bytes, None without one."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else -1
-    return limit if resource and limit != resource.RLIM_INFINITY else None
-
-
-def check_memory_limit() -> None:
-    """Raise ValueError if the limit of memory is so low that the tokenizers library would abort or hang."""
-    if (limit := memory_limit()) is not None and limit < MIN_MEMORY:
-        has = f"a process may use {limit >> 20:,} MiB of memory here (ulimit -v)"
-        raise ValueError(f"{has}, but tokenizing needs {MIN_MEMORY >> 20:,} MiB; raise the limit")
-
-
-def start_pool(workers: int) -> Executor:
-    """Return a pool of worker processes, or of one thread, which starts at once, for a single worker.
-
-    Where memory has a limit even a single worker is a process: the tokenizers library aborts the one that it
-    is in when memory ends, and the main process has to say so.
-    """
-    is_alone = workers == 1 and memory_limit() is None
-    spawn = multiprocessing.get_context("spawn")  # safe where the parent has threads; Windows has no other
-    return ThreadPoolExecutor(1) if is_alone else ProcessPoolExecutor(workers, spawn, start_worker)
 
 
 def hash_of(story: bytes) -> bytes:
@@ -220,7 +163,7 @@ def write_splits(
     # val first: a story of both splits then counts as a duplicate in train
     readers = {split: [reader_of(source, reading) for source in text[split]] for split in reversed(SPLITS)}
     total = sum(reader.stat.st_size for some in readers.values() for reader in some)
-    workers = n_workers(settings.workers, total)
+    workers = n_workers(settings.workers, total // SHARD_BYTES)
     val = None if text["val"] else ValShare(settings.val_fraction, text_bytes(text["train"], settings))
     writer = SplitWriter(data_dir, facts, workers, val)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=no_bar())

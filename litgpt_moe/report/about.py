@@ -42,7 +42,7 @@ def about(
         "Data": _data(facts.get("data")),
         "Passes": _passes(facts.get("data"), tokens),
         "Commit": _commit(facts.get("commit")),
-        "Evaluation": _evaluation(results[-1]) if results else None,
+        "Evaluation": _evaluation(results),
     }
     return {label: text[:MAX_WORDS] for label, text in words.items() if text}
 
@@ -106,11 +106,14 @@ def _commit(facts: Any) -> str | None:
     return f"{facts['id'][:12]}{', with changes that are not committed' if facts['is_changed'] else ''}"
 
 
-def _evaluation(row: dict[str, Any]) -> str:
+def _evaluation(rows: list[dict[str, Any]]) -> str | None:
+    """Return the newest row that has a loss."""
+    if (row := next((row for row in reversed(rows) if row.get("loss") is not None), None)) is None:
+        return None
     figures = {
         "loss": "loss {:.4f}",
         "perplexity": "perplexity {:.4g}",
         "bits_per_byte": "{:.4f} bits per byte",
     }
     known = [form.format(row[name]) for name, form in figures.items() if row.get(name) is not None]
-    return f"{row['checkpoint']} on {row['data']}: {', '.join(known)}" if known else ""
+    return f"{row['checkpoint']} on {row['data']}: {', '.join(known)}"

@@ -72,7 +72,7 @@ class Plan:
             tokens = int(hours * 3600 * device.flops_per_s * device.mfu / cost)
         elif text:
             tokens = budget.sensible_length(text.n_tokens, n_params).tokens
-        spent = f"{tokens * cost / 1e18:.2g} exaFLOPs"
+        spent = f"{tokens * cost / 1e15:,.0f} PFLOP"
         if device:
             spent = budget.time_words(budget.train_seconds(tokens, cost, device.flops_per_s, device.mfu))
         passes = [f"{tokens / text.n_tokens:.2g}"] if text else []

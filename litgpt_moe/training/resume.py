@@ -62,8 +62,10 @@ class OpenCheckpoint:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The run's settings by their dotted names."""
+        """The run's settings by their dotted names; {} where there is no file of them."""
         file = self.folder / SETTINGS_FILE
+        if not file.is_file():
+            return {}
         return {key: value for key, (value, _) in read_yaml(file, is_foreign=True).items()}
 
 

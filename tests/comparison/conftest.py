@@ -63,10 +63,16 @@ def compare(workspace: Path, tiny_data: Path, starts: Starts) -> Callable[..., C
     )
 
     def make(
-        budget: float | None = 8 * 256, rate: float | None = 0.01, variants: tuple = (), **changes: object
+        budget: float | None = 8 * 256,
+        rate: float | None = 0.01,
+        variants: tuple = (),
+        experts: tuple = (),
+        **changes: object,
     ) -> Comparison:
         settings = dataclasses.replace(base, **changes)
-        found = gather([Path("model_config.yaml")], settings, settings.dense, [], {}, list(variants))
+        found = gather(
+            [Path("model_config.yaml")], settings, settings.dense, list(experts), {}, list(variants), 512
+        )
         trainer = Trainer(settings, gather_facts(tiny_data), RunsFile(settings.results_file), starts)
         return begin(settings, trainer, found, budget, rate)
 

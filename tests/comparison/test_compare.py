@@ -1,5 +1,6 @@
 """A comparison makes each run once, records it, goes on where it stopped, and says what the rows say."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -100,6 +101,25 @@ def test_a_variant_of_the_model_is_compared_with_the_first(compare: Callable) ->
     first, second = result()["models"]
     assert second["reference"] == first["name"] == "MoE-tiny"
     assert second["total_params"] - first["total_params"] == 2 * 3 * 16 * 8
+
+
+def test_siblings_with_more_experts_share_one_twin(compare: Callable) -> None:
+    found = compare(experts=(4, 8)).contestants
+    assert [contestant.config.n_expert for contestant in found] == [4, 8, 0]
+    assert [contestant.reference for contestant in found] == [found[2].name, found[2].name, None]
+    assert len({contestant.model_file for contestant in found}) == 3
+
+
+def test_data_that_change_meanwhile_leave_no_row(
+    compare: Callable, starts: Callable, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = compare(seeds=1, dense=False)
+    data = {**comparison.trainer.facts.data, "fingerprint": "of what was there before"}
+    facts = dataclasses.replace(comparison.trainer.facts, data=data)
+    comparison.trainer = dataclasses.replace(comparison.trainer, facts=facts)
+    with pytest.raises(ValueError, match="has changed since this began"):
+        comparison.run()
+    assert not Path("runs.jsonl").exists()
 
 
 def test_equal_flops_are_equal_to_a_step(compare: Callable) -> None:

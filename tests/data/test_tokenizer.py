@@ -14,7 +14,7 @@ import pytest
 from helpers.data import change_tokenizer, snapshot
 from tokenizers import Regex, pre_tokenizers
 
-from litgpt_moe.data import shards
+from litgpt_moe.data import shards, workers
 from litgpt_moe.data.inputs import source_of
 from litgpt_moe.data.make_tokenizer import WORD, call_interruptibly, train_tokenizer
 from litgpt_moe.data.prepare import prepare
@@ -210,7 +210,7 @@ def _abort(*_: object) -> None:
 def test_a_worker_that_aborts_is_told_even_if_it_is_the_only_one(
     settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "memory_limit", lambda: 1 << 40)
+    monkeypatch.setattr(workers, "memory_limit", lambda: 1 << 40)
     monkeypatch.setattr(shards, "write_shard", _abort)
     with pytest.raises(OSError, match=r"a worker process ended early .*; free memory or raise its limit"):
         prepare(dataclasses.replace(settings, workers=1))

@@ -88,7 +88,7 @@ def test_the_time_is_told_on_a_card_of_known_speed(demo: Plan) -> None:
     assert float(row[2]) == pytest.approx(7200 * 5e11 / cost / 1e6, rel=0.05) and row[3] == "2.0 hours"
     # without a speed or a text: as many tokens as suit the model, and the work that they are
     (row,) = [cells(line) for line in length_text([demo], [], None, None).splitlines() if "MoE-4M" in line]
-    assert row[1:3] == ["78.8M", f"{20 * demo.facts.total_params * cost / 1e18:.2g} exaFLOPs"]
+    assert row[1:3] == ["78.8M", f"{20 * demo.facts.total_params * cost / 1e15:,.0f} PFLOP"]
 
 
 def test_a_share_of_the_peak_and_hours_are_above_zero(capsys: pytest.CaptureFixture[str]) -> None:

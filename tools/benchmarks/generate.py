@@ -51,7 +51,7 @@ class GenerateBenchmark:
     """Texts at once, beside one alone."""
     busy: bool = False
     """Keep one core busy with another process."""
-    llama_env: str = str(ROOT / ".llama_env")
+    llama_env: str = ".llama_env"
     """Environment of xllamacpp; '' leaves llama.cpp out."""
     seed: int = 0
     """Seed of the weights and the prompts, which differ: texts at once choose different experts."""

@@ -40,8 +40,14 @@ def check_counts(parser: FlagParser, settings: Any) -> None:
 
 
 def recorded(settings: Any) -> dict[str, Any]:
-    """Return a benchmark's settings as its JSON has them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    """Return a benchmark's settings as its JSON has them: paths below the project's folder, or a name."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Path):
+            return value
+        return value.relative_to(ROOT).as_posix() if value.is_relative_to(ROOT) else value.name
+
+    return {name: plain(value) for name, value in vars(settings).items()}
 
 
 def machine() -> dict[str, str | int]:
