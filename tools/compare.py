@@ -50,6 +50,7 @@ def build_parser() -> FlagParser:
     text = "also train each CONFIG with these keys replaced, under this name; repeatable"
     add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
     add("--plan", action="store_true", help="only say what would be trained")
+    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, CompareSettings)
     return parser
 
