@@ -35,7 +35,9 @@ class EvaluateSettings:
     split: Literal["train", "val"] = "val"
     """Part of the data to score."""
     text: list[Path] | None = None
-    """Score this text file instead; repeatable."""
+    """Score this text file instead, of a form that prepare_data.py reads; repeatable."""
+    text_column: str | None = None
+    """Column of the text in --text's rows (default: text, else the only one with strings)."""
     max_seq_length: int | None = None
     """Tokens per window (default: the model's block_size)."""
     batch_size: int = 8
@@ -59,6 +61,8 @@ class EvaluateSettings:
         counts = {name: getattr(self, name) for name in ("max_seq_length", "batch_size", "max_batches")}
         low = {name: count for name, count in counts.items() if count is not None and count < 1}
         bad = [f"--{name} is {count}; choose 1 or more" for name, count in low.items()]
+        if self.text_column and not self.text:
+            bad.append("--text_column says where the rows of --text have it; give --text too")
         if self.random_weights and self.ckpt_dir:
             bad.append("--random_weights leaves no use for --ckpt_dir; give one of the two")
         if bad:
@@ -79,7 +83,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     data_dir = None if settings.text else settings.data_dir or scoring.data_of(folder)
     tokenizer_dir = scoring.pick_tokenizer(folder or settings.tokenizer_dir, data_dir)
     if data_dir is None:
-        corpus = scoring.text_corpus(settings.text or [], tokenizer_dir)
+        corpus = scoring.text_corpus(settings.text or [], tokenizer_dir, settings.text_column)
     else:
         corpus = scoring.split_corpus(data_dir, settings.split, tokenizer_dir)
     if folder:
