@@ -132,7 +132,7 @@ def test_a_data_set_of_the_hub_is_prepared_for_a_mix_with_the_tokenizer_of_the_o
     def fetch(settings: PrepareSettings) -> None:
         write_text(settings.data_dir / "train" / "a.txt", make_text(30, seed=4))
 
-    monkeypatch.setattr("litgpt_moe.data.prepare.fetch_dataset", fetch)
+    monkeypatch.setattr("litgpt_moe.data.prepare.open_dataset", fetch)
     manifest = prepare(PrepareSettings(Path("data/mix"), mix=("me/tales=1", "small=1"), workers=1))
     assert [entry["folder"] for entry in manifest["mix"]] == ["../tales", "../small"]
     assert manifest["tokenizer"]["sha256"] == read_manifest(Path("data/small"))["tokenizer"]["sha256"]

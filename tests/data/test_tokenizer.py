@@ -128,10 +128,12 @@ def test_no_run_of_letters_or_signs_is_longer_than_training_can_bear() -> None:
 
 
 def test_ctrl_c_is_heard_while_a_tokenizer_is_trained() -> None:
-    ended = threading.Event()
+    is_told, ended = threading.Event(), threading.Event()
 
-    def train() -> None:
+    def train(stop: threading.Event) -> None:
         _thread.interrupt_main()
+        if stop.wait(60):
+            is_told.set()
         ended.wait(60)
 
     # a shell starts programs in the background with Ctrl-C ignored, and Python leaves it so
@@ -139,11 +141,12 @@ def test_ctrl_c_is_heard_while_a_tokenizer_is_trained() -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             call_interruptibly(train)
+        assert is_told.is_set()
     finally:
         signal.signal(signal.SIGINT, before)
         ended.set()
     with pytest.raises(ValueError, match="invalid literal"):
-        call_interruptibly(lambda: int("x"))  # what it raises is raised here
+        call_interruptibly(lambda _: int("x"))  # what it raises is raised here
 
 
 @pytest.mark.parametrize("text", ["one story alone", "the same\n<|endoftext|>\nthe same", "<|endoftext|>\n"])
