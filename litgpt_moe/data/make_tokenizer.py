@@ -1,8 +1,12 @@
 """Making a tokenizer: trained on the text of a data directory, or downloaded."""
 
+import atexit
+import contextlib
 import itertools
 import json
 import math
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, TOKENIZER_FILES
-from litgpt_moe.cli import note
+from litgpt_moe.cli import INTERRUPTED, note
 from litgpt_moe.data.download import download
 from litgpt_moe.data.forms import Source
 from litgpt_moe.data.parquet import reader_of
@@ -100,19 +104,37 @@ def sampled_stories(settings: PrepareSettings, text: list[Source], progress: "tq
 def call_interruptibly(function: Callable[[], object]) -> None:
     """Call a function that hears no Ctrl-C itself: in a daemon thread, which ends with the process."""
     errors: list[BaseException] = []
+    ended = threading.Event()  # a thread whose join is interrupted counts as ended (python issue 89437)
 
     def call() -> None:
         try:
             function()
         except BaseException as error:  # noqa: BLE001 (raised again below)
             errors.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)  # without a timeout Windows hears no Ctrl-C
+    try:
+        threading.Thread(target=call, daemon=True).start()
+        while not ended.wait(0.1):  # without a timeout Windows hears no Ctrl-C
+            pass
+    except BaseException:
+        atexit.register(_end_before, ended)
+        raise
     if errors:
         raise errors[0]
+
+
+def _end_before(ended: threading.Event) -> None:
+    """End the process at once if the thread is at work; called when Python is about to end.
+
+    Python ends a thread that asks for its lock from then on, and the tokenizers library aborts the process.
+    """
+    if not ended.is_set():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(INTERRUPTED)
 
 
 def ensure_tokenizer(settings: PrepareSettings, text: list[Source]) -> TokenizerFacts:
