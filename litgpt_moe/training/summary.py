@@ -13,7 +13,7 @@ from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import is_disk_full, write_json
 from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
 from litgpt_moe.kernels.choice import describe_kernel
-from litgpt_moe.locks import FolderInUse
+from litgpt_moe.locks import FolderInUse, remove_left_over
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.memory import out_of_memory
 from litgpt_moe.training.parse import resume_command
@@ -48,7 +48,9 @@ def write_run_facts(run: Run) -> None:
     versions |= {name: version(name) for name in ("torch", "litgpt", "lightning", "numpy")}
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     facts = {"command": command, "settings": plain_settings(run.settings), "versions": versions}
-    write_json(run.settings.out_dir / "logs/run.json", facts)
+    path = run.settings.out_dir / "logs/run.json"
+    remove_left_over(path)
+    write_json(path, facts)
 
 
 def report(hooks: LoopHooks, argv: list[str]) -> str:
