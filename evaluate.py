@@ -2,8 +2,10 @@
 
 Run: uv run python evaluate.py --ckpt_dir checkpoints      (20 s after the demo run on two CPU cores)
 
-litgpt_moe/scoring.py defines the figures. Each result is also appended, as a line of JSON with the path and
-digest of the checkpoint, to results.jsonl in the current folder; tools/report.py shows the results of a run.
+With --blimp also on minimal pairs of sentences, with --stories also by stories that it writes.
+litgpt_moe/scoring.py and litgpt_moe/quality/ define the figures. Each result is also appended, as a line of
+JSON with the path and digest of the checkpoint, to results.jsonl in the current folder; tools/report.py shows
+the results of a run.
 """
 
 import json
@@ -13,9 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litgpt_moe import cli, threads
-from litgpt_moe.cli import note, run_script
+from litgpt_moe.cli import WorkFailed, note, run_script
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
+from litgpt_moe.quality.settings import QualitySettings
 
 CHECKPOINTS = Path("checkpoints")
+COMMON = ("ckpt_dir", "data_dir", "split", "text", "max_batches", "json", "blimp", "stories")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class EvaluateSettings:
     """Score this text file instead, of a form that prepare_data.py reads; repeatable."""
     text_column: str | None = None
     """Column of the text in --text's rows (default: text, else the only one with strings)."""
+    loss: bool = True
+    """Score text; --no_loss leaves that out, for --blimp or --stories alone."""
     max_seq_length: int | None = None
     """Tokens per window (default: the model's block_size)."""
     batch_size: int = 8
@@ -51,7 +58,7 @@ class EvaluateSettings:
     quantize: Literal["none", "int8"] = "none"
     """int8 = round the weights as generate.py does with this flag, to measure what it costs."""
     seed: int = 42
-    """Seed of the random weights."""
+    """Seed of the random weights, and of the first story."""
     json: bool = False
     """Print JSON, with the load of every expert."""
     results_file: str = "results.jsonl"
@@ -69,35 +76,40 @@ class EvaluateSettings:
             raise ValueError("\n".join(bad))
 
 
-def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+def evaluate(settings: EvaluateSettings, quality: QualitySettings) -> dict[str, Any]:
     """Return the figures and the facts to record about model, text and settings."""
     from litgpt_moe import scoring
     from litgpt_moe.checkpoints.reader import load_model
     from litgpt_moe.generation.quantization import round_weights
     from litgpt_moe.hardware import keep_freed_memory, pick_device
+    from litgpt_moe.quality.assess import Subject, assess, read_inputs
 
+    inputs = read_inputs(quality)
     device, dtype = pick_device(settings.device, settings.precision)
     folder = None if settings.random_weights else scoring.pick_checkpoint(settings.ckpt_dir, CHECKPOINTS)
     if folder is None:
         note("Warning: Evaluating random weights!")
-    data_dir = None if settings.text else settings.data_dir or scoring.data_of(folder)
-    tokenizer_dir = scoring.pick_tokenizer(folder or settings.tokenizer_dir, data_dir)
-    if data_dir is None:
-        corpus = scoring.text_corpus(settings.text or [], tokenizer_dir, settings.text_column)
-    else:
+    is_split, data_dir = settings.loss and not settings.text, None
+    if is_split or quality.stories:
+        data_dir = settings.data_dir or scoring.data_of(folder)
+    tokenizer_dir = scoring.pick_tokenizer(folder or settings.tokenizer_dir, data_dir if is_split else None)
+    corpus = None
+    if is_split and data_dir:
         corpus = scoring.split_corpus(data_dir, settings.split, tokenizer_dir)
+    elif settings.loss:
+        corpus = scoring.text_corpus(settings.text or [], tokenizer_dir, settings.text_column)
     if folder:
         model = load_model(folder, device, dtype)
     else:
         model = scoring.random_model(settings.model_config, settings.seed, device, dtype)
-    window = scoring.pick_window(settings.max_seq_length, corpus, model)
+    window = scoring.pick_window(settings.max_seq_length, corpus, model) if corpus else None
     counts = {"batch_size": settings.batch_size, "max_batches": settings.max_batches}
     place = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     identity = {
         "checkpoint": scoring.describe_checkpoint(folder) if folder else None,
         "random_weights": folder is None,
         "model_name": model.config.name,
-        "data": corpus.identity,
+        "data": corpus.identity if corpus else {},
         "settings": {"max_seq_length": window, **counts, **place},
     }
     if settings.quantize == "int8":
@@ -105,18 +117,28 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         identity["settings"]["quantize"] = "int8"
     if device.type == "cpu":
         keep_freed_memory()  # the next chunk of logits reuses it
-    figures = scoring.score(model, corpus, window, **counts)
-    return {**figures, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    figures = scoring.score(model, corpus, window, **counts) if corpus and window else scoring.NO_FIGURES
+    others = assess(Subject(model, identity, tokenizer_dir, data_dir, settings.seed), quality, inputs)
+    return {**figures, **others, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def report(result: dict[str, Any]) -> str:
     """Return the result as readable lines."""
-    checkpoint, data = result["checkpoint"], result["data"]
+    from litgpt_moe.quality.assess import lines_of
+
+    checkpoint = result["checkpoint"]
     model = f"{shorter(checkpoint['path'])}, step {checkpoint['step']}" if checkpoint else "random weights"
+    lines = [f"model         {result['model_name']} ({model})"]
+    if result["loss"] is not None:
+        lines += loss_lines(result)
+    return "\n".join([*lines, *lines_of(result)])
+
+
+def loss_lines(result: dict[str, Any]) -> list[str]:
+    """Return the lines on text that was scored."""
+    data, stderr = result["data"], result["loss_stderr"]
     text = ", ".join(file["path"] for file in data["text"]) if "text" in data else None
-    stderr = result["loss_stderr"]
     lines = [
-        f"model         {result['model_name']} ({model})",
         f"text          {text or data['data_dir'] + ' ' + data['split']}: {result['n_tokens']:,} tokens "
         f"predicted, {result['n_bytes']:,} bytes",
         f"loss          {result['loss']:.4f}{'' if stderr is None else f' +- {stderr:.4f}'} nats per token",
@@ -129,7 +151,7 @@ def report(result: dict[str, Any]) -> str:
         lines += [f"expert load   share of a layer's tokens; even is {even:.1%}"]
         lines += ["  layer  max/mean  least used        most used"]
         lines += [load_row(layer, tokens) for layer, tokens in loads.items()]
-    return "\n".join(lines)
+    return lines
 
 
 def shorter(path: str) -> str:
@@ -144,13 +166,13 @@ def load_row(layer: int, tokens_E: list[int]) -> str:
     return f"  {layer:>5}  {max(share_E) * len(share_E):8.2f}  {least:<16}  {most}"
 
 
-def run(settings: EvaluateSettings) -> None:
+def run(settings: EvaluateSettings, quality: QualitySettings) -> None:
     """Score the model, print the result and append it to the results file."""
     from litgpt_moe.report.results import check_file
 
     if settings.results_file not in ("none", "beside"):
         check_file(Path(settings.results_file))
-    result = evaluate(settings)
+    result = evaluate(settings, quality)
     try:
         text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
         cli.say(text)
@@ -160,6 +182,8 @@ def run(settings: EvaluateSettings) -> None:
         cli.silence_stdout()  # `| head` closes the pipe
     finally:  # also after a full disk behind stdout
         record(result, settings.results_file)
+    if failure := ((result.get("stories") or {}).get("judge") or {}).get("failure"):
+        raise WorkFailed(failure)  # after the rest, which took long, is recorded
 
 
 def record(result: dict[str, Any], results_file: str) -> None:
@@ -175,20 +199,25 @@ def record(result: dict[str, Any], results_file: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad settings or input, 130 after Ctrl-C."""
-    parser = cli.FlagParser(description=__doc__)
-    cli.add_flags(parser, EvaluateSettings)
+    parser = FlagParser(COMMON, description=__doc__)
+    for kind in (EvaluateSettings, QualitySettings):
+        add_flags(parser, kind)
+    parser.accept_positional("ckpt_dir")
     args = parser.parse_args(argv)
     try:
-        settings = cli.from_flags(EvaluateSettings, args)
+        settings, quality = (from_flags(kind, args) for kind in (EvaluateSettings, QualitySettings))
+        if not settings.loss and quality.blimp is None and quality.stories is None:
+            raise ValueError("--no_loss leaves nothing to score; add --blimp PATH or --stories N")
     except ValueError as error:
         return cli.fail(error, 2)
     threads.limit_spinning()
     # imports torch, which takes seconds: before run_command, Ctrl-C ends the process without a traceback
-    import litgpt_moe.scoring  # noqa: F401
+    with cli.status("loading PyTorch and LitGPT"):
+        import litgpt_moe.scoring  # noqa: F401
 
     interrupted = "interrupted, nothing is recorded; --max_batches N scores less"
     with threads.sleep_when_busy():
-        return cli.run_command(lambda: run(settings), interrupted)
+        return cli.run_command(lambda: run(settings, quality), interrupted)
 
 
 if __name__ == "__main__":

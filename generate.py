@@ -7,8 +7,8 @@ Standard output carries only the text: prompt and continuation; with --num_sampl
 separated by a line `<|endoftext|>`, which prepare_data.py understands. Everything else goes to stderr.
 
 `generate.py --serve` opens a playground at http://127.0.0.1:8000 (one page, nothing is loaded from elsewhere)
-and OpenAI's /v1/completions; the flags are the defaults of a request's parameters. The same seed and prompt
-give the same text in both modes.
+and OpenAI's /v1/completions and /v1/chat/completions; the flags are the defaults of a request's parameters.
+The same seed and prompt give the same text in both modes.
 """
 
 import os
@@ -18,23 +18,27 @@ import sys
 from importlib.util import find_spec
 
 from litgpt_moe import threads
-from litgpt_moe.cli import FlagParser, add_flags, fail, from_flags, run_command, run_script
+from litgpt_moe.cli import fail, run_command, run_script, status
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.generation.settings import DEFAULT_PROMPT, GenerateSettings, Sampling
 
 MAX_PROMPT_BYTES = 1 << 24  # far beyond any context
+COMMON = ("prompt", "ckpt_dir", "max_tokens", "num_samples", "seed", "temperature", "top_p", "serve", "port")
 SERVE_PACKAGES = ("pydantic", "starlette", "uvicorn")
 
 
 def read_settings(argv: list[str] | None) -> tuple[GenerateSettings, Sampling]:
     """Return the settings in the flags. ValueError names every value that is out of range."""
     parser = FlagParser(
+        COMMON,
         description="Continue a text with a trained checkpoint.",
-        usage="%(prog)s [--prompt TEXT | --prompt_file FILE] [--serve] [options]",
+        usage="%(prog)s [CKPT_DIR] [--prompt TEXT | --prompt_file FILE] [--serve] [options]",
         epilog="stdout carries prompt and continuation, a line <|endoftext|> between samples.",
     )
     kinds = (GenerateSettings, Sampling)
     for kind in kinds:
         add_flags(parser, kind)
+    parser.accept_positional("ckpt_dir")
     args, made, problems = parser.parse_args(argv), [], []
     for kind in kinds:
         try:
@@ -95,10 +99,11 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error, 2)
     threads.limit_spinning()
     # torch is imported here, where Ctrl-C ends the process without a traceback
-    if settings.serve:
-        from litgpt_moe.serving.app import serve as act
-    else:
-        from litgpt_moe.generation.text import write_samples as act
+    with status("loading PyTorch and LitGPT"):
+        if settings.serve:
+            from litgpt_moe.serving.app import serve as act
+        else:
+            from litgpt_moe.generation.text import write_samples as act
     with threads.sleep_when_busy():
         return run_command(lambda: act(settings, sampling, prompt))
 

@@ -18,22 +18,23 @@ from typing import Any
 from litgpt_moe import cli
 from litgpt_moe.data.settings import (
     DEFAULT_DATA_DIR,
-    DEMO_MODEL,
     PrepareFlags,
     PrepareSettings,
     WandbSettings,
     is_hub_name,
 )
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 
-def build_parser() -> cli.FlagParser:
+def build_parser() -> FlagParser:
     """Return the parser of the command line."""
-    parser = cli.FlagParser(description=__doc__)
+    common = ("mix", "data_dir", "dataset", "train_tokenizer", "tokenizer", "text_column", "overwrite")
+    parser = FlagParser(common, description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="text, see above")
     mix_help = "prepared data directories to draw from, by weight (or a YAML file of such lines)"
     parser.add_argument("--mix", nargs="+", default=[], metavar="NAME=WEIGHT", help=mix_help)
     for kind in (PrepareFlags, WandbSettings):
-        cli.add_flags(parser, kind)
+        add_flags(parser, kind)
     parser.set_defaults(data_dir=None)
     return parser
 
@@ -51,15 +52,17 @@ def settings_of(args: argparse.Namespace) -> PrepareSettings:
     elif args.data_dir is None and is_hub_name(args.dataset):
         args.data_dir = DEFAULT_DATA_DIR.parent / args.dataset.rpartition("/")[2]
     args.paths, args.mix = tuple(args.paths), tuple(args.mix)
-    return cli.from_flags(PrepareSettings, args)
+    return from_flags(PrepareSettings, args)
 
 
 def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float | None) -> str:
     """Return the counts, the places and the next command; `seconds` is None if nothing had to be made."""
+    from litgpt_moe.budget import fitting_flags
+    from litgpt_moe.data.demo_stories import has_own_text
     from litgpt_moe.data.manifest import MANIFEST
     from litgpt_moe.data.summary import what_was_read
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-    from litgpt_moe.yaml_files import read_mapping
+    from litgpt_moe.hardware import has_cuda
 
     line = "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
     line += "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
@@ -73,10 +76,9 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
     flags: list[object] = []
     if settings.data_dir != PrepareSettings.data_dir:
-        flags += ["--dataset_dir", settings.data_dir]
-    if vocab_size > read_mapping(DEMO_MODEL)["padded_vocab_size"]:
-        # without CUDA run_train.py takes the demo model, which has no rows for so many pieces
-        flags += ["--model_config", "model_config.yaml", "--config", "train_config.yaml"]
+        flags += ["--data_dir", settings.data_dir]
+    if flags or has_own_text(settings.data_dir):  # the demo's pair is the default for its stories
+        flags += fitting_flags(splits["train"]["n_tokens"], has_cuda())
     return "\n".join([*what_was_read(manifest), *lines, f"next   {cli.train_command(*flags)}"])
 
 
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         from litgpt_moe.data.artifact import push
 
         tokenizer_dir = choose_tokenizer(settings.data_dir, settings.tokenizer_dir)
-        return push(settings.data_dir, cli.from_flags(WandbSettings, args), tokenizer_dir)
+        return push(settings.data_dir, from_flags(WandbSettings, args), tokenizer_dir)
 
     return cli.run_command(work, "stopped; finished shards are kept, run again to go on")
 

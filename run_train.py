@@ -3,7 +3,7 @@
 Run: uv run python run_train.py     (3 minutes on two CPU cores: demo model, demo stories)
 
 With CUDA it takes model_config.yaml and train_config.yaml, without it the demo settings in configs/.
-Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 1000000`.
+Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 10M`.
 """
 
 # --help must answer at once: the imports that take seconds stand in functions
@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
+from litgpt_moe.flags import ALL, normalize_flags
 from litgpt_moe.processes import is_main_process, launcher_problems
 from litgpt_moe.shell import with_home
+from litgpt_moe.training.help import print_help
 from litgpt_moe.training.leaving import leave_process_group
 from litgpt_moe.training.output import lasting_output
-from litgpt_moe.training.settings import Settings
+from litgpt_moe.words import config_file
 
 CONFIG_FLAGS = ("--config", "--train_config", "--model_config")
 
@@ -34,12 +36,12 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 2 for bad settings, 1 for failed work, 130 after Ctrl-C."""
     started = time.monotonic()
-    argv = cli.normalize_flags(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(argv):
-        parser = cli.FlagParser(prog="run_train.py", description=__doc__)
-        cli.add_flags(parser, Settings)
-        parser.print_help()
+    argv = normalize_flags(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help", ALL} & set(argv):
+        print_help(argv, __doc__)
         return 0
+    cli.set_quiet("--quiet" in argv)
+    argv = [word for word in argv if word != "--quiet"]
     if sys.platform == "linux":
         # Set before torch is imported, which reads it once. The experts' row counts differ in each step: with
         # segments that cannot grow, the allocator keeps a block for each size, and memory fragments.
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             return cli.fail("out of memory before training began; close other programs, or use less text", 1)
         except (ValueError, OSError) as error:
             return cli.fail(*cli.explain(error))
-        return train_and_report(run, argv)
+        return plan(run) if run.settings.plan else train_and_report(run, argv)
 
 
 def set_up(argv: list[str], started: float, held: contextlib.ExitStack) -> "Run":
@@ -65,26 +67,37 @@ def set_up(argv: list[str], started: float, held: contextlib.ExitStack) -> "Run"
     if problems := launcher_problems():
         raise ValueError("\n".join(problems))
     refuse_missing_files(argv)
-    from litgpt_moe.training import run as runs
-    from litgpt_moe.training.batches import prepare_data_of
+    with cli.status("loading PyTorch and LitGPT", is_main_process()):
+        from litgpt_moe.training import run as runs
+        from litgpt_moe.training.batches import prepare_data_of
 
     cli.hear_ctrl_c()
-    run = dataclasses.replace(runs.set_up(argv, held), started=started)
+    with cli.status("checking the settings", is_main_process()):
+        run = dataclasses.replace(runs.set_up(argv, held), started=started)
+    if run.settings.plan:
+        # without prepared data, a length that they decide stays unknown
+        with contextlib.suppress(FileNotFoundError):
+            run = runs.settle(run)
+        return run
     # the other processes wait for rank 0 when the process group forms
     if is_main_process():
         prepare_data_of(run)
-    return run
+    return runs.settle(run)
 
 
 def refuse_missing_files(argv: list[str]) -> None:
     """Raise FileNotFoundError for a mistyped configuration file at once, before seconds of imports."""
     for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.partition("=")
-        path = Path(with_home(value if equals else following))
-        if name in CONFIG_FLAGS and not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such configuration file; name one that is there, as those in configs/ are"
-            )
+        if name in CONFIG_FLAGS:
+            config_file(Path(with_home(value if equals else following)))
+
+
+def plan(run: "Run") -> int:
+    """Print what the run would take, and return the exit status."""
+    from litgpt_moe.training.forecast import plan_text
+
+    return cli.run_command(lambda: plan_text(run))
 
 
 def train_and_report(run: "Run", argv: list[str]) -> int:
@@ -107,7 +120,9 @@ def train_and_report(run: "Run", argv: list[str]) -> int:
         return cli.fail(sentence, 1)
     try:
         if is_main_process():
-            cli.say(cli.printable(report(hooks, argv)))
+            with cli.status("telling a story"):
+                text = report(hooks, argv)
+            cli.say_result(text)
     except KeyboardInterrupt:
         return cli.fail(f"stopped; the model is in {final}", cli.INTERRUPTED)
     except (OSError, RuntimeError, MemoryError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from litgpt_moe import cli
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, REFERENCE_FORM, WandbSettings
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Folders:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the three commands."""
-    parser = cli.FlagParser(description=__doc__)
+    parser = FlagParser(("data_dir", "tokenizer_dir", "wandb_project", "wandb_entity"), description=__doc__)
     commands = ("push", "pull", "verify")
     parser.add_argument("command", nargs="?", choices=commands, default="push", help="default push")
     reference = f"what to pull (default WANDB_DATASET_ARTIFACT); {REFERENCE_FORM}"
     parser.add_argument("reference", nargs="?", help=reference)
-    cli.add_flags(parser, Folders)
-    cli.add_flags(parser, WandbSettings)
+    add_flags(parser, Folders)
+    add_flags(parser, WandbSettings)
     return parser
 
 
@@ -56,7 +57,7 @@ def verify_folder(data_dir: Path) -> str:
 
 def transfer(args: argparse.Namespace) -> str:
     """Push, pull or verify, and return the sentence to print."""
-    folders = cli.from_flags(Folders, args)
+    folders = from_flags(Folders, args)
     if args.command != "pull" and args.reference:
         raise ValueError(f"{args.command} takes no {args.reference!r}; name the folder with --data_dir")
     if args.command == "verify":
@@ -64,10 +65,10 @@ def transfer(args: argparse.Namespace) -> str:
     from litgpt_moe.data.artifact import pull, push
 
     if args.command == "push":
-        return push(folders.data_dir, cli.from_flags(WandbSettings, args), folders.tokenizer_dir)
+        return push(folders.data_dir, from_flags(WandbSettings, args), folders.tokenizer_dir)
     reference = args.reference or cli.variable("WANDB_DATASET_ARTIFACT") or ""
     folder = pull(reference, folders.wandb_artifacts_dir)
-    return f"{folder}: complete; train on it with: {cli.train_command('--dataset_dir', folder)}"
+    return f"{folder}: complete; train on it with: {cli.train_command('--data_dir', folder)}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """The model's configuration: LitGPT's keys, checked together, and the facts that follow from them."""
 
 import contextlib
+import itertools
 import math
+import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,13 @@ MAX_EXPERTS = 20_000
 ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len")
 ROPE_KEYS += ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+# vocab_size: auto, a word of ours: as many words as the tokenizer of the data has pieces
+AUTO = "auto"
+# pieces of TinyLlama's tokenizer, which prepare_data.py downloads where none is named
+DEFAULT_VOCABULARY = 32_000
+HEADER_VOCABULARY = re.compile(r"vocabulary of (\d[\d,]*)")
+# of the rows of embedding and head, where the vocabulary is open: GPUs multiply such matrices faster
+ROWS_MULTIPLE = 64
 
 
 @dataclass
@@ -46,6 +55,7 @@ class MoEConfig(Config):
         """Return the configuration in the YAML file `path`, keys in `overrides` replaced.
 
         `is_foreign`: the file came with a checkpoint, and is refused if it holds YAML aliases.
+        `vocab_size: auto` is the number that the file's header names; see `header_vocabulary`.
         """
         return cls.model_from_file(path, is_foreign, **overrides)[0]
 
@@ -61,7 +71,10 @@ class MoEConfig(Config):
     @classmethod
     def untried_from_file(cls, path: str | Path, is_foreign: bool = False, **overrides: Any) -> "MoEConfig":
         """Return what `from_file` does, without the time to build a model, for a comparison."""
-        values = typed({**read_mapping(Path(path), is_foreign), **overrides}, Config, Path(path))
+        values = read_mapping(Path(path), is_foreign)
+        if values.get("vocab_size") == AUTO and not is_foreign:
+            values = _with_vocabulary(values, Path(path))
+        values = typed({**values, **overrides}, Config, Path(path))
         with _problems_in(path):
             return cls(**values)
 
@@ -70,6 +83,30 @@ class MoEConfig(Config):
         """The class that LitGPT's `Block` builds as its MLP."""
         # `mlp_class_name` stays LLaMAMoE, so that stock LitGPT reads a saved config
         return MoE if self.mlp_class_name == "LLaMAMoE" else super().mlp_class
+
+
+def has_open_vocabulary(path: str | Path) -> bool:
+    """Return whether a configuration leaves the vocabulary to the tokenizer: `vocab_size: auto`."""
+    return read_mapping(Path(path)).get("vocab_size") == AUTO
+
+
+def header_vocabulary(path: str | Path) -> int:
+    """Return the vocabulary at which a model's name says its size: "a vocabulary of 8,192" in its header.
+
+    The header is the comment that opens the file; without such words there it is DEFAULT_VOCABULARY.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    found = HEADER_VOCABULARY.search(" ".join(line.lstrip("# ") for line in comment))
+    return int(found[1].replace(",", "")) if found else DEFAULT_VOCABULARY
+
+
+def _with_vocabulary(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the values with the header's number for `vocab_size: auto`; LitGPT rounds the rows up."""
+    if (rows := values.get("padded_vocab_size")) is not None:
+        text = f"{path}: vocab_size is auto but padded_vocab_size is {rows}"
+        raise ValueError(f"{text}; remove that, or give both as numbers")
+    return {"padding_multiple": ROWS_MULTIPLE, **values, "vocab_size": header_vocabulary(path)}
 
 
 @contextlib.contextmanager
@@ -210,6 +247,11 @@ class ModelFacts:
     """Parameters that one token meets: all but the experts that it is not sent to."""
     flops_per_token: int
     """Forward and backward, at the full context length."""
+
+
+def hidden_params(config: Config, facts: ModelFacts) -> int:
+    """Return the parameters that a token meets between the embedding and the head."""
+    return facts.active_params - 2 * (config.padded_vocab_size or 0) * config.n_embd
 
 
 def meta_model(config: Config) -> GPT:

@@ -5,11 +5,13 @@ import ctypes
 import importlib.util
 import math
 import os
+import platform
 import re
 import shutil
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch.torch_version import TorchVersion
 
 from litgpt_moe.kernels.matmul import matmul
+from litgpt_moe.words import choose_one
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 # no 16-true: with weights in fp16 small updates are lost, and Adam's moments underflow
@@ -27,26 +30,20 @@ GIB = 1 << 30
 RESERVED_BYTES = GIB
 # for what the allocator loses between its blocks
 FRAGMENTATION = 1.05
-# GiB of memory, as the makers give it
-CARDS_GIB = {
-    **{"GTX 1060": 6, "GTX 1070": 8, "GTX 1080": 8, "GTX 1080 Ti": 11, "GTX 1660": 6},
-    **{"RTX 2060": 6, "RTX 2070": 8, "RTX 2080": 8, "RTX 2080 Ti": 11, "TITAN RTX": 24},
-    **{"RTX 3050": 8, "RTX 3060": 12, "RTX 3060 Ti": 8, "RTX 3070": 8, "RTX 3070 Ti": 8},
-    **{"RTX 3080": 10, "RTX 3080 Ti": 12, "RTX 3090": 24, "RTX 3090 Ti": 24},
-    **{"RTX 4060": 8, "RTX 4060 Ti": 8, "RTX 4070": 12, "RTX 4070 Ti": 12, "RTX 4080": 16, "RTX 4090": 24},
-    **{"RTX 5060": 8, "RTX 5060 Ti": 16, "RTX 5070": 12, "RTX 5070 Ti": 16, "RTX 5080": 16, "RTX 5090": 32},
-    **{"RTX A2000": 12, "RTX A4000": 16, "RTX A5000": 24, "RTX A6000": 48},
-    **{
-        "P100": 16,
-        "V100": 16,
-        "T4": 16,
-        "L4": 24,
-        "A10": 24,
-        "L40S": 48,
-        "A100": 40,
-        "H100": 80,
-        "H200": 141,
-    },
+# by the makers: GiB of memory, and TFLOP/s of dense products in bf16 or fp16 with sums in float32, which
+# GeForce cards do at half their rate for sums in fp16; in float32 for GTX cards and the P100
+CARDS = {
+    **{"GTX 1060": (6, 4.4), "GTX 1070": (8, 6.5), "GTX 1080": (8, 8.9), "GTX 1080 Ti": (11, 11.3)},
+    **{"GTX 1660": (6, 5.0), "RTX 2060": (6, 25.8), "RTX 2070": (8, 29.9), "RTX 2080": (8, 40.3)},
+    **{"RTX 2080 Ti": (11, 53.8), "TITAN RTX": (24, 130.5), "RTX 3050": (8, 18.2), "RTX 3060": (12, 25.5)},
+    **{"RTX 3060 Ti": (8, 32.4), "RTX 3070": (8, 40.6), "RTX 3070 Ti": (8, 43.5), "RTX 3080": (10, 59.5)},
+    **{"RTX 3080 Ti": (12, 68.2), "RTX 3090": (24, 71), "RTX 3090 Ti": (24, 80), "RTX 4060": (8, 30.2)},
+    **{"RTX 4060 Ti": (8, 44.1), "RTX 4070": (12, 58.3), "RTX 4070 Ti": (12, 80.2), "RTX 4080": (16, 97.5)},
+    **{"RTX 4090": (24, 165.2), "RTX 5060": (8, 38.4), "RTX 5060 Ti": (16, 47.4), "RTX 5070": (12, 61.7)},
+    **{"RTX 5070 Ti": (16, 87.9), "RTX 5080": (16, 112.6), "RTX 5090": (32, 209.5)},
+    **{"RTX A2000": (12, 31.9), "RTX A4000": (16, 76.7), "RTX A5000": (24, 111.1), "RTX A6000": (48, 154.8)},
+    **{"P100": (16, 10.6), "V100": (16, 125), "T4": (16, 65), "L4": (24, 121), "A10": (24, 125)},
+    **{"L40S": (48, 362), "A100": (40, 312), "H100": (80, 989), "H200": (141, 989)},
 }
 
 
@@ -76,7 +73,7 @@ def _training_precision(precision: str | None, is_cuda: bool) -> str:
         is_fp16 = is_cuda and not _has_bf16() and _has_fast_fp16()
         return "16-mixed" if is_fp16 else default_precision("cuda" if is_cuda else "cpu")
     if precision not in TRAINING_PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(TRAINING_PRECISIONS)}")
+        raise ValueError(f"precision is {precision!r}; {choose_one(precision, TRAINING_PRECISIONS)}")
     if precision.startswith("bf16") and is_cuda and not _has_bf16():
         instead = "16-mixed" if _has_fast_fp16() else "32-true"
         raise ValueError(f"precision is {precision}, which this GPU lacks; use {instead}")
@@ -244,16 +241,41 @@ def mallopt(**values: int) -> None:
             libc.mallopt(numbers[name], value)
 
 
+def machine() -> dict[str, str | int]:
+    """Return processor, GPU where there is one, threads, system and versions, to record beside figures."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": next(names, platform.processor() or platform.machine()),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
+
+
 def card_bytes(text: str) -> int:
     """Return the memory of a card given by its name (RTX 3060) or its memory (12GB); ValueError otherwise."""
     # a card's GB are GiB
     if match := re.fullmatch(r"(\d{1,4}(?:\.\d+)?) ?(?:GB|GiB|G)?", text.strip(), re.IGNORECASE):
         return round(float(match[1]) * GIB)
-    words = re.sub(r"nvidia|geforce|tesla|laptop gpu", "", text, flags=re.IGNORECASE).split()
-    known = {name.lower().replace(" ", ""): size for name, size in CARDS_GIB.items()}
-    if (size := known.get("".join(words).lower())) is None:
+    if (card := _card(text)) is None:
         raise ValueError(f"{text!r} is no card that is known here; give its memory, as in 12GB")
-    return size * GIB
+    return card[0] * GIB
+
+
+def card_flops(text: str) -> float | None:
+    """Return the peak FLOP/s of a card in training, None for one that is not known here by its name."""
+    card = _card(text)
+    return None if card is None else card[1] * 1e12
+
+
+def _card(text: str) -> tuple[int, float] | None:
+    words = re.sub(r"nvidia|geforce|tesla|laptop gpu", "", text, flags=re.IGNORECASE).split()
+    known = {name.lower().replace(" ", ""): card for name, card in CARDS.items()}
+    return known.get("".join(words).lower())
 
 
 def fits(peak: int, memory: int) -> bool:

@@ -1,14 +1,12 @@
 """The rank of this process, from the environment variables of a launcher."""
 
-import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from litgpt_moe.cli import printable
+from litgpt_moe.cli import note
 
 
 class Launcher(NamedTuple):
@@ -67,8 +65,7 @@ def is_first_on_machine() -> bool:
 def note_once(text: str) -> None:
     """Print a line on stderr, on rank 0 only; a full disk there ends no work."""
     if is_main_process():
-        with contextlib.suppress(OSError):
-            print(printable(text), file=sys.stderr, flush=True)
+        note(text)
 
 
 def launcher_problems(devices: int | None = None, num_nodes: int = 1) -> list[str]:

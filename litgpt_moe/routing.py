@@ -19,8 +19,8 @@ from litgpt.model import GPT
 from tqdm import tqdm
 
 from litgpt_moe.balance import layers_of
-from litgpt_moe.cli import WorkFailed
-from litgpt_moe.scoring import take_off_head
+from litgpt_moe.cli import WorkFailed, no_bar
+from litgpt_moe.scoring import head_apart
 
 N_TYPICAL = 8  # typical tokens listed per expert
 Pieces = Callable[[int], str]  # a token's text by its id
@@ -57,10 +57,7 @@ class Layer:
 def inspect(
     model: GPT, ids: np.ndarray, piece_of: Callable[[int], str | None], layer: int | None
 ) -> tuple[list[Layer], Layer, list[list[float]]]:
-    """Return all layers, the one asked for (None: the most specialised), and their overlaps.
-
-    The head is taken off `model`: its logits, half of the work in a small model, are not needed.
-    """
+    """Return all layers, the one asked for (None: the most specialised), and their overlaps."""
     if not (known := layers_of(model)):
         raise ValueError("the model has no experts; tools/upcycle.py makes some of a dense model")
     if layer is not None and layer not in known:
@@ -73,8 +70,8 @@ def inspect(
         text = piece_of(number)
         return repr(text)[1:-1] if text else f"#{number}"  # repr escapes line breaks
 
-    take_off_head(model)
-    experts, weights = record_choices(model, ids)
+    with head_apart(model):  # logits, half of the work in a small model, are not needed
+        experts, weights = record_choices(model, ids)
     n_expert = model.config.n_expert
     layers = [describe_layer(i, experts[i], weights[i], ids, n_expert, piece) for i in experts]
     most = max(layers, key=lambda each: each.token_tells)
@@ -98,7 +95,7 @@ def record_choices(model: GPT, ids: np.ndarray) -> tuple[dict[int, np.ndarray], 
     with torch.inference_mode(), ExitStack() as hooks:
         for index, layer in layers_of(model).items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(record, index)))
-        progress = hooks.enter_context(tqdm(total=len(ids), unit="tok", unit_scale=True, disable=None))
+        progress = hooks.enter_context(tqdm(total=len(ids), unit="tok", unit_scale=True, disable=no_bar()))
         for start in range(0, len(ids), window):
             part = torch.from_numpy(ids[start : start + window]).to(device)
             model(part[None])

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,7 @@ from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_settings, read_state, sha256_of, trained_on, verify_checkpoint
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
-from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory, note
+from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory, no_bar, note
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.forms import Source, form_of
@@ -39,6 +40,11 @@ from litgpt_moe.data.text import Reading, check_text_file
 from litgpt_moe.data.tokenizer import StoryEncoder, as_value_error, load_for_encoding, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
 from litgpt_moe.loss import chunk_rows
+
+FIGURES = ("loss", "loss_stderr", "perplexity", "bits_per_byte", "total_nats")
+COUNTS = ("n_tokens", "n_bytes", "n_windows", "tokens_per_s", "seconds")
+# the result where no text is scored
+NO_FIGURES = {**dict.fromkeys((*FIGURES, *COUNTS)), "expert_load": {}}
 
 
 @dataclass
@@ -166,16 +172,21 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     return {"path": path, "step": step if isinstance(step, int) else None, "sha256": sha256}
 
 
+def check_vocabulary(size: int, tokenizer_dir: Path, model: GPT) -> None:
+    """Raise ValueError if a tokenizer of `size` pieces has some that the model does not know."""
+    if size > model.lm_head.out_features:
+        sizes = f"{size} pieces but {model.config.name} knows {model.lm_head.out_features}"
+        way_out = "use the tokenizer that the model was made for"
+        raise ValueError(f"{tokenizer_dir}: the tokenizer has {sizes}; {way_out}")
+
+
 def pick_window(max_seq_length: int | None, corpus: Corpus, model: GPT) -> int:
     """Return the inputs per window. ValueError if tokenizer or --max_seq_length do not fit the model."""
-    config = model.config
-    if corpus.vocab_size > model.lm_head.out_features:
-        sizes = f"{corpus.vocab_size} pieces but {config.name} knows {model.lm_head.out_features}"
-        way_out = "use the tokenizer that the model was made for"
-        raise ValueError(f"{corpus.tokenizer_dir}: the tokenizer has {sizes}; {way_out}")
-    window = max_seq_length or config.block_size
-    if window > config.block_size:
-        raise ValueError(f"--max_seq_length is {window}; choose at most {config.block_size}, the block_size")
+    check_vocabulary(corpus.vocab_size, corpus.tokenizer_dir, model)
+    window = max_seq_length or model.config.block_size
+    if window > model.config.block_size:
+        most = f"choose at most {model.config.block_size}, the block_size"
+        raise ValueError(f"--max_seq_length is {window}; {most}")
     return window
 
 
@@ -190,17 +201,32 @@ def iter_batches(corpus: Corpus, window: int, batch_size: int) -> Iterator[np.nd
         yield corpus.read(n_whole * window, corpus.n_tokens)[None]
 
 
-def take_off_head(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make `model` return hidden states, and return the function from these to float32 logits."""
+@contextmanager
+def head_apart(model: GPT) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """In the block `model` returns hidden states; yield the function from these to float32 logits."""
     head, cap = model.lm_head, model.config.final_logit_softcapping
-    setattr(model, "lm_head", torch.nn.Identity())  # noqa: B010  LitGPT declares it as a Linear
-    model.config.final_logit_softcapping = None
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         raw = head(hidden).float()
         return raw if cap is None else do_softcapping(raw, cap)
 
-    return logits
+    try:
+        setattr(model, "lm_head", torch.nn.Identity())  # noqa: B010  LitGPT declares it as a Linear
+        model.config.final_logit_softcapping = None
+        yield logits
+    finally:
+        model.lm_head, model.config.final_logit_softcapping = head, cap
+
+
+@contextmanager
+def memory_for(batch_size: int) -> Iterator[None]:
+    """In the block, turn a lack of memory into a sentence about --batch_size."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise WorkFailed(f"no memory for --batch_size {batch_size}; choose less") from None
+        raise
 
 
 def window_nats(model: GPT, logits: Callable, ids: torch.Tensor, rows: int) -> list[float]:
@@ -215,26 +241,27 @@ def window_nats(model: GPT, logits: Callable, ids: torch.Tensor, rows: int) -> l
 def score(
     model: GPT, corpus: Corpus, window: int, batch_size: int = 8, max_batches: int | None = None
 ) -> dict[str, Any]:
-    """Return the figures of `summarize`, the speed and the experts' load; takes the head off `model`."""
+    """Return the figures of `summarize`, the speed and the experts' load."""
     vocab, device = model.lm_head.out_features, model.lm_head.weight.device
-    logits, rows = take_off_head(model), chunk_rows(device, vocab)  # all logits would take gigabytes
+    rows = chunk_rows(device, vocab)  # all logits would take gigabytes
     count_expert_load(model, True)
     nats, lengths, start = [], [], time.perf_counter()
     batches = islice(iter_batches(corpus, window, batch_size), max_batches and min(max_batches, sys.maxsize))
-    with torch.inference_mode(), tqdm(total=corpus.n_tokens - 1, unit=" tokens", disable=None) as progress:
+    with (
+        torch.inference_mode(),
+        head_apart(model) as logits,
+        tqdm(total=corpus.n_tokens - 1, unit=" tokens", disable=no_bar()) as progress,
+    ):
         for batch in batches:
             if batch.max() >= vocab:
                 raise WorkFailed(f"the data hold token {batch.max()} but the model knows {vocab}")
-            try:
+            with memory_for(batch_size):
                 nats += window_nats(model, logits, torch.from_numpy(batch.copy()).to(device), rows)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise WorkFailed(f"no memory for --batch_size {batch_size}; choose less") from None
-                raise
             lengths += [batch.shape[1] - 1] * batch.shape[0]
             progress.update(batch.size - batch.shape[0])
     seconds = time.perf_counter() - start
     load = {layer: tokens.long().tolist() for layer, tokens in expert_load(model).items()}
+    count_expert_load(model, False)
     figures = summarize(np.array(nats), np.array(lengths), bytes_of_first(corpus, sum(lengths) + 1))
     return {**figures, "tokens_per_s": figures["n_tokens"] / seconds, "seconds": seconds, "expert_load": load}
 

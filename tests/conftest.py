@@ -381,7 +381,7 @@ def workspace(
     tmp_path: Path, tiny_data: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A folder to run in: model and train settings for the tiny data, eight steps of 4 x 64 tokens."""
-    from litgpt_moe.training.parse import VARIABLES
+    from litgpt_moe.training.sources import VARIABLES
 
     monkeypatch.chdir(tmp_path)
     for name in VARIABLES:

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from conftest import ROOT, start_scripts
 
-from litgpt_moe.cli import FlagParser, WorkFailed, add_flags, command_line, explain, note, run_command
+from litgpt_moe.cli import WorkFailed, command_line, explain, no_bar, note, run_command
+from litgpt_moe.flags import FlagParser, add_flags
 from litgpt_moe.processes import note_once
 
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
@@ -191,7 +192,7 @@ def test_every_yaml_in_configs_loads(path: Path) -> None:
 def test_every_model_configuration_passes_its_checks(path: Path) -> None:
     from litgpt_moe.config import MoEConfig
 
-    assert MoEConfig.from_file(path).n_expert > 0
+    assert (MoEConfig.from_file(path).n_expert == 0) is path.stem.endswith("_dense")
 
 
 @pytest.mark.parametrize("path", MODEL_CONFIGS, ids=relative)
@@ -334,11 +335,21 @@ def test_a_closed_stream_is_no_error_and_its_number_is_given_to_no_file(closed: 
     assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
 
 
+@pytest.mark.parametrize(
+    ("backend", "is_kept"), [("module://matplotlib_inline.backend_inline", False), ("agg", True)]
+)
+def test_the_matplotlib_backend_of_a_notebook_is_not_passed_on(backend: str, is_kept: bool) -> None:
+    code = "import os, sys; from litgpt_moe.cli import run_script\nsys.exit(run_script(lambda: {}))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code.format("'MPLBACKEND' in os.environ")], env=env)
+    assert done.returncode == is_kept
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("work", ["run_command(lambda: 'a')", "run_command(lambda: say('a'))", "help_of()"])
 def test_a_full_disk_behind_stdout_is_told_as_such(work: str) -> None:
     code = (
-        "import sys; from litgpt_moe.cli import *\n"
+        "import sys; from litgpt_moe.cli import *; from litgpt_moe.flags import *\n"
         "help_of = lambda: FlagParser().parse_args(['--help'])\n"
         f"sys.exit(run_script(lambda: {work}))"
     )
@@ -372,3 +383,89 @@ def test_a_full_disk_behind_stderr_ends_no_work(work: str, status: int) -> None:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=env, stderr=full, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == status and done.stdout == ("" if status else "b\n")
+
+
+# --- what all commands have in common -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Few:
+    """Flags of a command."""
+
+    ckpt_dir: Path = Path("checkpoints")
+    """A checkpoint."""
+    max_tokens: int = 200
+    """New tokens."""
+    rare: bool = False
+    """Seldom needed."""
+
+
+def a_parser() -> FlagParser:
+    parser = FlagParser(("ckpt_dir", "max_tokens"), prog="tried")
+    add_flags(parser, Few)
+    parser.accept_positional("ckpt_dir")
+    return parser
+
+
+@pytest.mark.parametrize(
+    "flags", ["--ckpt_dir a", "--ckpt-dir=a", "a", "a --max_tokens 3", "--max_tokens 3 a", "--rare a"]
+)
+def test_a_checkpoint_is_named_with_its_flag_or_without(flags: str) -> None:
+    assert a_parser().parse_args(flags.split()).ckpt_dir == Path("a")
+    assert a_parser().parse_args([]).ckpt_dir == Path("checkpoints")
+
+
+def test_two_checkpoints_or_none_where_one_is_needed_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = FlagParser()
+    parser.add_argument("--ckpt_dir", type=Path)
+    parser.accept_positional("ckpt_dir", is_required=True)
+    for flags in (["--ckpt_dir", "a", "b"], []):
+        with pytest.raises(SystemExit):
+            parser.parse_args(flags)
+    twice, missing = capsys.readouterr().err.splitlines()
+    assert twice == "error: --ckpt_dir is a and b is given too; drop one"
+    assert missing == "error: missing: --ckpt_dir; see --help"
+
+
+def test_a_checkpoint_before_a_flag_and_a_folder_after_it_keep_their_places() -> None:
+    parser = FlagParser()
+    parser.add_argument("--ckpt_dir", type=Path)
+    parser.accept_positional("ckpt_dir", is_required=True)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype")
+    for words in ("a --dtype x b", "--dtype x a b", "--ckpt_dir a --dtype x b", "b --ckpt_dir a --dtype x"):
+        args = parser.parse_args(words.split())
+        assert (args.ckpt_dir, args.out) == (Path("a"), Path("b")), words
+
+
+def test_help_shows_the_common_flags_and_help_all_every_one(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for flag in ("--help", "--help_all", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            a_parser().parse_args([flag])
+        assert end.value.code == 0
+        shown.append(capsys.readouterr().out)
+    short, long, again = shown
+    assert "--ckpt_dir" in short and "--help_all" in short and "rare" not in short
+    assert "--[no_]rare" in long and long == again
+
+
+def test_quiet_leaves_out_notes_and_bars_but_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, told in ((["--quiet"], "Warning: b\n"), ([], "a\nWarning: b\n")):
+        a_parser().parse_args(words)
+        note("a")
+        note("Warning: b")
+        assert capsys.readouterr().err == told and no_bar() is (True if words else None)
+
+
+def test_a_short_number_and_a_name_that_is_nearly_right(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = FlagParser()
+    parser.add_argument("--split", choices=("train", "val"))
+    parser.add_argument("--max_tokens", type=int)
+    assert parser.parse_args(["--max_tokens", "1.5k"]).max_tokens == 1500
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--split", "tranin"])
+    told = "error: --split is 'tranin'; did you mean train? Choose one of train, val\n"
+    assert capsys.readouterr().err == told

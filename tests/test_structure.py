@@ -16,11 +16,14 @@ SCRIPTS = ("run_train", "prepare_data", "generate", "evaluate", "wandb_dataset")
 # A module may import the rows above its own and, within the row, what stands to its left.
 # The first row imports nothing of ours at all.
 ROWS = (
-    ("kernels", "balance", "files", "shell", "threads", "yaml_files"),
-    ("moe_layers", "cli", "locks", "processes"),
+    ("kernels", "balance", "files", "shell", "terminal", "threads", "words", "yaml_files"),
+    ("moe_layers", "cli", "flags", "locks", "processes"),
     ("config", "loss", "recompute", "hardware"),
-    ("checkpoints", "data", "generation", "planning"),
-    ("training", "serving", "scoring", "routing", "routing_figure", "interop", "report", "comparison"),
+    ("checkpoints", "data", "generation", "planning", "budget"),
+    (
+        *("training", "serving", "scoring", "quality", "routing", "routing_figure", "interop", "report"),
+        "comparison",
+    ),
 )
 SCRIPT_LINES = {
     "run_train": 250,

@@ -19,7 +19,7 @@ from helpers.runs import run, weights
 from helpers.windows import WindowsFiles, busy_for
 
 import evaluate
-from litgpt_moe import cli, files
+from litgpt_moe import cli, files, flags
 from litgpt_moe.checkpoints.layout import is_read_error
 from litgpt_moe.checkpoints.reader import trained_on
 from litgpt_moe.data import workers
@@ -29,6 +29,7 @@ from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import new_folder, put_in_place, write_whole
+from litgpt_moe.flags import FlagParser
 from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.interop import export_folder
 from litgpt_moe.training.checks import check_path_lengths
@@ -296,7 +297,8 @@ def test_a_pipe_that_is_closed_ends_a_command_in_silence(
     like_windows: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     silenced: list[bool] = []
-    monkeypatch.setattr(cli, "silence_stdout", lambda: silenced.append(True))
+    for module in (cli, flags):
+        monkeypatch.setattr(module, "silence_stdout", lambda: silenced.append(True))
 
     def work() -> None:
         ClosedPipe().write("text")
@@ -306,7 +308,7 @@ def test_a_pipe_that_is_closed_ends_a_command_in_silence(
         patch.setattr(sys, "stdout", ClosedPipe())
         assert cli.run_command(lambda: "a result") == 0 and len(silenced) == 2
         with pytest.raises(SystemExit) as ended:
-            cli.FlagParser().parse_args(["--help"])
+            FlagParser().parse_args(["--help"])
         assert ended.value.code == 0 and len(silenced) == 3
     assert capsys.readouterr().err == ""
     # a file that cannot be read is another matter, and so is this error elsewhere

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import FlagParser, WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.cli import WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.flags import FlagParser, config_from_flag
 
 if TYPE_CHECKING:
     from litgpt_moe.config import MoEConfig
@@ -101,7 +102,8 @@ def run(paths: list[Path], as_json: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Return 0; 1 when the size in a name is off by more than 5%, 2 for an unreadable configuration."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("configs", nargs="*", type=Path, help="model configurations (default: ours)")
+    helped = "model configurations (default: ours)"
+    parser.add_argument("configs", nargs="*", type=config_from_flag, help=helped)
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args.configs, args.json))

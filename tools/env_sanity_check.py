@@ -229,6 +229,9 @@ def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or an error may have letters that a code page lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+    # as litgpt_moe.cli.run_script: a Jupyter kernel's own, with which the import of matplotlib fails
+    if os.environ.get("MPLBACKEND", "").startswith("module:"):
+        del os.environ["MPLBACKEND"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = run_checks(project)
     width = max(len(line.subject) for line in lines)

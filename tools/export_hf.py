@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
+from litgpt_moe.cli import command_line, run_command, run_script
+from litgpt_moe.flags import FlagParser
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -25,7 +26,7 @@ def export(args: argparse.Namespace) -> str:
 
     check_packages(bool(args.gguf), not args.no_check)
     check_new_place(args.out)
-    folder = find_checkpoint(args.checkpoint)
+    folder = find_checkpoint(args.ckpt_dir)
     verify_checkpoint(folder)
     load_tokenizer(folder)
     lines = write_folder(folder, args.out, args.dtype, args.gguf, not args.no_check)
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = FlagParser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
+    add("--ckpt_dir", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
+    parser.accept_positional("ckpt_dir", is_required=True)
     add("out", type=Path, help="folder to make; must not exist, or be empty")
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of the weights (default: as in the checkpoint)")

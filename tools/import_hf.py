@@ -11,7 +11,8 @@ mirror); the same command resumes an interrupted download. No code of the reposi
 import argparse
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, command_line, run_command, run_script
+from litgpt_moe.cli import command_line, run_command, run_script
+from litgpt_moe.flags import FlagParser
 
 
 def import_checkpoint(args: argparse.Namespace) -> str:

@@ -8,7 +8,8 @@ Status 0: complete. 1: something is missing or damaged. 2: there is no checkpoin
 
 from pathlib import Path
 
-from litgpt_moe.cli import STDOUT, FlagParser, WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.cli import STDOUT, WorkFailed, printable, run_command, run_script, say
+from litgpt_moe.flags import FlagParser
 
 
 def inspect(path: Path, with_tensors: bool) -> list[str]:
@@ -46,11 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     """Return 0 when the checkpoint is complete, 1 when not, 2 when there is none."""
     parser = FlagParser(description=__doc__)
     add = parser.add_argument
-    add("dir", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
+    add("--ckpt_dir", type=Path, help="a checkpoint directory, or an out_dir (then its final or newest)")
     add("--tensors", action="store_true", help="list every tensor with mean, std, bad values")
+    parser.accept_positional("ckpt_dir", is_required=True)
     args = parser.parse_args(argv)
     problems: list[str] = []
-    return run_command(lambda: problems.extend(inspect(args.dir, args.tensors))) or int(bool(problems))
+    return run_command(lambda: problems.extend(inspect(args.ckpt_dir, args.tensors))) or int(bool(problems))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 from litgpt_moe import cli, threads
 from litgpt_moe.cli import run_script
 from litgpt_moe.files import check_replaceable, open_whole, read_json, write_json
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 JSON_NAME, PNG_NAME = "routing.json", "routing.png"
 
@@ -92,13 +93,14 @@ def run(settings: InspectSettings, checkpoint: Path, text: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
-    parser = cli.FlagParser(description=__doc__)
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint directory, or an out_dir (its final or newest)")
+    add("--ckpt_dir", type=Path, help="checkpoint directory, or an out_dir (its final or newest)")
+    parser.accept_positional("ckpt_dir", is_required=True)
     add("text", type=Path, help="UTF-8 text, stories separated by a line <|endoftext|>")
-    cli.add_flags(parser, InspectSettings)
+    add_flags(parser, InspectSettings)
     args = parser.parse_args(argv)
-    settings: InspectSettings = cli.from_flags(InspectSettings, args)
+    settings: InspectSettings = from_flags(InspectSettings, args)
     try:
         check(settings, args.text)
     except (ValueError, OSError) as error:
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     import litgpt_moe.routing_figure  # noqa: F401
 
     with threads.sleep_when_busy():
-        return cli.run_command(lambda: run(settings, args.checkpoint, args.text))
+        return cli.run_command(lambda: run(settings, args.ckpt_dir, args.text))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ The page needs no network and no other file. It can be made, and made again, whi
 
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, run_command, run_script
+from litgpt_moe.cli import run_command, run_script
+from litgpt_moe.flags import FlagParser
 
 
 def report(out: Path, paths: list[Path], results: Path, overwrite: bool) -> str:

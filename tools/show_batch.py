@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, printable, run_command, run_script, say
+from litgpt_moe.cli import printable, run_command, run_script, say
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import fits, path_of_any_system
+from litgpt_moe.flags import FlagParser
+from litgpt_moe.terminal import wrapped
 
 
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
     """Return the run's data directory, relative to where the run was started, else to the current folder."""
     init_args = settings["data"].get("init_args") or {}
     train = path_of_any_system(init_args.get("train_data_path") or f"{DEFAULT_DATA_DIR.as_posix()}/train")
-    named = path_of_any_system(settings.get("dataset_dir") or str(train.parent))
+    # its name in earlier versions is dataset_dir
+    named = settings.get("data_dir") or settings.get("dataset_dir") or str(train.parent)
+    named = path_of_any_system(named)
     run_dir, out_dir = checkpoint_dir.resolve().parent, path_of_any_system(settings.get("out_dir") or "")
     is_relative = out_dir.parts and run_dir.parts[-len(out_dir.parts) :] == out_dir.parts
     start = run_dir.parents[len(out_dir.parts) - 1] if is_relative else Path()
@@ -31,8 +35,8 @@ def check_settings(settings: dict[str, Any], path: Path) -> None:
 
     # a group stands before its keys
     forms: dict[str, Any] = {"data": {}, "data.init_args": {}, "data.init_args.train_data_path": str}
-    forms |= {"data.init_args.seed": 0, "seed": 0, "dataset_dir": str, "out_dir": str}
-    forms |= {"train": {}, "train.max_seq_length": 1, "train.max_tokens": 1}
+    forms |= {"data.init_args.seed": 0, "seed": 0, "data_dir": str, "dataset_dir": str}
+    forms |= {"out_dir": str, "train": {}, "train.max_seq_length": 1, "train.max_tokens": 1}
     for key, form in forms.items():
         value: Any = settings
         for name in key.split("."):
@@ -78,17 +82,18 @@ def show(run: Path, step: int, data_dir: Path | None) -> None:
     tokenizer = load_tokenizer(checkpoint_dir)
     for number, ids in enumerate(next(iter(batches)), 1):
         text = f"--- step {step}, sequence {number} of {n_sequences}\n{tokenizer.decode(ids)}\n"
-        say(printable(text) if sys.stdout.isatty() else text)
+        say(wrapped(printable(text), sys.stdout) if sys.stdout.isatty() else text)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, or 2 after a sentence on what cannot be read."""
     parser = FlagParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run's out_dir, or one of its checkpoints")
+    parser.add_argument("--ckpt_dir", type=Path, help="a run's out_dir, or one of its checkpoints")
+    parser.accept_positional("ckpt_dir", is_required=True)
     parser.add_argument("--step", type=int, required=True, help="optimizer step, 1 is the first")
     parser.add_argument("--data_dir", type=Path, help="where its data is now (default: where it was)")
     args = parser.parse_args(argv)
-    return run_command(lambda: show(args.run, args.step, args.data_dir), "stopped")
+    return run_command(lambda: show(args.ckpt_dir, args.step, args.data_dir), "stopped")
 
 
 if __name__ == "__main__":

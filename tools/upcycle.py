@@ -15,7 +15,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+from litgpt_moe.cli import run_command, run_script
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.generation.settings import check_ranges
 
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> str:
     check_ranges(args, rules)
     settings: UpcycleSettings = from_flags(UpcycleSettings, args)
     layout.check_new_place(args.out)
-    folder = layout.find_checkpoint(args.dense)
+    folder = layout.find_checkpoint(args.ckpt_dir)
     dense = MoEConfig.from_file(folder / layout.CONFIG_FILE)
     sizes = (args.n_expert, args.n_expert_per_token, settings.moe_intermediate_size)
     try:
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
     parser = FlagParser(description=__doc__)
     add = parser.add_argument
-    add("dense", type=Path, help="dense checkpoint directory, or an out_dir (then its final or newest)")
+    add("--ckpt_dir", type=Path, help="dense checkpoint directory, or an out_dir (its final or newest)")
+    parser.accept_positional("ckpt_dir", is_required=True)
     add("out", type=Path, help="checkpoint directory to make; must not exist, or be empty")
     add("--n_expert", type=int, required=True, help="experts in each layer, 2 or more")
     add("--n_expert_per_token", type=int, required=True, help="experts that a token visits")

@@ -23,7 +23,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 FINAL = "final"
 LOGS = "logs"
 RECORD_FORMAT = 1
-ENTRY_FORM = {"bytes": int, "sha256": str}  # schema of a file's entry, for `files.fits`
+# schemas of a file's entry and of what it may hold in "weights", for `files.fits`
+ENTRY_FORM = {"bytes": int, "sha256": str}
+WEIGHTS_FORM = {"head": 1, "tail": 1, "sha256": str}
 MAX_RECORD_BYTES = 1 << 20
 # Only these names are the project's: as `step_name` writes it, what a resume from an earlier step renames,
 # and what a killed process leaves of them (`files.staging_for`; the mark came with version 0.2)
@@ -234,13 +236,20 @@ def read_record(folder: Path) -> dict[str, Any]:
         version, files, step = content["format"], content["files"], content.get("step")
         if version != RECORD_FORMAT:
             raise ValueError(f"its format is {version!r:.80}, not {RECORD_FORMAT}")
-        if CHECKPOINT_FILE not in files or not all(fits(entry, ENTRY_FORM) for entry in files.values()):
+        is_listed = CHECKPOINT_FILE in files and all(fits(entry, ENTRY_FORM) for entry in files.values())
+        if not is_listed or not all(
+            fits(e["weights"], WEIGHTS_FORM) for e in files.values() if "weights" in e
+        ):
             raise ValueError("it does not list the files")
         if step is not None and (type(step) is not int or step < 0):
             raise ValueError(f"its step is {step!r:.80}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         refuse_damage(record, str(error).strip("'") or type(error).__name__)
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    return fits(entry, ENTRY_FORM) and ("weights" not in entry or fits(entry["weights"], WEIGHTS_FORM))
 
 
 def recorded_files(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -31,6 +31,7 @@ from litgpt_moe.checkpoints.layout import (
     refuse_damage,
 )
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes, tensors_of
+from litgpt_moe.checkpoints.state_file import sha256_of_weights
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import is_outside, path_of_any_system, read_json, sha256_file
 from litgpt_moe.hardware import DTYPES
@@ -41,14 +42,21 @@ MAX_PICKLE_BYTES = 4 << 20  # for data.pkl, the list of tensors; 400M parameters
 
 
 @patient
-def verify_checkpoint(folder: Path) -> None:
-    """Raise ValueError if a file differs from its record, or is a link out of the folder."""
+def verify_checkpoint(folder: Path, weights_only: bool = False) -> None:
+    """Raise ValueError if a file differs from its record, or is a link out of the folder.
+
+    `weights_only`: of lit_model.pth read only what the weights need, where the record has a digest of that.
+    """
     for path in folder.iterdir():
         if path.is_symlink() and is_outside(path, folder):
             raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
     for path, entry in recorded_files(folder).items():
-        stat = path.stat()
-        if sha256_of(path, stat.st_size, stat.st_mtime_ns) != entry["sha256"]:
+        stat, weights = path.stat(), entry.get("weights")
+        if weights_only and weights:
+            is_same = sha256_of_weights(path, weights["head"], weights["tail"]) == weights["sha256"]
+        else:
+            is_same = sha256_of(path, stat.st_size, stat.st_mtime_ns) == entry["sha256"]
+        if not is_same:
             refuse_damage(path, f"its content is not what {RECORD_FILE} recorded")
 
 
@@ -193,11 +201,11 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
     The optimizer state is not read into memory. On the device `meta` only names and shapes are checked.
     """
-    # a digest of a gigabyte takes as long as reading its weights: both at once
-    with ThreadPoolExecutor(1, "digest") as other:
-        verified = other.submit(verify_checkpoint, folder)
+    # the checks of a gigabyte take as long as copying it: both at once
+    with ThreadPoolExecutor(1, "checks") as other:
+        verified = other.submit(verify_checkpoint, folder, weights_only=True)
         try:
-            model = _read_model(folder, device, dtype)
+            model = _read_model(folder, device, dtype, other)
         except (ValueError, OSError):
             verified.result()  # that a file is damaged says more than what came of it
             raise
@@ -205,18 +213,23 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     return model
 
 
-def _read_model(folder: Path, device: torch.device | str, dtype: torch.dtype | None) -> GPT:
+def _read_model(
+    folder: Path, device: torch.device | str, dtype: torch.dtype | None, other: ThreadPoolExecutor
+) -> GPT:
     config, model = MoEConfig.model_from_file(folder / CONFIG_FILE, is_foreign=True)
     weights = read_weights(folder / CHECKPOINT_FILE)
     check_weights(folder, model, weights)
+    finite = None
     if torch.device(device).type != "meta":
-        check_finite({"model": weights}, folder / CHECKPOINT_FILE)
+        finite = other.submit(check_finite, {"model": weights}, folder / CHECKPOINT_FILE)
     # the selection bias stays float32 in every dtype, so that the same experts are chosen as in training;
     # copy: a run that is still training may replace the memory-mapped file
     weights = {
         name: weight.to(device, torch.float32 if name.endswith(BIAS_NAME) else dtype, copy=True)
         for name, weight in weights.items()
     }
+    if finite:
+        finite.result()
     model.load_state_dict(weights, assign=True)
     use_fast_linear(model)
     model.cos, model.sin = model.rope_cache(device=torch.device(device))
@@ -238,7 +251,8 @@ def trained_on(settings: dict[str, Any]) -> Path | None:
     data: Any = settings.get("data")
     given = data.get("init_args") if isinstance(data, dict) else None
     train = given.get("train_data_path") if isinstance(given, dict) else None
-    if isinstance(named := settings.get("dataset_dir"), str):
+    # its name in earlier versions is dataset_dir
+    if isinstance(named := settings.get("data_dir") or settings.get("dataset_dir"), str):
         return path_of_any_system(named)
     return path_of_any_system(train).parent if isinstance(train, str) else None
 

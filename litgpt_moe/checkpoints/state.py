@@ -55,6 +55,8 @@ class RunState:
     """Threads of a run on one CPU; 0 for other devices and in a checkpoint of an earlier version."""
     loss_scale: dict[str, Any] = field(default_factory=dict)
     """State of the loss scaling; empty in other precisions than 16-mixed."""
+    budget: dict[str, float] = field(default_factory=dict)
+    """Time: `used_s` of all commands from their starts, `share` of train.max_time; {} in earlier versions."""
     rng: dict[str, Any] = field(default_factory=dict)
     """State of the random generators, from `rng_state`."""
 
@@ -74,6 +76,8 @@ class RunState:
             setattr(self, name, value)
         BatchSizes.from_state(state, 1)
         self.batch_sizes = (run or {}).get("batch_sizes") or []
+        if budget := (run or {}).get("budget"):
+            self.budget = _check("run.budget", budget, {"used_s": 0.0, "share": 0.0})
         self.n_threads = _check("run.n_threads", (run or {}).get("n_threads", 0), 0)
         if loss_scale := (run or {}).get("loss_scale"):
             self.loss_scale = _check("run.loss_scale", loss_scale, SCALE_FORM)

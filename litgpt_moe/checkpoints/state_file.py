@@ -1,11 +1,14 @@
-"""Writing lit_model.pth, whose size and SHA-256 are computed on the way."""
+"""Writing lit_model.pth, whose size and SHA-256 are computed on the way, and the digest of its weights."""
 
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
+
+from litgpt_moe.checkpoints.state import tensors_of
 
 
 class HashingFile:
@@ -14,10 +17,12 @@ class HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.flush = file, file.flush
         self.sha256, self.n_bytes = hashlib.sha256(), 0
+        self.before: dict[int, Any] = {}  # position of each write -> digest of what lies before it
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write `data`; keep an OSError in `error`, since torch.save turns it into "unexpected pos"."""
+        self.before[self.n_bytes] = self.sha256.copy()
         self.sha256.update(data)
         self.n_bytes += memoryview(data).nbytes
         try:
@@ -38,4 +43,39 @@ def write_state(state: dict[str, Any], path: Path) -> dict[str, Any]:
             raise file.error or error from None
         raw.flush()
         os.fsync(raw.fileno())
-    return {"bytes": file.n_bytes, "sha256": file.sha256.hexdigest()}
+    entry = {"bytes": file.n_bytes, "sha256": file.sha256.hexdigest()}
+    return entry | _weights_entry(state, path, file)
+
+
+def _weights_entry(state: dict[str, Any], path: Path, file: HashingFile) -> dict[str, Any]:
+    """Return {"weights": SHA-256 of the first `head` and last `tail` bytes}; {} if they lie elsewhere.
+
+    torch.save writes the list of all tensors, then their values in that order, then the archive's directory.
+    Where the model comes first, who wants the weights need not read the optimizer's state, twice as large.
+    """
+    if next(iter(state)) != "model":
+        return {}
+    n_storages = len({tensor.untyped_storage()._cdata for _, tensor in tensors_of(state["model"])})
+    with zipfile.ZipFile(path) as archive:
+        starts = {entry.filename: entry.header_offset for entry in archive.infolist()}
+        tail = file.n_bytes - archive.start_dir
+    end = starts.get(f"archive/data/{n_storages}")
+    if not n_storages or end not in file.before:
+        return {}
+    sha256 = file.before[end]
+    with path.open("rb") as written:
+        written.seek(-tail, os.SEEK_END)
+        sha256.update(written.read())
+    return {"weights": {"head": end, "tail": tail, "sha256": sha256.hexdigest()}}
+
+
+def sha256_of_weights(path: Path, head: int, tail: int) -> str:
+    """Return the SHA-256 of the first `head` and the last `tail` bytes of a file."""
+    sha256, part = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while head and (n := file.readinto(part[: min(head, len(part))])):
+            sha256.update(part[:n])
+            head -= n
+        file.seek(-tail, os.SEEK_END)
+        sha256.update(file.read(tail))
+    return sha256.hexdigest()

@@ -191,11 +191,11 @@ class CheckpointWriter:
 
 
 def write_checkpoint(
-    out: Path, weights: dict[str, torch.Tensor], config: Config, files: dict[str, bytes]
+    out: Path, weights: dict[str, torch.Tensor], config: Config, files: dict[str, bytes], **notes: Any
 ) -> None:
     """Write a checkpoint of weights and `files` without training state, as --initial_checkpoint_dir takes."""
     with new_folder(out, tensor_bytes(weights)) as staging:
-        _fill(staging, 0, {"model": weights}, config, files)
+        _fill(staging, 0, {"model": weights}, config, files, **notes)
 
 
 def _fill(

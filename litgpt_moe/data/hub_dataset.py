@@ -20,6 +20,7 @@ SPLIT_WORDS = ("train", "training", *VAL_SPLITS, "test", "testing", "eval", "eva
 SHARD_NUMBER = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?([-_][0-9a-f]{16})?$")
 RECORD = {"repo": str, "subset": str, "split": str, "revision": str, "files": {}}
 ON_HUB = {split: [{"path": str, "size": 0, "digest": str}] for split in SPLITS}
+SUBSETS_RECORD = {"repo": str, "revision": str, "files": [str]}
 
 Layout = dict[str, dict[str, list[str]]]  # subset -> split -> paths in the repository
 
@@ -68,10 +69,36 @@ def _fetch_rest(settings: PrepareSettings, record: dict[str, Any]) -> None:
     way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
     for number, (split, path) in enumerate(sorted(wanted), start=1):
         folder = settings.data_dir / split
-        target = folder / re.sub(r"[^\w.-]", "_", path.replace("/", "--"))
+        target = folder / _flat(path)
         if not target.is_file():
             note(f"file {number} of {len(wanted)}")
             download(record["repo"], "dataset", path, folder, way_out, record["revision"], target.name)
+
+
+def fetch_subsets(repo: str, folder: Path) -> list[Path]:
+    """Fetch the training files of every subset of a hub data set into `folder`; return where they lie.
+
+    As with `open_dataset` the list of them is recorded first, and files that are there stay.
+    """
+    record = read_json(folder / HUB_RECORD)
+    if not fits(record, SUBSETS_RECORD) or record["repo"] != repo:
+        if record:
+            raise ValueError(f"{folder / HUB_RECORD}: not about {repo}; rename that folder")
+        layout, info, _ = _look_up(repo)
+        files = sorted(path for splits in layout.values() for path in splits.get("train", ()))
+        record = {"repo": repo, "revision": info.sha or "main", "files": files}
+        write_json(folder / HUB_RECORD, record)
+    way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
+    targets = {path: folder / _flat(path) for path in record["files"]}
+    for path, target in targets.items():
+        if not target.is_file():
+            download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
+    return list(targets.values())
+
+
+def _flat(path: str) -> str:
+    """Return a file's name in the data directory: its path in the repository without folders."""
+    return re.sub(r"[^\w.-]", "_", path.replace("/", "--"))
 
 
 def _choose(repo: str, subset: str | None, split: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, TOKENIZER_FILES
-from litgpt_moe.cli import INTERRUPTED, note
+from litgpt_moe.cli import INTERRUPTED, no_bar, note
 from litgpt_moe.data.download import download
 from litgpt_moe.data.forms import Source
 from litgpt_moe.data.parquet import reader_of
@@ -61,7 +61,7 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, text: list[Sourc
         show_progress=False,
     )
     total = None if text[0].on_hub else sum(source.size for source in text)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=None) as progress:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=no_bar()) as progress:
         stories = sampled_stories(settings, text, progress)
         call_interruptibly(lambda: tokenizer.train_from_iterator(stories, trainer))
     if (n_pieces := tokenizer.get_vocab_size()) < vocab_size:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from litgpt_moe.cli import no_bar
 from litgpt_moe.data.forms import FORMS, OLD_FORMS, text_in
 from litgpt_moe.data.settings import SPLITS
 from litgpt_moe.files import (
@@ -175,7 +176,7 @@ def _altered(digests: dict[Path, str]) -> list[Path]:
     # threads suffice: hashlib and reading release the GIL; one core hashes 1 GB in 0.6 to 0.9 s
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = tqdm(
-            pool.map(sha256_file, digests), "checking", len(digests), unit="file", delay=1, disable=None
+            pool.map(sha256_file, digests), "checking", len(digests), unit="file", delay=1, disable=no_bar()
         )
         return [path for path, digest in zip(digests, found, strict=True) if digest != digests[path]]
 

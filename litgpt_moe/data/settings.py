@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt_moe.cli import variable, words_of
+from litgpt_moe.words import near
 
 SPLITS = ("train", "val")
 MIN_VOCAB = 320  # 3 special pieces, 256 bytes, and letters
@@ -15,7 +16,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_TOKENIZER_DIR = Path("data/tokenizer")
 REFERENCE_FORM = "write entity/project/name:alias, or project/name:alias with WANDB_ENTITY set"
 CONFIGS = Path(__file__).parents[2] / "configs"
-DEMO_MODEL = CONFIGS / "demo_model.yaml"
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,10 @@ def check_settings(settings: PrepareSettings) -> None:
     """Raise ValueError with every problem of the settings, before anything is written."""
     s, vocab = settings, settings.train_tokenizer
     own = ("custom", "tinystories", "demo", *SHORT_NAMES)
-    is_own = s.dataset in own
+    is_own, meant = s.dataset in own, near(s.dataset, own)
+    choices = (f"({meant}) " if meant else "") + f"one of {', '.join(own)}"
     rules = (
-        ("dataset", is_own or is_hub_name(s.dataset), f"one of {', '.join(own)}, or OWNER/NAME of the hub"),
+        ("dataset", is_own or is_hub_name(s.dataset), f"{choices}, or OWNER/NAME of the hub"),
         ("subset", s.subset is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
         ("split", s.split is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
         ("on_bad_utf8", s.on_bad_utf8 in ("replace", "refuse"), "one of replace, refuse"),

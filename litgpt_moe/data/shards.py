@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from litgpt_moe.cli import note
+from litgpt_moe.cli import no_bar, note
 from litgpt_moe.data.forms import Source
 from litgpt_moe.data.hub_progress import HubProgress
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
@@ -184,7 +184,7 @@ def write_splits(
     workers = n_workers(settings.workers, total // SHARD_BYTES)
     val = None if text["val"] else ValShare(settings.val_fraction, text_bytes(text["train"], settings))
     writer = SplitWriter(data_dir, facts, workers, val)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=no_bar())
     is_on_hub = any(source.on_hub for source in text["train"])
     hub = HubProgress(settings, facts, readers) if is_on_hub else None
     with start_pool(workers) as pool, bar as progress:

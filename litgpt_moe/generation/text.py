@@ -19,7 +19,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.checkpoints.reader import load_model, load_tokenizer, processor_of
-from litgpt_moe.cli import WorkFailed, is_closed_pipe, note, printable, say, silence_stdout
+from litgpt_moe.cli import WorkFailed, is_closed_pipe, note, printable, say, silence_stdout, status
 from litgpt_moe.data.tokenizer import BYTE_PIECES, as_value_error, check_normalizer
 from litgpt_moe.files import read_json
 from litgpt_moe.generation.decode import (
@@ -34,6 +34,7 @@ from litgpt_moe.generation.decode import (
 from litgpt_moe.generation.decoder import Decoder, TorchDecoder
 from litgpt_moe.generation.settings import MAX_CHOICES, GenerateSettings, Sampling
 from litgpt_moe.hardware import pick_device
+from litgpt_moe.terminal import WordWrapper, columns
 
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
 
@@ -155,7 +156,8 @@ class AsyncTokenStreamer(AbstractContextManager):
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, out: TextIO | None = None) -> None:
         self._decoder, self._out = TextDecoder(tokenizer), out or sys.stdout
-        self._show = printable if self._out.isatty() else str  # a terminal obeys what a model may write
+        # a terminal obeys what a model may write, and breaks its lines in the middle of words
+        self._is_terminal, self._wrapper = self._out.isatty(), WordWrapper(columns())
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="token-streamer", daemon=True)
@@ -182,15 +184,23 @@ class AsyncTokenStreamer(AbstractContextManager):
     def _run(self) -> None:
         try:
             while (token_id := self._queue.get()) is not None:
-                print(self._show(self._decoder.put(token_id)), end="", file=self._out, flush=True)
-            print(self._show(self._decoder.end()), end="", file=self._out, flush=True)
+                self._write(self._decoder.put(token_id))
+            self._write(self._decoder.end())
+            if self._is_terminal:
+                print(self._wrapper.end(), end="", file=self._out, flush=True)
         except BaseException as error:  # noqa: BLE001  raised again in the caller's thread, whatever it is
             self._error = error
+
+    def _write(self, text: str) -> None:
+        if self._is_terminal:
+            text = self._wrapper.put(printable(text))
+        print(text, end="", file=self._out, flush=True)
 
 
 def write_samples(settings: GenerateSettings, sampling: Sampling, prompt: str) -> None:
     """Write --num_samples texts one after the other; they are generated together, with consecutive seeds."""
-    model, tokenizer, decoder = load(settings)
+    with status("loading the model"):
+        model, tokenizer, decoder = load(settings)
     prompt_ids = encode_prompt(model, tokenizer, prompt, settings.max_tokens)
     n_new = room_for(prompt_ids, settings.max_tokens, model.max_seq_length)
     device, count = model.lm_head.weight.device, settings.num_samples

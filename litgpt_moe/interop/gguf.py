@@ -15,6 +15,7 @@ import torch
 from gguf import GGUFWriter
 from tqdm import tqdm
 
+from litgpt_moe.cli import no_bar
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.tokenizer import BYTE_PIECES
 from litgpt_moe.interop.families import FAMILIES, family_of
@@ -82,7 +83,7 @@ def write_gguf(path: Path, config: MoEConfig, weights: Weights, tokenizer_dir: P
     try:
         _add_settings(writer, config, dtype)
         _add_tokenizer(writer, config, tokenizer_dir)
-        for name, weight in tqdm(_stacked(weights), unit="tensor", desc="GGUF", disable=None):
+        for name, weight in tqdm(_stacked(weights), unit="tensor", desc="GGUF", disable=no_bar()):
             if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
                 # rows of a head that are rotated together become neighbours
                 halves = weight.view(-1, 2, config.head_size // 2, weight.size(1))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import TOKENIZER_FILES
 from litgpt_moe.checkpoints.writer import write_checkpoint
-from litgpt_moe.cli import first_line
+from litgpt_moe.cli import first_line, no_bar
 from litgpt_moe.config import model_facts
 from litgpt_moe.files import check_no_links, is_link, is_outside, read_json
 from litgpt_moe.interop.tokenizer_files import to_lit_tokenizer
@@ -89,7 +89,7 @@ def read_weights(folder: Path) -> Weights:
     """Return all weights in a folder. ValueError, in one sentence, if a file is missing or damaged."""
     weights: Weights = {}
     check_links(folder, shard_names(folder))
-    for name in tqdm(shard_names(folder), unit="file", desc="reading", disable=None):
+    for name in tqdm(shard_names(folder), unit="file", desc="reading", disable=no_bar()):
         if not (folder / name).is_file():
             way_out = "get the whole folder again"
             raise FileNotFoundError(f"{folder / name} is missing, {INDEX} names it; {way_out}")

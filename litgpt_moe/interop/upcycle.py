@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import CONFIG_FILE, SETTINGS_FILE
 from litgpt_moe.checkpoints.reader import load_model
-from litgpt_moe.cli import WorkFailed, train_command
+from litgpt_moe.cli import WorkFailed, no_bar, train_command
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.files import free_name
 
 N_CHECKED = 64  # tokens whose logits are compared
-NEXT = "Next (training reads data/custom_text, or what --dataset_dir names):"
+NEXT = "Next (training reads data/custom_text, or what --data_dir names):"
 
 
 def moe_config(dense: MoEConfig, n_expert: int, top_k: int, width: int | None) -> MoEConfig:
@@ -58,7 +58,7 @@ def upcycle(
     width = config.moe_intermediate_size
     assert width and config.intermediate_size
     slices = config.intermediate_size // width
-    for layer in tqdm(range(config.n_layer), unit="layer", desc="experts", disable=None):
+    for layer in tqdm(range(config.n_layer), unit="layer", desc="experts", disable=no_bar()):
         mlp = f"transformer.h.{layer}.mlp."
         dense = {name.removeprefix(mlp): weight for name, weight in weights.items() if name.startswith(mlp)}
         # the variance is that of LitGPT's nn.Linear (litgpt.pretrain.initialize_weights)

@@ -23,7 +23,7 @@ KEPT = {
     "generation_config.json": "its special tokens' ids",
 }
 COUNTERS = ("iter_num", "step_count")
-SETTINGS = ("seed", "precision", "devices", "num_nodes", "tokenizer_dir", "dataset_dir")
+SETTINGS = ("seed", "precision", "devices", "num_nodes", "tokenizer_dir", "data_dir", "dataset_dir")
 
 
 def describe(folder: Path, with_tensors: bool) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from litgpt_moe.report.about import about
 from litgpt_moe.report.read import AXES, MAX_TEXT, Columns, RunLog
 
 MAX_POINTS = 600  # of a curve: about one for each pixel of a chart
@@ -18,11 +19,14 @@ HIGHEST = {*AXES.values(), "memory", "skipped", "dead", "epoch"}  # downsampled 
 
 
 def _run_data(run: RunLog) -> dict[str, Any]:
+    logs, figures = dict(vars(run)), summary(run)
+    facts = logs.pop("facts")
     return {
-        **vars(run),
+        **logs,
         "folder": str(run.folder),
         "done": (run.folder / "final").is_dir(),
-        "summary": summary(run),
+        "summary": figures,
+        "about": about(facts, run.settings, figures["tokens"], run.results),
         "train": as_json(thin(run.train, MAX_POINTS)),
         "val": as_json(thin(run.val, MAX_POINTS)),
         "stories": [{key: text[:MAX_TEXT] for key, text in story.items()} for story in run.stories],

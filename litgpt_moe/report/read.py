@@ -19,6 +19,7 @@ import numpy as np
 from litgpt_moe.checkpoints.layout import FINAL, steps_of
 from litgpt_moe.cli import command_line, note
 from litgpt_moe.files import read_json
+from litgpt_moe.report.about import FACTS, recorded
 from litgpt_moe.report.results import RESULTS_FILE, results_of
 from litgpt_moe.yaml_files import read_mapping
 
@@ -29,7 +30,6 @@ MAX_STORIES, MAX_SPIKES = 40, 200
 MAX_TEXT = 4_000  # characters of a story
 COUNT = re.compile(r"[0-9]{1,15}")  # what a float holds exactly
 METRICS = "logs/csv/metrics.csv"
-FACTS = "logs/run.json"
 AXES = {"step": "step", "total_tokens": "tokens", "time_s": "time", "flops": "flops"}
 CURVES = {
     "loss": "loss",
@@ -64,6 +64,8 @@ class RunLog:
     settings: dict[str, Any]
     command: str
     versions: dict[str, str]
+    facts: dict[str, Any]
+    """What logs/run.json holds, unchecked."""
 
 
 def find_run(path: Path) -> Path:
@@ -91,7 +93,10 @@ def read_run(folder: Path, name: str, results_file: Path) -> RunLog:
     stories = spread(list(last_stories.values()), MAX_STORIES)
     spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
     results = results_of(folder, [results_file, folder / RESULTS_FILE])
-    return RunLog(name, folder, train, val, heat, stories, spikes, results, *read_facts(folder))
+    settings, command, versions = read_facts(folder)
+    facts = recorded(folder)
+    logs = (train, val, heat, stories, spikes, results)
+    return RunLog(name, folder, *logs, settings, command, versions, facts)
 
 
 def whole_lines(path: Path) -> Iterator[str]:

@@ -17,6 +17,14 @@ MAX_LINE_BYTES = 1 << 20
 MAX_TEXT = 300
 ROW_FORM = {"checkpoint": {"path": str, "sha256": str}, "data": {}, "time": str}
 FIGURES = ("loss", "loss_stderr", "perplexity", "bits_per_byte", "n_tokens")
+QUALITY = {  # name on the page -> where it stands in a row
+    "blimp": ("blimp", "accuracy"),
+    **{
+        name: ("stories", name)
+        for name in ("n", "ended", "distinct_3", "repeated_4", "copied_longest", "known_words")
+    },
+    **{name: ("stories", "judge", name) for name in ("grammar", "creativity", "consistency", "plot")},
+}
 
 
 def check_file(path: Path) -> None:
@@ -69,6 +77,7 @@ def results_of(run: Path, files: list[Path]) -> list[dict[str, Any]]:
         if name is not None:
             shown = {"checkpoint": name, "time": row["time"][:40], "data": _describe(row["data"])}
             shown |= {key: row.get(key) if _is_number(row.get(key)) else None for key in FIGURES}
+            shown["quality"] = _quality_of(row)
             rows.setdefault(json.dumps(shown), shown)  # the same row may stand in both files
     return sorted(rows.values(), key=lambda row: row["time"])[-MAX_ROWS:]
 
@@ -85,11 +94,25 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _describe(data: dict[str, Any]) -> str:
+    if not data:
+        return "none"
     texts = data.get("text")
     if isinstance(texts, list):
         words = [str(text.get("path")) for text in texts if isinstance(text, dict)]
         return ", ".join(words)[:MAX_TEXT]
     return f"{data.get('data_dir')} {data.get('split')}"[:MAX_TEXT]
+
+
+def _quality_of(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what evaluate.py found beside the loss, None if that is nothing."""
+    found = {}
+    for name, keys in QUALITY.items():
+        value: Any = row
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if _is_number(value):
+            found[name] = value
+    return found or None
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The web application: the page, OpenAI's /v1/models and /v1/completions, and the server that runs it.
+"""The web application: the page, OpenAI's /v1/models and completions, and the server that runs it.
 
 The parameters beyond OpenAI's are top_k, min_p, repetition_penalty, and `"routing": true`, with which each
 choice lists the tokens that the model has read: `[{"text", "experts": by layer, "probs": by layer, in
@@ -8,12 +8,10 @@ choice lists the tokens that the model has read: `[{"text", "experts": by layer,
 import asyncio
 import errno
 import ipaddress
-import json
-import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,25 +23,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Send
 
 from litgpt_moe.balance import layers_of
 from litgpt_moe.cli import note
 from litgpt_moe.generation.settings import GenerateSettings, Sampling
 from litgpt_moe.generation.text import encode_prompt, load
+from litgpt_moe.serving.chat import read_chat_request
 from litgpt_moe.serving.connections import Connection
-from litgpt_moe.serving.engine import Engine, Piece
-from litgpt_moe.serving.requests import (
-    UNKNOWN,
-    ApiError,
-    CompletionRequest,
-    Served,
-    error_response,
-    read_body,
-    read_request,
-)
+from litgpt_moe.serving.engine import Engine
+from litgpt_moe.serving.requests import UNKNOWN, ApiError, Served, error_response, read_body, read_request
+from litgpt_moe.serving.responses import ChatResponse, CompletionResponse
 
 PAGE = Path(__file__).with_name("playground.html")
 # only the page's inline script and style and requests to this server are allowed
@@ -51,77 +42,6 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-
-
-class CompletionResponse(StreamingResponse):
-    """The response to a request: server-sent events, or one JSON object.
-
-    `StreamingResponse` cancels the work, which frees its slot, when the client disconnects.
-    """
-
-    def __init__(self, engine: Engine, request: CompletionRequest) -> None:
-        super().__init__((), headers={"cache-control": "no-store"}, media_type="text/event-stream")
-        self._engine, self._request = engine, request
-        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion"}
-        self._head |= {"created": int(time.time()), "model": engine.served.name, "seed": request.body.seed}
-
-    async def stream_response(self, send: Send) -> None:
-        """Generate in a slot of the engine, and send the result."""
-        try:
-            slots = self._engine.slots(self._request.n_samples)
-            async with slots, aclosing(self._engine.run(self._request)) as pieces:
-                if self._request.body.stream:
-                    self.body_iterator = self._events(pieces)
-                    await super().stream_response(send)
-                    return
-                answer = JSONResponse(await self._collect(pieces))
-        except ApiError as error:
-            answer = error_response(error)
-        await send(
-            {"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers}
-        )
-        await send({"type": "http.response.body", "body": answer.body})
-
-    async def _events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
-        n_new = 0
-        try:
-            async for number, piece in pieces:
-                n_new += piece.n_new
-                if piece.text or piece.read or piece.finish_reason:
-                    yield event({**self._head, "choices": [self._choice(number, piece)]})
-            if self._request.body.stream_options.include_usage:
-                yield event({**self._head, "choices": [], "usage": self._usage(n_new)})
-        except ApiError as error:  # the status 200 is sent already
-            yield event(error.body)
-        except Exception:
-            yield event(UNKNOWN.body)
-            raise
-        yield "data: [DONE]\n\n"
-
-    async def _collect(self, pieces: AsyncIterator[tuple[int, Piece]]) -> dict[str, Any]:
-        n_new, wholes = 0, {}
-        async for number, piece in pieces:
-            n_new += piece.n_new
-            whole = wholes.setdefault(number, Piece("", []))
-            whole.text += piece.text
-            whole.read += piece.read
-            whole.finish_reason, whole.ending = piece.finish_reason, piece.ending
-        choices = [self._choice(number, wholes[number]) for number in sorted(wholes)]
-        return {**self._head, "choices": choices, "usage": self._usage(n_new)}
-
-    def _choice(self, number: int, piece: Piece) -> dict[str, Any]:
-        choice = {"index": number, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
-        choice |= {"ending": piece.ending} if piece.ending else {}
-        return choice | ({"routing": piece.read} if self._request.body.routing else {})
-
-    def _usage(self, n_new: int) -> dict[str, int]:
-        n_prompt = sum(map(len, self._request.prompts))
-        return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
-
-
-def event(content: dict[str, Any]) -> str:
-    """Return a server-sent event of JSON."""
-    return f"data: {json.dumps(content)}\n\n"
 
 
 def describe_model(served: Served) -> dict[str, Any]:
@@ -151,7 +71,7 @@ def own_hosts(host: str) -> list[str]:
 
 
 def make_app(engine: Engine, host: str) -> Starlette:
-    """Return the web application: the page, /v1/models and /v1/completions."""
+    """Return the web application: the page, /v1/models and the two kinds of completions."""
     page = HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_POLICY})
     entry = describe_model(engine.served)
     models = JSONResponse({"object": "list", "data": [entry]})
@@ -161,16 +81,20 @@ def make_app(engine: Engine, host: str) -> Starlette:
             raise ApiError(404, f"no model {name!r:.80} is here", "model", "model_not_found")
         return JSONResponse(entry)
 
-    async def completions(request: Request) -> Response:
-        body = await read_body(request)
-        # in a thread: tokenizing the largest prompt takes up to a second
-        return CompletionResponse(engine, await asyncio.to_thread(read_request, body, engine.served))
+    def completions(read: Callable[..., Any], kind: type[CompletionResponse]) -> Callable[..., Any]:
+        async def respond(request: Request) -> Response:
+            body = await read_body(request)
+            # in a thread: tokenizing the largest prompt takes up to a second
+            return kind(engine, await asyncio.to_thread(read, body, engine.served))
+
+        return respond
 
     routes = [
         Route("/", page, methods=["GET"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model),
-        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/completions", completions(read_request, CompletionResponse), methods=["POST"]),
+        Route("/v1/chat/completions", completions(read_chat_request, ChatResponse), methods=["POST"]),
     ]
     handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, Exception), refuse)
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=own_hosts(host), www_redirect=False)]
@@ -180,7 +104,7 @@ def make_app(engine: Engine, host: str) -> Starlette:
 async def refuse(_: Request, error: Exception) -> Response:
     """Return the answer to a request that raised `error`."""
     if isinstance(error, HTTPException):
-        has = "this server has /, /v1/models and /v1/completions"
+        has = "this server has /, /v1/models, /v1/completions and /v1/chat/completions"
         response = error_response(ApiError(error.status_code, f"{error.detail}: {has}"))
         response.headers.update(error.headers or {})  # 405 names the methods that are allowed
         return response

@@ -158,7 +158,8 @@ def read_request(body: Any, served: Served) -> CompletionRequest:
     defaults = {"prompt": None, "model": served.name, "max_tokens": min(settings.max_tokens, context)}
     defaults |= {"n": settings.num_samples, "seed": seed, **asdict(served.sampling)}
     # null means that a parameter is left out
-    asked = check_types(defaults | {name: value for name, value in body.items() if value is not None})
+    given = {name: value for name, value in body.items() if value is not None}
+    asked = check_types(defaults | given, CompletionBody, ALLOWED)
     if asked.model != served.name:
         message = f"no model {asked.model!r:.80} is here; this server has {served.name!r}"
         raise ApiError(404, message, "model", "model_not_found")
@@ -197,24 +198,24 @@ def check_routing(asked: CompletionBody, prompts: list[list[int]], served: Serve
         raise ApiError(400, message, "routing", "invalid_value")
 
 
-def check_types(body: dict[str, Any]) -> CompletionBody:
+def check_types[Body: BaseModel](body: dict[str, Any], kind: type[Body], allowed: dict[str, str]) -> Body:
     """Return the parameters, each of the right type. Raises ApiError about the first one that is not."""
     try:
-        return CompletionBody.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         # the name of an unknown parameter may hold half a surrogate pair, which JSON cannot represent
         names = [ascii(part).strip("'")[:80] for part in first["loc"] or (first["input"],)]
-        key, place = names[-1] if names[-1] in ALLOWED else names[0], ".".join(names)
-        if first["type"] == "extra_forbidden" or key not in ALLOWED:
+        key, place = names[-1] if names[-1] in allowed else names[0], ".".join(names)
+        if first["type"] == "extra_forbidden" or key not in allowed:
             raise ApiError(400, f"unknown parameter {place}; leave it out", names[-1]) from None
         if first["type"] in ("surrogates", "string_unicode"):
             reason = "half a surrogate pair is no character; leave it out"
             raise ApiError(400, f"{place} is {first['input']!a:.80}; {reason}", names[0]) from None
-        if first["input"] is None:
-            raise ApiError(400, f"{place} is missing; it must be {ALLOWED[key]}", names[0]) from None
+        if first["input"] is None or first["type"] == "missing":
+            raise ApiError(400, f"{place} is missing; it must be {allowed[key]}", names[0]) from None
         shown = json.dumps(first["input"], ensure_ascii=True)
-        raise ApiError(400, f"{place} is {shown:.80}; it must be {ALLOWED[key]}", names[0]) from None
+        raise ApiError(400, f"{place} is {shown:.80}; it must be {allowed[key]}", names[0]) from None
 
 
 async def read_body(request: Request) -> Any:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from litgpt_moe.checkpoints.reader import load_tokenizer
+from litgpt_moe.config import DEFAULT_VOCABULARY, has_open_vocabulary
+from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import fits
-from litgpt_moe.processes import note_once
+from litgpt_moe.processes import launcher, note_once
 from litgpt_moe.training.checks import warn_of_unused_rows
+from litgpt_moe.training.fit import DEMO_VOCABULARY, is_open
 from litgpt_moe.training.run import Run
-
-# padded_vocab_size in configs/demo_model.yaml
-DEMO_VOCAB = 2048
 
 
 class TrainLoader:
@@ -112,10 +112,15 @@ class ValLoader:
     def __init__(self, loader: Any, between_batches: Callable[[int, float], None]) -> None:
         self.loader, self.between_batches = loader, between_batches
 
-    def __iter__(self) -> Iterator[Any]:
-        n_batches = math.inf
+    @property
+    def n_batches(self) -> float:
+        """Its batches, infinite where it has no length."""
         with contextlib.suppress(TypeError):
-            n_batches = len(self.loader)
+            return len(self.loader)
+        return math.inf
+
+    def __iter__(self) -> Iterator[Any]:
+        n_batches = self.n_batches
         for n_done, batch in enumerate(self.loader):
             if n_done:
                 self.between_batches(n_done, n_batches)
@@ -125,17 +130,33 @@ class ValLoader:
 def prepare_data_of(run: Run) -> None:
     """Prepare the data on disk; ValueError if there is too little for the run."""
     if run.data_dir is not None:
+        before = _facts_of(run.data_dir)
         _prepare_text(run, run.data_dir)
+        is_fitted = is_open(run.settings.train) or has_open_vocabulary(run.settings.model_config or "")
+        if is_fitted and run.world_size > 1 and launcher() and _facts_of(run.data_dir) != before:
+            # the other processes have been started already, and have read what was there before
+            raise ValueError(f"{run.data_dir}: prepared just now, which decides the run; start it once more")
     if not (run.resume or run.initial):
         warn_of_unused_rows(run)
+
+
+def _facts_of(data_dir: Path) -> tuple[int, int] | None:
+    """Return the training tokens and the pieces of the tokenizer; None for data that are not prepared."""
+    with contextlib.suppress(ValueError, OSError):
+        manifest = read_manifest(data_dir, check_shards=False)
+        return manifest["splits"]["train"]["n_tokens"], manifest["tokenizer"]["vocab_size"]
+    return None
 
 
 def _prepare_text(run: Run, folder: Path) -> None:
     settings = run.settings
     needed = PrepareSettings(data_dir=folder, tokenizer_dir=settings.tokenizer_dir)
     has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
-    if not has_tokenizer and (run.demo_data or run.config.padded_vocab_size == DEMO_VOCAB):
-        needed = replace(needed, train_tokenizer=DEMO_VOCAB)
+    # without one, prepare_data.py would download TinyLlama's
+    size = DEMO_VOCABULARY if run.demo_data else run.config.vocab_size
+    is_own = size != DEFAULT_VOCABULARY and has_open_vocabulary(settings.model_config or "")
+    if not has_tokenizer and (is_own or size == DEMO_VOCABULARY):
+        needed = replace(needed, train_tokenizer=size)
     if run.demo_data:
         note_once(
             f"No data in {folder}: writing the built-in demo stories there "

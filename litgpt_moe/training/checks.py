@@ -23,11 +23,11 @@ from litgpt_moe.checkpoints.layout import (
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.checkpoints.writer import BESIDE_BYTES, foreign_files, run_folders
 from litgpt_moe.cli import MAX_WINDOWS_PATH
-from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import check_no_links, existing_parent, remove, staging_for
 from litgpt_moe.hardware import has_cuda, memory_bytes, missing_compiler
 from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
+from litgpt_moe.training.fit import vocabulary_size
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
 
 if TYPE_CHECKING:
@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 
 # keys by the lowest value that makes sense; where 0 is allowed, it switches something off
 LOWEST = {
-    1: "num_nodes train.global_batch_size train.micro_batch_size train.max_tokens train.max_seq_length "
+    1: "num_nodes train.global_batch_size train.micro_batch_size train.epochs train.max_tokens "
+    "train.max_seq_length "
     "train.log_interval train.save_interval train.max_time checkpoints.keep_last checkpoints.keep_every "
     "guard.max_skipped_steps eval.interval eval.max_iters",
     0: "seed train.lr_warmup_steps train.lr_warmup_fraction train.min_lr train.max_norm moe.aux_loss_coef "
     "moe.z_loss_coef moe.bias_update_rate schedule.warmup_tokens schedule.decay_fraction guard.spike_sigma "
-    "eval.max_new_tokens",
+    "eval.max_new_tokens recipe.embedding_lr recipe.head_lr recipe.other_lr",
 }
 MAY_BE_INF = ("train.max_norm", "guard.spike_sigma")
 
@@ -73,7 +74,16 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
     is_on_cpu = settings.accelerator == "cpu" or not has_cuda()
     if settings.compile == "on" and is_on_cpu and (name := missing_compiler()):
         problems.append(f"compile is on, but there is no C++ compiler {name}; install it, or drop compile")
+    problems += _recipe_problems(settings)
     return problems or list(_batch_problems(settings.train, block_size, world_size))
+
+
+def _recipe_problems(settings: Settings) -> Iterator[str]:
+    name = str(settings.optimizer.get("class_path"))
+    if settings.recipe.cautious_decay and "AdamW" not in name and "Muon" not in name:
+        yield f"recipe.cautious_decay needs AdamW or Muon, whose decay is no gradient; optimizer is {name}"
+    if settings.recipe.zero_head and settings.train.tie_embeddings:
+        yield "recipe.zero_head would set the tied embedding to zero; drop it or train.tie_embeddings"
 
 
 def _value_problems(settings: Settings) -> Iterator[str]:
@@ -81,11 +91,14 @@ def _value_problems(settings: Settings) -> Iterator[str]:
         value: Any = functools.reduce(getattr, key.split("."), settings)
         highest = 2**32 - 1 if key == "seed" else 10**15
         is_off = value == float("inf") and key in MAY_BE_INF
-        if value is not None and not lowest <= value <= highest and not is_off:
+        if isinstance(value, int | float) and not lowest <= value <= highest and not is_off:
             above = f", up to {highest}" if value > highest else ""
             yield f"{key} is {value}; choose {lowest} or more{above}"
         elif key.endswith("_fraction") and value is not None and value > 1:
             yield f"{key} is {value}; choose 0 to 1"
+    epochs, max_tokens = settings.train.epochs, settings.train.max_tokens
+    if epochs is not None and isinstance(max_tokens, int):
+        yield f"train.epochs is {epochs} and train.max_tokens is {max_tokens}, two lengths; drop one"
     if not settings.train.max_norm:
         yield "train.max_norm is null or 0; LitGPT needs a number above 0 (1.0 is usual, .inf is off)"
     steps, fraction = settings.train.lr_warmup_steps, settings.train.lr_warmup_fraction
@@ -94,15 +107,16 @@ def _value_problems(settings: Settings) -> Iterator[str]:
             f"train.lr_warmup_steps is {steps} and train.lr_warmup_fraction is {fraction}: "
             "Can't provide both; set one of them to null"
         )
+    if settings.schedule.progress == "time" and settings.train.max_time is None:
+        yield "schedule.progress is time, which needs the time; set it by --train.max_time 3h, or use tokens"
     if settings.schedule.warmup_tokens is not None and fraction:
         yield "schedule.warmup_tokens and train.lr_warmup_fraction exclude each other; drop one"
 
 
 def _ignored_problems(settings: Settings) -> Iterator[str]:
     # LitGPT accepts these and never reads them in pretraining
-    for key, value in (("epochs", settings.train.epochs), ("max_steps", settings.train.max_steps)):
-        if value is not None:
-            yield f"train.{key} is {value}, which LitGPT ignores in pretraining; use train.max_tokens"
+    if (steps := settings.train.max_steps) is not None:
+        yield f"train.max_steps is {steps}, which LitGPT ignores in pretraining; use train.max_tokens"
     if settings.eval.evaluate_example != "first":
         yield "eval.evaluate_example is for finetuning; remove it"
     is_wandb = settings.logger_name == "wandb"
@@ -129,7 +143,7 @@ def _batch_problems(train: TrainArgs, block_size: int | None, world_size: int) -
             f"train.max_seq_length is {length} but the model's block_size is {block_size}; "
             f"choose 1 to {block_size}"
         )
-    elif train.max_tokens is None or train.max_tokens < step_tokens:
+    elif isinstance(train.max_tokens, int) and train.max_tokens < step_tokens:
         yield (
             f"train.max_tokens is {train.max_tokens}, less than one step of {train.global_batch_size} x "
             f"{length} = {step_tokens} tokens; raise it or lower train.global_batch_size"
@@ -158,8 +172,8 @@ def check_tokenizer(run: "Run") -> None:
     if size is not None and size > n_rows:
         raise ValueError(
             f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} "
-            f"is {n_rows}; "
-            "choose a larger model (--model_config configs/moe_30m_debug.yaml) or another --tokenizer_dir"
+            f"is {n_rows}; set vocab_size: auto there, without padded_vocab_size, or name another "
+            "--tokenizer_dir"
         )
 
 
@@ -171,15 +185,8 @@ def warn_of_unused_rows(run: "Run") -> None:
         note_once(
             f"Warning: {folder}: the tokenizer has {size} pieces but padded_vocab_size in "
             f"{run.settings.model_config} is {n_rows}: the other rows take memory and time in each step and "
-            f"are never used; set that and vocab_size to {size}."
+            f"are never used; set that and vocab_size to {size}, or vocab_size: auto alone."
         )
-
-
-def vocabulary_size(tokenizer_dir: Path) -> int | None:
-    """Return the number of pieces of the tokenizer, None until preparing the data has got one."""
-    if not (tokenizer_dir / "tokenizer.json").is_file():
-        return None
-    return read_tokenizer_facts(tokenizer_dir).vocab_size
 
 
 def check_memory(run: "Run") -> None:
@@ -247,17 +254,32 @@ def check_out_dir(run: "Run") -> None:
     check_path_lengths(out_dir)
     check_no_links(logs := out_dir / "logs")
     check_no_links(*logs.rglob("*"))
-    free = shutil.disk_usage(existing_parent(out_dir)).free
+    free = free_bytes(out_dir)
     needed = run.checkpoint_bytes + BESIDE_BYTES
     if free < needed:
         raise ValueError(
             f"{out_dir}: a checkpoint needs {needed:,} bytes but {free:,} are free; make room there"
         )
-    n_steps = run.n_steps - run.start_step
-    n_saves = 1 + n_steps // (settings.train.save_interval or n_steps or 1)
+    warn_of_disk(run, free)
+
+
+def free_bytes(out_dir: Path) -> int:
+    """Return the room on the disk of a folder, which need not be there yet."""
+    return shutil.disk_usage(existing_parent(out_dir)).free
+
+
+def disk_bytes(run: "Run") -> int:
+    """Return the room that the checkpoints of the run need at most at one time."""
+    n_steps, keep = run.n_steps - run.start_step, run.settings.checkpoints.keep_last
+    n_saves = 1 + n_steps // (run.settings.train.save_interval or n_steps or 1)
     # 2: the checkpoint that is being written, and final/
-    n_at_once = min(n_saves, (settings.checkpoints.keep_last or n_saves) + 2)
-    if free < (whole := needed * n_at_once):
+    return (run.checkpoint_bytes + BESIDE_BYTES) * min(n_saves, (keep or n_saves) + 2)
+
+
+def warn_of_disk(run: "Run", free: int) -> None:
+    """Warn if there is room for a checkpoint, and not for all that the run keeps."""
+    out_dir = run.settings.out_dir
+    if free < (whole := disk_bytes(run)):
         note_once(
             f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
             "set checkpoints.keep_last, raise train.save_interval or make room."

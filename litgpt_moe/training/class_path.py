@@ -1,7 +1,6 @@
 """Objects from `class_path` and `init_args` in LitGPT's YAML files, typed by jsonargparse."""
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from litgpt.data import DataModule
 
 from litgpt_moe.processes import note_once
+from litgpt_moe.words import near
 from litgpt_moe.yaml_files import check_numbers, must_be, type_words
 
 # keys whose value names a class: its base class, the package of a name without dots, the usual class
@@ -59,8 +59,8 @@ def check_class_key(key: str) -> None:
     """Raise ValueError if a dotted key stands beside class_path and init_args, where nothing reads it."""
     group, _, name = key.partition(".")
     if group in CLASS_KEYS and name.partition(".")[0] not in ("class_path", "init_args"):
-        near = difflib.get_close_matches(name, ("class_path", "init_args"), n=1) or [f"init_args.{name}"]
-        raise ValueError(f"unknown key {key}; did you mean {group}.{near[0]}?")
+        meant = near(name, ("class_path", "init_args")) or f"did you mean init_args.{name}?"
+        raise ValueError(f"unknown key {key}; {meant.replace('mean ', f'mean {group}.')}")
 
 
 def find_class(key: str, spec: dict[str, Any]) -> type:
@@ -78,11 +78,18 @@ def find_class(key: str, spec: dict[str, Any]) -> type:
         if not issubclass(kind, base):
             raise TypeError(f"not a {base.__name__}")
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        text = f"{key}.class_path is {path}, which cannot be used: {error}; name another, such as {usual}"
+        way_out = near(name, names_in(module_name, base)) or f"name another, such as {usual}"
+        text = f"{key}.class_path is {path}, which cannot be used: {error}; {way_out}"
         raise BadClass(text, at) from None
     if problem := _data_problem(kind):
         raise BadClass(f"{key}.class_path is {path}, {problem}, or use {usual}", at)
     return kind
+
+
+def names_in(module_name: str, base: type) -> list[str]:
+    """Return the names of the classes of this base in a module that is imported already."""
+    found = vars(sys.modules.get(module_name, object)).items()
+    return [name for name, kind in found if isinstance(kind, type) and issubclass(kind, base)]
 
 
 def _data_problem(kind: type) -> str:
@@ -127,11 +134,10 @@ def arguments_of(kind: type) -> tuple[ArgumentParser, dict[str, str]]:
 def _wrong_argument(class_path: str, name: str, value: Any, words: dict[str, str]) -> str:
     if name in words:
         return must_be(name, value, words[name])
-    near = difflib.get_close_matches(name, words, n=1)
+    meant = near(name, words)
     if name in ("lr", "learning_rate") and "lr" in words:
-        near = ["lr"]
-    way_out = f"; did you mean {near[0]}?" if near else f": {class_path} has none; leave it out"
-    return f"unknown key {name}{way_out}"
+        meant = "did you mean lr?"
+    return f"unknown key {name}" + (f"; {meant}" if meant else f": {class_path} has none; leave it out")
 
 
 def without_foreign_arguments(given: dict[str, tuple[Any, str]], config: str) -> dict[str, tuple[Any, str]]:

@@ -16,7 +16,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from torch.optim import Optimizer
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, FINAL, checkpoints_of, is_saved, step_name
+from litgpt_moe.checkpoints.layout import FINAL, checkpoints_of, is_saved
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -25,8 +25,10 @@ from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.threads import load_of_others, usable_cores
 from litgpt_moe.training import slowness
-from litgpt_moe.training.batches import TrainLoader
+from litgpt_moe.training.batches import TrainLoader, ValLoader
+from litgpt_moe.training.budget import TimeBudget
 from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.ending import EarlyEnd
 from litgpt_moe.training.logs import MetricLog, StepFigures, metric_row, validation_row
 from litgpt_moe.training.loss_scaling import LossScaling, loss_scaling
 from litgpt_moe.training.model import prepare_model
@@ -37,7 +39,7 @@ from litgpt_moe.training.schedule import set_learning_rate
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
 from litgpt_moe.training.slowness import SlowSteps
-from litgpt_moe.training.steps import Clock, Ending, Judge, RunFailed, StopSignals, Verdict
+from litgpt_moe.training.steps import Clock, Judge, RunFailed, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
 
 # assumed for the first save, until its time has been measured: a slow disk
@@ -60,6 +62,7 @@ class LoopHooks:
     scaling: LossScaling | None
     """None in other precisions than 16-mixed."""
     loader: TrainLoader
+    val_loader: ValLoader
 
     def __init__(self, run: Run, stops: StopSignals, train_args: TrainArgs, eval_args: EvalArgs) -> None:
         settings = run.settings
@@ -71,6 +74,7 @@ class LoopHooks:
         train_args.max_tokens = run.n_steps * run.tokens_per_step
         self.ending = ""
         """Why the run ends early, after this step; empty while it goes on."""
+        self.budget = TimeBudget(settings, run.started, run.used_time)
         self.judge = Judge(settings, run.started, stops, run.world_size)
         self.clock = Clock(run.start_step)
         self.logs = RunLogs(settings.out_dir / "logs", run.config, run.precision)
@@ -79,7 +83,7 @@ class LoopHooks:
         self.writer = CheckpointWriter(settings.out_dir, settings.checkpoints, text, self.metrics.print)
         self.writer.keep_tokenizer(settings.tokenizer_dir)
         self.figures = StepFigures()
-        self.in_progress = StepInProgress(self)
+        self.in_progress, self.early_end = StepInProgress(self), EarlyEnd(self)
         # a run of several processes would take its own for others
         is_alone = run.devices == 1 and not getattr(run.data, "num_workers", 0)
         self.slow_steps = SlowSteps(load_of_others() if is_alone else lambda: None)
@@ -93,9 +97,12 @@ class LoopHooks:
         """Whether the run starts anew, and the logs of this try are to go."""
         self.validation = (0.0, 0)
         """When the latest validation began, on time.perf_counter(), and its micro-batches at most."""
+        self.val_batch_s = math.inf
+        """Seconds of a batch in the latest validation, its story included."""
 
     def on_after_setup(self, fabric: Fabric, module: Any) -> None:
         """Prepare the model, which Fabric has just wrapped."""
+        self.metrics.show("reading the data")
         self.fabric, self.module, self.gpt = fabric, module, module.module
         self.scaling = loss_scaling(fabric)
         if prepare_model(fabric, module, self.run):
@@ -123,19 +130,42 @@ class LoopHooks:
         """Seconds that a save takes."""
         return self.writer.lasting_s or self.run.checkpoint_bytes / ASSUMED_BYTES_PER_S
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has had its last step."""
+        return self.step >= self.run.n_steps or self.budget.is_up
+
+    @property
+    def ahead_s(self) -> tuple[float, float]:
+        """Seconds for the last validation and save, and for a validation before the next step."""
+        # a batch takes less than one of training, and no more than in the trial, which may compile
+        batch_s = min(self.val_batch_s, self.budget.longest_step_s / self.run.accumulation)
+        val_s = batch_s * min(self.eval_args.max_iters, self.val_loader.n_batches)
+        is_due = (self.step + 1) % self.eval_args.interval == 0
+        return self.eval_args.final_validation * val_s + self.save_s, is_due * val_s
+
+    @property
+    def now(self) -> str:
+        """What the bar calls the work of the loop: nothing, but for the first step, which takes longest."""
+        first = "compiling, and the first step" if self.is_compiled else "the first step"
+        return first if self.step == self.run.start_step else ""
+
     def before_step(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
         """Judge the step, whose gradient is complete, and set its learning rate."""
         self.optimizer = optimizer
         failed_save, must_fail = self.writer.failure, self.writer.must_end_run
         vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, self.save_s, must_fail)
-        loss, grad_norm, votes = self.in_progress.end(norm, vote)
-        lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader))
+        share = self.budget.share(time.monotonic(), *self.ahead_s)
+        loss, grad_norm, votes, share = self.in_progress.end(norm, vote, share)
+        self.budget.end_step(time.perf_counter() - self.in_progress.began)
+        time_share = self.budget.settle(share)
+        lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader), time_share)
         self.figures = StepFigures(loss, grad_norm, lr)
         can_lower = not math.isfinite(grad_norm) and self.scaling is not None and self.scaling.can_lower()
         verdict = self.judge.verdict(loss, grad_norm, votes, failed_save, can_lower)
         if verdict.fail:
             raise RunFailed(verdict.fail)
-        if verdict.end:
+        if verdict.end and not self.budget.is_up:
             self.ending = verdict.end
             # LitGPT reads this copy of the settings after each step: it saves, and the loader ends the run
             self.train_args.save_interval = 1
@@ -167,7 +197,7 @@ class LoopHooks:
         self.step += 1
         self.clock.end_step()
         self._watch_speed()
-        self.metrics.advance(self.step)
+        self.metrics.advance(self.step, self.budget.used_s(time.monotonic()))
 
     def _watch_speed(self) -> None:
         """Say so when steps have become slow; the first one prepares much, and a save takes a core."""
@@ -177,47 +207,6 @@ class LoopHooks:
             counts = usable_cores(), torch.get_num_threads()
             self.metrics.print(slowness.warning(slow, self.step, self.fabric.device.type, *counts))
 
-    def between_batches(self) -> None:
-        """Leave the loop if the run must end: after a whole step, or amid one that would take long."""
-        if self.in_progress.n_batches == 0:
-            if self.ending:
-                raise Ending(self.ending)
-            self.is_saving = self.writer.is_writing
-            self.in_progress.begin()
-            return
-        batch_s = self.in_progress.seconds_per_batch()
-        left_s = batch_s * (self.run.accumulation - self.in_progress.n_batches)
-        if self._must_leave(batch_s, left_s):
-            self.metrics.print(f"Step {self.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
-            self._leave()
-
-    def between_val_batches(self, n_done: int, n_batches: float) -> None:
-        """Leave the loop if the run must end and the validation would take long."""
-        began, max_iters = self.validation
-        batch_s = (time.perf_counter() - began) / n_done
-        if self._must_leave(batch_s, batch_s * (min(max_iters, n_batches) - n_done)):
-            self.metrics.print(f"The validation at step {self.step} is cut off.")
-            self._leave()
-
-    def _must_leave(self, batch_s: float, left_s: float) -> bool:
-        """Return whether to leave amid a step or validation with `left_s` to go, `batch_s` a micro-batch."""
-        # 1.5 as in `vote`; as long as another micro-batch fits, the estimate of the rest may still shrink
-        self.judge.check_time(time.monotonic(), min(1.5 * batch_s, left_s) + self.save_s)
-        return self.in_progress.must_leave(left_s)
-
-    def _leave(self) -> None:
-        """Save the last whole step, unless that is done, and leave the loop."""
-        self.ending = self.judge.stops.reason or "the request of another process"
-        if self.step == self.run.start_step and self.ending.startswith("train.max_time"):
-            self.ending += ", in which no step was done: raise it"
-        if self.saved_step != self.step:
-            self.in_progress.roll_back()
-            state = {"model": self.module, "optimizer": self.optimizer, "train_dataloader": self.loader}
-            state |= {"iter_num": self.step * self.run.accumulation, "step_count": self.step}
-            file = self.run.settings.out_dir / step_name(self.step) / CHECKPOINT_FILE
-            self.save(self.fabric, state, self.run.settings.tokenizer_dir, file)
-        raise Ending(self.ending)
-
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`: figures of all ranks, and the routers' statistics."""
         # read before peak_flops, which is measured at the first row where it is not known
@@ -226,6 +215,8 @@ class LoopHooks:
             if self.cut_loss is not None:
                 metrics |= {"val_loss": self.cut_loss, "val_ppl": math.inf}
             return validation_row(self.run, self.step, seconds, metrics)
+        if (left_s := self.budget.left_s(time.monotonic())) is not None:
+            metrics["remaining_time"] = min(left_s, metrics["remaining_time"])
         rate = self.clock.steps_per_s(self.step, seconds)
         row = metric_row(self.run, self.step, seconds, rate, self.figures, self.peak_flops, metrics)
         row["epoch"] = self.loader.state_dict().get("epoch", 0)
@@ -239,18 +230,21 @@ class LoopHooks:
 
     def validate(self, validate: Callable[..., torch.Tensor], *args: Any, **options: Any) -> torch.Tensor:
         """Return LitGPT's validation loss; write a story, and warn of a loss that is not finite."""
+        self.metrics.show("validating" if self.has_validated else "checking by two batches")
         self.validation = time.perf_counter(), options["max_iters"]
         with self.clock.pause():
             val_loss = validate(*args, **options)
             # the first validation of each process is a trial of two batches
             if self.has_validated and not is_sharded(self.fabric):
                 self.stories.tell(self.gpt, self.head, self.step)
-            self.has_validated = True
+        n_batches = min(options["max_iters"], self.val_loader.n_batches)
+        self.val_batch_s = (time.perf_counter() - self.validation[0]) / n_batches
+        self.has_validated = True
         # LitGPT takes its exponential, which raises OverflowError above 709, and prints that
         self.cut_loss = loss if (loss := val_loss.item()) > MAX_LOSS else None
         if self.cut_loss is not None or not math.isfinite(loss):
             self.metrics.print(f"Warning: the validation loss is {loss:g} at step {self.step}.")
-        self.metrics.hides_validation = self.cut_loss is not None
+        self.metrics.show(self.now)
         return val_loss.clamp(max=MAX_LOSS)
 
     def save(self, fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path, checkpoint_file: Path) -> None:
@@ -260,10 +254,12 @@ class LoopHooks:
         if is_old and fabric.broadcast(is_saved(checkpoint_file.parent, self.run.start_step)):
             self.metrics.print(f"{checkpoint_file.parent} is there already")
             return
+        self.metrics.show("saving")
         self.logs.sync()
         self.saved_step = state["step_count"]
         state = {**state, **collect(self).state_dict()}
         self.writer.save(fabric, state, tokenizer_dir, checkpoint_file)
+        self.metrics.show(self.now)
 
     def resume(self, state: dict[str, Any], left_over: dict[str, Any]) -> None:
         """Restore what `save` added to the loop's `state`; `left_over` is what Fabric has not loaded."""
@@ -271,7 +267,7 @@ class LoopHooks:
         state["iter_num"] = state["step_count"] * self.run.accumulation
         restore(self, left_over)
         assert self.run.resume is not None
-        is_end = self.run.start_step == self.run.n_steps and self.run.resume.folder.name == FINAL
+        is_end = self.is_finished and self.run.resume.folder.name == FINAL
         # final/ is saved after the last validation, whose row ends the log
         if is_end and self.fabric.broadcast(val_loss := self.logs.metrics.last_val_loss) is not None:
             self.eval_args.final_validation = False

@@ -5,12 +5,13 @@ import sys
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
-from litgpt_moe.cli import command_line, printable
+from litgpt_moe.cli import command_line, no_bar, note
 from litgpt_moe.hardware import peak_memory_gb
 from litgpt_moe.processes import is_main_process
+from litgpt_moe.terminal import shows_bars
+from litgpt_moe.training.bar import RunBar
 from litgpt_moe.training.csv_log import RunLogs
+from litgpt_moe.training.forecast import Forecast
 from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.run import Run
 
@@ -85,15 +86,20 @@ def _worst_layer(row: dict[str, Any]) -> list[str]:
     return [f"load x{value:.2f} in layer {int(layer)}" + (f", {dead} dead" if dead else "")]
 
 
+def validation_line(row: dict[str, Any], n_steps: int) -> str:
+    """Return the row of a validation as the line on the terminal."""
+    loss, perplexity = float(row["val_loss"]), float(row["val_ppl"])
+    return f"step {row['step']:,}/{n_steps:,} | validation loss {loss:.3f}, perplexity {perplexity:.4g}"
+
+
 class MetricLog:
     """Fabric's logger in every run: metrics.csv, and on the terminal a live bar or a line for each row."""
 
     def __init__(self, run: Run, logs: RunLogs) -> None:
         self.run, self.logs = run, logs
-        self.is_live = run.settings.progress and sys.stderr.isatty() and is_main_process()
-        self.bar: tqdm | None = None
-        self.hides_validation = False
-        """Whether LitGPT's lines about a validation stay out, whose loss is not the real one."""
+        self.is_live = run.settings.progress and not no_bar() and shows_bars(sys.stderr) and is_main_process()
+        self.bar: RunBar | None = None
+        self.forecast = Forecast(run)
         self.latest: dict[str, float] = {}
         """The latest loss and val_loss in the log, and `step`, the one of that loss."""
 
@@ -106,9 +112,10 @@ class MetricLog:
         if "loss" in metrics:
             self.latest["step"] = metrics["step"]
         if self.bar is not None:
-            losses = {key: f"{value:.3f}" for key, value in self.latest.items() if key != "step"}
-            self.bar.set_postfix(losses, refresh=False)
-        elif "loss" in metrics:
+            self.bar.set_losses(self.latest)
+        if "val_loss" in metrics:
+            self.print(validation_line(metrics, self.run.n_steps))
+        elif self.bar is None and "loss" in metrics:
             self.print(metric_line(metrics, self.run.n_steps, self.latest.get("val_loss")))
 
     def report_spike(self, step: int, figures: StepFigures, spike: Spike) -> None:
@@ -122,27 +129,27 @@ class MetricLog:
             + command_line(self.run.settings.out_dir, "--step", step)
         )
 
-    def advance(self, step: int) -> None:
-        """Move the bar on after a step; the first step creates it."""
-        n_tokens = self.run.tokens_per_step
-        if self.bar is None and self.is_live:
-            total, done = self.run.tokens_at(self.run.n_steps), self.run.tokens_at(step - 1)
-            self.bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, dynamic_ncols=True)
+    def show(self, doing: str) -> None:
+        """Say on the bar what the run does now, "" for training; the first call makes the bar appear."""
         if self.bar is not None:
-            self.bar.update(n_tokens)
+            self.bar.show(doing)
+        elif self.is_live:
+            ends = self.run.tokens_at(self.run.n_steps), self.run.tokens_at(self.run.start_step)
+            if self.run.is_timed:
+                ends = self.run.settings.train.max_time or 0.0, self.run.used_time.seconds
+            self.bar = RunBar(*ends, doing, self.run.is_timed)
 
-    def print(self, *texts: Any, **_: Any) -> None:
-        """Print a line on stderr, except for LitGPT's own metrics and summary, which ours replace."""
-        line = printable(" ".join(map(str, texts)))
-        # litgpt 0.5.13's summary divides by a clock reading, and its epochs restart at 1 after a resume
-        if line.startswith(("| ", "-----", "Epoch ")) or not is_main_process():
-            return
-        if self.hides_validation and line.startswith(("iter ", "Final evaluation")):
-            return
+    def advance(self, step: int, used_s: float) -> None:
+        """Move the bar on after a step, when the run has used so many seconds."""
         if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+            self.bar.advance(used_s if self.run.is_timed else self.run.tokens_at(step))
+        if is_main_process() and (line := self.forecast.after(step)):
+            self.print(line)
+
+    def print(self, text: str) -> None:
+        """Print a line on stderr, above the bar if there is one."""
+        if is_main_process():
+            note(text)
 
     def finalize(self, status: str) -> None:
         """Write the rows that wait, or say that they are lost, and finish the bar."""

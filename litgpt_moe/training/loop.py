@@ -1,4 +1,4 @@
-"""How we hook into LitGPT's training loop: a Fabric subclass, and replaced functions of litgpt.pretrain.
+"""How we hook into LitGPT's training loop: a Fabric of our own, and replaced functions of litgpt.pretrain.
 
 It was checked against litgpt 0.5.13; tests/training/test_litgpt_contract.py fails where another differs.
 """
@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from litgpt import GPT, pretrain
 from litgpt.utils import choose_logger
-from torch.optim import Optimizer
 
 from litgpt_moe.checkpoints.overwrite import delete_run
-from litgpt_moe.checkpoints.state import check_moments, damage_in
 from litgpt_moe.checkpoints.writer import CheckpointWriter, tidy
 from litgpt_moe.hardware import (
     avoid_wrong_gradients,
@@ -31,83 +28,19 @@ from litgpt_moe.hardware import (
 from litgpt_moe.loss import linear_cross_entropy
 from litgpt_moe.processes import note_once
 from litgpt_moe.threads import usable_cores
-from litgpt_moe.training.batches import TrainLoader, ValLoader
-from litgpt_moe.training.compiled import check_compiled
+from litgpt_moe.training.fabric import TrainingFabric
+from litgpt_moe.training.facts import write_run_facts
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loss_scaling import MixedLossScaling, ShardedLossScaling
 from litgpt_moe.training.memory import choose_strategy
-from litgpt_moe.training.optimizer import clone_state, make_optimizer
+from litgpt_moe.training.optimizer import make_optimizer
 from litgpt_moe.training.progress import LatestLoss
 from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import Settings, plain_settings
 from litgpt_moe.training.sharding import ShardedStrategy
 from litgpt_moe.training.steps import RunFailed
-from litgpt_moe.training.summary import describe, write_run_facts
-
-
-class TrainingFabric(L.Fabric):
-    """Fabric whose methods, which LitGPT's loop calls, call the hooks too."""
-
-    def __init__(self, hooks: LoopHooks, **options: Any) -> None:
-        super().__init__(callbacks=[hooks], **options)
-        self.hooks = hooks
-
-    def setup_dataloaders(self, *loaders: Any, **options: Any) -> list[Any]:
-        """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
-        hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
-        run, n_steps = hooks.run, hooks.run.n_steps
-        size = run.settings.train.micro_batch_size * run.world_size
-        check = functools.partial(check_compiled, hooks) if hooks.is_compiled else None
-        hooks.loader = TrainLoader(
-            train, run.settings.seed, lambda: hooks.step >= n_steps, hooks.between_batches, size, check
-        )
-        return [hooks.loader, ValLoader(val, hooks.between_val_batches)]
-
-    def backward(self, tensor: torch.Tensor, *args: Any, **options: Any) -> None:
-        """Add the loss of a micro-batch to that of its step."""
-        self.hooks.in_progress.add(tensor)
-        super().backward(tensor, *args, **options)
-
-    def clip_gradients(self, module: Any, optimizer: Any, *args: Any, **options: Any) -> torch.Tensor:
-        """Clip, and decide on the step: the loop calls this once before each optimizer step."""
-        norm = super().clip_gradients(module, optimizer, *args, **options, error_if_nonfinite=False)
-        assert norm is not None
-        self.hooks.before_step(optimizer, norm)
-        return norm
-
-    def load(self, path: Any, state: Any = None, strict: bool = True, **_: Any) -> dict[str, Any]:
-        """Load a checkpoint; into the loop's own state, with everything else that a resumed run needs."""
-        if "iter_num" not in (state or {}):
-            return super().load(path, state, strict=strict, weights_only=True)
-        # without Fabric's wrapper
-        optimizer: Optimizer = state["optimizer"].optimizer
-        own = [{k: value for k, value in group.items() if k != "params"} for group in optimizer.param_groups]
-        try:
-            with damage_in(Path(path).parent):
-                left_over = super().load(path, state, strict=strict, weights_only=True)
-                check_moments(optimizer)
-                self.hooks.resume(state, left_over)
-        except ValueError as error:
-            raise RunFailed(str(error)) from error
-        # this run's settings hold, not the checkpoint's: weight_decay may have changed
-        for group, settings in zip(optimizer.param_groups, own, strict=True):
-            group.update(settings)
-        clone_state(optimizer)
-        left_over.clear()
-        return {}
-
-    def log_dict(self, metrics: Any, step: int | None = None) -> None:
-        """Log the row that the hooks make of the loop's metrics."""
-        row = self.hooks.complete(dict(metrics))
-        try:
-            super().log_dict(row, step)
-        except OSError as error:
-            self.hooks.lose_logger(self, error)
-
-    def print(self, *texts: Any, **_: Any) -> None:
-        """Print the loop's lines through the metric log, which knows the bar."""
-        self.hooks.metrics.print(*texts)
+from litgpt_moe.training.summary import describe
 
 
 class BackgroundIO(TorchCheckpointIO):
@@ -202,12 +135,14 @@ def launch(run: Run, hooks: LoopHooks) -> tuple[TrainingFabric, bool]:
         tidy(run.settings.out_dir, run.start_step)
         if run.resume is None:
             hooks.logs.keep({})
-        write_run_facts(run)
+        write_run_facts(run, fabric.device)
     for logger in loggers:
         logger.log_hyperparams(plain_settings(run.settings))
-    fabric.print(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
+    tell = hooks.metrics.print
+    tell(describe(run, fabric.device, "compiled" if is_compiled else "eager", why))
     if run.world_size > 1:
-        fabric.print(f"Devices {run.world_size} by {strategy.upper()} ({reason})")
+        tell(f"Devices {run.world_size} by {strategy.upper()} ({reason})")
+    hooks.metrics.show("building the model")
     return fabric, is_compiled
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from litgpt_moe.budget import count_words
 from litgpt_moe.hardware import DTYPES, fits, gpu_bytes, has_cuda, memory_bytes
 from litgpt_moe.kernels.choice import choose_kernel
 from litgpt_moe.planning import StepMemory, StepPlanner
@@ -31,7 +32,8 @@ def _figures(run: Run) -> tuple[str, int | None]:
         return "", None
     planner, step = planned
     has = gpu_bytes(run.devices) if is_on_gpu else memory_bytes()
-    return f" (planned: {step}, of {has / 1e9:.1f})", largest_that_fits(run, planner, has)
+    model = f"{run.config.name}, {count_words(run.facts.total_params)} parameters"
+    return f" ({model}; planned: {step}, of {has / 1e9:.1f})", largest_that_fits(run, planner, has)
 
 
 def planner_of(run: Run, device_type: str) -> StepPlanner:

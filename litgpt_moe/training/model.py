@@ -12,7 +12,10 @@ from litgpt_moe import balance
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.recompute import recompute_blocks
 from litgpt_moe.training.loss_scaling import loss_scaling
+from litgpt_moe.training.recipe import zero_head
 from litgpt_moe.training.run import Run
+from litgpt_moe.training.sharding import is_sharded
+from litgpt_moe.training.steps import RunFailed
 
 
 def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
@@ -30,6 +33,10 @@ def prepare_model(fabric: Fabric, module: Any, run: Run) -> bool:
         loss_scale = scaling.current
     # LitGPT divides its own loss by the number of micro-batches, but not the loss that a layer attaches
     balance.set_balance(gpt, **asdict(run.settings.moe), scale=1 / run.accumulation, loss_scale=loss_scale)
+    if run.settings.recipe.zero_head and run.resume is None and run.initial is None:
+        if is_sharded(fabric):
+            raise RunFailed("recipe.zero_head needs a whole head, which FSDP splits; use strategy: ddp")
+        zero_head(gpt)
     source = run.initial or run.resume
     was_biased = source is not None and source.has_selection_bias
     if was_biased:

@@ -10,6 +10,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from litgpt_moe.hardware import has_cuda
 from litgpt_moe.training.class_path import find_class
+from litgpt_moe.training.recipe import LR_FACTOR, apply_recipe, has_own_rates
 from litgpt_moe.training.settings import Settings
 
 # optimizers that the loop cannot drive, and why
@@ -76,13 +77,33 @@ class MuonWithAdamW(Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Take a step with both parts."""
+        momentum = self._next_momentum()
         for part in self.parts:
             part.step()
+        for weight, value in momentum.items():
+            self.state[weight]["momentum_buffer"].copy_(value)
+
+    def _next_momentum(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Return the momentum that the step will have, of the weights where torch 2.10 and 2.11 lose it.
+
+        Without Nesterov's momentum, torch's Muon normalises the momentum itself where it is in bfloat16: what
+        should be a copy in bfloat16 is no copy (torch/optim/_muon.py; torch 2.15 copies).
+        """
+        found = {}
+        for group in self.parts[0].param_groups:
+            weights = [] if group["nesterov"] else [w for w in group["params"] if w.grad is not None]
+            for weight in weights:
+                if weight.grad.dtype is torch.bfloat16:
+                    momentum = self.state[weight].get("momentum_buffer", torch.zeros_like(weight.grad))
+                    found[weight] = momentum.lerp(weight.grad, 1 - group["momentum"])
+        return found
 
 
 def make_optimizer(settings: Settings, model: GPT, spec: dict[str, Any]) -> Optimizer:
     """Return the optimizer that `spec` describes, its weights grouped by `weight_decay_on`."""
-    return _make(settings, find_class("optimizer", spec), spec["init_args"], *sort_parameters(model))
+    kind, embedding = find_class("optimizer", spec), model.get_submodule("transformer.wte").weight
+    optimizer = _make(settings, kind, spec["init_args"], *sort_parameters(model), embedding)
+    return apply_recipe(settings.recipe, optimizer)
 
 
 def try_step(settings: Settings, kind: type, init_args: dict[str, Any]) -> None:
@@ -117,16 +138,27 @@ def _make(
     matrices: list[nn.Parameter],
     head: list[nn.Parameter],
     others: list[nn.Parameter],
+    embedding: Any = None,
 ) -> Optimizer:
     init_args, parameters = dict(init_args), inspect.signature(kind).parameters
     without_decay: dict[str, Any] = {"params": others}
     if settings.weight_decay_on == "matrices" and "weight_decay" in parameters:
         without_decay["weight_decay"] = 0.0
+    recipe = settings.recipe
+    groups: list[dict[str, Any]] = [{"params": head}, without_decay]
+    if own_rates := has_own_rates(recipe):
+        rest = {**without_decay, "params": [weight for weight in others if weight is not embedding]}
+        words = {**without_decay, "params": [weight for weight in others if weight is embedding]}
+        rates = (recipe.head_lr, recipe.embedding_lr, recipe.other_lr)
+        kinds = (groups[0], words, rest)
+        groups = [{**group, LR_FACTOR: rate} for group, rate in zip(kinds, rates, strict=True)]
     if kind is Muon:
-        return MuonWithAdamW(matrices, [{"params": head}, without_decay], **init_args)
+        return MuonWithAdamW(matrices, groups, **init_args)
     # one kernel for all weights: on two CPU cores it takes a seventh of the time of one call per weight
     if "fused" in parameters and not {"fused", "foreach"} & set(init_args):
         init_args["fused"] = True
+    if own_rates:
+        return kind([{"params": matrices}, *groups], **init_args)
     return kind([{"params": matrices + head}, without_decay], **init_args)
 
 

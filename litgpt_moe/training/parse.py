@@ -1,7 +1,6 @@
 """Settings from a command line: flag > environment variable > YAML > default, typed, with their places."""
 
-import difflib
-import os
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -11,10 +10,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from litgpt_moe.cli import first_line, join_switches, train_command
+from litgpt_moe.cli import first_line, train_command
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.flags import join_switches
 from litgpt_moe.hardware import has_cuda
-from litgpt_moe.processes import note_once
 from litgpt_moe.shell import with_home
 from litgpt_moe.training.class_path import (
     CLASS_KEYS,
@@ -23,21 +22,12 @@ from litgpt_moe.training.class_path import (
     check_class_key,
     without_foreign_arguments,
 )
+from litgpt_moe.training.given import has_own_data, with_one_length
 from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.sources import FLAG_TO_KEY, OLD_KEYS, Given, choose_configs, read_variables
+from litgpt_moe.words import config_file, near, seconds, whole_number
 from litgpt_moe.yaml_files import YAML_ERRORS, UniqueKeyLoader, check_numbers, must_be, read_mapping
 
-ROOT = Path(__file__).resolve().parents[2]
-FLAG_TO_KEY = {
-    "micro_batch_size": "train.micro_batch_size",
-    "global_batch_size": "train.global_batch_size",
-    "max_tokens": "train.max_tokens",
-    "max_seq_length": "train.max_seq_length",
-    "train_config": "config",
-    "wandb_dataset_artifact": "wandb_dataset",
-}
-# environment variables, each named as its flag in upper case
-VARIABLES = [name.upper() for name in FLAG_TO_KEY if name != "train_config"]
-VARIABLES += ["RESUME", "WANDB_ARTIFACTS_DIR", "DATASET_DIR"]
 # fields that are dataclasses: in YAML they have `key: value` lines of their own
 GROUPS = {f.name: f.type for f in fields(Settings) if isinstance(f.type, type) and is_dataclass(f.type)}
 SWITCHES = {f.name for f in fields(Settings) if f.type is bool} | {
@@ -47,10 +37,6 @@ SWITCH_FLAGS = {f"--{name}" for name in SWITCHES}
 # in these ~ is the home folder, as a shell has it only before a space
 PATHS = {f.name for f in fields(Settings) if "Path" in str(f.type)} | {"resume"}
 PATHS |= {f"data.init_args.{name}" for name in ("train_data_path", "val_data_path", "tokenizer_dir")}
-# file names that belong together when they lie in one folder: a checkpoint's, and the demo's
-PAIRS = (("train_config.yaml", "model_config.yaml"), ("demo_train.yaml", "demo_model.yaml"))
-
-Given = dict[str, tuple[Any, str]]  # dotted key -> (value or text, the file, variable or flag that gave it)
 
 
 @dataclass
@@ -90,17 +76,17 @@ class Parsed:
 
 
 def load_settings(argv: list[str]) -> Parsed:
-    """Return the typed settings of a command line with hyphens made underscores (cli.normalize_flags).
+    """Return the typed settings of a command line with hyphens made underscores (normalize_flags).
 
     ValueError has one line per problem, naming the place, the key, the value and the way out.
     """
     given = from_home({**read_variables(), **read_flags(argv)})
     if "config" in given:  # its model_config may name the model's file
-        given = {**read_settings_file(Path(given["config"][0])), **given}
-    config, model_config = choose_configs(given)
+        given = {**read_settings_file(config_file(Path(given["config"][0]))), **given}
+    config, model_config = choose_configs(given, has_cuda, has_own_data)
     if "config" not in given:
         given = {**read_settings_file(config), **given}
-    given = without_foreign_arguments(given, str(config))
+    given = without_foreign_arguments(with_one_length(given), str(config))
     given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
     return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
 
@@ -131,12 +117,6 @@ def read_flags(argv: list[str]) -> Given:
     return given
 
 
-def read_variables() -> Given:
-    """Return the values of the environment variables that are set and not empty."""
-    present = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    return {FLAG_TO_KEY.get(n.lower(), n.lower()): (value, f"${n}") for n, value in present.items()}
-
-
 def read_yaml(path: Path, is_foreign: bool = False) -> Given:
     """Return the values in a train_config.yaml; with `is_foreign` (a checkpoint's) aliases are refused."""
     must_be_groups = (*(f"{key}.init_args" for key in CLASS_KEYS), *GROUPS)
@@ -154,6 +134,8 @@ def read_yaml(path: Path, is_foreign: bool = False) -> Given:
             elif isinstance(value, str) and "\0" in value:  # which no path may hold
                 raise ValueError(f"{path}: {key} is {value!r:.80}; a zero byte is in it, take it out")
             else:
+                if (key := OLD_KEYS.get(key, key)) in given:
+                    raise ValueError(f"{path}: {key} is given twice, under its old name too; keep one")
                 given[f"{key}.class_path" if key in CLASS_KEYS else key] = (value, str(path))
 
     flatten("", read_mapping(path, is_foreign))
@@ -184,45 +166,6 @@ def from_home(given: Given) -> Given:
     }
 
 
-def choose_configs(given: Given) -> tuple[Path, Path]:
-    """Return the YAML files of the settings and of the model; a note on stderr says which, and why.
-
-    If only one is named, the other is its partner in PAIRS, if that lies in the same folder, or the default:
-    train_config.yaml, and model_config.yaml (without CUDA, the demo's).
-    """
-    named = {key: Path(given[key][0]) for key in ("config", "model_config") if key in given}
-    config, model_config = named.get("config"), named.get("model_config")
-    why_config = why_model = ""
-    if config and not model_config and (model_config := _partner(config)):
-        why_model = " (beside it; another: --model_config PATH)"
-    elif model_config and not config and (config := _partner(model_config)):
-        why_config = " (beside the model's; another: --config PATH)"
-    if model_config is None:
-        model_config = ROOT / (PAIRS[0][1] if has_cuda() else f"configs/{PAIRS[1][1]}")
-        if not has_cuda():
-            note_once(
-                "No CUDA and no model config named: training the small demo model on the CPU "
-                "(MoE-200M all the same: --model_config model_config.yaml)."
-            )
-        config = config or _partner(model_config)
-        why_model = " (the default; another: --model_config PATH)" if named else ""
-    if config is None:
-        config = ROOT / PAIRS[0][0]
-        why_config = " (the default; another: --config PATH)" if named else ""
-    here = Path.cwd()
-    # files below this folder are named by their relative path, as a user types it
-    config, model_config = (
-        path.relative_to(here) if path.is_relative_to(here) else path for path in (config, model_config)
-    )
-    note_once(f"Settings from {config}{why_config} and {model_config}{why_model}.")
-    return config, model_config
-
-
-def _partner(path: Path) -> Path | None:
-    names = [name for pair in PAIRS if path.name in pair for name in pair if name != path.name]
-    return next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
-
-
 def typed_settings(given: Given) -> Settings:
     """Return the settings with each value as its field annotates it; ValueError has a line per problem."""
     parser, words = arguments_of(Settings)
@@ -250,6 +193,7 @@ def _typed(parser: ArgumentParser, words: dict[str, str], key: str, value: Any) 
     # jsonargparse accepts three wrong things: an unknown key with the value {}, null, and "" for a path
     if key not in words:
         raise ArgumentError(None, "unknown")
+    value = _number(key, value, words)
     # only a whole group needs the defaults; without them parsing takes a fortieth of the time
     typed = parser.parse_object(Namespace({key: value}).as_dict(), defaults=key in GROUPS)[key]
     check_numbers({key: value}, {key: typed})
@@ -258,18 +202,31 @@ def _typed(parser: ArgumentParser, words: dict[str, str], key: str, value: Any) 
     return typed
 
 
+def _number(key: str, value: Any, words: dict[str, str]) -> Any:
+    """Return the number of a text such as 10k or 1.5M, and of 3h for a time; anything else as it is."""
+    read = seconds if key == "train.max_time" else whole_number
+    is_number = key == "train.max_time" or words[key].startswith("a whole number")
+    # what is no number is refused with its own text
+    with contextlib.suppress(ValueError):
+        if is_number and "text" not in words[key] and isinstance(value, str) and not value.isdigit():
+            return read(value)
+    return value
+
+
 def _wrong(key: str, value: Any, words: dict[str, str]) -> str:
     if key in GROUPS:
         return f"{key} is {value!r}; give one of its keys, as in --{key}.KEY VALUE"
     if key in words:
-        return must_be(key, value, words[key])
+        names = re.search(r"one of (.*?)( or null)?$", words[key])
+        meant = near(str(value), names[1].split(", ")) if names else ""
+        return must_be(key, value, words[key]) + (f"; {meant}" if meant else "")
     if key in MoEConfig.__dataclass_fields__:
         return f"unknown key {key}; it describes the model: set it in the file of --model_config"
-    near = difflib.get_close_matches(key, words, n=1)
+    meant = near(key, words)
     # the nearest key is train.min_lr, which is not what the user means
     if key.rpartition(".")[2] in ("lr", "learning_rate"):
-        near = ["optimizer.init_args.lr"]
-    return f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'see --help for the keys'}"
+        meant = "did you mean optimizer.init_args.lr?"
+    return f"unknown key {key}; {meant or 'see --help_all for the keys'}"
 
 
 def resume_command(argv: list[str], micro_batch_size: int | None = None) -> str:

@@ -19,6 +19,7 @@ def collect(hooks: "LoopHooks") -> RunState:
     return RunState(
         n_threads=torch.get_num_threads() if is_cpu else 0,
         time_s=hooks.clock.seconds,
+        budget=hooks.budget.state_dict(time.monotonic()),
         guard=hooks.judge.guard.state_dict(),
         told_step=hooks.stories.last_step,
         batch_sizes=hooks.run.batch_sizes.to_list(),
@@ -86,16 +87,19 @@ class StepInProgress:
         self.loss_sum = self.loss_sum + loss.detach().float()
         self.n_batches += 1
 
-    def end(self, norm: torch.Tensor, vote: int) -> tuple[float, float, int]:
-        """Return the mean loss over all ranks, the gradient's norm and the sum of the votes, on the host."""
+    def end(self, norm: torch.Tensor, vote: int, share: float = 0.0) -> tuple[float, float, int, float]:
+        """Return the mean loss, the gradient's norm, the sum of votes and the mean share, of all ranks."""
         # float32: a loss in bf16 would be rounded to three digits
         loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=norm.device)
         is_long = time.perf_counter() - self.began > GRACE_S
+        flags = [loss, *map(loss.new_tensor, (float(vote), float(is_long), share))]
         # one all-reduce and one copy to the host for all
-        sums = self.hooks.sum_over_ranks(torch.stack([loss, loss.new_tensor(vote), loss.new_tensor(is_long)]))
-        total, votes, n_long, grad_norm = torch.cat([sums, norm.detach().float()[None]]).tolist()
+        sums = self.hooks.sum_over_ranks(torch.stack(flags))
+        total, votes, n_long, shares, grad_norm = torch.cat([sums, norm.detach().float()[None]]).tolist()
         self.loss_sum, self.n_batches, self.are_long = 0.0, 0, n_long > 0
-        return total / self.hooks.run.world_size, grad_norm, round(votes)
+        # the clocks differ, and all ranks must have one learning rate
+        world_size = self.hooks.run.world_size
+        return total / world_size, grad_norm, round(votes), shares / world_size
 
     def seconds_per_batch(self) -> float:
         """Return the mean time of the micro-batches so far."""

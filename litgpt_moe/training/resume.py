@@ -28,7 +28,7 @@ from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.parse import read_yaml
-from litgpt_moe.training.settings import Settings, plain_settings
+from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
 if TYPE_CHECKING:
     from litgpt_moe.training.run import Run
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
 # settings whose change on a resume is told
 TOLD = (
-    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "dataset_dir", "wandb_dataset", "precision"),
+    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "data_dir", "wandb_dataset", "precision"),
     *("devices", "num_nodes", "accelerator", "seed", "train.global_batch_size"),
     *("train.micro_batch_size", "train.max_tokens", "train.lr_warmup", "train.min_lr", "train.max_norm"),
+    "recipe.",
 )
 
 
@@ -62,8 +63,10 @@ class OpenCheckpoint:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The run's settings by their dotted names."""
+        """The run's settings by their dotted names; {} where there is no file of them."""
         file = self.folder / SETTINGS_FILE
+        if not file.is_file():
+            return {}
         return {key: value for key, (value, _) in read_yaml(file, is_foreign=True).items()}
 
 
@@ -130,7 +133,7 @@ def place_of(opened: OpenCheckpoint, settings: Settings, block_size: int) -> tup
         if (last := sizes.changes[-1][1]) != before:
             raise ValueError(f"run.batch_sizes ends with {last}, and {SETTINGS_FILE} says {before}")
     sizes = sizes.changed(step, size)
-    if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.max_tokens or 0):
+    if (n_tokens := sizes.sequences(step) * block_size) > (most := settings.train.n_tokens):
         raise ValueError(
             f"{opened.folder} is past the end of the run: it has been trained on {n_tokens} tokens, "
             f"and train.max_tokens is {most}; raise that"
@@ -143,7 +146,7 @@ def say_if_batch_changed(run: "Run") -> None:
     start, sizes, n_steps = run.start_step, run.batch_sizes, run.n_steps
     if sizes.changes[-1][0] != start or n_steps == start:
         return
-    left = (run.settings.train.max_tokens or 0) - run.tokens_at(n_steps)
+    left = run.settings.train.n_tokens - run.tokens_at(n_steps)
     end = f"{run.tokens_at(n_steps):,} tokens" + (f"; the last {left:,} fill no step" if left else "")
     note_once(
         f"From step {start + 1:,} on a step takes {sizes.size(start + 1):,} sequences, "
@@ -176,6 +179,8 @@ def check_resume(run: "Run", model: GPT) -> None:
     _say_what_changed(folder, opened.settings, settings)
     if run.start_step == run.n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
+    elif run.is_timed and run.used_time.share >= 1:
+        note_once(f"{folder} is at the end of train.max_time; to train on, raise that.")
     if (
         run.start_step
         and not opened.state["optimizer"].get("state")
@@ -183,6 +188,7 @@ def check_resume(run: "Run", model: GPT) -> None:
     ):
         note_once(f"Warning: {folder} holds no moments of the optimizer, which begin anew.")
     _warn_of_another_end(run, opened)
+    _warn_of_another_time(run, opened)
 
 
 def _warn_of_another_end(run: "Run", opened: OpenCheckpoint) -> None:
@@ -196,6 +202,17 @@ def _warn_of_another_end(run: "Run", opened: OpenCheckpoint) -> None:
         note_once(
             f"Warning: {opened.folder} is of a run of {n_before:,} steps, now train.max_tokens makes it "
             f"{run.n_steps:,}; the learning rates so far followed the old total, the rest follows the new."
+        )
+
+
+def _warn_of_another_time(run: "Run", opened: OpenCheckpoint) -> None:
+    """Warn if the learning rate was to reach its end at another time."""
+    before, now = opened.settings.get("train.max_time"), run.settings.train.max_time
+    if run.is_timed and opened.settings.get("schedule.progress") == "time" and before != now:
+        note_once(
+            f"Warning: {opened.folder} is of a run of {before} s, of which it has used "
+            f"{run.used_time.seconds:.0f}, now train.max_time makes it {now:g} s; the learning rates so far "
+            "followed the old time, the rest follows the new."
         )
 
 
@@ -238,6 +255,13 @@ def _changed_run(
         names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
         if names[0] != names[1]:
             yield f"{key} was {before[key]}, now {value}"
+    # weights with learning rates of their own are in groups of their own
+    had, has = (
+        any(some.get(f"recipe.{name}_lr", 1.0) != 1.0 for name in ("embedding", "head", "other"))
+        for some in (before, dict(dotted(plain_settings(settings))))
+    )
+    if had != has:
+        yield f"recipe.*_lr was {'set' if had else 'not set'}, now it is {'set' if has else 'not set'}"
     # with these on, an optimizer of torch expects moments that it does not keep otherwise
     init_args = settings.optimizer.get("init_args") or {}
     for name in ("amsgrad", "centered", *(["momentum"] if "RMSprop" in optimizer else [])):
@@ -247,7 +271,7 @@ def _changed_run(
 
 
 def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
-    now, default = (dict(_flat(plain_settings(some))) for some in (settings, Settings()))
+    now, default = (dict(dotted(plain_settings(some))) for some in (settings, Settings()))
     changes = [
         f"{key} {was} -> {value}"
         for key, value in now.items()
@@ -267,11 +291,3 @@ def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:
     before = read_record(folder).get("data")
     if before and fingerprint and before != fingerprint:
         note_once(f"Changed since {folder}: the data; its steps so far saw other text or another tokenizer.")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

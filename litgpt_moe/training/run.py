@@ -8,6 +8,7 @@ from typing import Any
 
 from litgpt import args as litgpt_args
 
+from litgpt_moe import budget
 from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
 from litgpt_moe.data.forms import text_in
@@ -16,8 +17,9 @@ from litgpt_moe.data.module import TextShards
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
 from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
-from litgpt_moe.processes import is_main_process, launcher_problems
-from litgpt_moe.training import checks, class_path
+from litgpt_moe.processes import is_main_process, launcher_problems, note_once
+from litgpt_moe.training import checks, class_path, fit
+from litgpt_moe.training.budget import NO_TIME, UsedTime, used_time
 from litgpt_moe.training.optimizer import UNFIT_OPTIMIZERS, try_step
 from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import (
@@ -52,6 +54,8 @@ class Run:
     """Whether the GPU's memory ran out in a first try, with twice the micro-batch."""
     resumed_sizes: BatchSizes | None = None
     """Sequences in each step of a run that is resumed, this process's included."""
+    used_time: UsedTime = NO_TIME
+    """Of the commands before this one, up to the checkpoint that is resumed."""
     demo_data: bool = False
     """Whether the demo stories are written, because there is no text yet."""
     started: float = field(default_factory=time.monotonic)
@@ -79,7 +83,12 @@ class Run:
     @property
     def n_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.batch_sizes.steps((self.settings.train.max_tokens or 0) // self.block_size)
+        return self.batch_sizes.steps(self.settings.train.n_tokens // self.block_size)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the learning rate follows the clock, and the run ends when its time is up."""
+        return self.settings.schedule.progress == "time"
 
     @property
     def world_size(self) -> int:
@@ -126,10 +135,12 @@ def set_up(argv: list[str], held: contextlib.ExitStack | None = None) -> Run:
     before this module is imported: Lightning's import fails on the variables that it checks.
     """
     parsed = load_settings(argv)
-    parsed.attempt(checks.check_writable, out_dir := parsed.settings.out_dir)
+    out_dir, is_plan = parsed.settings.out_dir, parsed.settings.plan
+    if not is_plan:
+        parsed.attempt(checks.check_writable, out_dir)
     precision, devices = _processes(parsed)
     with contextlib.ExitStack() as own:
-        if not parsed.problems and is_main_process():
+        if not parsed.problems and not is_plan and is_main_process():
             (own if held is None else held).enter_context(checks.run_lock(out_dir))
         return _checked_run(parsed, precision, devices)
 
@@ -147,29 +158,72 @@ def _processes(parsed: Parsed) -> tuple[str, int]:
 
 def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     settings = with_dataset(parsed.settings)
-    built: Any = parsed.attempt(MoEConfig.model_from_file, settings.model_config) or (None, None)
+    data = parsed.attempt(build_data, settings)
+    settings = parsed.attempt(with_tokenizer, settings, data) or settings
+    resume = parsed.attempt(find_resume, settings)
+    train = parsed.attempt(fit.kept_length, settings.train, resume) or settings.train
+    settings = replace(settings, train=train)
+    demo_data = _wants_demo_data(settings, data)
+    built: Any = parsed.attempt(fit.fitting_model, settings, resume, demo_data) or (None, None)
     config, model = built
     world_size = devices * settings.num_nodes
     parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
-    data = parsed.attempt(build_data, settings)
-    settings = parsed.attempt(with_tokenizer, settings, data) or settings
+    if config:
+        settings = parsed.attempt(fit.with_learning_rate, settings, config, resume) or settings
     optimizer = parsed.attempt(optimizer_spec, settings)
-    resume = parsed.attempt(find_resume, settings)
     parsed.raise_all()
     facts = model_facts(config, settings.train.max_seq_length, model)
     initial = parsed.attempt(find_initial, settings, model)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
-    if resume and (place := parsed.attempt(place_of, resume, settings, run.block_size)):
-        run = replace(run, start_step=place[0], resumed_sizes=place[1])
-        say_if_batch_changed(run)
-    run = replace(run, settings=_as_run(run), demo_data=_wants_demo_data(run))
-    checks.warn_of_rates(run)
+    run = replace(run, demo_data=demo_data)
+    if resume:
+        run = parsed.attempt(_resumed, run, resume) or run
+    run = _as_it_runs(run)
     parsed.attempt(checks.check_tokenizer, run)
     parsed.attempt(checks.check_memory, run)
     if run.resumed_sizes:
         parsed.attempt(check_resume, run, model)
-    parsed.attempt(checks.check_out_dir, run)
+    if not settings.plan:
+        parsed.attempt(checks.check_out_dir, run)
     parsed.raise_all()
+    return run
+
+
+def _resumed(run: Run, opened: OpenCheckpoint) -> Run:
+    """Return the run at the place where it goes on; train.epochs counts the passes from its beginning."""
+    run = _with_length(run)
+    step, sizes = place_of(opened, run.settings, run.block_size)
+    run = replace(run, start_step=step, resumed_sizes=sizes, used_time=used_time(opened, run.settings))
+    say_if_batch_changed(run)
+    return run
+
+
+def _with_length(run: Run) -> Run:
+    """Return the run with its length in tokens; where the settings leave it open, the data must be there."""
+    train = fit.settled_length(run.settings.train, run.data, run.block_size, run.facts)
+    return replace(run, settings=replace(run.settings, train=train))
+
+
+def settle(run: Run) -> Run:
+    """Return the run with what its data decide, now that they are prepared; ValueError if they are too few.
+
+    Before, a vocabulary and a length that the settings leave open are not known.
+    """
+    n_pieces = fit.vocabulary_size(run.settings.tokenizer_dir)
+    if fit.has_open_vocabulary(run.settings.model_config or "") and n_pieces != run.config.vocab_size:
+        config, model = fit.fitting_model(run.settings, run.resume, has_demo_data=False)
+        facts = model_facts(config, run.settings.train.max_seq_length, model)
+        run = replace(run, config=config, facts=facts)
+    if fit.is_open(run.settings.train):
+        run = _as_it_runs(_with_length(run))
+        if not run.settings.plan:
+            checks.warn_of_disk(run, checks.free_bytes(run.settings.out_dir))
+    # data that have been damaged since are reported where they are read
+    with contextlib.suppress(ValueError, OSError):
+        in_pass = fit.pass_tokens(run.data, run.block_size)
+        warning = in_pass and budget.too_many_passes(run.settings.train.n_tokens, in_pass, run.data_dir)
+        if warning:
+            note_once(warning)
     return run
 
 
@@ -179,7 +233,7 @@ def with_dataset(settings: Settings) -> Settings:
         from litgpt_moe.data.artifact import pull  # not at the top: importing wandb takes a second
 
         folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
-        settings = replace(settings, dataset_dir=folder)
+        settings = replace(settings, data_dir=folder)
         if (folder / "tokenizer/tokenizer.json").is_file():
             settings = replace(settings, tokenizer_dir=folder / "tokenizer")
     return settings
@@ -193,19 +247,27 @@ def with_tokenizer(settings: Settings, data: Any) -> Settings:
     return replace(settings, tokenizer_dir=data.tokenizer_dir)
 
 
-def _as_run(run: Run) -> Settings:
-    # max_tokens in whole steps, and log_interval so that at least one step is logged
-    train = run.settings.train
+def _as_it_runs(run: Run) -> Run:
+    """Return the run with its settings as they are saved, and warn of those that do not fit its length.
+
+    max_tokens is in whole steps, and log_interval such that at least one step is logged; unless the data have
+    still to decide the length.
+    """
+    settings = replace(run.settings, precision=run.precision, devices=run.devices)
+    if fit.is_open(train := settings.train):
+        return replace(run, settings=settings)
     log_interval = min(train.log_interval, run.n_steps)
     train = replace(train, max_tokens=run.tokens_at(run.n_steps), log_interval=log_interval)
-    return replace(run.settings, train=train, precision=run.precision, devices=run.devices)
+    run = replace(run, settings=replace(settings, train=train))
+    checks.warn_of_rates(run)
+    return run
 
 
 def build_data(settings: Settings) -> Any:
     """Return the data module (TextShards with the run's tokenizer and seed), or raise ValueError."""
     init_args = dict(settings.data.get("init_args") or {})
-    if settings.dataset_dir:
-        init_args |= {f"{split}_data_path": str(settings.dataset_dir / split) for split in SPLITS}
+    if settings.data_dir:
+        init_args |= {f"{split}_data_path": str(settings.data_dir / split) for split in SPLITS}
     data = class_path.build("data", {**settings.data, "init_args": init_args})
     if isinstance(data, TextShards):
         own = settings.tokenizer_dir
@@ -217,11 +279,12 @@ def build_data(settings: Settings) -> Any:
     return data
 
 
-def _wants_demo_data(run: Run) -> bool:
+def _wants_demo_data(settings: Settings, data: Any) -> bool:
     # in the default folder alone: a mistyped folder must not be filled with stories
-    if run.settings.dataset_dir is not None or run.data_dir != DEFAULT_DATA_DIR:
+    if settings.data_dir is not None or not isinstance(data, TextShards):
         return False
-    return not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not text_in(Path(run.data.train_data_path))
+    is_empty = not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not text_in(Path(data.train_data_path))
+    return data.data_dir == DEFAULT_DATA_DIR and is_empty
 
 
 def optimizer_spec(settings: Settings) -> dict[str, Any]:

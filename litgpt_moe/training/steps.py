@@ -143,8 +143,10 @@ class Judge:
         if must_fail:
             # a sum over world_size means fail: votes for an end add up to world_size at most
             return self.world_size + 1
-        # 1.5: a step may take longer than the longest so far
-        self.check_time(now, 1.5 * step_s + save_s)
+        # a run whose learning rate follows the clock ends by its TimeBudget
+        if self.settings.schedule.progress != "time":
+            # 1.5: a step may take longer than the longest so far
+            self.check_time(now, 1.5 * step_s + save_s)
         return int(bool(self.stops.reason))
 
     def check_time(self, now: float, needed_s: float) -> None:

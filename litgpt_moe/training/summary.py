@@ -1,24 +1,22 @@
-"""What a run prints at its start, at its end and when it fails, and its logs/run.json."""
+"""What a run prints at its start, at its end and when it fails."""
 
 import errno
 import sys
-from importlib.metadata import version
-from pathlib import Path
+from datetime import timedelta
 
 import torch
 
-import litgpt_moe
-from litgpt_moe.cli import command_line, first_line, is_out_of_memory
+from litgpt_moe.cli import command_line, first_line, is_out_of_memory, printable
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
-from litgpt_moe.files import is_disk_full, write_json
+from litgpt_moe.files import is_disk_full
 from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
 from litgpt_moe.kernels.choice import describe_kernel
-from litgpt_moe.locks import FolderInUse, remove_left_over
+from litgpt_moe.locks import FolderInUse
+from litgpt_moe.terminal import wrapped
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.memory import out_of_memory
 from litgpt_moe.training.parse import resume_command
 from litgpt_moe.training.run import Run
-from litgpt_moe.training.settings import plain_settings
 from litgpt_moe.training.steps import RunFailed
 from litgpt_moe.training.stories import final_story
 
@@ -34,23 +32,16 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
     steps = f"{run.n_steps:,} steps of {run.tokens_per_step:,} tokens"
     if len(run.batch_sizes.changes) > 1:
         steps = f"{run.n_steps:,} steps, now of {run.tokens_per_step:,} tokens"
+    if run.is_timed:
+        time = timedelta(seconds=round(run.settings.train.max_time or 0))
+        used = f", {timedelta(seconds=round(run.used_time.seconds))} of them used" if run.resume else ""
+        steps = f"{time} in all{used}, at most {steps}"
     return (
         f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
         f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
         f"Experts {describe_kernel(run.config, device, dtype)}\n"
         f"Run     {steps}, seed {run.settings.seed}{resumed}"
     )
-
-
-def write_run_facts(run: Run) -> None:
-    """Write logs/run.json: the command, the settings and the versions, for reports."""
-    versions = {"python": sys.version.split()[0], "litgpt_moe": litgpt_moe.__version__}
-    versions |= {name: version(name) for name in ("torch", "litgpt", "lightning", "numpy")}
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    facts = {"command": command, "settings": plain_settings(run.settings), "versions": versions}
-    path = run.settings.out_dir / "logs/run.json"
-    remove_left_over(path)
-    write_json(path, facts)
 
 
 def report(hooks: LoopHooks, argv: list[str]) -> str:
@@ -77,7 +68,8 @@ def report(hooks: LoopHooks, argv: list[str]) -> str:
     lines.append(f"Memory     {peak_memory_gb():.2f} GB{' on the GPU' if has_cuda() else ''} at its peak")
     lines += [f"Checkpoint {final}", f"Log        {hooks.logs.metrics.path}"]
     if run.data_dir is not None:
-        lines.append(f"\nA story from it:\n\n{final_story(final)}\n")
+        story = wrapped(printable(final_story(final)), sys.stdout)
+        lines.append(f"\nA story from it:\n\n{story}\n")
     data_flag = () if run.data_dir in (None, DEFAULT_DATA_DIR) else ("--data_dir", run.data_dir)
     lines += [
         "Next:",

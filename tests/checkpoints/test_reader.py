@@ -1,6 +1,7 @@
 """From a checkpoint directory to a model: stock LitGPT's logits, every file checked, and no code run."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from litgpt_moe.checkpoints.reader import (
     verify_checkpoint,
 )
 from litgpt_moe.checkpoints.state import RunState, rng_state
+from litgpt_moe.checkpoints.state_file import write_state
 from litgpt_moe.config import MoEConfig
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -160,6 +162,26 @@ def test_a_truncated_checkpoint_is_told_in_one_sentence(checkpoint: Path) -> Non
     with pytest.raises(ValueError, match=r"lit_model\.pth is damaged") as caught:
         load_model(checkpoint)
     one_sentence(caught.value)
+
+
+def test_to_load_a_model_only_the_optimizer_state_is_not_verified(checkpoint: Path) -> None:
+    path = checkpoint / "lit_model.pth"
+    state = {"model": read_weights(path), "optimizer": {"state": {0: {"exp_avg": torch.zeros(1000)}}}}
+    path = path.rename(checkpoint / "before")
+    entry = write_state(state, checkpoint / "lit_model.pth")
+    (checkpoint / "before").unlink()
+    write_record(checkpoint, 4, {"lit_model.pth": entry})
+    whole, head = (checkpoint / "lit_model.pth").read_bytes(), entry["weights"]["head"]
+    load_model(checkpoint)
+    # the list of the tensors, the last weight, a moment, and the archive's directory
+    for place, is_weights in ((200, True), (head - 8, True), (head + 400, False), (len(whole) - 90, True)):
+        data = bytearray(whole)
+        data[place] ^= 1
+        (checkpoint / "lit_model.pth").write_bytes(data)
+        with pytest.raises(ValueError, match=r"lit_model\.pth is damaged"):
+            verify_checkpoint(checkpoint)
+        with pytest.raises(ValueError, match=r"lit_model\.pth is damaged") if is_weights else nullcontext():
+            load_model(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model_config.yaml"])

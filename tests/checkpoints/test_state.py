@@ -47,6 +47,7 @@ def test_a_run_s_state_has_the_keys_that_checkpoints_of_before_have() -> None:
         "router",
         "batch_sizes",
         "n_threads",
+        "budget",
         *counts,
     }
     assert set(state["rng"]) == {"python", "numpy", "torch", "cuda"}

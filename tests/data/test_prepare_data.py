@@ -38,7 +38,7 @@ def test_the_script_says_what_it_made_and_what_is_next(
     assert prepare_data.main(arguments) == 0
     stdout = capsys.readouterr().out
     assert "train  200 stories" in stdout and "0 duplicates" in stdout and "tokens/s" in stdout
-    flags = f"--dataset_dir {settings.data_dir}"
+    flags = f"--data_dir {settings.data_dir}"
     assert f"uv run python run_train.py {flags}" in stdout
     assert prepare_data.main(arguments) == 0
     captured = capsys.readouterr()
@@ -63,12 +63,26 @@ def test_the_data_directory_goes_to_weights_and_biases_on_request(
     assert "pushed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("vocab_size", "fits"), [(2048, True), (2049, False)])
-def test_the_next_command_names_a_model_with_room_for_the_tokenizer(vocab_size: int, fits: bool) -> None:
-    manifest = {"splits": {}, "tokenizer": {"vocab_size": vocab_size}}
-    last = prepare_data.summary(manifest, PrepareSettings(), None).splitlines()[-1]
-    named = " --model_config model_config.yaml --config train_config.yaml"
-    assert last == "next   uv run python run_train.py" + ("" if fits else named)
+@pytest.mark.parametrize(("n_tokens", "model"), [(400_000, "demo_model"), (3_000_000, "moe_10m")])
+def test_the_next_command_suits_the_amount_of_text(
+    n_tokens: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("litgpt_moe.hardware.has_cuda", lambda: False)
+    part = dict.fromkeys(("n_stories", "n_bytes", "n_duplicates", "n_replaced_bytes"), 0) | {"shards": []}
+    manifest = {"splits": {"train": part | {"n_tokens": n_tokens}}, "tokenizer": {"vocab_size": 50_257}}
+
+    def proposed(settings: PrepareSettings) -> str:
+        return prepare_data.summary(manifest, settings, None).splitlines()[-1].removeprefix("next   ")
+
+    flags = f"--model_config configs/{model}.yaml --config configs/small_train.yaml"
+    mine = PrepareSettings(data_dir=Path("data/mine"))
+    assert proposed(mine) == f"uv run python run_train.py --data_dir {Path('data/mine')} {flags}"
+    # of the demo stories, for which the pair is the default
+    assert proposed(PrepareSettings()) == "uv run python run_train.py"
+    Path("data/custom_text/train").mkdir(parents=True)
+    Path("data/custom_text/train/a.txt").touch()
+    assert proposed(PrepareSettings()) == f"uv run python run_train.py {flags}"
 
 
 @pytest.mark.parametrize("flag", ["--no_log_to_wandb", "--no-log-to-wandb", "--no-log_to_wandb"])

@@ -6,7 +6,7 @@ import pytest
 from helpers.data import REFERENCE, fingerprint
 
 import wandb_dataset
-from litgpt_moe.cli import normalize_flags
+from litgpt_moe.flags import normalize_flags
 from wandb_dataset import main
 
 

@@ -73,8 +73,15 @@ class Browser:
         self("Emulation.setDeviceMetricsOverride", **size)
         scheme_feature = {"name": "prefers-color-scheme", "value": scheme}
         self("Emulation.setEmulatedMedia", features=[scheme_feature])
+        self.open_url(f"http://127.0.0.1:{server.port}/")
+
+    def open_url(self, url: str) -> None:
+        """Show the page of the tiny model at this address, in a session without stories."""
+        self("Page.navigate", url=url)
+        self.wait("typeof $ === 'function' && document.readyState === 'complete'")
+        self.js("removeEventListener('pagehide', keep); sessionStorage.clear()")
         self.problems.clear()
-        self("Page.navigate", url=f"http://127.0.0.1:{server.port}/")
+        self("Page.reload")
         self.wait("typeof $ === 'function' && $('model').textContent.includes('MoE-tiny')")
 
     def fill(self, **values: Any) -> None:
@@ -82,7 +89,7 @@ class Browser:
             self.js(f"field({name!r}).value = {json.dumps(value)}")
 
     def press(self, key: str, modifiers: int = 0) -> None:
-        code = {"Enter": 13, "Escape": 27, "ArrowRight": 39}[key]
+        code = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}[key]
         for kind in ("rawKeyDown", "keyUp"):
             self(
                 "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, modifiers=modifiers

@@ -12,7 +12,7 @@ import yaml
 
 import run_train
 from litgpt_moe.checkpoints.state import tensors_of
-from litgpt_moe.cli import normalize_flags
+from litgpt_moe.flags import normalize_flags
 from litgpt_moe.training import loop
 from litgpt_moe.training import run as run_module
 from litgpt_moe.training.run import set_up

@@ -3,7 +3,10 @@
 import contextlib
 import http.client
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +15,7 @@ from typing import Any
 
 import openai
 
-from generate import read_settings
+import generate
 from litgpt_moe.generation.settings import DEFAULT_PROMPT
 from litgpt_moe.generation.text import load
 from litgpt_moe.serving.app import make_server, open_port
@@ -37,7 +40,7 @@ class Running:
 @contextlib.contextmanager
 def serving(folder: Path, *flags: str) -> Iterator[Running]:
     """Serve a checkpoint on a free port; the client does not retry."""
-    settings, sampling = read_settings(["--serve", "--device=cpu", f"--ckpt_dir={folder}", *flags])
+    settings, sampling = generate.read_settings(["--serve", "--device=cpu", f"--ckpt_dir={folder}", *flags])
     settings = replace(settings, prompt=DEFAULT_PROMPT)
     with open_port(settings.host, 0) as listener:
         model, tokenizer, decoder = load(settings)
@@ -53,16 +56,29 @@ def serving(folder: Path, *flags: str) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
+def start_server(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
+    """Start `generate.py --serve` as a user does; return the process and the address of its page."""
+    command = [sys.executable, generate.__file__, "--serve", f"--ckpt_dir={folder}", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, **pipes)
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if line.startswith("playground "))
+    return process, line.split()[1]
+
+
 def complete(server: Running, prompt: Any = "Tom", routing: bool = False, **options: Any) -> Any:
     """Return the answer to a request by OpenAI's client."""
     extra = {"extra_body": {"routing": True}} if routing else {}
     return server.client.completions.create(model=server.name, prompt=prompt, **options, **extra)
 
 
-def post(server: Running, body: bytes | Iterator[bytes], **headers: str) -> tuple[int, dict]:
+def post(
+    server: Running, body: bytes | Iterator[bytes], path: str = "/v1/completions", **headers: str
+) -> tuple[int, dict]:
     """Send a request as no well-behaved client would; return the status and the parsed answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     names = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
-    connection.request("POST", "/v1/completions", body, names)
+    connection.request("POST", path, body, names)
     response = connection.getresponse()
     return response.status, json.loads(response.read())

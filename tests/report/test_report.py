@@ -89,6 +89,12 @@ def test_the_page_holds_what_the_run_logged(
     assert [story["step"] for story in run["stories"]] == ["4", "8"]
     assert run["settings"]["train.global_batch_size"] == "4" and run["settings"]["model.n_expert"] == "4"
     assert run["command"] == "run_train.py --config train_config.yaml" and run["done"]
+    about = run["about"]
+    assert about["Model"] == "MoE-tiny: 2 layers of width 16, 4 experts, 2 for each token"
+    assert about["Parameters"].endswith(" active for each token")
+    assert "cores, " in about["Machine"] and "a tokenizer of " in about["Data"]
+    n_tokens = json.loads((run_dir / "logs/run.json").read_text("utf-8"))["data"]["train"]["n_tokens"]
+    assert about["Passes"] == f"{8 * 4 * 64 / n_tokens:.3g} through the training data"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].endswith("report.html") and "file://" in lines[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"first", "report.html"}
@@ -152,6 +158,10 @@ def test_evaluations_of_a_run_are_found_by_digest_and_by_path(run_dir: Path, tmp
         ("step-00000004", 1.5),
     ]
     assert {row["data"] for row in run["results"]} == {"d val"}
+    newest = run["results"][-1]
+    assert run["about"]["Evaluation"].startswith(
+        f"{newest['checkpoint']} on d val: loss {newest['loss']:.4f}, "
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,14 +202,15 @@ def test_a_long_log_makes_a_small_page_that_keeps_the_extremes(tmp_path: Path) -
 
 def test_facts_of_another_shape_are_left_out(tmp_path: Path) -> None:
     odd = write_log(tmp_path / "odd", "step,loss\n10,3.5\n")
-    facts = {"settings": ["seed", 1], "versions": "2.10", "command": 7}
+    facts = {"settings": ["seed", 1], "versions": "2.10", "command": 7, "model": {"name": 5}, "machine": []}
+    facts |= {"data": {"class_path": 1}, "commit": {"id": None, "is_changed": True}}
     (odd / "logs/run.json").write_text(json.dumps(facts), encoding="utf-8")
     load = f"step,layer,e0,e1\n10,0,3,{'9' * 30}\n20,0,1,3\n"
     (odd / "logs/expert_load.csv").write_text(load, encoding="utf-8")
     (odd / "final").mkdir()
     (odd / "final/model_config.yaml").write_text("a: &b [1]\nc: *b\n", encoding="utf-8")
     (run,) = make(odd, out=tmp_path / "report.html")
-    assert (run["settings"], run["versions"], run["command"]) == ({}, {}, "")
+    assert (run["settings"], run["versions"], run["command"], run["about"]) == ({}, {}, "", {})
     assert run["heat"]["steps"] == [20] and run["train"]["loss"] == [3.5]
 
 
@@ -312,7 +323,8 @@ def two_runs(run_dir: Path, tmp_path: Path) -> Path:
         csv.writer(file).writerow([8, 2048, "Once", STORY])
     spike = "step,loss,mean,sigma,grad_norm,first_sequence\n5,6.5,5.5,0.1,3.0,16\n"
     (other / "logs/spikes.csv").write_text(spike, encoding="utf-8")
-    (other / "results.jsonl").write_text(result(other / "final", data={"data_dir": STORY}), encoding="utf-8")
+    row = result(other / "final", data={"data_dir": STORY}, blimp={"accuracy": 0.625})
+    (other / "results.jsonl").write_text(row, encoding="utf-8")
     make(run_dir, other, out=tmp_path / "report.html")
     return tmp_path / "report.html"
 
@@ -335,6 +347,30 @@ def test_it_fits_the_window_in_both_schemes(
 
 
 @in_browser
+@pytest.mark.parametrize("width", [1280, 1000, 390])
+def test_every_column_of_every_table_is_in_the_window(width: int, browser: Browser, two_runs: Path) -> None:
+    show(browser, two_runs, width)
+    browser.js("$('all').open = true")
+    outside = """[...document.querySelectorAll("td")].filter((e) => {
+      const {left, right, width} = e.getBoundingClientRect();
+      return width && (left < 0 || right > document.documentElement.clientWidth);
+    }).map((e) => e.textContent)"""
+    assert browser.js("document.querySelectorAll('td').length") > 50 and browser.js(outside) == []
+    if width == 390:  # the labels stand in the cells, since the head of the table is out of sight
+        label = "getComputedStyle(document.querySelector('#results td:nth-child(5)'), '::before').content"
+        assert browser.js(label) == '"Loss"'
+
+
+@in_browser
+def test_the_page_says_what_each_run_was(browser: Browser, two_runs: Path) -> None:
+    show(browser, two_runs)
+    rows = browser.js("[...$('about').rows].map((row) => [...row.cells].map((cell) => cell.textContent))")
+    assert rows[0] == ["", "first", "<img src=x>"]
+    assert [row[0] for row in rows[1:6]] == ["Model", "Parameters", "Machine", "Data", "Passes"]
+    assert rows[1][1] == rows[1][2] == "MoE-tiny: 2 layers of width 16, 4 experts, 2 for each token"
+
+
+@in_browser
 def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path) -> None:
     show(browser, two_runs)
     assert browser.js("document.images.length") == 0 and browser.problems == []
@@ -343,6 +379,8 @@ def test_names_and_stories_are_text_and_no_html(browser: Browser, two_runs: Path
     cells = browser.js("[...document.querySelectorAll('#results td')].map((e) => e.textContent)")
     loss = ["1.5000", "4.5", "0.5000", "2026-01-01 00:00"]
     assert cells == ["<img src=x>", "final (replaced since)", f"{STORY} None", "99", *loss]
+    cells = browser.js("[...document.querySelectorAll('#quality td')].map((e) => e.textContent)")
+    assert cells == ["<img src=x>", "final (replaced since)", "62.5%", "2026-01-01 00:00"]
 
 
 @in_browser
@@ -461,3 +499,22 @@ def test_a_report_takes_its_settings_from_the_newest_step_not_from_a_folder_with
         (tmp_path / name / "train_config.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
     settings, _, _ = read_facts(tmp_path)
     assert settings["seed"] == "2"
+
+
+def test_scores_beside_the_loss_are_shown_as_far_as_they_are_numbers(run_dir: Path, tmp_path: Path) -> None:
+    told = {"n": 48, "ended": 0.75, "distinct_3": None, "copied_longest": 9, "copied": [9] * 48, "words": "x"}
+    judged = {**told, "judge": {"grammar": 7.5, "plot": "<b>", "model": "j", "failure": "x"}}
+    path = run_dir / "final"
+    rows = [
+        result(path, loss=None, data={}, blimp={"accuracy": 0.625, "paradigms": {"a": 0.625}}),
+        result(path, stories=judged, blimp=[1]),
+        result(path, loss=2.0, stories="odd", blimp={"accuracy": float("nan")}),
+    ]
+    (run_dir / "results.jsonl").write_text("".join(rows), encoding="utf-8")
+    (run,) = make(run_dir, out=tmp_path / "report.html")
+    assert [row["quality"] for row in run["results"]] == [
+        {"blimp": 0.625},
+        {"n": 48, "ended": 0.75, "copied_longest": 9, "grammar": 7.5},
+        None,
+    ]
+    assert run["results"][0]["data"] == "none"

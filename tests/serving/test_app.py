@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from typing import Any
 import openai
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, SENTENCE, wait_until
-from helpers.server import Running, complete, post, serving
+from conftest import SENTENCE, wait_until
+from helpers.server import Running, complete, post, serving, start_server
 
 from generate import main
 from litgpt_moe.serving import engine
@@ -206,18 +205,9 @@ def test_an_unknown_error_is_told_as_one_and_logged(
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "generate.py"), "--serve", f"--ckpt_dir={folder}", *flags]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, **OFFLINE}, **pipes)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as a signal")
 def test_ctrl_c_ends_a_server_in_the_middle_of_a_story_with_status_0(chatterbox: Path) -> None:
-    process = start(chatterbox, "--port=0", "--max_tokens=4000")
-    assert process.stderr is not None
-    log = [next(line for line in process.stderr if line.startswith("playground "))]
-    url = log[0].split()[1]
+    process, url = start_server(chatterbox, "--port=0", "--max_tokens=4000")
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         stream = client.completions.create(model="MoE-tiny", prompt="Tom", stream=True)
         next(stream)

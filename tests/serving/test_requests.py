@@ -96,7 +96,7 @@ def test_a_model_that_is_not_here_is_not_found(tiny: Running) -> None:
         tiny.client.completions.create(model="gpt", prompt="Tom")
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError, match="this server has /"):
-        tiny.client.chat.completions.create(model="MoE-tiny", messages=[])
+        tiny.client.embeddings.create(model="MoE-tiny", input="Tom")
 
 
 JSON = st.recursive(

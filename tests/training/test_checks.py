@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from helpers.runs import edit_yaml, refusal, run
 
 from litgpt_moe.checkpoints.writer import BESIDE_BYTES
 from litgpt_moe.locks import FolderInUse
 from litgpt_moe.training import checks
 from litgpt_moe.training.checks import train_problems
-from litgpt_moe.training.parse import ROOT, load_settings
+from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.run import set_up
 from litgpt_moe.training.settings import Settings
 
@@ -30,7 +31,7 @@ BAD_TRAIN_VALUES = {
     "checkpoints.keep_last": (0, "checkpoints.keep_last is 0; choose 1 or more"),
     "guard.max_skipped_steps": (0, "guard.max_skipped_steps is 0; choose 1 or more"),
     "train.max_steps": (5, "train.max_steps is 5, which LitGPT ignores in pretraining; use train.max_tokens"),
-    "train.epochs": (1, "train.epochs is 1, which LitGPT ignores"),
+    "train.epochs": (0, "train.epochs is 0; choose 1 or more"),
     "train.max_norm": (None, "train.max_norm is null"),
     "train.log_interval": ("often", "train.log_interval is 'often'; it must be a whole number"),
     "train.save_interval": ("x", "train.save_interval is 'x'; it must be a whole number or null"),
@@ -108,6 +109,8 @@ def test_the_stories_settings_of_the_repository_are_valid() -> None:
     for config, model in (
         ("train_config.yaml", "model_config.yaml"),
         ("configs/demo_train.yaml", "configs/demo_model.yaml"),
+        ("configs/small_train.yaml", "configs/moe_10m.yaml"),
+        ("configs/small_train.yaml", "configs/demo_model.yaml"),
     ):
         flags = ["--config", str(ROOT / config), "--model_config", str(ROOT / model)]
         settings = load_settings(flags).settings

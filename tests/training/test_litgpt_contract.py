@@ -1,5 +1,6 @@
 """What we rely on in LitGPT 0.5.13 and Lightning, one test a seam: an upgrade fails here with a sentence."""
 
+import ast
 import inspect
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from litgpt.model import GPT, GroupedTopkRouter, LLaMAMoE
 from litgpt.utils import save_config
 
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.training.fabric import LITGPT_LINES
 from moe_layers import MoE
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -39,6 +41,27 @@ def test_save_checkpoint_calls_the_function_that_we_replace() -> None:
     assert source.index("fabric.save") < source.index("save_config"), (
         "model_config.yaml is no longer written last: its presence marks a whole checkpoint of LitGPT"
     )
+
+
+def beginning(text: ast.expr) -> str:
+    """Return how a text of the source begins."""
+    match text:
+        case ast.Constant(value=str(words)):
+            return words
+        case ast.JoinedStr(values=[first, *_]) | ast.BinOp(left=first):
+            return beginning(first)
+        case ast.Name(id="separator"):
+            return "-----"
+    return ast.unparse(text)
+
+
+def test_all_that_the_loop_prints_is_known_and_said_by_us() -> None:
+    source = "".join(inspect.getsource(part) for part in (pretrain.main, pretrain.fit, pretrain.validate))
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    printed = [beginning(call.args[0]) for call in calls if ast.unparse(call.func) == "fabric.print"]
+    assert len(printed) > 10
+    new = [text for text in printed if not text.startswith(LITGPT_LINES)]
+    assert new == [], f"LitGPT prints {new}: decide in training/fabric.py whether a user needs that"
 
 
 def test_block_builds_the_class_that_the_config_names() -> None:

@@ -1,5 +1,6 @@
 """What a run reports: times, the row of metrics, the line on the terminal and what the log does with both."""
 
+import re
 import time
 from pathlib import Path
 
@@ -143,21 +144,12 @@ def test_a_logged_row_is_in_the_file_and_on_the_terminal(
     tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = a_log(tmp_path)
-    log.log_metrics({"step": 4, "val_loss": 2.5}, step=3)
-    assert capsys.readouterr().err == ""
+    log.log_metrics({"step": 4, "val_loss": 2.5, "val_ppl": 12.1825}, step=3)
+    assert capsys.readouterr().err == "step 4/8 | validation loss 2.500, perplexity 12.18\n"
     log.log_metrics(LINE, step=4)
     assert "loss 3.142, val 2.500" in capsys.readouterr().err
     assert log.latest == {"loss": 3.14159, "step": 4, "val_loss": 2.5}
     assert len(log.logs.metrics.path.read_text(encoding="utf-8").splitlines()) == 3
-
-
-def test_the_lines_of_litgpt_that_ours_replace_are_left_out(
-    tmp_path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = a_log(tmp_path)
-    for line in ("Epoch 1 | iter 1 step 1", "| - Tok/sec       : 0.2 tok/s", "-" * 40, "Validating ..."):
-        log.print(line)
-    assert capsys.readouterr().err == "Validating ...\n"
 
 
 def test_a_spike_is_written_down_with_the_first_sequence_of_its_step(
@@ -184,15 +176,37 @@ def test_a_bar_on_a_terminal_replaces_the_lines(
     tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
     log = a_log(tmp_path)
-    for step in (5, 6):
-        log.advance(step)
-    log.log_metrics(LINE)
-    assert log.bar is not None and (log.bar.n, log.bar.total) == (6 * 256, 8 * 256)
+    log.show("building the model")
+    # before the first step: the longest wait of a beginner
+    assert "\rbuilding the model:   0%|" in capsys.readouterr().err
+    log.advance(1, 0.0)
+    log.log_metrics(LINE | {"val_loss": 2.5, "val_ppl": 12.0})
+    log.advance(2, 0.0)
+    assert log.bar is not None and (log.bar.bar.n, log.bar.bar.total) == (2 * 256, 8 * 256)
     log.finalize("success")
     error = capsys.readouterr().err
-    assert "loss=3.142" in error or "tok" in error
-    assert "step 4/8" not in error
+    assert "| loss 3.142, val 2.500 [00:00<" in error and "\x1b" not in error
+    assert "step 4/8 | validation loss 2.500, perplexity 12\n" in error and "tokens/s, MFU" not in error
+
+
+def test_a_narrow_terminal_keeps_the_losses_of_the_bar_and_loses_the_times(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    log = a_log(tmp_path)
+    log.show("")
+    assert log.bar is not None
+    log.bar.bar.dynamic_ncols = lambda _: (30, 10)
+    capsys.readouterr()
+    log.log_metrics(LINE)
+    log.show("")
+    log.finalize("success")
+    lines = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().err).replace("\n", "\r").split("\r")
+    # tqdm writes spaces over what stood there before
+    assert max(len(line.rstrip()) for line in lines) <= 30 and any("| loss 3.142 [" in line for line in lines)
 
 
 def test_no_name_of_a_model_or_a_file_can_command_the_terminal_during_training(

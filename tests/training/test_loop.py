@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.torch_version import TorchVersion
 
-from litgpt_moe.cli import normalize_flags
+from litgpt_moe.flags import normalize_flags
 from litgpt_moe.training import loop
 from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.loop import make_fabric, replaced_functions, set_up_torch

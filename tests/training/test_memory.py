@@ -68,7 +68,8 @@ def test_what_fits_is_proposed_when_memory_ran_out(monkeypatch: pytest.MonkeyPat
     has = next(size for size in range(RESERVED_BYTES, 2 * RESERVED_BYTES, 1000) if fits(small, size))
     monkeypatch.setattr(memory, "memory_bytes", lambda: has)
     told = out_of_memory(run, ["--seed", "1"])
-    assert told.startswith("out of memory with train.micro_batch_size 64 (planned: weights ")
+    beginning = "out of memory with train.micro_batch_size 64 (MoE-tiny, 21.7K parameters; planned: weights "
+    assert told.startswith(beginning)
     assert told.endswith(
         ", of 1.1); with less memory it goes on by: uv run python run_train.py --seed 1 "
         "--micro_batch_size 4 --resume auto"

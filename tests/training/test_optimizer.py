@@ -179,3 +179,17 @@ def test_a_resumed_run_takes_its_own_weight_decay_and_not_the_saved_one() -> Non
     assert run("--max_tokens", 1280, "--resume", "auto", "--optimizer.weight_decay", 0.5) == 0
     state = torch.load("out/final/lit_model.pth", weights_only=True)
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_keeps_its_momentum_in_every_dtype(dtype: torch.dtype) -> None:
+    model = GPT(MoEConfig(**TINY_CONFIG)).to(dtype)
+    spec = {"class_path": "torch.optim.Muon", "init_args": {"momentum": 0.5, "nesterov": False}}
+    optimizer = make_optimizer(Settings(), model, spec)
+    for _ in range(2):
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    momentum = optimizer.state[optimizer.param_groups[0]["params"][0]]["momentum_buffer"]
+    # zeros, half way to the gradient of ones, and again
+    assert momentum.eq(0.75).all()

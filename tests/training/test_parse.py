@@ -9,10 +9,13 @@ import yaml
 from conftest import TINY_CONFIG
 from helpers.runs import edit_yaml, refusal
 
-from litgpt_moe.cli import normalize_flags
-from litgpt_moe.training import parse
-from litgpt_moe.training.parse import GROUPS, ROOT, VARIABLES, choose_configs, load_settings, resume_command
+from litgpt_moe.flags import normalize_flags
+from litgpt_moe.hardware import has_cuda
+from litgpt_moe.training.given import has_own_data
+from litgpt_moe.training.parse import GROUPS, load_settings, resume_command
 from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.sources import PAIRS, VARIABLES, choose_configs
+from litgpt_moe.words import ROOT
 
 pytestmark = pytest.mark.usefixtures("workspace")
 
@@ -51,7 +54,7 @@ def test_a_tilde_is_the_home_folder_in_yaml_flags_and_variables(
     edit_yaml("train_config.yaml", "data.init_args.val_data_path", "~/data/val")
     monkeypatch.setenv("WANDB_ARTIFACTS_DIR", "~/arts")
     settings = load("--dataset_dir=~/data", "--resume=~/old")
-    assert (settings.out_dir, settings.dataset_dir) == (home / "runs", home / "data")
+    assert (settings.out_dir, settings.data_dir) == (home / "runs", home / "data")
     assert settings.wandb_artifacts_dir == home / "arts" and Path(str(settings.resume)) == home / "old"
     assert Path(settings.data["init_args"]["val_data_path"]) == home / "data/val"
     # a file may have such a name, and other text is no path
@@ -67,7 +70,12 @@ def test_a_tilde_is_the_home_folder_in_yaml_flags_and_variables(
         ("--max-tokens", "train.max_tokens", "4096", 4096),
         ("--max-seq-length", "train.max_seq_length", "32", 32),
         ("--resume", "resume", "auto", "auto"),
-        ("--dataset-dir", "dataset_dir", "elsewhere", Path("elsewhere")),
+        ("--data-dir", "data_dir", "elsewhere", Path("elsewhere")),
+        # its name in earlier versions
+        ("--dataset-dir", "data_dir", "elsewhere", Path("elsewhere")),
+        ("--train.max_tokens", "train.max_tokens", "1.5M", 1_500_000),
+        ("--micro_batch_size", "train.micro_batch_size", "1k", 1000),
+        ("--train.max_time", "train.max_time", "1h30m", 5400.0),
         ("--wandb-dataset", "wandb_dataset", "me/p/n:v1", "me/p/n:v1"),
         ("--wandb-artifacts-dir", "wandb_artifacts_dir", "arts", Path("arts")),
         ("--train.min_lr", "train.min_lr", "1e-5", 1e-5),
@@ -101,6 +109,31 @@ def test_arguments_of_classes_are_set_with_and_without_init_args() -> None:
     assert settings.data["init_args"]["num_workers"] == 2
     assert load("--optimizer", "SGD").optimizer["class_path"] == "SGD"
     assert load("--optimizer.class_path", "SGD") == load("--optimizer=SGD")
+
+
+def test_a_short_number_in_yaml_is_a_number_too() -> None:
+    edit_yaml("train_config.yaml", "train.max_tokens", "10k")
+    edit_yaml("train_config.yaml", "train.max_time", "2h")
+    train = load().train
+    assert (train.max_tokens, train.max_time) == (10_000, 7200.0)
+    # text stays text
+    assert load("--logger_name", "wandb", "--log.run", "1M").log.run == "1M"
+
+
+def test_the_data_directory_has_its_earlier_name_in_yaml_too_but_not_both() -> None:
+    edit_yaml("train_config.yaml", "dataset_dir", "before")
+    assert load().data_dir == Path("before") and load("--data_dir", "now").data_dir == Path("now")
+    edit_yaml("train_config.yaml", "data_dir", "now")
+    told = "train_config.yaml: data_dir is given twice, under its old name too; keep one"
+    with pytest.raises(ValueError, match=told):
+        load()
+
+
+def test_a_configuration_is_named_as_in_configs() -> None:
+    assert load("--model_config", "moe_30m_debug").model_config == ROOT / "configs/moe_30m_debug.yaml"
+    edit_yaml("train_config.yaml", "model_config", "moe_200m")
+    assert load().model_config == ROOT / "configs/moe_200m.yaml"
+    assert load_settings(["--config", "demo_train"]).settings.model_config == ROOT / "configs/demo_model.yaml"
 
 
 def test_progress_can_be_switched_off() -> None:
@@ -150,7 +183,18 @@ def test_a_problem_names_the_place_that_its_value_came_from(
     ("flags", "sentence"),
     [
         (["--out_dir", ""], "--out_dir: out_dir is ''; it must be a path"),
-        (["--dataset_dir="], "--dataset_dir: dataset_dir is ''; it must be a path or null"),
+        (["--dataset_dir="], "--dataset_dir: data_dir is ''; it must be a path or null"),
+        (
+            ["--compile", "of"],
+            "--compile: compile is 'of'; it must be one of auto, on, off; did you mean",
+        ),
+        (["--precision", "bf16-tru"], "--precision: precision is 'bf16-tru'; did you mean bf16-true? Choose"),
+        (["--optimizer", "AdmW"], "--optimizer: optimizer.class_path is AdmW, which cannot be used: module"),
+        (
+            ["--train.max_tokens", "1.0001k"],
+            "--train.max_tokens: train.max_tokens is '1.0001k'; it must",
+        ),
+        (["--train.max_time", "10M"], "--train.max_time: train.max_time is '10M'; it must be a number"),
         (["--train", "5"], "--train: train is '5'; give one of its keys, as in --train.KEY VALUE"),
         (["--data.num_workers", "-1"], "--data.num_workers: data: prepare_data.TextShards does not take"),
         (["--optimizer.lr", "-1"], "--optimizer.lr, train_config.yaml: optimizer: torch.optim.AdamW does"),
@@ -233,7 +277,7 @@ def test_a_settings_file_that_is_no_yaml_mapping_is_refused(text: str) -> None:
 
 
 def chosen(**named: str) -> tuple[Path, Path]:
-    return choose_configs({key: (path, f"--{key}") for key, path in named.items()})
+    return choose_configs({key: (path, f"--{key}") for key, path in named.items()}, has_cuda, has_own_data)
 
 
 @pytest.fixture(params=[True, False])
@@ -295,12 +339,36 @@ def test_a_name_that_is_near_pairs_no_files(cuda: bool, capsys: pytest.CaptureFi
 def test_without_a_name_the_pair_is_that_for_this_machine(
     cuda: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("data/custom_text/train").mkdir(parents=True)
+    Path("data/custom_text/train/a.txt").touch()
     pair = ("train_config.yaml", "model_config.yaml") if cuda else ("demo_train.yaml", "demo_model.yaml")
     folder = ROOT if cuda else ROOT / "configs"
     assert chosen() == (folder / pair[0], folder / pair[1])
     told = capsys.readouterr().err
     assert told.endswith(f"Settings from {folder / pair[0]} and {folder / pair[1]}.\n")
     assert ("training the small demo model on the CPU" in told) is not cuda
+
+
+def test_where_there_is_no_text_the_pair_is_the_demo_s_on_a_gpu_too(
+    cuda: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = (ROOT / "configs/demo_train.yaml", ROOT / "configs/demo_model.yaml")
+    train, manifest = Path("data/custom_text/train"), Path("data/custom_text/manifest.json")
+    assert chosen() == demo
+    assert "training the small demo model" in capsys.readouterr().err
+    # the demo's own text is there the second time
+    train.mkdir(parents=True)
+    for name in ("demo.txt", "demo.json"):
+        (train / name).touch()
+    assert chosen() == demo
+    own = (ROOT / "train_config.yaml", ROOT / "model_config.yaml") if cuda else demo
+    assert chosen(data_dir="data/mine") == own
+    # shards without their text, as of a mixture
+    manifest.write_text("{}", encoding="utf-8")
+    assert chosen() == own
+    manifest.unlink()
+    (train / "mine.txt").touch()
+    assert chosen() == own
 
 
 def test_a_model_config_in_the_settings_is_the_model_s_file_unless_a_flag_names_another() -> None:
@@ -341,5 +409,5 @@ def test_each_place_of_a_value_is_known_and_defaults_have_none(monkeypatch: pyte
 
 
 def test_the_names_of_a_pair_are_those_of_the_repository() -> None:
-    for folder, pair in zip((ROOT, ROOT / "configs"), parse.PAIRS, strict=True):
+    for folder, pair in zip((ROOT, ROOT / "configs"), PAIRS, strict=True):
         assert all((folder / name).is_file() for name in pair)

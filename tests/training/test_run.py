@@ -41,7 +41,7 @@ def test_saved_settings_are_read_back_as_they_ran() -> None:
 
 def test_settings_are_saved_in_the_shape_of_litgpt_s_files() -> None:
     plain = yaml.safe_load(saved_text(Settings()))
-    assert list(plain)[:4] == ["out_dir", "initial_checkpoint_dir", "data", "dataset_dir"]
+    assert list(plain)[:4] == ["out_dir", "initial_checkpoint_dir", "data", "data_dir"]
     assert not {"config", "model_config", "resume", "overwrite"} & plain.keys()
     assert plain["train"] == asdict(Settings().train) and plain["log"] == asdict(Settings().log)
     assert plain == plain_settings(Settings())

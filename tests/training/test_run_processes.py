@@ -147,7 +147,7 @@ def test_a_second_signal_leaves_at_once_and_does_no_harm() -> None:
     # a step of 4,000 micro-batches, which nobody waits for
     process = start("--global_batch_size", 4000, "--micro_batch_size", 1, "--max_tokens", 4000 * 64)
     log = Path("log.txt")
-    assert wait_for(lambda: "Measured TFLOPs" in log.read_text(encoding="utf-8"), process)
+    assert wait_for(lambda: "\nRun  " in log.read_text(encoding="utf-8"), process)
     process.send_signal(signal.SIGTERM)
     assert wait_for(lambda: "saving the last whole step" in log.read_text(encoding="utf-8"), process)
     assert process.poll() is None

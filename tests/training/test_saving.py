@@ -83,7 +83,12 @@ def test_the_digests_are_those_of_the_files() -> None:
     assert set(described["files"]) == files - {"checkpoint.json"} and described["step"] == 1
     for name, entry in described["files"].items():
         data = Path("out/final", name).read_bytes()
+        weights = entry.pop("weights", None)
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if name == "lit_model.pth":  # of each weight there are two moments too
+            head, tail = data[: weights["head"]], data[-weights["tail"] :]
+            assert len(head) < len(data) / 2
+            assert weights["sha256"] == hashlib.sha256(head + tail).hexdigest()
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +219,8 @@ def test_out_of_memory_is_one_sentence_with_the_command_that_goes_on(
         assert run(*flags) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
     told, _, command = error.partition("goes on by: uv run python run_train.py ")
-    beginning = r"error: out of memory with train.micro_batch_size 4 \(planned: weights .* GB, of [\d.]+\); "
+    figures = r"MoE-tiny, 21\.7K parameters; planned: weights .* GB, of [\d.]+"
+    beginning = rf"error: out of memory with train.micro_batch_size 4 \({figures}\); "
     assert re.fullmatch(f"{beginning}--activation_checkpointing saves some; with less memory it ", told)
     assert command == "--config train_config.yaml --out_dir out --micro_batch_size 2 --resume auto"
     assert run(*command.split()[2:]) == 0
@@ -227,7 +233,7 @@ def test_without_a_smaller_micro_batch_other_ways_out_of_memory_are_named(
     at_step(1, lambda: bytearray(10**15))
     assert run("--micro_batch_size", 1) == 1
     error = capsys.readouterr().err
-    assert "error: out of memory with train.micro_batch_size 1 (planned: weights " in error
+    assert "error: out of memory with train.micro_batch_size 1 (MoE-tiny, 21.7K parameters; planned" in error
     assert ", and none is smaller; choose --activation_checkpointing, a smaller model" in error
 
 

@@ -17,8 +17,8 @@ from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.training import batches, loop, progress
 from litgpt_moe.training.checks import run_lock
-from litgpt_moe.training.hooks import LoopHooks
-from litgpt_moe.training.loop import TrainingFabric
+from litgpt_moe.training.ending import EarlyEnd
+from litgpt_moe.training.fabric import TrainingFabric
 from litgpt_moe.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -138,15 +138,15 @@ def test_a_signal_amid_a_long_validation_cuts_it_off(
 ) -> None:
     common = ["--micro_batch_size", 1, "--train.save_interval", 100, "--eval.interval", 4]
     assert run("--out_dir", "whole", *common) == 0
-    between, calls = LoopHooks.between_val_batches, []
+    between, calls = EarlyEnd.between_val_batches, []
 
-    def watched(hooks: LoopHooks, n_done: int, n_batches: float) -> None:
-        if hooks.step == 4 and not calls:
+    def watched(end: EarlyEnd, n_done: int, n_batches: float) -> None:
+        if end.hooks.step == 4 and not calls:
             calls.append(n_done)
             signal.raise_signal(signal.SIGTERM)
-        between(hooks, n_done, n_batches)
+        between(end, n_done, n_batches)
 
-    monkeypatch.setattr(LoopHooks, "between_val_batches", watched)
+    monkeypatch.setattr(EarlyEnd, "between_val_batches", watched)
     assert run(*common) == 0
     output = capsys.readouterr()
     assert "The validation at step 4 is cut off." in output.err and "Stopped after step 4 of 8" in output.out

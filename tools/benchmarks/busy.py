@@ -72,7 +72,7 @@ def tokens_per_s(settings: BusyBenchmark, variables: dict[str, str], folder: Pat
         "model_config": settings.model_config,
         "config": settings.train_config,
         "out_dir": folder / "run",
-        "dataset_dir": folder / "data",
+        "data_dir": folder / "data",
         "tokenizer_dir": folder / "tokenizer",
         "train.max_tokens": (settings.steps + WARM_UP_STEPS) * 1024,
         "train.log_interval": 1,

@@ -51,10 +51,10 @@ class GenerateBenchmark:
     """Texts at once, beside one alone."""
     busy: bool = False
     """Keep one core busy with another process."""
-    llama_env: str = str(ROOT / ".llama_env")
+    llama_env: str = ".llama_env"
     """Environment of xllamacpp; '' leaves llama.cpp out."""
     seed: int = 0
-    """Seed of the weights and the prompt."""
+    """Seed of the weights and the prompts, which differ: texts at once choose different experts."""
     out: Path | None = None
     """JSON file for the figures (default: none is written)."""
 
@@ -81,13 +81,13 @@ def bytes_per_token(model: "GPT", precision: str) -> float:
 
 
 def measure(
-    contestants: "dict[str, Contestant]", settings: GenerateBenchmark, prompt: list[int], batch: int
+    contestants: "dict[str, Contestant]", settings: GenerateBenchmark, prompts: list[list[int]]
 ) -> "dict[str, list[Round]]":
     """Return each contestant's rounds, in which all take turns. WorkFailed if tokens differ from stock's."""
     rounds: dict[str, list[Round]] = {name: [] for name in contestants}
     for number in range(settings.rounds + 1):
         for name, contestant in contestants.items():
-            found = contestant.run(prompt, settings.max_tokens, batch)
+            found = contestant.run(prompts, settings.max_tokens)
             if number:  # the first round warms up
                 rounds[name].append(found)
     expected = rounds["stock float32"][0].tokens
@@ -136,7 +136,8 @@ def run(settings: GenerateBenchmark) -> None:
     model = made.build(config, ckpt_dir, settings.seed)
     ours = made.our_contestants(model, config)
     draw = torch.Generator().manual_seed(settings.seed)
-    prompt = torch.randint(3, model.config.vocab_size, (settings.prompt_tokens,), generator=draw).tolist()
+    size = (settings.batch, settings.prompt_tokens)
+    prompts = torch.randint(3, model.config.vocab_size, size, generator=draw).tolist()
     report: dict[str, Any] = {"settings": recorded(settings), "machine": machine(), "cases": []}
     with tempfile.TemporaryDirectory() as folder, busy_process(settings.busy):
         ggufs = made.write_ggufs(model, ckpt_dir, Path(folder)) if python else {}
@@ -145,9 +146,8 @@ def run(settings: GenerateBenchmark) -> None:
             speed = bytes_per_s()
             with all_contestants(ours, ggufs, python, n_threads, settings.batch) as contestants:
                 for batch in (1, settings.batch):
-                    found = figures(
-                        measure(contestants, settings, prompt, batch), settings.max_tokens * batch
-                    )
+                    rounds = measure(contestants, settings, prompts[:batch])
+                    found = figures(rounds, settings.max_tokens * batch)
                     case = {"threads": n_threads, "batch": batch, "read_gb_per_s": speed / 1e9}
                     report["cases"].append({**case, "figures": found})
                     show(model, case, found)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,17 +33,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Round:
-    """One timed run: seconds for all tokens, seconds to the first, and the first text's new tokens."""
+    """One timed run: seconds for all tokens, seconds to the first of all, and each text's new tokens."""
 
     seconds: float
     first_s: float | None = None
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
 
 
 class Contestant(Protocol):
-    """Continues a prompt greedily by `n` tokens, `batch` times at once."""
+    """Continues prompts greedily by `n` tokens each, all at once."""
 
-    def run(self, prompt: list[int], n: int, batch: int) -> Round:
+    def run(self, prompts: list[list[int]], n: int) -> Round:
         """Return what it took."""
         ...
 
@@ -54,19 +54,20 @@ class Ours:
 
     decoder: Decoder
 
-    def run(self, prompt: list[int], n: int, batch: int) -> Round:
+    def run(self, prompts: list[list[int]], n: int) -> Round:
         """Return what it took; the texts advance together."""
-        together, first, tokens = Batch(self.decoder), None, []
+        together, first = Batch(self.decoder), None
         started = time.perf_counter()
-        for _ in range(batch):
-            together.join(Continuation(prompt, n, GREEDY))
-        leader = together.members[0]
+        members = [Continuation(prompt, n, GREEDY) for prompt in prompts]
+        tokens: dict[Continuation, list[int]] = {member: [] for member in members}
+        for member in members:
+            together.join(member)
         while together.members:
             for advance in together.step():
-                if advance.member is leader and advance.token is not None:
+                if advance.token is not None:
+                    tokens[advance.member].append(advance.token)
                     first = first or time.perf_counter() - started
-                    tokens.append(advance.token)
-        return Round(time.perf_counter() - started, first, tokens)
+        return Round(time.perf_counter() - started, first, list(tokens.values()))
 
 
 @dataclass
@@ -75,17 +76,17 @@ class Stock:
 
     model: GPT
 
-    def run(self, prompt: list[int], n: int, batch: int) -> Round:
+    def run(self, prompts: list[list[int]], n: int) -> Round:
         """Return what it took."""
-        started, tokens, total = time.perf_counter(), [], len(prompt) + n
-        for _ in range(batch):
-            self.model.max_seq_length = total
+        started, tokens = time.perf_counter(), []
+        for prompt in prompts:
+            self.model.max_seq_length = total = len(prompt) + n
             self.model.set_kv_cache(batch_size=1)
             ids = torch.tensor(prompt)
             steps = generate_fn(
                 self.model, ids, total, temperature=0.0, include_prompt=False, include_eos=True
             )
-            tokens = [int(token) for token in steps]
+            tokens.append([int(token) for token in steps])
         return Round(time.perf_counter() - started, None, tokens)
 
 
@@ -100,9 +101,9 @@ class LlamaCpp:
         )
         self.version = self._answer()["xllamacpp"]
 
-    def run(self, prompt: list[int], n: int, batch: int) -> Round:
+    def run(self, prompts: list[list[int]], n: int) -> Round:
         """Return what it took."""
-        print(json.dumps({"prompt": prompt, "n": n, "batch": batch}), file=self._process.stdin, flush=True)
+        print(json.dumps({"prompts": prompts, "n": n}), file=self._process.stdin, flush=True)
         return Round(**self._answer())
 
     def _answer(self) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def copy_of(model: GPT, model_class: type[GPT], config: Config, dtype: torch.dty
 def our_contestants(model: GPT, config_file: Path) -> dict[str, Contestant]:
     """Return stock LitGPT and our engines by name and precision."""
     found: dict[str, Contestant] = {}
-    stock = copy_of(model, GPT, Config.from_file(config_file), torch.float32)
+    stock = copy_of(model, GPT, Config(**asdict(model.config)), torch.float32)
     found["stock float32"] = Stock(stock)
     plain = copy_of(model, GPT, MoEConfig.from_file(config_file), torch.float32)
     lay_out_for_decoding(plain)

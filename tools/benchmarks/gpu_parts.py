@@ -99,7 +99,7 @@ def _short_run(folder: Path, is_cpu: bool) -> list[list[object]]:
         "--config",
         "configs/demo_train.yaml",
     ]
-    train += ["--dataset_dir", data, "--tokenizer_dir", tokenizer, "--out_dir", out]
+    train += ["--data_dir", data, "--tokenizer_dir", tokenizer, "--out_dir", out]
     n_tokens = (8192, 16384) if is_cpu else (200_000, 400_000)
     story = ["generate.py", "--ckpt_dir", out / "final", "--prompt", "One day", "--max_tokens", 20]
     runs = [[*train, "--max_tokens", n, "--resume", "auto"] for n in n_tokens]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from litgpt_moe.cli import FlagParser, WorkFailed, add_flags, fail, from_flags, note, run_command
+from litgpt_moe.cli import WorkFailed, fail, note, run_command
 from litgpt_moe.files import write_json
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from tools.benchmarks.gpu_parts import Part, parts_of
 from tools.benchmarks.machine import ROOT, check_counts, results_path
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def serve(path: str, n_threads: str, n_parallel: str, n_context: str) -> int:
-    """Answer each line on stdin, {"prompt": ids, "n": new tokens, "batch": texts}, with what it took."""
+    """Answer each line on stdin, {"prompts": [ids, ...], "n": new tokens}, with what it took."""
     answers, sys.stdout = sys.stdout, sys.stderr  # the library prints too
     xllamacpp = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
@@ -23,15 +23,15 @@ def serve(path: str, n_threads: str, n_parallel: str, n_context: str) -> int:
     server = xllamacpp.Server(params)
     fixed = {"temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
 
-    def complete(asked: dict[str, Any]) -> dict[str, Any]:
-        return server.handle_completions({"prompt": asked["prompt"], "n_predict": asked["n"], **fixed})
+    def complete(prompt: list[int], n: int) -> dict[str, Any]:
+        return server.handle_completions({"prompt": prompt, "n_predict": n, **fixed})
 
     print(json.dumps({"xllamacpp": xllamacpp.__version__}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        with ThreadPoolExecutor(asked["batch"]) as threads:
+        with ThreadPoolExecutor(len(asked["prompts"])) as threads:
             started = time.perf_counter()
-            found = list(threads.map(complete, [asked] * asked["batch"]))
+            found = list(threads.map(complete, asked["prompts"], [asked["n"]] * len(asked["prompts"])))
             seconds = time.perf_counter() - started
         first_s = found[0]["timings"]["prompt_ms"] / 1000
         print(json.dumps({"seconds": seconds, "first_s": first_s}), file=answers, flush=True)

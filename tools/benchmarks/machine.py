@@ -1,15 +1,12 @@
 """What all benchmarks share: their command line, the machine in their JSON, where that is kept."""
 
-import os
-import platform
 import re
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags
 from litgpt_moe.files import check_replaceable
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.threads import limit_spinning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,25 +40,21 @@ def check_counts(parser: FlagParser, settings: Any) -> None:
 
 
 def recorded(settings: Any) -> dict[str, Any]:
-    """Return a benchmark's settings as its JSON has them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    """Return a benchmark's settings as its JSON has them: paths below the project's folder, or a name."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Path):
+            return value
+        return value.relative_to(ROOT).as_posix() if value.is_relative_to(ROOT) else value.name
+
+    return {name: plain(value) for name, value in vars(settings).items()}
 
 
 def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions."""
-    import torch
+    from litgpt_moe import hardware  # not at the top: it imports torch, which --help must not wait for
 
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": next(names, platform.processor() or platform.machine()),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    } | {name: version(name) for name in ("torch", "litgpt", "tokenizers")}
+    return hardware.machine()
 
 
 def results_path(script: str, device: str) -> Path:

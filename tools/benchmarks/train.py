@@ -24,7 +24,8 @@ from typing import Any
 
 import yaml
 
-from litgpt_moe.cli import FlagParser, add_flags, from_flags, run_command, run_script
+from litgpt_moe.cli import run_command, run_script
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
 from litgpt_moe.threads import limit_spinning
 from tools.benchmarks.machine import check_counts, machine
 from tools.benchmarks.train_settings import TrainBenchmark

@@ -1,0 +1,214 @@
+"""The models of a comparison (configurations, twins, siblings, variants), each with its settings."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from litgpt_moe.comparison.settings import PlaceSettings
+from litgpt_moe.comparison.twin import Matched, changed_keys, dense_twin, with_experts
+from litgpt_moe.config import ModelFacts, MoEConfig, has_open_vocabulary, model_facts
+from litgpt_moe.files import write_whole
+from litgpt_moe.hardware import training_device
+from litgpt_moe.training.fit import proposed_rate
+from litgpt_moe.training.parse import load_settings
+from litgpt_moe.training.settings import Settings, dotted, plain_settings
+
+# settings that say where a run lies, what it shows and how it computes, but not which model comes out
+NO_MATTER = ("out_dir", "data_dir", "tokenizer_dir", "wandb", "logger_name", "log.", "progress", "eval.")
+NO_MATTER += ("checkpoints.", "train.save_interval", "train.log_interval", "train.max_time", "accelerator")
+NO_MATTER += ("devices", "num_nodes", "compile", "activation_checkpointing", "strategy", "data.init_args.")
+NO_MATTER += ("float32_matmul_precision", "guard.spike_sigma", "initial_checkpoint_dir")
+# a run gets its tokens, and its warm-up in tokens
+NO_MATTER += ("train.lr_warmup_steps", "train.epochs", "train.max_steps")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model of a comparison, and the settings that it is trained with."""
+
+    config: MoEConfig
+    facts: ModelFacts
+    model_file: Path
+    flags: tuple[str, ...] = ()
+    """Settings of a variant, as flags of run_train.py."""
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    """What the training settings and the flags come to; rate, tokens and seed are set for each run."""
+    reference: str | None = None
+    """Name of the contestant that it is compared with: its dense twin, or else the first."""
+    note: str = ""
+    """How its width was chosen, if a tool chose it."""
+
+    @property
+    def name(self) -> str:
+        """Its name, which no other contestant has."""
+        return self.config.name
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a sequence."""
+        return self.settings.train.max_seq_length or self.config.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in an optimizer step."""
+        return self.settings.train.global_batch_size * self.block_size
+
+    @property
+    def named_rate(self) -> float | None:
+        """The learning rate that its settings name, None if that is left to the rule."""
+        rate = (self.settings.optimizer.get("init_args") or {}).get("lr")
+        return float(rate) if isinstance(rate, int | float) else None
+
+    @property
+    def own_rate(self) -> float:
+        """The learning rate that its settings name, or that the rule by its size proposes."""
+        return self.named_rate or proposed_rate(self.config, self.facts)
+
+    @property
+    def end_share(self) -> float:
+        """Where the decay ends, as a share of the learning rate: that of the settings, or a tenth."""
+        return self.settings.train.min_lr / self.named_rate if self.named_rate else 0.1
+
+    def whole_steps(self, tokens: float) -> int:
+        """Return the tokens of the whole steps that fit into `tokens`, one step at least."""
+        return max(1, int(tokens // self.tokens_per_step)) * self.tokens_per_step
+
+
+def gather(
+    configs: list[Path],
+    settings: PlaceSettings,
+    is_dense: bool,
+    experts: list[int],
+    overrides: dict[str, str],
+    variants: list[tuple[str, dict[str, str]]],
+    n_pieces: int,
+) -> list[Contestant]:
+    """Return all contestants in the order in which they are trained; their model files are written.
+
+    `n_pieces` of the data's tokenizer are the vocabulary of a configuration that leaves it open.
+    """
+    found: list[Contestant] = []
+    for path in configs:
+        sizes = {"vocab_size": n_pieces} if has_open_vocabulary(path) else {}
+        base = MoEConfig.from_file(path, **sizes, **model_keys(overrides))
+        flags = training_flags(overrides)
+        siblings = [
+            _add(found, settings, match.config, flags, str(match)) for match in _siblings(base, experts)
+        ]
+        own = siblings or [_add(found, settings, base, flags)]
+        own += [_add(found, settings, *_varied(base, flags, *each)) for each in variants]
+        for contestant in own if is_dense else []:
+            if contestant.config.n_expert:
+                # one for all siblings, whose FLOPs are those of `base` but for the rounding of widths
+                match = dense_twin(base if siblings and contestant in siblings else contestant.config)
+                twin = _add(found, settings, match.config, contestant.flags, str(match))
+                at = next(i for i, other in enumerate(found) if other.name == contestant.name)
+                found[at] = dataclasses.replace(contestant, reference=twin.name)
+    check_vocabulary(found, n_pieces)
+    first = found[0].name
+    # a dense twin is what others are compared with; it is not compared itself
+    references = {contestant.reference for contestant in found}
+    return [
+        contestant
+        if contestant.reference or contestant.name in {first, *references}
+        else dataclasses.replace(contestant, reference=first)
+        for contestant in found
+    ]
+
+
+def _siblings(base: MoEConfig, experts: list[int]) -> Iterator[Matched]:
+    for n_expert in experts:
+        yield with_experts(base, n_expert)
+
+
+def _varied(
+    base: MoEConfig, flags: tuple[str, ...], name: str, changes: dict[str, str]
+) -> tuple[MoEConfig, tuple[str, ...], str]:
+    values = {**model_keys(changes), "name": f"{base.name} {name}"}
+    text = " ".join(f"{key}={value}" for key, value in changes.items())
+    try:
+        return dataclasses.replace(base, **values), (*flags, *training_flags(changes)), text
+    except ValueError as error:
+        raise ValueError(f"--variant {name}: {error}") from None
+
+
+def _add(
+    found: list[Contestant],
+    settings: PlaceSettings,
+    config: MoEConfig,
+    flags: tuple[str, ...],
+    note: str = "",
+) -> Contestant:
+    """Add a contestant, unless an equal one is there, and return it or that one."""
+    for other in found:
+        if (nameless(other.config), other.flags) == (nameless(config), flags):
+            return other
+    # by the names of their files, which on Windows are the same in capitals
+    taken = {file_name(other.name).lower() for other in found}
+    names = (f"{config.name}-{i}" if i > 1 else config.name for i in range(1, len(found) + 2))
+    name = next(name for name in names if file_name(name).lower() not in taken)
+    config = dataclasses.replace(config, name=name)
+    file = settings.out / "models" / f"{file_name(name)}.yaml"
+    write_whole(file, yaml.safe_dump(changed_keys(config), sort_keys=False))
+    argv = [
+        "--config",
+        str(settings.config),
+        "--model_config",
+        str(file),
+        "--data_dir",
+        str(settings.data_dir),
+    ]
+    with contextlib.redirect_stderr(io.StringIO()):  # it says which files it takes: those that we name
+        parsed = load_settings([*argv, *flags])
+    wanted = parsed.settings
+    device = (wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.precision)
+    resolved = dataclasses.replace(wanted, precision=training_device(*device)[0])
+    facts = model_facts(config, wanted.train.max_seq_length)
+    found.append(Contestant(config, facts, file, flags, resolved, note=note))
+    return found[-1]
+
+
+def model_keys(changes: dict[str, str]) -> dict[str, Any]:
+    """Return the changes that are keys of the model, their values as in YAML."""
+    return {k: yaml.safe_load(v) for k, v in changes.items() if k in MoEConfig.__dataclass_fields__}
+
+
+def training_flags(changes: dict[str, str]) -> tuple[str, ...]:
+    """Return the changes that are settings of run_train.py, as its flags."""
+    others = {key: value for key, value in changes.items() if key not in MoEConfig.__dataclass_fields__}
+    return tuple(word for key, value in others.items() for word in (f"--{key}", value))
+
+
+def nameless(config: MoEConfig) -> dict[str, Any]:
+    """Return the keys that describe a model, without its name."""
+    return {key: value for key, value in changed_keys(config).items() if key != "name"}
+
+
+def file_name(name: str) -> str:
+    """Return a name as part of a file's name on any system."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def that_matter(settings: Settings, has_experts: bool) -> dict[str, Any]:
+    """Return the settings, by their dotted names, on which the trained weights depend."""
+    plain = dict(dotted(plain_settings(settings)))
+    left_out = NO_MATTER if has_experts else (*NO_MATTER, "moe.")
+    return {key: value for key, value in plain.items() if not key.startswith(left_out)}
+
+
+def check_vocabulary(contestants: list[Contestant], n_pieces: int) -> None:
+    """Raise ValueError if the tokenizer of the data has more pieces than a model has rows."""
+    for contestant in contestants:
+        if n_pieces > (rows := contestant.config.padded_vocab_size or 0):
+            way_out = f"--override vocab_size={n_pieces} padded_vocab_size={n_pieces}"
+            text = (
+                f"{contestant.name} has a padded_vocab_size of {rows}, the data's tokenizer {n_pieces} pieces"
+            )
+            raise ValueError(f"{text}; add {way_out}")

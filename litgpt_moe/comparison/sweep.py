@@ -1,0 +1,85 @@
+"""Find a model's learning rate: short runs with rates in a geometric grid, and the best of them."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from litgpt_moe.cli import note
+from litgpt_moe.comparison.contestants import Contestant
+from litgpt_moe.comparison.runs import RunSpec
+from litgpt_moe.comparison.settings import SweepSettings
+from litgpt_moe.comparison.train import Trainer
+
+MORE = 4  # rates beyond the grid, while the best is at its edge
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The losses of a model by learning rate, after the same tokens and with the same seed."""
+
+    name: str
+    tokens: int
+    losses: dict[float, float]
+    """On the whole validation split; infinite where training diverged."""
+
+    @property
+    def best(self) -> float:
+        """The rate of the lowest loss."""
+        return min(self.losses, key=lambda rate: self.losses[rate])
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether lower and higher rates than the best were tried."""
+        return min(self.losses) < self.best < max(self.losses)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what comparison.json has of it; the loss is null where training diverged."""
+        losses = {str(rate): loss if math.isfinite(loss) else None for rate, loss in self.losses.items()}
+        return {"name": self.name, "tokens": self.tokens, "losses": losses, "best": self.best}
+
+    def __str__(self) -> str:
+        """Return the rates and losses in a line."""
+        pairs = ", ".join(f"{rate:g}: {self.losses[rate]:.4f}" for rate in sorted(self.losses))
+        edge = "" if self.is_inside else "; it is at the edge of the grid"
+        return f"{self.name}, {self.tokens:,} tokens at each rate: {pairs}; best {self.best:g}{edge}"
+
+
+def grid(settings: SweepSettings) -> list[float]:
+    """Return the learning rates to begin with, with three digits."""
+    return [rounded(settings.lr_first * settings.lr_factor**i) for i in range(settings.lr_count)]
+
+
+def rounded(rate: float) -> float:
+    """Return a rate with three digits, so that it is the same number in a command, a file and a name."""
+    return float(f"{rate:.3g}")
+
+
+def beyond(losses: dict[float, float], factor: float) -> float | None:
+    """Return the next rate to try, beyond the end at which the best one is; None if it is inside."""
+    best = min(losses, key=lambda rate: losses[rate])
+    if not math.isfinite(losses[best]) or best == min(losses):
+        return rounded(min(losses) / factor)
+    return rounded(best * factor) if best == max(losses) else None
+
+
+def sweep(trainer: Trainer, contestant: Contestant, settings: SweepSettings, tokens: int) -> Sweep:
+    """Train a model for `tokens` tokens with each rate of the grid, and beyond it where the best is there."""
+    losses: dict[float, float] = {}
+
+    def attempt(rate: float) -> None:
+        spec = RunSpec(contestant, trainer.place.first_seed, tokens, rate, "sweep")
+        losses[rate] = trainer.result(spec).get("loss", math.inf)
+
+    for rate in grid(settings):
+        attempt(rate)
+    for _ in range(MORE):
+        if (rate := beyond(losses, settings.lr_factor)) is None:
+            break
+        attempt(rate)
+    found = Sweep(contestant.name, tokens, losses)
+    note(str(found))
+    if not math.isfinite(losses[found.best]):
+        raise ValueError(
+            f"{contestant.name} diverges with every rate from {min(losses):g} on; lower --lr_first"
+        )
+    return found

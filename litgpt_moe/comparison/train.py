@@ -1,0 +1,160 @@
+"""Train, score and record the runs of a comparison, one after another, each in a process of its own."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litgpt_moe.cli import note
+from litgpt_moe.comparison.facts import Facts
+from litgpt_moe.comparison.processes import Outcome, check_ended, run_to_end, script
+from litgpt_moe.comparison.runs import RunsFile, RunSpec
+from litgpt_moe.comparison.settings import PlaceSettings
+from litgpt_moe.files import remove
+from litgpt_moe.report.read import METRICS, Columns, read_metrics
+from litgpt_moe.report.results import RESULTS_FILE
+
+# what run_train.py says of a rate that is too high
+DIVERGED = "steps in a row"
+CURVE = ("step", "tokens", "loss", "val_loss", "seconds")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Makes runs: trains by run_train.py, scores by evaluate.py, appends the row, deletes the checkpoints."""
+
+    place: PlaceSettings
+    facts: Facts
+    file: RunsFile
+    start: Callable[[list[str], Path, bool], Outcome] = run_to_end
+    """Runs a command to its end, its output in a log, at low priority if so."""
+
+    def result(self, spec: RunSpec) -> dict[str, Any]:
+        """Return the row of a run: the one that stands in the file, or that of the run made now."""
+        identity = spec.identity(self.facts.fingerprint)
+        if (row := self.file.find(identity)) is not None:
+            note(f"{self.describe(spec)}: stands in {self.file.path}")
+            return row
+        note(f"{self.describe(spec)}: training ({time.strftime('%H:%M')})")
+        row = self._make(spec, identity)
+        self.file.append(row)
+        if not (self.place.keep and spec.kind == "run"):
+            self._delete_checkpoints(self.folder(spec))
+        return row
+
+    @staticmethod
+    def describe(spec: RunSpec) -> str:
+        """Return a run in words."""
+        return f"{spec.contestant.name}, {spec.tokens:,} tokens, seed {spec.seed}, rate {spec.lr:g}"
+
+    def folder(self, spec: RunSpec) -> Path:
+        """Return the folder of a run."""
+        return self.place.out / "runs" / spec.folder_name(self.facts.fingerprint)
+
+    def train(self, spec: RunSpec, low_priority: bool) -> tuple[Outcome, Path]:
+        """Train a run to its end, from where an earlier try stopped; return how, and where its log is."""
+        folder = self.folder(spec)
+        log = self.place.out / "logs" / f"{folder.name}.txt"
+        words = spec.command(self.place.config, self.place.data_dir, folder, self.facts.data["val_tokens"])
+        return self.start(script("run_train.py", *words), log, low_priority), log
+
+    def _make(self, spec: RunSpec, identity: dict[str, Any]) -> dict[str, Any]:
+        folder, start = self.folder(spec), time.time()
+        outcome, log = self.train(spec, self.place.low_priority)
+        if spec.kind == "sweep" and outcome.status == 1 and DIVERGED in outcome.last_error:
+            figures: dict[str, Any] = {"failed": outcome.last_error}
+        else:
+            check_ended(outcome, self.describe(spec), log)
+            if not (folder / "final").is_dir():
+                raise KeyboardInterrupt  # somebody has asked run_train.py itself to save and end
+            self.facts.check_data(self.place.data)
+            figures = self._score(spec, log)
+        facts = spec.contestant.facts
+        return {
+            "kind": spec.kind,
+            "name": spec.contestant.name,
+            **identity,
+            "seed": spec.seed,
+            "lr": spec.lr,
+            "tokens": spec.tokens,
+            "steps": spec.n_steps,
+            "total_params": facts.total_params,
+            "active_params": facts.active_params,
+            "flops_per_token": facts.flops_per_token,
+            "flops": facts.flops_per_token * spec.tokens,
+            **figures,
+            "wall_s": round(time.time() - start, 1),
+            "load_of_others": None if outcome.others is None else round(outcome.others, 2),
+            **self.record(),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return what each row records: data, machine, commit, command and time."""
+        return {
+            "data": self.facts.data,
+            "machine": self.facts.machine,
+            **self.facts.commit,
+            "command": self.facts.command,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _score(self, spec: RunSpec, log: Path) -> dict[str, Any]:
+        """Return the scores on the whole validation split, and the curve of the run."""
+        folder = self.folder(spec)
+        scores = self._evaluate(folder, log)
+        train, val = read_metrics(folder / METRICS)
+        points = curve(train, val)
+        return {
+            **{key: scores[key] for key in ("loss", "loss_stderr", "bits_per_byte", "n_tokens", "n_bytes")},
+            "seconds": points[-1][-1] if points else None,
+            "curve_columns": CURVE,
+            "curve": points,
+        }
+
+    def _evaluate(self, folder: Path, log: Path) -> dict[str, Any]:
+        """Return what evaluate.py says of the final checkpoint on the whole validation split."""
+        results = folder / RESULTS_FILE
+        flags = {
+            "ckpt_dir": folder / "final",
+            "data_dir": self.place.data_dir,
+            "results_file": results,
+            "precision": "32-true",
+        }
+        words = [word for key, value in flags.items() for word in (f"--{key}", value)]
+        outcome = self.start(script("evaluate.py", *words), log, self.place.low_priority)
+        check_ended(outcome, f"scoring {folder / 'final'}", log)
+        return json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
+
+    @staticmethod
+    def _delete_checkpoints(folder: Path) -> None:
+        for path in (folder / "final", *folder.glob("step-*")):
+            remove(path)
+
+
+def curve(train: Columns, val: Columns) -> list[list[float | None]]:
+    """Return the points of a run's curve, at its validations, in the order of CURVE.
+
+    A point's training loss is the mean since the point before. Its seconds are those of training alone: the
+    log's tokens a second leave out validations, and the first row, in which the machine warms up, is taken
+    to have gone as fast as the median row.
+    """
+    tokens, rate = train["tokens"], train["rate"].copy()
+    rate[0] = np.nanmedian(rate)
+    rate = np.where(np.isfinite(rate) & (rate > 0), rate, rate[0])
+    seconds = np.cumsum(np.diff(tokens, prepend=0.0) / rate)
+    points: list[list[float | None]] = []
+    before = 0.0
+    for step, at, loss in zip(val["step"], val["tokens"], val["loss"], strict=True):
+        if points and points[-1][0] == step:
+            continue  # the final validation comes right after that of the last step
+        since = (tokens > before) & (tokens <= at)
+        mean = round(float(train["loss"][since].mean()), 5) if since.any() else None
+        second = float(np.interp(at, tokens, seconds))
+        points.append([int(step), int(at), mean, round(float(loss), 5), round(second, 2)])
+        before = at
+    return points

@@ -1,0 +1,126 @@
+"""comparison.html: the figures, verdicts and curves of models that were trained side by side, in one page."""
+
+import math
+from html import escape
+from typing import Any
+
+from litgpt_moe.report.charts import Series, line_chart
+
+Content = dict[str, Any]
+MATCHES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training on this machine"}
+HEAD = ("model", "parameters", "active", "FLOPs a token", "tokens", "FLOPs", "seconds", "learning rate")
+HEAD += ("loss, nats a token", "bits a byte")
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 0 auto; padding: 16px 20px 40px; max-width: 1300px; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin-top: 2em; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 5px 9px; border-top: 1px solid #8884; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+.scroll { overflow-x: auto; }
+.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
+svg { width: 100%; } .soft { opacity: .7; font-size: .87rem; }
+"""
+
+
+def comparison_page(content: Content) -> str:
+    """Return the page of what comparison.json holds; it needs no network, no script and no other file."""
+    models, runs = content["models"], f"{content['seeds']} seeds"
+    left = f", {content['missing']} runs still missing" if content["missing"] else ""
+    title = f"Models at equal {MATCHES[content['match']]}"
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">Budget {content["budget"]:,.6g} {MATCHES[content["match"]]}, {runs} from '
+        f"{content['first_seed']} on{left}. Scores are of the whole validation split.</p>",
+        _table(models),
+        "<h2>Verdicts</h2>",
+        *(f"<p>{escape(verdict['text'])}</p>" for verdict in content["verdicts"]),
+        '<p class="soft">A difference is the mean over the seeds of the model minus its reference, with its '
+        "95% interval (paired t). The factors are read from the curves: the better model passed the other's "
+        "last loss so much earlier.</p>",
+        "<h2>Curves</h2>",
+        f'<div class="charts">{"".join(_curves(models))}</div>',
+        *_sweeps(content["sweeps"]),
+        "<h2>Machine and command</h2>",
+        f"<p><code>{escape(str(content['command']))}</code></p>",
+        f'<p class="soft">{escape(_machine(content))}</p>',
+    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="generator" content="tools/compare.py">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _table(models: list[Content]) -> str:
+    rows = ["".join(f"<th>{escape(name)}</th>" for name in HEAD)]
+    for model in models:
+        seconds = "-" if model["seconds"] is None else f"{model['seconds']:,.0f}"
+        cells = [
+            model["name"],
+            f"{model['total_params']:,}",
+            f"{model['active_params']:,}",
+            f"{model['flops_per_token']:,}",
+            f"{model['tokens']:,}",
+            f"{model['flops']:.4g}",
+            seconds if model["is_measured_side_by_side"] else f"{seconds} as run",
+            f"{model['lr']:g}",
+            *(_spread(model[key]) for key in ("loss", "bits_per_byte")),
+        ]
+        rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
+    return f'<div class="scroll"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+
+
+def _spread(value: Content | None) -> str:
+    if value is None:
+        return "not run yet"
+    sd = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
+    return f"{value['mean']:.4f}{sd} (n = {value['n']})"
+
+
+def _curves(models: list[Content]) -> list[str]:
+    """Return a chart over tokens, one over FLOPs and one over seconds."""
+
+    def series(unit: str) -> list[Series]:
+        found = []
+        for model in models:
+            per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"]}.get(unit)
+            if per_token is None:
+                per_token = (model["seconds"] or math.nan) / model["tokens"]
+            found.append(Series(model["name"], [(at * per_token, loss) for at, loss in model["curve"]]))
+        return found
+
+    loss = "validation loss, nats a token"
+    return [line_chart(series(unit), unit, loss, log_x=True) for unit in ("tokens", "FLOPs", "seconds")]
+
+
+def sweep_chart(sweeps: list[Content]) -> str:
+    """Return the chart of losses by learning rate, as SVG."""
+    lines = []
+    for one in sweeps:
+        points = [(float(rate), loss) for rate, loss in one["losses"].items() if loss is not None]
+        lines.append(Series(one["name"], sorted(points)))
+    return line_chart(lines, "learning rate", "loss on the validation split", log_x=True, dots=True)
+
+
+def _sweeps(sweeps: list[Content]) -> list[str]:
+    if not sweeps:
+        return []
+    found = ", ".join(f"{one['name']} {one['best']:g} ({one['tokens']:,} tokens each)" for one in sweeps)
+    return [
+        "<h2>Learning rates</h2>",
+        f"<p>Found by short runs of each model over the same grid: {escape(found)}.</p>",
+        f'<div class="charts">{sweep_chart(sweeps)}</div>',
+    ]
+
+
+def _machine(content: Content) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+    load = content["load_of_others_while_measured"]
+    busy = "" if load is None else f"; other programs used {load} cores while the speeds were measured"
+    return f"{machine}; commit {content.get('commit', 'unknown')}{busy}"

@@ -1,0 +1,63 @@
+"""How a run that must end early leaves LitGPT's loop: between two batches, its last whole step saved."""
+
+import time
+from typing import TYPE_CHECKING
+
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, step_name
+from litgpt_moe.training.steps import Ending
+
+if TYPE_CHECKING:
+    from litgpt_moe.training.hooks import LoopHooks
+
+
+class EarlyEnd:
+    """Looks between the batches of training and validation whether the run must end, and leaves the loop."""
+
+    def __init__(self, hooks: "LoopHooks") -> None:
+        self.hooks = hooks
+
+    def between_batches(self) -> None:
+        """Leave the loop if the run must end: after a whole step, or amid one that would take long."""
+        hooks = self.hooks
+        if hooks.in_progress.n_batches == 0:
+            if hooks.ending:
+                raise Ending(hooks.ending)
+            hooks.is_saving = hooks.writer.is_writing
+            hooks.in_progress.begin()
+            return
+        batch_s = hooks.in_progress.seconds_per_batch()
+        left_s = batch_s * (hooks.run.accumulation - hooks.in_progress.n_batches)
+        if self._must_leave(batch_s, left_s):
+            hooks.metrics.print(f"Step {hooks.step + 1} takes {left_s:.0f} s more: left to the resumed run.")
+            self._leave()
+
+    def between_val_batches(self, n_done: int, n_batches: float) -> None:
+        """Leave the loop if the run must end and the validation would take long."""
+        began, max_iters = self.hooks.validation
+        batch_s = (time.perf_counter() - began) / n_done
+        if self._must_leave(batch_s, batch_s * (min(max_iters, n_batches) - n_done)):
+            self.hooks.metrics.print(f"The validation at step {self.hooks.step} is cut off.")
+            self._leave()
+
+    def _must_leave(self, batch_s: float, left_s: float) -> bool:
+        """Return whether to leave amid a step or validation with `left_s` to go, `batch_s` a micro-batch."""
+        # 1.5 as in `vote`; as long as another micro-batch fits, the estimate of the rest may still shrink
+        needed_s = min(1.5 * batch_s, left_s) + self.hooks.save_s
+        # where the learning rate follows the clock, what has begun is ended: the run is not to be resumed
+        if self.hooks.budget.limit_s is None:
+            self.hooks.judge.check_time(time.monotonic(), needed_s)
+        return self.hooks.in_progress.must_leave(left_s)
+
+    def _leave(self) -> None:
+        """Save the last whole step, unless that is done, and leave the loop."""
+        hooks, run = self.hooks, self.hooks.run
+        hooks.ending = hooks.judge.stops.reason or "the request of another process"
+        if hooks.step == run.start_step and hooks.ending.startswith("train.max_time"):
+            hooks.ending += ", in which no step was done: raise it"
+        if hooks.saved_step != hooks.step:
+            hooks.in_progress.roll_back()
+            state = {"model": hooks.module, "optimizer": hooks.optimizer, "train_dataloader": hooks.loader}
+            state |= {"iter_num": hooks.step * run.accumulation, "step_count": hooks.step}
+            file = run.settings.out_dir / step_name(hooks.step) / CHECKPOINT_FILE
+            hooks.save(hooks.fabric, state, run.settings.tokenizer_dir, file)
+        raise Ending(hooks.ending)

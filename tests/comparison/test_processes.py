@@ -1,0 +1,50 @@
+"""The tool as a user starts it: real processes, an interruption, and the same command again."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import OFFLINE, ROOT, wait_until
+
+from litgpt_moe.comparison.processes import run_to_end
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    code = "import sys; print('some line'); print('error: it is full', file=sys.stderr); sys.exit(1)"
+    outcome = run_to_end([sys.executable, "-c", code], tmp_path / "log.txt")
+    assert (outcome.status, outcome.last_error) == (1, "it is full")
+    # the log goes on; an earlier error is none of the next process
+    outcome = run_to_end([sys.executable, "-c", "print('fine')"], tmp_path / "log.txt")
+    assert (outcome.status, outcome.last_error) == (0, "fine")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    workspace: Path, tiny_data: Path, run_script: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    flags = ["model_config.yaml", "--config", "train_config.yaml", "--data", str(tiny_data)]
+    flags += ["--budget", "400K", "--lr", "0.01", "--seeds", "1", "--results_file", "runs.jsonl", "--keep"]
+    command = [sys.executable, str(ROOT / "tools/compare.py"), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list(Path("comparison/runs").glob("*/step-*")))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "the same command goes on" in err
+    assert not Path("runs.jsonl").exists()
+    (stopped,) = Path("comparison/runs").iterdir()
+    assert list(stopped.glob("step-*"))
+
+    again = run_script("tools/compare.py", *flags, cwd=workspace)
+    assert again.returncode == 0, again.stderr
+    rows = [json.loads(line) for line in Path("runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["steps"] for row in rows] == [1562]
+    log = next(Path("comparison/logs").glob("MoE-tiny*")).read_text(encoding="utf-8")
+    assert "resuming after step" in log
+    assert (stopped / "final/lit_model.pth").is_file()

@@ -1,0 +1,95 @@
+"""Train models side by side at equal tokens, FLOPs or seconds, and say which is better and by how much.
+
+Run: uv run python tools/compare.py configs/compare_moe.yaml --dense --budget 8M --data_dir data/classics
+(hours: with 3 seeds it trains 6 models, after a sweep of learning rates for each of the two)
+
+Each run is run_train.py in a process and a folder of its own, with the same data in the same order for the
+same seed. A finished run is a line of --results_file and is never made twice; after an interruption the same
+command goes on. --out gets comparison.json and comparison.html. A warm-up longer than a tenth of a run is cut
+to that.
+"""
+
+import argparse
+from pathlib import Path
+
+from litgpt_moe.cli import run_command, run_script
+from litgpt_moe.comparison.settings import CompareSettings, amount, key_and_value, rate, variant
+from litgpt_moe.flags import FlagParser, add_flags, from_flags
+
+
+def build_parser() -> FlagParser:
+    """Return the parser of the command line."""
+    parser = FlagParser(description=__doc__)
+    add = parser.add_argument
+    add("configs", type=Path, nargs="+", metavar="CONFIG", help="model configurations")
+    add("--budget", type=amount, metavar="N", help="tokens, FLOPs or seconds of each model, as 8M or 1.5e15")
+    add(
+        "--lr",
+        type=rate,
+        default="auto",
+        help="learning rate of all, or auto: a sweep for each (%(default)s)",
+    )
+    add(
+        "--experts",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="make each CONFIG with N experts, same FLOPs",
+    )
+    text = "keys of model or training to replace, for all models"
+    add(
+        "--override",
+        type=key_and_value,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=text,
+    )
+    text = "also train each CONFIG with these keys replaced, under this name; repeatable"
+    add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
+    add("--plan", action="store_true", help="only say what would be trained")
+    add_flags(parser, CompareSettings)
+    return parser
+
+
+def run(args: argparse.Namespace) -> str:
+    """Make the comparison, and return its figures and verdicts."""
+    settings: CompareSettings = from_flags(CompareSettings, args)
+    if (args.budget is None) == (settings.budget_of_first is None):
+        raise ValueError("give --budget N, or --budget_of_first N, and not both")
+    from litgpt_moe.comparison.compare import begin
+    from litgpt_moe.comparison.contestants import gather
+    from litgpt_moe.comparison.facts import gather_facts
+    from litgpt_moe.comparison.runs import RunsFile
+    from litgpt_moe.comparison.train import Trainer
+    from litgpt_moe.locks import locked_folder
+
+    facts, file = gather_facts(settings.data_dir), RunsFile(settings.results_file)
+    with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
+        variants = [variant(words) for words in args.variant]
+        found = gather(
+            args.configs,
+            settings,
+            settings.dense,
+            args.experts,
+            dict(args.override),
+            variants,
+            facts.data["vocab_size"],
+        )
+        if args.plan:
+            return "\n".join(contestant.note or contestant.name for contestant in found)
+        comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)
+        text = comparison.run()
+    return f"{text}\n\n{settings.out / 'comparison.html'} shows it in a browser"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status: 0, 1 for failed work, 2 for bad input, 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: run(args), "stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))
