@@ -2,10 +2,9 @@
 
 Run: uv run python evaluate.py --ckpt_dir checkpoints      (20 s after the demo run on two CPU cores)
 
-With --blimp also on minimal pairs of sentences, with --stories also by stories that it writes.
-litgpt_moe/scoring.py and litgpt_moe/quality/ define the figures. Each result is also appended, as a line of
-JSON with the path and digest of the checkpoint, to results.jsonl in the current folder; tools/report.py shows
-the results of a run.
+With --blimp also on minimal pairs of sentences, with --stories also by stories that it writes. Each result is
+appended to results.jsonl in the current folder, with the path and digest of the checkpoint; tools/report.py
+shows the results of a run. litgpt_moe/scoring.py and litgpt_moe/quality/ define the figures.
 """
 
 import json
@@ -128,10 +127,8 @@ def report(result: dict[str, Any]) -> str:
 
     checkpoint = result["checkpoint"]
     model = f"{shorter(checkpoint['path'])}, step {checkpoint['step']}" if checkpoint else "random weights"
-    lines = [f"model         {result['model_name']} ({model})"]
-    if result["loss"] is not None:
-        lines += loss_lines(result)
-    return "\n".join([*lines, *lines_of(result)])
+    lines = [] if result["loss"] is None else loss_lines(result)
+    return "\n".join([f"model         {result['model_name']} ({model})", *lines, *lines_of(result)])
 
 
 def loss_lines(result: dict[str, Any]) -> list[str]:
@@ -174,8 +171,7 @@ def run(settings: EvaluateSettings, quality: QualitySettings) -> None:
         check_file(Path(settings.results_file))
     result = evaluate(settings, quality)
     try:
-        text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
-        cli.say(text)
+        cli.say(json.dumps(result, indent=2) if settings.json else cli.printable(report(result)))
     except OSError as error:
         if not cli.is_closed_pipe(error):
             raise
