@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch
 
-from litgpt_moe.cli import command_line, is_out_of_memory, printable
+from litgpt_moe.cli import command_line, first_line, is_out_of_memory, printable
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import is_disk_full
 from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
@@ -94,6 +94,8 @@ def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
         return out_of_memory(run, argv)
     if isinstance(error, RunFailed | FolderInUse):
         return text
+    if type(error).__name__ == "InductorError":  # its import takes a second
+        return f"the model cannot be compiled ({first_line(error)}); put that right, or use --compile off"
     # gloo: "Connection closed by peer", "Connection reset by peer"
     if "by peer" in text:
         return "another process of this run has ended, see its message; then continue with --resume auto"
