@@ -207,7 +207,9 @@ def add_flags(
 
     Fields whose text begins with `leave_out` get none. `values` are in force in place of the defaults.
     """
-    helps = {param.arg_name: param.description or "" for param in parse_from_object(kind).params}
+    # a class's own text has no fields of the classes it inherits from
+    texts = [parse_from_object(each).params for each in reversed(kind.__mro__) if is_dataclass(each)]
+    helps = {param.arg_name: param.description or "" for param in itertools.chain.from_iterable(texts)}
     defaults = vars(kind())
     for item in fields(kind):
         name, text = f"{prefix}{item.name}", helps.get(item.name, "").replace("%", "%%")

@@ -166,6 +166,23 @@ def test_a_default_of_nought_or_one_is_told_in_the_help() -> None:
     assert "Any free one (default 0)" in text and "How many (default 1.0)" in text
 
 
+def test_a_flag_of_an_inherited_field_has_its_text_too() -> None:
+    @dataclass(frozen=True)
+    class Place:
+        port: int = 0
+        """Any free one."""
+
+    @dataclass(frozen=True)
+    class Settings(Place):
+        count: float = 1.0
+        """How many."""
+
+    parser = FlagParser()
+    add_flags(parser, Settings)
+    text = parser.format_help()
+    assert "Any free one (default 0)" in text and "How many (default 1.0)" in text
+
+
 def test_a_value_that_begins_with_dashes_is_no_flag_after_two_dashes() -> None:
     parser = FlagParser()
     parser.add_argument("file")

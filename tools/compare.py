@@ -50,6 +50,7 @@ def build_parser() -> FlagParser:
     text = "also train each CONFIG with these keys replaced, under this name; repeatable"
     add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
     add("--plan", action="store_true", help="only say what would be trained")
+    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, CompareSettings)
     return parser
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> str:
             facts.data["vocab_size"],
         )
         if args.plan:
-            return "\n".join(contestant.note or contestant.name for contestant in found)
+            return "\n".join(map(str, found))
         comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)
         text = comparison.run()
     return f"{text}\n\n{settings.out / 'comparison.html'} shows it in a browser"

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help=text,
     )
+    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, FindSettings)
     args = parser.parse_args(argv)
     return run_command(lambda: run(args), "stopped; the same command goes on")

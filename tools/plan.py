@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--memory", action="append", help="or its memory, such as 12GB (default: 6, 8, 12 and 24 GB)")
     add("--hours", type=float, help="tokens for so many hours, on --gpu or this machine (default: as suit)")
     add("--mfu", type=float, help="share of the peak FLOP/s, as a run's log has it (default: a typical one)")
-    add("--data_dir", type=Path, help="prepared data: tokens for these, with their vocabulary")
+    add("--data_dir", "--data", type=Path, help="prepared data: tokens for these, with their vocabulary")
     add("--model_config", action="append", type=config_from_flag, help="a model (default: ours); repeatable")
     add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the run (%(default)s)")
     add("--optimizer", default="torch.optim.AdamW", help="class, such as bitsandbytes.optim.AdamW8bit")

@@ -72,7 +72,7 @@ class Trainer:
             check_ended(outcome, self.describe(spec), log)
             if not (folder / "final").is_dir():
                 raise KeyboardInterrupt  # somebody has asked run_train.py itself to save and end
-            self.facts.check_data(self.place.data)
+            self.facts.check_data(self.place.data_dir)
             figures = self._score(spec, log)
         facts = spec.contestant.facts
         return {
