@@ -45,7 +45,7 @@ class Entry:
         by_tokens: dict[int, list[float]] = {}
         for row in self.rows.values():
             for _, tokens, _, val_loss, _ in row["curve"]:
-                by_tokens.setdefault(tokens, []).append(val_loss)
+                by_tokens.setdefault(tokens, []).extend([] if val_loss is None else [val_loss])
         whole = {tokens: losses for tokens, losses in by_tokens.items() if len(losses) == len(self.rows)}
         return [(tokens, statistics.fmean(whole[tokens])) for tokens in sorted(whole)]
 

@@ -1,6 +1,7 @@
 """Train, score and record the runs of a comparison, one after another, each in a process of its own."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,8 +151,13 @@ def curve(train: Columns, val: Columns) -> list[list[float | None]]:
         if points and points[-1][0] == step:
             continue  # the final validation comes right after that of the last step
         since = (tokens > before) & (tokens <= at)
-        mean = round(float(train["loss"][since].mean()), 5) if since.any() else None
-        second = float(np.interp(at, tokens, seconds))
-        points.append([int(step), int(at), mean, round(float(loss), 5), round(second, 2)])
+        mean = train["loss"][since].mean() if since.any() else math.nan
+        figures = (_known(value) for value in (mean, loss, np.interp(at, tokens, seconds)))
+        points.append([int(step), int(at), *figures])
         before = at
     return points
+
+
+def _known(value: float) -> float | None:
+    """Return a figure with five decimals, None if it is not finite: JSON has no word for that."""
+    return round(float(value), 5) if math.isfinite(value) else None

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY_CONFIG
 
 from litgpt_moe.comparison.processes import Outcome
 from litgpt_moe.comparison.runs import USUAL, RunsFile, is_same
+from litgpt_moe.comparison.train import curve
 from litgpt_moe.config import MoEConfig, model_facts
 from tools import compare as tool
 
@@ -223,6 +225,14 @@ def test_a_setting_that_a_row_lacks_had_its_usual_value() -> None:
     assert is_same(row, now)
     assert not is_same(row, {**now, "settings": {"seed": 1, "schedule.name": "wsd"}})
     assert not is_same(row, {**now, "data": {"fingerprint": "b"}})
+
+
+def test_a_curve_holds_no_figure_that_json_cannot_write() -> None:
+    steps = np.array([1.0, 2.0])
+    train = {"tokens": 100 * steps, "rate": np.array([50.0, 100.0]), "loss": np.array([3.0, np.nan])}
+    val = {"step": steps, "tokens": 100 * steps, "loss": np.array([np.inf, 2.0])}
+    # in the first row the machine warms up: it counts as fast as the median one, 75 tokens a second
+    assert curve(train, val) == [[1, 100, 3.0, None, 1.33333], [2, 200, None, 2.0, 2.33333]]
 
 
 def test_a_damaged_line_of_the_file_is_left_out(tmp_path: Path) -> None:
