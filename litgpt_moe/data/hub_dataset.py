@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def open_dataset(settings: PrepareSettings) -> Inputs | None:
     size = f"{len(sources):,} files, {sum(source.size for source in sources):,} bytes"
     note(f"{repo}, subset {record['subset']}, split {record['split']}: {size}; they are read where they are")
     return inputs
+
+
+def as_before(settings: PrepareSettings) -> PrepareSettings:
+    """Return the settings with the data set of the hub that the data directory was made from, if any."""
+    record = read_json(settings.data_dir / HUB_RECORD)
+    if not fits(record, RECORD) or "on_hub" not in record:
+        return settings
+    asked = {"subset": record.get("asked_subset"), "split": record.get("asked_split")}
+    return replace(settings, dataset=record["repo"], **asked)
 
 
 def _source(record: dict[str, Any], entry: dict[str, Any]) -> Source:
