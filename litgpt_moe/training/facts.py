@@ -67,7 +67,10 @@ def cpu_name() -> str:
 def _data(run: Run) -> dict[str, Any]:
     if run.data_dir is None:
         return {"class_path": run.settings.data.get("class_path")}
-    manifest = read_manifest(run.data_dir, check_shards=False)
+    try:
+        manifest = read_manifest(run.data_dir, check_shards=False)
+    except (ValueError, OSError):
+        return {"folder": str(run.data_dir)}  # changed since they were checked: the loaders say so
     facts = {"folder": str(run.data_dir), "vocab_size": manifest["tokenizer"]["vocab_size"]}
     for split, counts in manifest["splits"].items():
         facts[split] = {name: counts[name] for name in ("n_tokens", "n_stories", "n_bytes")}
