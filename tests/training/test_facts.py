@@ -1,9 +1,11 @@
 """logs/run.json: what a run records about itself, and what is known of the code."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from litgpt_moe.config import MoEConfig
@@ -32,6 +34,19 @@ def test_a_run_records_model_machine_and_data(workspace: Path, tiny_data: Path) 
     assert facts["data"]["train"] == {name: counts[name] for name in ("n_tokens", "n_stories", "n_bytes")}
     assert facts["data"]["folder"] == str(tiny_data)
     assert facts["settings"]["seed"] == 42 and torch.__version__.startswith(facts["versions"]["torch"])
+
+
+def test_data_that_were_removed_meanwhile_are_for_the_loaders_to_tell(
+    workspace: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = set_up(["--config=train_config.yaml", "--model_config=model_config.yaml"])
+    shutil.copytree(tiny_data, workspace / "data")
+    (workspace / "data/manifest.json").write_text("{", encoding="utf-8")
+    monkeypatch.setattr(run.data, "train_data_path", workspace / "data/train")
+    (workspace / "out/logs").mkdir(parents=True)
+    write_run_facts(run, torch.device("cpu"))
+    facts = json.loads((workspace / "out/logs/run.json").read_text(encoding="utf-8"))
+    assert facts["data"] == {"folder": str(workspace / "data")}
 
 
 def test_the_commit_is_that_of_the_checkout_and_says_if_files_are_changed(tmp_path: Path) -> None:
