@@ -2,10 +2,9 @@
 
 Run: uv run python evaluate.py --ckpt_dir checkpoints      (20 s after the demo run on two CPU cores)
 
-With --blimp also on minimal pairs of sentences, with --stories also by stories that it writes.
-litgpt_moe/scoring.py and litgpt_moe/quality/ define the figures. Each result is also appended, as a line of
-JSON with the path and digest of the checkpoint, to results.jsonl in the current folder; tools/report.py shows
-the results of a run.
+With --blimp also on minimal pairs of sentences, with --stories also by stories that it writes. Each result is
+appended to results.jsonl in the current folder, with the path and digest of the checkpoint; tools/report.py
+shows the results of a run. litgpt_moe/scoring.py and litgpt_moe/quality/ define the figures.
 """
 
 import json
@@ -40,7 +39,9 @@ class EvaluateSettings:
     split: Literal["train", "val"] = "val"
     """Part of the data to score."""
     text: list[Path] | None = None
-    """Score this text file instead; repeatable."""
+    """Score this text file instead, of a form that prepare_data.py reads; repeatable."""
+    text_column: str | None = None
+    """Column of the text in --text's rows (default: text, else the only one with strings)."""
     loss: bool = True
     """Score text; --no_loss leaves that out, for --blimp or --stories alone."""
     max_seq_length: int | None = None
@@ -66,6 +67,8 @@ class EvaluateSettings:
         counts = {name: getattr(self, name) for name in ("max_seq_length", "batch_size", "max_batches")}
         low = {name: count for name, count in counts.items() if count is not None and count < 1}
         bad = [f"--{name} is {count}; choose 1 or more" for name, count in low.items()]
+        if self.text_column and not self.text:
+            bad.append("--text_column says where the rows of --text have it; give --text too")
         if self.random_weights and self.ckpt_dir:
             bad.append("--random_weights leaves no use for --ckpt_dir; give one of the two")
         if bad:
@@ -93,7 +96,7 @@ def evaluate(settings: EvaluateSettings, quality: QualitySettings) -> dict[str, 
     if is_split and data_dir:
         corpus = scoring.split_corpus(data_dir, settings.split, tokenizer_dir)
     elif settings.loss:
-        corpus = scoring.text_corpus(settings.text or [], tokenizer_dir)
+        corpus = scoring.text_corpus(settings.text or [], tokenizer_dir, settings.text_column)
     if folder:
         model = load_model(folder, device, dtype)
     else:
@@ -124,10 +127,8 @@ def report(result: dict[str, Any]) -> str:
 
     checkpoint = result["checkpoint"]
     model = f"{shorter(checkpoint['path'])}, step {checkpoint['step']}" if checkpoint else "random weights"
-    lines = [f"model         {result['model_name']} ({model})"]
-    if result["loss"] is not None:
-        lines += loss_lines(result)
-    return "\n".join([*lines, *lines_of(result)])
+    lines = [] if result["loss"] is None else loss_lines(result)
+    return "\n".join([f"model         {result['model_name']} ({model})", *lines, *lines_of(result)])
 
 
 def loss_lines(result: dict[str, Any]) -> list[str]:
@@ -170,8 +171,7 @@ def run(settings: EvaluateSettings, quality: QualitySettings) -> None:
         check_file(Path(settings.results_file))
     result = evaluate(settings, quality)
     try:
-        text = json.dumps(result, indent=2) if settings.json else cli.printable(report(result))
-        cli.say(text)
+        cli.say(json.dumps(result, indent=2) if settings.json else cli.printable(report(result)))
     except OSError as error:
         if not cli.is_closed_pipe(error):
             raise

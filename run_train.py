@@ -2,7 +2,7 @@
 
 Run: uv run python run_train.py     (3 minutes on two CPU cores: demo model, demo stories)
 
-With CUDA it takes model_config.yaml and train_config.yaml, without it the demo settings in configs/.
+With CUDA and text it takes model_config.yaml and train_config.yaml, else the demo settings in configs/.
 Precedence: flag > environment variable > YAML > default. Any key is a flag: `--train.max_tokens 10M`.
 """
 

@@ -60,19 +60,19 @@ def take(browser: Browser, out: Path) -> None:
     print(f"{out}: {len(picture):,} bytes at quality {quality}")
 
 
-def make_pictures(folder: Path, browser: Browser) -> None:
-    """Make both pictures from the run in a folder."""
+def make_pictures(folder: Path, browser: Browser, out: Path) -> None:
+    """Make both pictures, in the folder `out`, from the run in a folder."""
     run(folder, "evaluate.py", "--results_file", "results.jsonl")
     run(folder, "tools/report.py", "checkpoints")
     show(browser, (folder / "report.html").as_uri(), "document.readyState === 'complete'")
-    take(browser, ROOT / "docs/report.webp")
+    take(browser, out / "report.webp")
     with serving(folder) as url:
         show(browser, url, "model !== null")
-        browser.fill(prompt="One day, a little dog", n=2, seed=3, max_tokens=120)
+        browser.fill(prompt="One day, a little dog", n=2, seed=3)
         browser.js("void start()")
         browser.wait("samples.length === 2 && abort === null")
-        browser.js("showTip(document.querySelectorAll('.token')[60])")
-        take(browser, ROOT / "docs/playground.webp")
+        browser.js("showTip(document.querySelectorAll('.token')[30])")
+        take(browser, out / "playground.webp")
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
             run(folder, "run_train.py", *DEMO)
         browser = Browser(Path(scratch) / "profile")
         try:
-            make_pictures(folder.resolve(), browser)
+            make_pictures(folder.resolve(), browser, ROOT / "docs")
         finally:
             browser.close()
 

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -137,7 +138,18 @@ def will_compile(compile: str, accelerator: str) -> tuple[bool, str]:
         return False, "no CUDA; compiling takes minutes on a CPU"
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed (on Windows: triton-windows)"
+    if sys.platform == "linux" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return False, "there is no C compiler, which Triton needs; install gcc"
     return True, "CUDA and Triton"
+
+
+def missing_compiler() -> str | None:
+    """Return the C++ compiler by which torch.compile makes code for a CPU, if it is not here."""
+    # on Windows torch looks for Visual Studio's in several places
+    if sys.platform == "win32" or os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
+        return None
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(name) else name
 
 
 def avoid_wrong_gradients() -> None:

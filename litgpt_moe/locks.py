@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import socket
@@ -33,10 +34,7 @@ def locked_folder(folder: Path, name: str, doing: str, way_out: str, wait: bool 
             folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(folder / f".{name}.lock", timeout=-1 if wait else 0)
         if lock is not None:
-            # of a process that was killed amid write_json below
-            for path in folder.glob(f".{name}.*.tmp"):
-                if re.fullmatch(rf"\.{name}\.[0-9]+\.tmp", path.name):
-                    _remove_file(path)
+            remove_left_over(identity)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             me = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
             with contextlib.suppress(OSError):  # a full disk: only the message will lack it
@@ -84,6 +82,17 @@ def _acquire(path: Path, timeout: float) -> BaseFileLock | None:
     soft.acquire(timeout=timeout)
     note(f"{path.parent} takes no locks ({reason}): {soft.lock_file} keeps others out")
     return soft
+
+
+def remove_left_over(*paths: Path) -> None:
+    """Delete what a killed process has left of writing a file by `files.open_whole`.
+
+    Call it while no other process can be writing the file.
+    """
+    for path in paths:
+        for part in path.parent.glob(f"{glob.escape(path.stem)}.*.tmp"):
+            if re.fullmatch(rf"{re.escape(path.stem)}\.[0-9]+\.tmp", part.name):
+                _remove_file(part)
 
 
 def _remove_file(path: Path) -> None:

@@ -28,16 +28,17 @@ from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
 from litgpt_moe.checkpoints.reader import read_settings, read_state, sha256_of, trained_on, verify_checkpoint
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
-from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory, no_bar
+from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory, no_bar, note
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
+from litgpt_moe.data.forms import Source, form_of
 from litgpt_moe.data.manifest import MANIFEST, manifest_fingerprint, read_manifest
+from litgpt_moe.data.parquet import reader_of
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
-from litgpt_moe.data.text import TextReader, check_text_file
+from litgpt_moe.data.text import Reading, check_text_file
 from litgpt_moe.data.tokenizer import StoryEncoder, as_value_error, load_for_encoding, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
-from litgpt_moe.files import sha256_file
 from litgpt_moe.loss import chunk_rows
 
 FIGURES = ("loss", "loss_stderr", "perplexity", "bits_per_byte", "total_nats")
@@ -80,21 +81,31 @@ def split_corpus(data_dir: Path, split: str, tokenizer_dir: Path) -> Corpus:
     return Corpus(stream.read, len(stream), n_bytes, facts["vocab_size"], tokenizer_dir, identity)
 
 
-def text_corpus(paths: list[Path], tokenizer_dir: Path) -> Corpus:
-    """Return the concatenated stories of plain text files, each BOS ... EOS as in the shards."""
+def text_corpus(paths: list[Path], tokenizer_dir: Path, text_column: str | None = None) -> Corpus:
+    """Return the concatenated stories of text files, each BOS ... EOS as in the shards.
+
+    They are read in each form that prepare_data.py knows by a name, and as plain text under other names.
+    """
     encoder = StoryEncoder(read_tokenizer_facts(tokenizer_dir))
-    ids, n_bytes = [], 0
+    ids, n_bytes, reading = [], 0, Reading(text_column=text_column)
+    records = []
     for path in paths:
         check_text_file(path)
+        form, packing = form_of(path) or (".txt", "")
+        reader = reader_of(Source(path, form, packing, str(path)), reading)
         before = len(ids)
-        for stories in TextReader(path).story_lists(tqdm(disable=True)):
+        for stories in reader.story_lists(tqdm(disable=True)):
             ids += map(encoder.encode, stories)
             n_bytes += sum(len(story.encode()) for story in stories)
         if len(ids) == before:
             raise ValueError(f"{path}: holds no text; name a UTF-8 text file with at least one word")
+        record = reader.record()
+        records.append({"path": record["path"], "sha256": record["sha256"]})
+        if reader.column is not None:  # an earlier version scored a file of rows as it stands
+            records[-1]["column"] = reader.column
+            note(f"{path}: each row is a story, its text is in the column {reader.column!r}")
     stream = np.concatenate(ids)
-    identity = {"text": [{"path": str(path), "sha256": sha256_file(path)} for path in paths]}
-    vocab_size = encoder.facts.vocab_size
+    vocab_size, identity = encoder.facts.vocab_size, {"text": records}
     return Corpus(lambda a, b: stream[a:b], len(stream), n_bytes, vocab_size, tokenizer_dir, identity)
 
 

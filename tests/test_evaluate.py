@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, alter
+from helpers.rows import write_rows
 
 from evaluate import main
 from litgpt_moe.cli import command_line
@@ -202,6 +203,24 @@ def test_text_files_score_like_the_same_stories_in_shards(evaluated, tmp_path):
     assert {key: text[key] for key in ("loss", "n_tokens", "n_bytes")} == {
         key: shards[key] for key in ("loss", "n_tokens", "n_bytes")
     }
+
+
+def test_text_in_rows_scores_like_the_same_stories_in_plain_text(evaluated, tmp_path):
+    text = write_rows(tmp_path / "a.txt", STORIES)
+    expected = evaluated("--text", text)
+    for name in ("a.jsonl.gz", "a.JSON", "a.csv", "a.tsv.xz", "a.parquet.zst"):
+        flags = ["--text", write_rows(tmp_path / name, STORIES, "story"), "--text_column", "story"]
+        rows = evaluated(*flags)
+        assert (rows["loss"], rows["n_bytes"]) == (expected["loss"], expected["n_bytes"]), name
+        assert rows["data"]["text"][0]["column"] == "story"
+    assert expected["data"]["text"] == [{"path": str(text), "sha256": sha256_file(text)}]
+
+
+def test_rows_without_a_text_column_are_one_sentence(tmp_path, tiny_checkpoint, capsys):
+    text = write_rows(tmp_path / "a.jsonl", STORIES, "story")
+    flags = ["--ckpt_dir", tiny_checkpoint, "--text", text, "--text_column", "tale"]
+    assert "has no column 'tale' but 'id', 'story'" in failure(capsys, *flags)
+    assert "give --text too" in failure(capsys, "--text_column", "tale")
 
 
 def test_text_needs_no_prepared_data(tmp_path, tiny_checkpoint, capsys):

@@ -1,5 +1,6 @@
 """Device, precision and memory: what is chosen by itself, and what is refused with one sentence."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +132,15 @@ def test_a_model_is_compiled_where_triton_and_a_gpu_are(
 ) -> None:
     two_gpus(True)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "clang" else None)
     assert will_compile("auto", "auto") == (True, "CUDA and Triton")
+    if sys.platform == "linux":
+        monkeypatch.setattr("shutil.which", lambda _: None)
+        monkeypatch.delenv("CC", raising=False)
+        assert will_compile("auto", "auto") == (
+            False,
+            "there is no C compiler, which Triton needs; install gcc",
+        )
     assert will_compile("off", "auto") == (False, "compile: off")
     assert will_compile("auto", "cpu")[0] is False
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -124,7 +124,7 @@ def test_scoring_and_exporting_rename_and_delete_nothing_that_is_open(
 
 
 @on_linux
-def test_shards_that_a_run_has_mapped_outlive_a_new_preparation_until_the_next(
+def test_shards_that_a_run_has_open_outlive_a_new_preparation_until_the_next(
     rules: WindowsFiles, tiny_tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     settings = PrepareSettings(data_dir=tmp_path, tokenizer_dir=tiny_tokenizer_dir, workers=1)

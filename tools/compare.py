@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> str:
             facts.data["vocab_size"],
         )
         if args.plan:
-            return "\n".join(contestant.note or contestant.name for contestant in found)
+            return "\n".join(map(str, found))
         comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)
         text = comparison.run()
     return f"{text}\n\n{settings.out / 'comparison.html'} shows it in a browser"

@@ -3,6 +3,7 @@
 Nothing heavy is imported here, since the settings of a run hold `CheckpointArgs`.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from litgpt_moe.files import check_new_folder, fits, sha256_file, sync_files, write_json
+from litgpt_moe.words import near
 
 CHECKPOINT_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
@@ -146,7 +148,11 @@ def find_checkpoint(path: Path) -> Path:
         wanted = f"a checkpoint directory, which holds {CHECKPOINT_FILE}"
         raise NotADirectoryError(f"{path} is a file; name {wanted}")
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such checkpoint directory; train one with run_train.py")
+        beside = []
+        with contextlib.suppress(OSError):
+            beside = [other.name for other in path.parent.iterdir() if other.is_dir()]
+        way_out = near(path.name, beside) or "train one with run_train.py"
+        raise FileNotFoundError(f"{path}: no such checkpoint directory; {way_out}")
     if _has_model(path):  # verify_checkpoint will report its damage
         return path
     problems = []

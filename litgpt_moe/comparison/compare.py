@@ -11,7 +11,7 @@ from litgpt_moe.comparison.speed import Speeds, known_speeds, measure
 from litgpt_moe.comparison.sweep import Sweep, sweep
 from litgpt_moe.comparison.train import Trainer
 from litgpt_moe.files import write_json, write_whole
-from litgpt_moe.report.comparison import comparison_page
+from litgpt_moe.report.comparison import comparison_page, curve_chart
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Comparison:
         }
         write_json(self.settings.out / "comparison.json", content)
         write_whole(self.settings.out / "comparison.html", comparison_page(content))
+        write_whole(self.settings.out / "comparison.svg", curve_chart(content["models"], "tokens"))
         return table(entries, found)
 
 
@@ -127,7 +128,8 @@ def begin(
     """Return the comparison with its speeds and learning rates; `rate` None: found by a sweep for each."""
     # first, while the machine is still idle
     speeds = Speeds({}) if settings.measure_again else known_speeds(trainer, contestants)
-    if settings.measure_again or (settings.match == "seconds" and not speeds.tokens_per_s):
+    is_needed = settings.measure or settings.match == "seconds"
+    if settings.measure_again or (is_needed and not speeds.tokens_per_s):
         speeds = measure(trainer, contestants)
     budget = budget_of(settings, amount, contestants[0], speeds.tokens_per_s)
     sweeps: list[Sweep] = []

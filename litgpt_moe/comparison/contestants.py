@@ -50,6 +50,12 @@ class Contestant:
         """Its name, which no other contestant has."""
         return self.config.name
 
+    def __str__(self) -> str:
+        """Return the line about it that a plan prints."""
+        facts, note = self.facts, f" ({self.note})" if self.note else ""
+        sizes = f"{facts.total_params:,} parameters, {facts.active_params:,} active"
+        return f"{self.name}: {sizes}, {facts.flops_per_token:,} FLOPs a token{note}"
+
     @property
     def block_size(self) -> int:
         """Tokens in a sequence."""
@@ -100,7 +106,7 @@ def gather(
         base = MoEConfig.from_file(path, **sizes, **model_keys(overrides))
         flags = training_flags(overrides)
         siblings = [
-            _add(found, settings, match.config, flags, str(match)) for match in _siblings(base, experts)
+            _add(found, settings, match.config, flags, match.how) for match in _siblings(base, experts)
         ]
         own = siblings or [_add(found, settings, base, flags)]
         own += [_add(found, settings, *_varied(base, flags, *each)) for each in variants]
@@ -108,7 +114,7 @@ def gather(
             if contestant.config.n_expert:
                 # one for all siblings, whose FLOPs are those of `base` but for the rounding of widths
                 match = dense_twin(base if siblings and contestant in siblings else contestant.config)
-                twin = _add(found, settings, match.config, contestant.flags, str(match))
+                twin = _add(found, settings, match.config, contestant.flags, match.how)
                 at = next(i for i, other in enumerate(found) if other.name == contestant.name)
                 found[at] = dataclasses.replace(contestant, reference=twin.name)
     check_vocabulary(found, n_pieces)
@@ -168,6 +174,9 @@ def _add(
     with contextlib.redirect_stderr(io.StringIO()):  # it says which files it takes: those that we name
         parsed = load_settings([*argv, *flags])
     wanted = parsed.settings
+    if wanted.schedule.progress == "time" or wanted.train.max_time is not None:
+        rule = "a comparison gives each run its tokens: take train.max_time and schedule.progress out"
+        raise ValueError(f"{settings.config}: {rule}, and give --match seconds")
     device = (wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.precision)
     resolved = dataclasses.replace(wanted, precision=training_device(*device)[0])
     facts = model_facts(config, wanted.train.max_seq_length)

@@ -70,6 +70,8 @@ class CompareSettings(PlaceSettings, SweepSettings):
     """Budget by tokens: the FLOPs, or the seconds, that the first model takes for so many tokens."""
     seeds: int = 3
     """Runs of each model, each with its own seed of weights and of the order of the data."""
+    measure: bool = False
+    """Measure the tokens a second with another --match too, for the seconds in the verdict."""
     measure_again: bool = False
     """Measure the tokens a second anew, although they stand in the file of runs."""
 

@@ -46,11 +46,15 @@ class Matched:
         """FLOPs a token that the match has more (or, below 0, less), as a share of those wanted."""
         return self.flops_per_token / self.wanted - 1
 
+    @property
+    def how(self) -> str:
+        """The width that was found, and what is left over."""
+        width = self.config.moe_intermediate_size if self.config.n_expert else self.config.intermediate_size
+        return f"MLPs {width} wide for {self.wanted:,} FLOPs a token, {self.left_over:+.2%}"
+
     def __str__(self) -> str:
         """Return the line that a tool prints."""
-        wide = self.config.moe_intermediate_size if self.config.n_expert else self.config.intermediate_size
-        counts = f"{self.flops_per_token:,} FLOPs a token ({self.left_over:+.2%} of {self.wanted:,})"
-        return f"{self.config.name}: MLPs {wide} wide, {counts}"
+        return f"{self.config.name}: {self.how}"
 
 
 def dense_twin(config: MoEConfig) -> Matched:

@@ -2,9 +2,11 @@
 
 import bisect
 import contextlib
+import io
 import math
-import mmap
+import os
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from litgpt_moe.cli import note
 from litgpt_moe.data.manifest import RUN_AGAIN, read_manifest
 from litgpt_moe.files import fits
+
+POSITION_FORM = {"epoch": 0, "n_used": 0, "n_sequences": 1}  # of `TokenBatches.state_dict`
 
 
 def allow_open_files(n_files: int) -> None:
@@ -40,30 +44,26 @@ def outlive_stop_signals(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """Return the content of a file, mapped into memory to be read."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 class TokenStream:
-    """The token ids of a split as one long array over its memory-mapped shards."""
+    """The token ids of a split as one long array over its shards."""
 
     def __init__(self, data_dir: Path, split: str) -> None:
         manifest = read_manifest(data_dir)
-        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         shards = manifest["splits"][split]["shards"]
         allow_open_files(2 * len(shards))
-        self._paths = [data_dir / shard["path"] for shard in shards]
-        self._maps = [map_file(path) for path in self._paths]
-        # slicing a plain array over the same memory is several times as fast as slicing a memmap
-        self._shards = [np.frombuffer(whole, dtype) for whole in self._maps]
-        self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
+        # Not mapped: to touch what another program has cut off a mapped file ends the process with SIGBUS. A
+        # file that is open stays readable when a new preparation deletes it.
+        opened = contextlib.ExitStack()
+        paths = [data_dir / shard["path"] for shard in shards]
+        self._files = [opened.enter_context(path.open("rb", buffering=0)) for path in paths]
+        weakref.finalize(self, opened.close)
+        self._ends = np.cumsum([shard["n_tokens"] for shard in shards]).tolist()
         self.vocab_size = manifest["tokenizer"]["vocab_size"]
         self.place, self._args = data_dir / split / split, (data_dir, split)
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
-        return TokenStream, self._args  # a worker process receives the names and maps the files itself
+        return TokenStream, self._args  # a worker process receives the names and opens the files itself
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -80,24 +80,33 @@ class TokenStream:
         """Fill `ids` with the tokens that begin at `start`."""
         index, filled = bisect.bisect_right(self._ends, start), 0
         while filled < len(ids):
-            shard = self._shards[index]
-            self._check_size(index)
-            offset = start + filled - (self._ends[index] - len(shard))
-            part = shard[offset : offset + len(ids) - filled]
-            ids[filled : filled + len(part)] = part
-            filled += len(part)
+            first = self._ends[index - 1] if index else 0
+            n_tokens = min(len(ids) - filled, self._ends[index] - start - filled)
+            part = np.empty(n_tokens, self._dtype)
+            offset = (start + filled - first) * part.itemsize
+            if read_at(self._files[index], part.view(np.uint8).data, offset) < part.nbytes:
+                self._raise_cut(index)
+            ids[filled : filled + n_tokens] = part
+            filled += n_tokens
             index += 1
 
     def check_sizes(self) -> None:
         """Raise OSError if a shard was cut short since it was opened."""
-        for index in range(len(self._maps)):
-            self._check_size(index)
+        starts = [0, *self._ends]
+        for index, file in enumerate(self._files):
+            if os.fstat(file.fileno()).st_size < (self._ends[index] - starts[index]) * self._dtype.itemsize:
+                self._raise_cut(index)
 
-    def _check_size(self, index: int) -> None:
-        # To touch what is gone would end the process with SIGBUS. size() asks for that of the open file,
-        # which stays as it is when a new preparation deletes the shard.
-        if self._maps[index].size() < self._shards[index].nbytes:
-            raise OSError(f"{self._paths[index]}: cut short while it was read; {RUN_AGAIN}")
+    def _raise_cut(self, index: int) -> None:
+        raise OSError(f"{self._files[index].name}: cut short while it was read; {RUN_AGAIN}")
+
+
+def read_at(file: io.FileIO, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from a place in a file and return the number of bytes."""
+    if hasattr(os, "preadv"):  # processes that were forked share the place of an open file
+        return os.preadv(file.fileno(), [buffer], offset)
+    file.seek(offset)  # Windows forks none
+    return file.readinto(buffer) or 0
 
 
 @dataclass
@@ -184,8 +193,7 @@ class TokenBatches(Dataset[torch.Tensor]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a position; with other data or block size, from the start of the next epoch."""
-        form = {"epoch": 0, "n_used": 0, "n_sequences": 1}
-        if not fits(state, form) or state["n_used"] >= state["n_sequences"]:
+        if not fits(state, POSITION_FORM) or state["n_used"] >= state["n_sequences"]:
             raise ValueError(f"train_dataloader is {state!r:.60}, which is no position in the data")
         epoch, n_used = state["epoch"], state["n_used"]
         if state["n_sequences"] != self.n_sequences:

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 from litgpt_moe.cli import note
+from litgpt_moe.data.hub_file import LOG_IN
 from litgpt_moe.data.inputs import refuse_other_text
 from litgpt_moe.files import check_no_links, patient_rename
-
-LOG_IN = "check the name; to one that is private or gated log in with: uv run hf auth login"
 
 
 class MissingOnHub(ConnectionError):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from litgpt_moe.data.sentencepiece_model import convert
 from litgpt_moe.data.settings import HUB_ID
 from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
 from litgpt_moe.files import is_link, make_staging, read_json, remove, write_json, write_whole
+from litgpt_moe.locks import remove_left_over
 
 MARK = ".copied_from.json"  # beside a copy: the name of what was copied, and the digest of its tokenizer.json
 # what holds the vocabulary, in the order in which it is looked for
@@ -49,14 +51,16 @@ def is_foreign(folder: Path) -> bool:
         return False  # a damaged file, which the reader of its facts names
 
 
-def bring_tokenizer(name: str, target: Path, stories: list[str], overwrite: bool) -> None:
+def bring_tokenizer(name: str, target: Path, read: Callable[[], list[str]], overwrite: bool) -> None:
     """Write the tokenizer that `name` (folder, file or hub id) means to `target`, unless it is there.
 
+    `read` returns some stories, on which it is tried.
     ValueError if it cannot be used or another one is there, ConnectionError without the hub.
     """
     there, before = target / "tokenizer.json", _copied_from(target)
     if before == name and not Path(name).exists():
         return  # from the hub, once
+    stories = read()
     staging = make_staging(target)
     try:
         files = _standard(_collect(name, staging), name, stories)
@@ -82,6 +86,7 @@ def _copied_from(target: Path) -> str | None:
 
 def write_files(files: dict[str, bytes], target: Path, name: str) -> None:
     """Write a tokenizer's files, tokenizer.json last: a folder that has it counts as complete."""
+    remove_left_over(*(target / file for file in (*files, MARK)))
     for file in TOKENIZER_FILES[:0:-1]:
         if file not in files:  # of the copy before
             remove(target / file)

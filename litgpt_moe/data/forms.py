@@ -38,6 +38,20 @@ MAX_XZ_BYTES = 160 << 20  # of memory for unpacking; `xz -9` needs 65 MB
 
 
 @dataclass(frozen=True)
+class OnHub:
+    """A file of a data set on the Hugging Face hub, which is read there."""
+
+    repo: str
+    revision: str
+    """A commit."""
+    path: str
+    """In the repository."""
+    size: int
+    digest: str
+    """Of its content: the hub's."""
+
+
+@dataclass(frozen=True)
 class Source:
     """A file of text: where it lies, what its name says of its form, and its name in the manifest."""
 
@@ -50,6 +64,13 @@ class Source:
     """Relative to the data directory, with `/` on every system."""
     is_own: bool = True
     """Whether it lies in the data directory, as its text; False: a PATH of the command."""
+    on_hub: OnHub | None = None
+    """Where it is read if it is not on this machine."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.on_hub.size if self.on_hub else self.path.stat().st_size
 
 
 def form_of(path: Path) -> tuple[str, str] | None:

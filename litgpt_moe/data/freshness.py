@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from litgpt_moe.data.forms import Source
 from litgpt_moe.data.inputs import Inputs, list_paths, own_text, recorded_paths
 from litgpt_moe.data.manifest import MANIFEST, Manifest, altered_shards, read_files, read_manifest, text_forms
 from litgpt_moe.data.mix import changed_parts
@@ -53,17 +54,16 @@ def _changes_of_text(data_dir: Path, manifest: Manifest, inputs: Inputs | None) 
             inputs = list_paths(paths, data_dir) if paths else own_text(data_dir, text_forms(manifest))
         except (FileNotFoundError, ValueError) as error:
             return [str(error)]
-    present = {source.name: source.path for split in SPLITS for source in inputs.text[split]}
+    present = {source.name: source for split in SPLITS for source in inputs.text[split]}
     recorded = {entry["path"]: entry for entry in read_files(manifest)}
     reasons = []
     for name in sorted(present.keys() | recorded.keys()) if present else ():
-        path = present.get(name, data_dir / name)
-        if name not in present:
-            reasons.append(f"{path}: removed")
+        if (source := present.get(name)) is None:
+            reasons.append(f"{data_dir / name}: removed")
         elif name not in recorded:
-            reasons.append(f"{path}: new")
-        elif has_changed(path, recorded[name]):
-            reasons.append(f"{path}: changed")
+            reasons.append(f"{source.path}: new")
+        elif has_changed(source, recorded[name]):
+            reasons.append(f"{source.path}: changed")
     return reasons
 
 
@@ -73,8 +73,10 @@ def _warn_of_cut_stories(data_dir: Path) -> None:
     note_once(f"{data_dir}: {cut}; delete {MANIFEST} and run prepare_data.py to have them whole")
 
 
-def has_changed(path: Path, recorded: dict[str, Any]) -> bool:
+def has_changed(source: Source, recorded: dict[str, Any]) -> bool:
     """Return whether a text differs from its record; it is hashed if only its time stamp differs."""
-    stat = path.stat()
+    if source.on_hub:
+        return source.on_hub.digest != recorded["sha256"]
+    stat = source.path.stat()
     is_touched = stat.st_mtime_ns != recorded["mtime_ns"]
-    return stat.st_size != recorded["size"] or (is_touched and sha256_file(path) != recorded["sha256"])
+    return stat.st_size != recorded["size"] or (is_touched and sha256_file(source.path) != recorded["sha256"])

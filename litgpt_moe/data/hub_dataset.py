@@ -1,4 +1,4 @@
-"""Text data sets of the Hugging Face hub: which Parquet files a subset and a split are, and fetching them."""
+"""Text data sets of the Hugging Face hub: which Parquet files a subset and a split are."""
 
 import fnmatch
 import re
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe.cli import first_line, note
-from litgpt_moe.data.download import LOG_IN, download
-from litgpt_moe.data.forms import HUB_RECORD, text_in
+from litgpt_moe.data.download import download
+from litgpt_moe.data.forms import HUB_RECORD, OnHub, Source, text_in
+from litgpt_moe.data.hub_file import LOG_IN
+from litgpt_moe.data.inputs import Inputs
 from litgpt_moe.data.settings import SHORT_NAMES, SPLITS, PrepareSettings
-from litgpt_moe.files import fits, read_json, write_json
+from litgpt_moe.files import check_inside, fits, read_json, write_json
 from litgpt_moe.locks import locked_folder
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps each public data set as SUBSET/SPLIT/0000.parquet
@@ -18,21 +20,25 @@ VAL_SPLITS = ("validation", "valid", "val", "dev")
 SPLIT_WORDS = ("train", "training", *VAL_SPLITS, "test", "testing", "eval", "evaluation")
 SHARD_NUMBER = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?([-_][0-9a-f]{16})?$")
 RECORD = {"repo": str, "subset": str, "split": str, "revision": str, "files": {}}
+ON_HUB = {split: [{"path": str, "size": 0, "digest": str}] for split in SPLITS}
 SUBSETS_RECORD = {"repo": str, "revision": str, "files": [str]}
 
 Layout = dict[str, dict[str, list[str]]]  # subset -> split -> paths in the repository
 
 
-def fetch_dataset(settings: PrepareSettings) -> None:
-    """Fetch the Parquet files of a hub data set into the data directory; those that are there stay.
+def open_dataset(settings: PrepareSettings) -> Inputs | None:
+    """Return the files of a hub data set, to be read there; None where an earlier version fetched them.
 
-    What is to be fetched is recorded first, with its commit: an interrupted fetch goes on with the same.
+    What is to be read is recorded first, with its commit: an interrupted preparation goes on with the same.
     """
     record = read_json(settings.data_dir / HUB_RECORD)
     repo = SHORT_NAMES.get(settings.dataset, settings.dataset)
     asked = {"repo": repo, "asked_subset": settings.subset, "asked_split": settings.split}
     if record:
-        if not fits(record, RECORD) or any(record.get(key) != value for key, value in asked.items()):
+        is_whole = fits(record, RECORD) and ("on_hub" not in record or fits(record["on_hub"], ON_HUB))
+        if not is_whole:
+            raise ValueError(f"{settings.data_dir / HUB_RECORD}: damaged; delete it")
+        if any(record.get(key) != value for key, value in asked.items()):
             was = " ".join(str(record.get(key)) for key in ("repo", "subset", "split"))
             raise ValueError(f"{settings.data_dir}: has {was}; name another folder with --data_dir")
     else:
@@ -41,20 +47,39 @@ def fetch_dataset(settings: PrepareSettings) -> None:
             raise ValueError(f"{other[0]}: {what} with --data_dir, or leave --dataset out to use that text")
         record = asked | _choose(repo, settings.subset, settings.split)
         write_json(settings.data_dir / HUB_RECORD, record)
+    if "on_hub" not in record:
+        _fetch_rest(settings, record)
+        return None
+    inputs = Inputs(
+        {split: [_source(record, entry) for entry in record["on_hub"][split]] for split in SPLITS}
+    )
+    sources = [source for split in SPLITS for source in inputs.text[split]]
+    size = f"{len(sources):,} files, {sum(source.size for source in sources):,} bytes"
+    note(f"{repo}, subset {record['subset']}, split {record['split']}: {size}; they are read where they are")
+    return inputs
+
+
+def _source(record: dict[str, Any], entry: dict[str, Any]) -> Source:
+    name = f"{record['repo']}/{check_inside(entry['path'])}"
+    return Source(Path(name), ".parquet", "", name, False, OnHub(record["repo"], record["revision"], **entry))
+
+
+def _fetch_rest(settings: PrepareSettings, record: dict[str, Any]) -> None:
+    """Fetch what an earlier version, which kept the files in the data directory, has not fetched yet."""
     wanted = {(split, path) for split in SPLITS for path in record["files"].get(split, ())}
     way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
     for number, (split, path) in enumerate(sorted(wanted), start=1):
-        target = settings.data_dir / split / _flat(path)
+        folder = settings.data_dir / split
+        target = folder / _flat(path)
         if not target.is_file():
             note(f"file {number} of {len(wanted)}")
-            folder = settings.data_dir / split
-            download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
+            download(record["repo"], "dataset", path, folder, way_out, record["revision"], target.name)
 
 
 def fetch_subsets(repo: str, folder: Path) -> list[Path]:
     """Fetch the training files of every subset of a hub data set into `folder`; return where they lie.
 
-    As with `fetch_dataset` the list of them is recorded first, and files that are there stay. A second
+    As with `open_dataset` the list of them is recorded first, and files that are there stay. A second
     command waits for the first one.
     """
     with locked_folder(folder, "download", "another command downloads", "wait for it", wait=True):
@@ -62,9 +87,9 @@ def fetch_subsets(repo: str, folder: Path) -> list[Path]:
         if record and not (fits(record, SUBSETS_RECORD) and record["repo"] == repo):
             raise ValueError(f"{folder / HUB_RECORD}: not about {repo}; rename that folder")
         if not record:
-            layout, revision, _ = _look_up(repo)
+            layout, info, _ = _look_up(repo)
             files = sorted(path for splits in layout.values() for path in splits.get("train", ()))
-            record = {"repo": repo, "revision": revision, "files": files}
+            record = {"repo": repo, "revision": info.sha or "main", "files": files}
             write_json(folder / HUB_RECORD, record)
         targets = {path: folder / _flat(path) for path in record["files"]}
         for path, target in targets.items():
@@ -81,7 +106,7 @@ def _flat(path: str) -> str:
 
 def _choose(repo: str, subset: str | None, split: str | None) -> dict[str, Any]:
     """Return subset, split, commit and files of what was asked for; ValueError if there is no such thing."""
-    layout, revision, defaults = _look_up(repo)
+    layout, info, defaults = _look_up(repo)
     usual = [name for name in (*defaults, "default") if name in layout]
     subset = _one_of("subset", repo, subset, list(layout), usual[:1])
     splits = layout[subset]
@@ -91,7 +116,20 @@ def _choose(repo: str, subset: str | None, split: str | None) -> dict[str, Any]:
             note(f"{repo}: {name} is the first part of a data set too large for the hub to convert")
     val = next((name for name in VAL_SPLITS if name in splits and name != split), None)
     files = {"train": splits[split], "val": splits[val] if val else []}
-    return {"subset": subset, "split": split, "revision": revision, "files": files}
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings}
+    on_hub = {split: [_facts(repo, siblings[path]) for path in paths] for split, paths in files.items()}
+    chosen = {"subset": subset, "split": split, "revision": info.sha or "main"}
+    return {**chosen, "files": files, "on_hub": on_hub}
+
+
+def _facts(repo: str, sibling: Any) -> dict[str, Any]:
+    """Return a file's path, size and digest: the SHA-256 of a large one, Git's hash of a small one."""
+    if type(sibling.size) is not int:
+        raise ConnectionError(
+            f"{repo}: no size is told of {sibling.rfilename}; set HF_ENDPOINT to another hub"
+        )
+    digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    return {"path": sibling.rfilename, "size": sibling.size, "digest": str(digest)}
 
 
 def _one_of(kind: str, where: str, asked: str | None, names: list[str], usual: list[str]) -> str:
@@ -107,8 +145,8 @@ def _one_of(kind: str, where: str, asked: str | None, names: list[str], usual: l
     raise ValueError(f"{where}: {what}; choose one with --{kind}: {shown}")
 
 
-def _look_up(repo: str) -> tuple[Layout, str, list[str]]:
-    """Return the layout of a data set, its commit, and the subsets marked as default."""
+def _look_up(repo: str) -> tuple[Layout, Any, list[str]]:
+    """Return the layout of a data set, what the hub says of it, and the subsets marked as default."""
     info = _info(repo, "main")
     paths = _parquet_files(info)
     configs = (info.card_data.to_dict() if info.card_data else {}).get("configs")
@@ -124,7 +162,7 @@ def _look_up(repo: str) -> tuple[Layout, str, list[str]]:
         layout = by_names(_parquet_files(info))
     if not layout:
         raise ValueError(f"{repo}: {NO_PARQUET}")
-    return layout, info.sha or "main", defaults
+    return layout, info, defaults
 
 
 def _info(repo: str, revision: str) -> Any:
@@ -132,7 +170,7 @@ def _info(repo: str, revision: str) -> Any:
     from huggingface_hub import HfApi, constants  # likewise
 
     try:
-        return HfApi().dataset_info(repo, revision=revision)
+        return HfApi().dataset_info(repo, revision=revision, files_metadata=True)
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404) and revision == CONVERTED:

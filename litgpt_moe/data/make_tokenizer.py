@@ -1,16 +1,22 @@
 """Making a tokenizer: trained on the text of a data directory, or downloaded."""
 
+import atexit
+import contextlib
 import itertools
 import json
+import math
+import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, CONFIG_FILE, TOKENIZER_FILES
-from litgpt_moe.cli import no_bar, note
+from litgpt_moe.cli import INTERRUPTED, no_bar, note
 from litgpt_moe.data.download import download
 from litgpt_moe.data.forms import Source
 from litgpt_moe.data.parquet import reader_of
@@ -24,11 +30,13 @@ from litgpt_moe.data.tokenizer import (
     read_tokenizer_facts,
 )
 from litgpt_moe.files import read_json, write_json, write_whole
+from litgpt_moe.locks import remove_left_over
 
 TOKENIZER_REPO = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 OF_A_MODEL = (CHECKPOINT_FILE, CONFIG_FILE, "model.safetensors")
 TRAINED_BY_US = "trained_vocab_size"  # key in tokenizer_config.json: the requested size
 MAX_TRAINING_BYTES = 100 << 20  # of text; more hardly changes the merges
+SAMPLED_FILES = 8  # of a data set on the hub
 # The pre-tokenizer for training: no merge crosses a word, a digit, a run of punctuation or a newline. The
 # length of each is bounded, because the time of training grows with the square of the longest one.
 RUN = "{1,40}"
@@ -40,8 +48,6 @@ WORD = (
 
 def train_tokenizer(settings: PrepareSettings, vocab_size: int, text: list[Source]) -> None:
     """Train a Llama-style BPE on text files into tokenizer_dir; by byte fallback it encodes any text."""
-    total = sum(source.path.stat().st_size for source in text)
-    every = 1 + total // MAX_TRAINING_BYTES  # every n-th story suffices to count pairs, and bounds memory
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = LLAMA_NORMALIZER
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
@@ -54,12 +60,9 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, text: list[Sourc
         limit_alphabet=min(vocab_size - 259, max(64, (vocab_size - 259) // 4)),
         show_progress=False,
     )
+    total = None if text[0].on_hub else sum(source.size for source in text)
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizer", disable=no_bar()) as progress:
-        # problems of the text are reported when it is tokenized
-        reading = Reading.of(settings, is_quiet=True)
-        readers = (reader_of(source, reading) for source in text)
-        stories = (story for reader in readers for some in reader.story_lists(progress) for story in some)
-        stories = itertools.islice(stories, 0, None, every)
+        stories = sampled_stories(settings, text, progress)
         call_interruptibly(lambda: tokenizer.train_from_iterator(stories, trainer))
     if (n_pieces := tokenizer.get_vocab_size()) < vocab_size:
         why = "no pair of pieces occurs twice in what is left of the text"
@@ -71,27 +74,67 @@ def train_tokenizer(settings: PrepareSettings, vocab_size: int, text: list[Sourc
     config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
     config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", TRAINED_BY_US: vocab_size}
     folder = settings.tokenizer_dir
+    remove_left_over(*(folder / name for name in TOKENIZER_FILES))
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     write_whole(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
 
 
+def sampled_stories(settings: PrepareSettings, text: list[Source], progress: "tqdm[Any]") -> Iterator[str]:
+    """Yield as many stories as suffice to count pairs; the number bounds memory."""
+    # problems of the text are reported when it is tokenized
+    reading = Reading.of(settings, is_quiet=True)
+    if not text[0].on_hub:
+        every = 1 + sum(source.size for source in text) // MAX_TRAINING_BYTES
+        lists = (reader_of(source, reading).story_lists(progress) for source in text)
+        stories = (story for some in lists for more in some for story in more)
+        yield from itertools.islice(stories, 0, None, every)
+        return
+    # what is read there is fetched: the beginnings of a few files that lie apart
+    some = text[:: math.ceil(len(text) / SAMPLED_FILES)]
+    for source in some:
+        n_left = MAX_TRAINING_BYTES // len(some)
+        for stories in reader_of(source, reading).story_lists(progress):
+            yield from stories
+            n_left -= sum(map(len, stories))
+            if n_left <= 0:
+                break
+
+
 def call_interruptibly(function: Callable[[], object]) -> None:
     """Call a function that hears no Ctrl-C itself: in a daemon thread, which ends with the process."""
     errors: list[BaseException] = []
+    ended = threading.Event()  # a thread whose join is interrupted counts as ended (python issue 89437)
 
     def call() -> None:
         try:
             function()
         except BaseException as error:  # noqa: BLE001 (raised again below)
             errors.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)  # without a timeout Windows hears no Ctrl-C
+    try:
+        threading.Thread(target=call, daemon=True).start()
+        while not ended.wait(0.1):  # without a timeout Windows hears no Ctrl-C
+            pass
+    except BaseException:
+        atexit.register(_end_before, ended)
+        raise
     if errors:
         raise errors[0]
+
+
+def _end_before(ended: threading.Event) -> None:
+    """End the process at once if the thread is at work; called when Python is about to end.
+
+    Python ends a thread that asks for its lock from then on, and the tokenizers library aborts the process.
+    """
+    if not ended.is_set():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(INTERRUPTED)
 
 
 def ensure_tokenizer(settings: PrepareSettings, text: list[Source]) -> TokenizerFacts:

@@ -17,6 +17,7 @@ from litgpt_moe.data.inputs import relative_name
 from litgpt_moe.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    RUN_AGAIN,
     Manifest,
     check_own,
     manifest_fingerprint,
@@ -143,7 +144,10 @@ def _stories(part: Part, split: str) -> Iterator[np.ndarray[Any, Any]]:
     facts = part.manifest["tokenizer"]
     dtype = np.dtype(part.manifest["dtype"]).newbyteorder("<")
     for entry in part.manifest["splits"][split]["shards"]:
-        ids = np.memmap(part.folder / entry["path"], dtype, mode="r")
+        # not mapped: to touch what another program cuts off meanwhile would end the process with SIGBUS
+        ids = np.fromfile(path := part.folder / entry["path"], dtype)
+        if len(ids) != entry["n_tokens"]:
+            raise OSError(f"{path}: cut short while it was read; {RUN_AGAIN}")
         # EOS before BOS, which may be the same token, or at the end; no story crosses a shard
         ends = np.flatnonzero((ids[:-1] == facts["eos_id"]) & (ids[1:] == facts["bos_id"])) + 1
         yield from np.split(ids, ends)

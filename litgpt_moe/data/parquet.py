@@ -9,6 +9,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from litgpt_moe.data.forms import PARQUET_MAGIC, TEXT_FORMS, Source, open_unpacked
+from litgpt_moe.data.hub_file import open_on_hub
 from litgpt_moe.data.rows import JsonLinesReader, JsonReader, Row, RowReader, TableReader
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.text import FileReader, Reading, TextReader
@@ -32,7 +33,7 @@ class ParquetReader(RowReader):
             with self._open(progress) as file:
                 table = parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
                 column = self._column_of(table.schema_arrow)
-                size, n_done = self.stat.st_size, 0
+                size, n_done = self.size, 0
                 # a thread a column would read ahead
                 for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column], use_threads=False):
                     for row in batch.to_pylist():
@@ -44,7 +45,7 @@ class ParquetReader(RowReader):
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise self.broken(f"row {n_rows + 1} or one soon after it", error) from None
         except OSError as error:
-            if error.errno is not None:
+            if error.errno is not None or isinstance(error, ConnectionError):
                 raise
             raise self.broken(f"row {n_rows + 1} or one soon after it", error) from None
 
@@ -74,10 +75,12 @@ class ParquetReader(RowReader):
     def _open(self, progress: "tqdm[Any]") -> Iterator[IO[bytes]]:
         """Yield the file opened for reading at any place, unpacked on the disk if it is packed."""
         with contextlib.ExitStack() as stack:
-            if self.source.packing:
+            if self.source.on_hub:
+                file: IO[bytes] = stack.enter_context(open_on_hub(self.source.on_hub))
+            elif self.source.packing:
                 file = stack.enter_context(tempfile.TemporaryFile(dir=self.reading.scratch))
                 packed = stack.enter_context(open_unpacked(self.source, self.sha256.update))
-                limit = max(MIN_GROWN, MAX_GROWTH * self.stat.st_size)
+                limit = max(MIN_GROWN, MAX_GROWTH * self.size)
                 while chunk := packed.read(BUFFER_BYTES):
                     file.write(chunk)
                     if file.tell() > limit:
@@ -109,11 +112,12 @@ def reader_of(source: Source, reading: Reading) -> FileReader:
 
 
 def text_bytes(sources: list[Source], settings: PrepareSettings) -> int:
-    """Return the size of the text in some files: where they are small and not all plain text, that of its
-    stories, which is the same in every form; else the size of the files.
+    """Return the size of the text in some files: where they are small, here and not all plain text, that of
+    its stories, which is the same in every form; else the size of the files.
     """
-    total = sum(source.path.stat().st_size for source in sources)
-    if total > MAX_COUNTED_BYTES or all(s.form in TEXT_FORMS and not s.packing for s in sources):
+    total = sum(source.size for source in sources)
+    is_plain = all(source.form in TEXT_FORMS and not source.packing for source in sources)
+    if total > MAX_COUNTED_BYTES or is_plain or any(source.on_hub for source in sources):
         return total
     reading = Reading.of(settings, is_quiet=True)
     lists = (reader_of(source, reading).story_lists(tqdm(disable=True)) for source in sources)

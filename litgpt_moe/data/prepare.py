@@ -5,6 +5,7 @@ import importlib.metadata
 from collections import Counter
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from litgpt_moe.cli import note
 from litgpt_moe.data.demo_stories import write_demo_corpus
 from litgpt_moe.data.download import download_tinystories
 from litgpt_moe.data.foreign_tokenizer import bring_tokenizer, carry_tokenizer, is_foreign
-from litgpt_moe.data.forms import FORMS, text_in
+from litgpt_moe.data.forms import FORMS, HUB_RECORD, text_in
 from litgpt_moe.data.freshness import stale_reasons
-from litgpt_moe.data.hub_dataset import fetch_dataset
+from litgpt_moe.data.hub_dataset import open_dataset
+from litgpt_moe.data.hub_progress import PROGRESS
 from litgpt_moe.data.inputs import (
     Inputs,
     list_paths,
@@ -51,7 +53,7 @@ from litgpt_moe.data.tokenizer import StoryEncoder, TokenizerFacts
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, choose_tokenizer, find_tokenizer
 from litgpt_moe.data.workers import check_memory_limit
 from litgpt_moe.files import check_no_links, is_link, read_json, write_json
-from litgpt_moe.locks import locked_folder
+from litgpt_moe.locks import locked_folder, remove_left_over
 
 OPTIONS = (
     "separator",
@@ -139,6 +141,7 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
     }
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
+    remove_left_over(*(data_dir / name for name in (MANIFEST, HUB_RECORD, PROGRESS)))
     carry_tokenizer(facts.folder, data_dir / TOKENIZER_FOLDER)
     if (n_tokens := splits["val"]["n_tokens"]) <= BLOCK_SIZE:
         few = f"{data_dir / 'val'}: {n_tokens:,} tokens, too few for one sequence of {BLOCK_SIZE:,}"
@@ -226,19 +229,20 @@ def _make_inputs(settings: PrepareSettings, wait: bool) -> tuple[Inputs, Tokeniz
     """Return the text files and the tokenizer, written, downloaded or trained unless they are there."""
     if settings.dataset != "custom":
         check_no_links(*_written_folders(settings.data_dir))
+    inputs = None
     if settings.dataset == "demo":
         write_demo_corpus(settings)
     elif settings.dataset == "tinystories":
         download_tinystories(settings.data_dir)
     elif is_hub_name(settings.dataset):
-        fetch_dataset(settings)
-    inputs = list_inputs(settings)
+        inputs = open_dataset(settings)
+    inputs = inputs or list_inputs(settings)
     for sentence in inputs.sentences(settings.paths[0] if settings.paths else settings.data_dir):
         note(sentence)
     with lock_tokenizer(settings, wait):
         if settings.tokenizer:
-            stories = check_stories(settings, inputs.text)
-            bring_tokenizer(settings.tokenizer, settings.tokenizer_dir, stories, settings.overwrite)
+            read = partial(check_stories, settings, inputs.text)
+            bring_tokenizer(settings.tokenizer, settings.tokenizer_dir, read, settings.overwrite)
         if settings.train_tokenizer or not (settings.tokenizer_dir / "tokenizer.json").is_file():
             check_stories(settings, inputs.text)
         return inputs, ensure_tokenizer(settings, inputs.text["train"])

@@ -98,9 +98,9 @@ def check_settings(settings: PrepareSettings) -> None:
     s, vocab = settings, settings.train_tokenizer
     own = ("custom", "tinystories", "demo", *SHORT_NAMES)
     is_own, meant = s.dataset in own, near(s.dataset, own)
-    choices = (f"({meant}) " if meant else "") + f"one of {', '.join(own)}"
+    choices = f"{', '.join(own)}, or OWNER/NAME of the hub" + (f" ({meant})" if meant else "")
     rules = (
-        ("dataset", is_own or is_hub_name(s.dataset), f"{choices}, or OWNER/NAME of the hub"),
+        ("dataset", is_own or is_hub_name(s.dataset), f"one of {choices}"),
         ("subset", s.subset is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
         ("split", s.split is None or is_hub_name(s.dataset), "it with --dataset OWNER/NAME"),
         ("on_bad_utf8", s.on_bad_utf8 in ("replace", "refuse"), "one of replace, refuse"),

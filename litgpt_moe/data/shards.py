@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from litgpt_moe.cli import no_bar, note
 from litgpt_moe.data.forms import Source
+from litgpt_moe.data.hub_progress import HubProgress
 from litgpt_moe.data.manifest import FORMAT_VERSION, MANIFEST, SHARD_FORM, Manifest, listed
 from litgpt_moe.data.parquet import reader_of, text_bytes
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
@@ -127,13 +128,30 @@ class SplitWriter:
             if sum(len(story) for story, _ in waiting) >= SHARD_BYTES:
                 self._flush(name, pool)
 
-    def finish(self, pool: Executor) -> dict[str, list[Entry]]:
-        """Submit the last shards, wait until all are written, and return the entries of each split."""
+    def settle(self, pool: Executor) -> dict[str, list[Entry]]:
+        """Submit what waits, wait until all is written, and return the entries of each split."""
         for split, waiting in self._waiting.items():
             if waiting:
                 self._flush(split, pool)
-        shards = self._shards.items()
-        return {name: [s.result() if isinstance(s, Future) else s for s in some] for name, some in shards}
+        for shards in self._shards.values():
+            shards[:] = [s.result() if isinstance(s, Future) else s for s in shards]
+        self._submitted.clear()
+        return {split: [s for s in some if isinstance(s, dict)] for split, some in self._shards.items()}
+
+    def note(self, progress: HubProgress, pool: Executor) -> None:
+        """Note what has come of the text so far."""
+        state = {"shards": self.settle(pool), "n_new": self.n_new, "n_duplicates": self.n_duplicates}
+        progress.note(state, self._seen.all())
+
+    def go_on(self, progress: HubProgress) -> None:
+        """Go on from what was noted, if there is anything."""
+        if (found := progress.load()) is None:
+            return
+        state, hashes = found
+        self.n_new, self.n_duplicates = state["n_new"], state["n_duplicates"]
+        self._shards = {split: list(state["shards"][split]) for split in SPLITS}
+        self.n_reused_bytes = sum(entry["n_bytes"] for some in state["shards"].values() for entry in some)
+        self._seen.add(hashes)
 
     def _flush(self, split: str, pool: Executor) -> None:
         """Submit the next shard, unless the same tokenizer has made one of the same stories."""
@@ -162,18 +180,19 @@ def write_splits(
     data_dir, reading = settings.data_dir, Reading.of(settings)
     # val first: a story of both splits then counts as a duplicate in train
     readers = {split: [reader_of(source, reading) for source in text[split]] for split in reversed(SPLITS)}
-    total = sum(reader.stat.st_size for some in readers.values() for reader in some)
+    total = sum(reader.size for some in readers.values() for reader in some)
     workers = n_workers(settings.workers, total // SHARD_BYTES)
     val = None if text["val"] else ValShare(settings.val_fraction, text_bytes(text["train"], settings))
     writer = SplitWriter(data_dir, facts, workers, val)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=no_bar())
+    is_on_hub = any(source.on_hub for source in text["train"])
+    hub = HubProgress(settings, facts, readers) if is_on_hub else None
     with start_pool(workers) as pool, bar as progress:
-        for split in readers:
-            for stories in itertools.chain.from_iterable(r.story_lists(progress) for r in readers[split]):
-                writer.add(split, stories, pool)
-        shards = writer.finish(pool)
+        shards = _write_all(readers, writer, pool, progress, hub)
     if writer.n_reused_bytes:
         note(f"{writer.n_reused_bytes:,} bytes of text were in finished shards, which are kept")
+    if hub:
+        hub.end()
     splits: Manifest = {}
     for split in SPLITS:
         if not shards[split]:
@@ -195,6 +214,28 @@ def write_splits(
     return splits, [reader for some in readers.values() for reader in some]
 
 
+def _write_all(
+    readers: dict[str, list[FileReader]],
+    writer: SplitWriter,
+    pool: Executor,
+    progress: "tqdm[Any]",
+    hub: HubProgress | None,
+) -> dict[str, list[Entry]]:
+    """Write the stories of all files, val first, and return the entries of each split."""
+    if hub:
+        writer.go_on(hub)
+    for split in readers:
+        for reader in readers[split]:
+            if hub and hub.is_done(reader):
+                progress.update(reader.size)
+                continue
+            for stories in reader.story_lists(progress):
+                writer.add(split, stories, pool)
+            if hub and hub.end_file(reader):
+                writer.note(hub, pool)
+    return writer.settle(pool)
+
+
 def check_stories(settings: PrepareSettings, text: dict[str, list[Source]]) -> list[str]:
     """Return some stories; ValueError if the beginning of a text shows that it cannot be used."""
     n_wanted = {"train": 1 if text["val"] else 2, "val": 1}
@@ -202,6 +243,8 @@ def check_stories(settings: PrepareSettings, text: dict[str, list[Source]]) -> l
     for split in filter(text.get, reversed(SPLITS)):
         found = {}
         for source in text[split]:
+            if source.on_hub and len(found) >= n_wanted[split]:
+                break  # a look into each would take a request for each
             reader = reader_of(source, Reading.of(settings, is_quiet=True))
             for stories in reader.story_lists(tqdm(disable=True)):
                 found.update(dict.fromkeys(stories))
@@ -229,6 +272,6 @@ def clean(data_dir: Path) -> None:
     for folder in (data_dir / split / split for split in SPLITS):
         for path in folder.glob("*"):
             if OWN_FILE.fullmatch(path.name) and path not in keep:
-                # Windows refuses while a training run has the file mapped; the next preparation deletes it
+                # Windows refuses while a training run has the file open; the next preparation deletes it
                 with contextlib.suppress(OSError):
                     path.unlink()

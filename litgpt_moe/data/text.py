@@ -87,7 +87,8 @@ class FileReader(ABC):
     def __init__(self, source: Source, reading: Reading) -> None:
         self.source, self.path, self.reading = source, source.path, reading
         self.report = (lambda _: None) if reading.is_quiet else note
-        self.stat = self.path.stat()
+        self.stat = None if source.on_hub else self.path.stat()
+        self.size = source.size
         self.sha256 = hashlib.sha256()
         self.n_replaced_bytes = self.n_bad_lines = self.n_cuts = 0
         self.skipped: Counter[str] = Counter()  # rows by the reason for which they were not used
@@ -110,7 +111,10 @@ class FileReader(ABC):
 
     def record(self) -> dict[str, Any]:
         """Return the manifest's entry of the file; ValueError if it changed while it was read."""
+        if hub := self.source.on_hub:
+            return {"path": self.source.name, "size": hub.size, "mtime_ns": 0, "sha256": hub.digest}
         stat, now = self.stat, self.path.stat()
+        assert stat is not None
         if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
             raise ValueError(f"{self.path}: changed while it was read; run again when it is complete")
         sha256 = self.sha256.hexdigest()
@@ -210,6 +214,10 @@ class SeenStories:
     def __init__(self) -> None:
         # sorted arrays, each at least twice as long as the next: few to search and cheap to merge
         self._runs: list[np.ndarray[Any, Any]] = []
+
+    def all(self) -> np.ndarray[Any, Any]:
+        """Return all hashes so far."""
+        return np.concatenate([np.empty(0, dtype="<u8"), *self._runs])
 
     def add(self, hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return which of the hashes are new, as booleans, and remember them."""

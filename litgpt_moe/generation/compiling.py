@@ -1,6 +1,8 @@
 """Compile native.cpp once on each machine, by the C++ compiler that is there, and load it."""
 
+import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -50,12 +52,35 @@ def _load(command: list[str]) -> ctypes.CDLL:
     parts = (SOURCE.read_bytes(), command, _compiler_version(command), _processor(), openmp)
     name = f"decode-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
     try:
-        folder = _cache_folder()
-        if not (folder / name).is_file():
-            _compile(command, folder / name)
-        return ctypes.CDLL(str(folder / name))
+        return _from_folder(_cache_folder(), name, command)
+    except OSError:  # full, or it came to be somebody else's
+        pass
+    try:
+        return _from_folder(Path(_own_folder().name), name, command)
     except OSError as error:
         raise NoLibrary(f"the compiled code cannot be kept or loaded ({error}); use --engine torch") from None
+
+
+def _from_folder(folder: Path, name: str, command: list[str]) -> ctypes.CDLL:
+    """Return the library kept in a folder; it is compiled if it is not there, or broken."""
+    file = folder / name
+    if file.is_file():
+        with contextlib.suppress(OSError):
+            return _open(file)
+    _compile(command, file)
+    return _open(file)
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    """Return the library in a file, from a copy if the disk that it is on allows no code."""
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError:
+        own = Path(_own_folder().name)
+        if own in file.parents:
+            raise
+        # in a new folder each time: to write over a library that is loaded would end the process
+        return ctypes.CDLL(shutil.copy(file, tempfile.mkdtemp(dir=own)))
 
 
 def _command() -> list[str]:
@@ -134,9 +159,13 @@ def _compile(command: list[str], target: Path) -> None:
             )
         except subprocess.TimeoutExpired:
             raise NoLibrary(f"{command[0]} takes more than {COMPILE_S} s; use --engine torch") from None
+        if done.returncode and "No space left" in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         if done.returncode:
             reason = next(
                 (line for line in done.stderr.splitlines() if "error" in line), f"status {done.returncode}"
             )
             raise NoLibrary(f"{command[0]} cannot compile {SOURCE.name} ({reason:.200}); use --engine torch")
+        with made.open("rb") as written:
+            os.fsync(written.fileno())  # after a power failure a library that is cut short could end Python
         made.replace(target)

@@ -8,7 +8,7 @@ import torch
 from litgpt.model import GPT
 
 from litgpt_moe.balance import layers_of
-from litgpt_moe.cli import WorkFailed
+from litgpt_moe.cli import WorkFailed, is_out_of_memory
 from litgpt_moe.generation.compiling import NoLibrary
 from litgpt_moe.generation.decoder import Decoder, Routing, TorchDecoder
 from litgpt_moe.generation.native import NativeDecoder
@@ -113,7 +113,7 @@ class Batch:
         self.members: list[Continuation] = []
 
     def join(self, member: Continuation) -> None:
-        """Let a continuation take part from the next step on."""
+        """Let a continuation take part from the next step on. Without memory for it the others stay."""
         member.cache = self.decoder.open(member.capacity)
         self.members.append(member)
 
@@ -186,12 +186,15 @@ def generate(
 def generate_together(decoder: Decoder, members: Sequence[Continuation]) -> Generator[Iterator[int]]:
     """Yield an iterator over each continuation's new tokens, in their order; meanwhile all advance together.
 
-    It raises Diverged. Closing it frees the memory of those that have not ended.
+    Those for which there is no memory begin when others have ended. The iterator raises Diverged. Closing it
+    frees the memory of those that have not ended.
     """
     batch, waiting = Batch(decoder), {member: deque[int | Diverged]() for member in members}
+    outside = deque(members)
 
     def tokens_of(member: Continuation) -> Iterator[int]:
         while waiting[member] or not member.has_ended:
+            _let_in(outside, batch)
             for advance in batch.step() if not waiting[member] else ():
                 new = advance.error if advance.token is None else advance.token
                 waiting[advance.member].extend([] if new is None else [new])
@@ -202,12 +205,23 @@ def generate_together(decoder: Decoder, members: Sequence[Continuation]) -> Gene
                 yield new
 
     try:
-        for member in members:
-            batch.join(member)
+        _let_in(outside, batch)
         yield from map(tokens_of, members)
     finally:
         for member in members:
             batch.leave(member)
+
+
+def _let_in(outside: deque[Continuation], batch: Batch) -> None:
+    """Let continuations join, in their order, as far as there is memory for them."""
+    while outside:
+        try:
+            batch.join(outside[0])
+        except (RuntimeError, MemoryError) as error:
+            if not batch.members or not is_out_of_memory(error):
+                raise
+            return
+        outside.popleft()
 
 
 def lay_out_for_decoding(model: GPT) -> None:

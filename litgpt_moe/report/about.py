@@ -67,7 +67,8 @@ def _model(facts: Any) -> str | None:
 def _parameters(facts: Any) -> str | None:
     if not fits(facts, MODEL):
         return None
-    return f"{short(facts['total_params'])}, {short(facts['active_params'])} active for each token"
+    total, active = facts["total_params"], facts["active_params"]
+    return f"{short(total)}, {short(active) if active < total else 'all'} active for each token"
 
 
 def _machine(facts: Any) -> str | None:

@@ -4,12 +4,13 @@ import math
 from html import escape
 from typing import Any
 
-from litgpt_moe.report.charts import Series, line_chart
+from litgpt_moe.report.charts import Series, line_chart, short
 
 Content = dict[str, Any]
 MATCHES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training on this machine"}
 HEAD = ("model", "parameters", "active", "FLOPs a token", "tokens", "FLOPs", "seconds", "learning rate")
 HEAD += ("loss, nats a token", "bits a byte")
+LOSS = "validation loss, nats a token"
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
 body { margin: 0 auto; padding: 16px 20px 40px; max-width: 1300px; }
@@ -18,7 +19,7 @@ table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabu
 th, td { text-align: right; padding: 5px 9px; border-top: 1px solid #8884; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .scroll { overflow-x: auto; }
-.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
+.charts { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
 svg { width: 100%; } .soft { opacity: .7; font-size: .87rem; }
 """
 
@@ -30,7 +31,7 @@ def comparison_page(content: Content) -> str:
     title = f"Models at equal {MATCHES[content['match']]}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">Budget {content["budget"]:,.6g} {MATCHES[content["match"]]}, {runs} from '
+        f'<p class="soft">Budget {short(content["budget"])} {MATCHES[content["match"]]}, {runs} from '
         f"{content['first_seed']} on{left}. Scores are of the whole validation split.</p>",
         _table(models),
         "<h2>Verdicts</h2>",
@@ -39,7 +40,7 @@ def comparison_page(content: Content) -> str:
         "95% interval (paired t). The factors are read from the curves: the better model passed the other's "
         "last loss so much earlier.</p>",
         "<h2>Curves</h2>",
-        f'<div class="charts">{"".join(_curves(models))}</div>',
+        f'<div class="charts">{"".join(_charts(models))}</div>',
         *_sweeps(content["sweeps"]),
         "<h2>Machine and command</h2>",
         f"<p><code>{escape(str(content['command']))}</code></p>",
@@ -83,20 +84,26 @@ def _spread(value: Content | None) -> str:
     return f"{value['mean']:.4f}{sd} (n = {value['n']})"
 
 
-def _curves(models: list[Content]) -> list[str]:
-    """Return a chart over tokens, one over FLOPs and one over seconds."""
+def _charts(models: list[Content]) -> list[str]:
+    """Return a chart over tokens, one over FLOPs, one over seconds, and one over the number of experts."""
+    charts = [curve_chart(models, unit) for unit in ("tokens", "FLOPs", "seconds")]
+    # dense is one expert
+    points = [(max(1, model["n_expert"]), model["loss"]["mean"]) for model in models if model["loss"]]
+    if len({n_expert for n_expert, _ in points}) > 2:
+        experts = [Series("loss at the end", sorted(points))]
+        charts.append(line_chart(experts, "experts (1: dense)", LOSS, log_x=True, dots=True))
+    return charts
 
-    def series(unit: str) -> list[Series]:
-        found = []
-        for model in models:
-            per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"]}.get(unit)
-            if per_token is None:
-                per_token = (model["seconds"] or math.nan) / model["tokens"]
-            found.append(Series(model["name"], [(at * per_token, loss) for at, loss in model["curve"]]))
-        return found
 
-    loss = "validation loss, nats a token"
-    return [line_chart(series(unit), unit, loss, log_x=True) for unit in ("tokens", "FLOPs", "seconds")]
+def curve_chart(models: list[Content], unit: str) -> str:
+    """Return the chart of the validation losses over tokens, FLOPs or seconds, as SVG."""
+    series = []
+    for model in models:
+        per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"]}.get(unit)
+        if per_token is None:
+            per_token = (model["seconds"] or math.nan) / model["tokens"]
+        series.append(Series(model["name"], [(at * per_token, loss) for at, loss in model["curve"]]))
+    return line_chart(series, unit, LOSS, log_x=True)
 
 
 def sweep_chart(sweeps: list[Content]) -> str:

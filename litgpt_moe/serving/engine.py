@@ -179,6 +179,7 @@ class Engine:
     def _step(self) -> list[tuple[Choice, Piece | Exception]]:
         """Let members leave and join, and advance all. An error in it is every member's."""
         members: list[Any] = [*self.batch.members]
+        refused: list[tuple[Choice, Piece | Exception]] = []
         try:
             for choice in [choice for choice in members if not choice.is_wanted]:
                 self.batch.leave(choice)
@@ -186,10 +187,10 @@ class Engine:
                 raise ApiError(503, "the server is stopping", code="stopping")
             while self._joining:
                 members.append(self._joining.popleft())
-                if members[-1].is_wanted:
-                    self.batch.join(members[-1])
+                if members[-1].is_wanted and (error := self._no_memory_for(members[-1])):
+                    refused.append((members.pop(), error))
             advances: Any = self.batch.step()
-            return [(advance.member, self._piece_of(advance)) for advance in advances]
+            return refused + [(advance.member, self._piece_of(advance)) for advance in advances]
         except Exception as error:  # noqa: BLE001  the requests raise it
             while self._joining:  # one at a time: meanwhile `run` may add others
                 members.append(self._joining.popleft())
@@ -197,7 +198,17 @@ class Engine:
                 # a GPU that failed may fail again
                 with suppress(RuntimeError):
                     self.batch.leave(choice)
-            return [(choice, as_api_error(error)) for choice in members]
+            return refused + [(choice, as_api_error(error)) for choice in members]
+
+    def _no_memory_for(self, choice: Choice) -> Exception | None:
+        """Let a sample join; return the error if there is no memory for it, and the others go on."""
+        try:
+            self.batch.join(choice)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return as_api_error(error)
+        return None
 
     def _piece_of(self, advance: Advance) -> Piece | Exception:
         choice: Any = advance.member

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from litgpt_moe.checkpoints.reader import load_tokenizer
-from litgpt_moe.config import DEFAULT_VOCABULARY, has_open_vocabulary
+from litgpt_moe.config import DEFAULT_VOCABULARY
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.files import fits
 from litgpt_moe.processes import launcher, note_once
 from litgpt_moe.training.checks import warn_of_unused_rows
-from litgpt_moe.training.fit import DEMO_VOCABULARY, is_open
+from litgpt_moe.training.fit import DEMO_VOCABULARY, is_open, leaves_vocabulary_open
 from litgpt_moe.training.run import Run
 
 
@@ -132,7 +132,7 @@ def prepare_data_of(run: Run) -> None:
     if run.data_dir is not None:
         before = _facts_of(run.data_dir)
         _prepare_text(run, run.data_dir)
-        is_fitted = is_open(run.settings.train) or has_open_vocabulary(run.settings.model_config or "")
+        is_fitted = is_open(run.settings.train) or leaves_vocabulary_open(run.settings)
         if is_fitted and run.world_size > 1 and launcher() and _facts_of(run.data_dir) != before:
             # the other processes have been started already, and have read what was there before
             raise ValueError(f"{run.data_dir}: prepared just now, which decides the run; start it once more")
@@ -154,7 +154,7 @@ def _prepare_text(run: Run, folder: Path) -> None:
     has_tokenizer = (settings.tokenizer_dir / "tokenizer.json").is_file()
     # without one, prepare_data.py would download TinyLlama's
     size = DEMO_VOCABULARY if run.demo_data else run.config.vocab_size
-    is_own = size != DEFAULT_VOCABULARY and has_open_vocabulary(settings.model_config or "")
+    is_own = size != DEFAULT_VOCABULARY and leaves_vocabulary_open(settings)
     if not has_tokenizer and (is_own or size == DEMO_VOCABULARY):
         needed = replace(needed, train_tokenizer=size)
     if run.demo_data:

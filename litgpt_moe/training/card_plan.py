@@ -19,6 +19,7 @@ from litgpt_moe.training.settings import Settings
 SIZES = (1, 2, 4, 8, 16, 32)
 SHOWN = 4  # the micro-batch size whose parts are listed
 MARGIN = "What fits leaves 1 GiB of the card, and 5% of the step, for CUDA, the desktop and fragmentation."
+GIVEN = ("given by --mfu",)
 BYTES_OF_WEIGHTS = {"bf16-true": 2}  # of a weight; 4 in the other precisions
 
 
@@ -88,12 +89,14 @@ class Speed(NamedTuple):
     """Its peak."""
     mfu: float
     """The share of it that training uses."""
+    why: str = "typical, not measured here"
+    """Where that share is from."""
 
 
 def speed_of(card: str, mfu: float | None) -> Speed | None:
     """Return the speed of a card, None for one given by its memory; `mfu` as measured, None for typical."""
     flops = card_flops(card)
-    return None if flops is None else Speed(card, flops, mfu or budget.TYPICAL_MFU)
+    return None if flops is None else Speed(card, flops, mfu or budget.TYPICAL_MFU, *GIVEN[: bool(mfu)])
 
 
 def speed_here(precision: str, mfu: float | None) -> Speed:
@@ -102,7 +105,7 @@ def speed_here(precision: str, mfu: float | None) -> Speed:
     typical = budget.TYPICAL_MFU if device.type == "cuda" else budget.CPU_MFU
     name = torch.cuda.get_device_name() if device.type == "cuda" else "this machine's CPU"
     flops = peak_flops(device, precision if device.type == "cuda" else "32-true")
-    return Speed(name, flops, mfu or typical)
+    return Speed(name, flops, mfu or typical, *GIVEN[: bool(mfu)])
 
 
 def make_plan(path: Path, precision: str, optimizer: str, text: Text | None = None) -> Plan:
@@ -155,7 +158,8 @@ def length_text(plans: list[Plan], speeds: list[Speed], hours: float | None, tex
     head = ["Model", "Tokens", *(["Passes"] if text else []), "Time", "Learning rate", "A checkpoint"]
     tables = []
     for speed in speeds or [None]:
-        where = f"{speed.name}, at {speed.mfu:.0%} of {speed.flops_per_s / 1e12:.3g} TFLOP/s" if speed else ""
+        peak = f"{speed.flops_per_s / 1e12:.3g} TFLOP/s" if speed else ""
+        where = f"{speed.name}, at {speed.mfu:.0%} of {peak} ({speed.why})" if speed else ""
         tables.append(where and f"{where}:")
         tables.append(table(head, [plan.length(speed, hours, text) for plan in plans]))
     lines = [

@@ -24,7 +24,7 @@ from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.checkpoints.writer import BESIDE_BYTES, foreign_files, run_folders
 from litgpt_moe.cli import MAX_WINDOWS_PATH
 from litgpt_moe.files import check_no_links, existing_parent, remove, staging_for
-from litgpt_moe.hardware import has_cuda, memory_bytes
+from litgpt_moe.hardware import has_cuda, memory_bytes, missing_compiler
 from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.fit import vocabulary_size
@@ -71,6 +71,9 @@ def train_problems(settings: Settings, block_size: int | None, world_size: int) 
             problems.append("strategy is fsdp, which needs GPUs; use strategy: ddp")
         if "Muon" in str(settings.optimizer):
             problems.append("torch.optim.Muon needs whole matrices, which FSDP splits; use strategy: ddp")
+    is_on_cpu = settings.accelerator == "cpu" or not has_cuda()
+    if settings.compile == "on" and is_on_cpu and (name := missing_compiler()):
+        problems.append(f"compile is on, but there is no C++ compiler {name}; install it, or drop compile")
     problems += _recipe_problems(settings)
     return problems or list(_batch_problems(settings.train, block_size, world_size))
 

@@ -15,6 +15,7 @@ from litgpt import Config
 from litgpt_moe.balance import STATISTICS
 from litgpt_moe.cli import note
 from litgpt_moe.files import free_name, open_no_link, patient_rename, write_whole
+from litgpt_moe.locks import remove_left_over
 from litgpt_moe.processes import is_main_process
 
 METRICS_FILE = Path("csv/metrics.csv")
@@ -45,6 +46,7 @@ class CsvLog:
     def __init__(self, path: Path, columns: list[str]) -> None:
         self.path, self.columns, self.n_rows = path, columns, 0
         self._waiting: list[dict[str, Any]] = []
+        self._size = 0  # of the file after the latest row
         self.last_val_loss: float | None = None  # in the last of the rows that were kept
         self.failure: str | None = None  # why the latest row could not be written
 
@@ -53,13 +55,12 @@ class CsvLog:
 
         The file is rewritten whole with this log's columns, followed by those that only the file has.
         """
-        if not self.path.is_file() or not is_main_process():
+        if not is_main_process():
             return
-        # the last row may be torn or worse, if the machine stopped while it was written
-        with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
-            reader = csv.DictReader(line.replace("\0", "") for line in file)
-            names = [name for name in reader.fieldnames or [] if name]
-            rows = list(itertools.islice(reader, n_rows))
+        remove_left_over(self.path)
+        if not self.path.is_file():
+            return
+        names, rows = self._read(n_rows)
         if n_rows and names and self.columns[0] not in names:
             # emptied while it was written, by `: > metrics.csv` or by logrotate
             patient_rename(self.path, aside := free_name(self.path))
@@ -73,6 +74,14 @@ class CsvLog:
         self.n_rows = len(rows)
         with contextlib.suppress(ValueError, TypeError):
             self.last_val_loss = float(rows[-1]["val_loss"]) if "val_loss" in names and rows else None
+
+    def _read(self, n_rows: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
+        """Return the columns of the file and its rows, or the first `n_rows` of them."""
+        # the last row may be torn or worse, if the machine stopped while it was written
+        with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
+            reader = csv.DictReader(line.replace("\0", "") for line in file)
+            names = [name for name in reader.fieldnames or [] if name]
+            return names, list(itertools.islice(reader, n_rows))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; columns that it lacks stay empty."""
@@ -93,6 +102,8 @@ class CsvLog:
                 # a checkpoint records how many rows to keep
                 self.n_rows = len(self._waiting)
             self._rewrite([])
+        elif self.path.stat().st_size < self._size:
+            self._mend()
         size = self.path.stat().st_size
         try:
             with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_link) as file:
@@ -102,7 +113,19 @@ class CsvLog:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)
             raise
+        self._size = self.path.stat().st_size
         self._waiting.clear()
+
+    def _mend(self) -> None:
+        """Keep the whole rows of a file that something else has cut, and count them anew."""
+        _, rows = self._read()
+        if rows and not self.path.read_bytes().endswith(b"\n"):
+            del rows[-1]
+        n_lost = self.n_rows - len(self._waiting) - len(rows)
+        note(f"Warning: {self.path} was cut by something else, and {n_lost:,} of its rows are lost")
+        # a checkpoint records how many rows to keep
+        self.n_rows = len(rows) + len(self._waiting)
+        self._rewrite(rows)
 
     @contextlib.contextmanager
     def _failure_is_reported(self) -> Iterator[None]:

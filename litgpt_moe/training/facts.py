@@ -14,6 +14,7 @@ import litgpt_moe
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.files import write_json
 from litgpt_moe.hardware import memory_bytes
+from litgpt_moe.locks import remove_left_over
 from litgpt_moe.threads import usable_cores
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import plain_settings
@@ -34,7 +35,9 @@ def write_run_facts(run: Run, device: torch.device) -> None:
         "settings": plain_settings(run.settings),
         "versions": versions,
     }
-    write_json(run.settings.out_dir / "logs/run.json", facts)
+    path = run.settings.out_dir / "logs/run.json"
+    remove_left_over(path)
+    write_json(path, facts)
 
 
 def _model(run: Run) -> dict[str, Any]:

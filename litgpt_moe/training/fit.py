@@ -34,6 +34,11 @@ def vocabulary_size(tokenizer_dir: Path) -> int | None:
     return read_tokenizer_facts(tokenizer_dir).vocab_size
 
 
+def leaves_vocabulary_open(settings: Settings) -> bool:
+    """Return whether the tokenizer decides the vocabulary of the model."""
+    return settings.model_config is not None and has_open_vocabulary(settings.model_config)
+
+
 def fitting_model(
     settings: Settings, resume: OpenCheckpoint | None, has_demo_data: bool
 ) -> tuple[MoEConfig, GPT]:
@@ -42,8 +47,9 @@ def fitting_model(
     `vocab_size: auto` becomes what the checkpoint has that the run starts from, else the number of pieces of
     the tokenizer, else what the tokenizer will have that is made with the data.
     """
-    path = Path(settings.model_config or "")
-    if not has_open_vocabulary(path):
+    assert settings.model_config is not None  # `load_settings` has chosen one
+    path = settings.model_config
+    if not leaves_vocabulary_open(settings):
         return MoEConfig.model_from_file(path)
     sizes = _vocabulary_of(resume.folder if resume else settings.initial_checkpoint_dir)
     if not sizes:
@@ -63,10 +69,12 @@ def _vocabulary_of(checkpoint: Path | None) -> dict[str, Any]:
     return {}
 
 
-def with_learning_rate(settings: Settings, config: MoEConfig, resume: OpenCheckpoint | None) -> Settings:
+def with_learning_rate(
+    settings: Settings, config: MoEConfig | None, resume: OpenCheckpoint | None
+) -> Settings:
     """Return the settings with a number for `optimizer.init_args.lr: auto`; ValueError if no rule knows it.
 
-    A run that is resumed keeps the number it had.
+    A run that is resumed keeps the number it had. `config` is None if it has problems of its own.
     """
     init_args = settings.optimizer.get("init_args") or {}
     if init_args.get("lr") != AUTO:
@@ -76,7 +84,7 @@ def with_learning_rate(settings: Settings, config: MoEConfig, resume: OpenCheckp
     if "Adam" not in name and name != "Muon":
         raise ValueError(f"optimizer.init_args.lr is auto, a rule for AdamW; give a number for {name}")
     had = resume.settings.get("optimizer.init_args.lr") if resume else None
-    rate = had if isinstance(had, float) else proposed_rate(config)
+    rate = had if isinstance(had, float) else proposed_rate(config) if config else budget.HIGHEST_RATE
     return replace(settings, optimizer={**settings.optimizer, "init_args": {**init_args, "lr": rate}})
 
 
@@ -92,10 +100,11 @@ def is_open(train: TrainArgs) -> bool:
 
 def kept_length(train: TrainArgs, resume: OpenCheckpoint | None) -> TrainArgs:
     """Return the length of the run that is resumed, where the settings leave it open without train.epochs."""
-    had = resume.settings.get("train.max_tokens") if resume else None
-    if train.epochs is None and is_open(train) and isinstance(had, int):
-        return replace(train, max_tokens=had)
-    return train
+    if resume is None or train.epochs is not None or not is_open(train):
+        return train
+    # LitGPT's own checkpoints may hold another type
+    had = resume.settings.get("train.max_tokens")
+    return replace(train, max_tokens=had) if isinstance(had, int) else train
 
 
 def settled_length(train: TrainArgs, data: Any, block_size: int, facts: ModelFacts) -> TrainArgs:

@@ -1,6 +1,9 @@
 """What a run will take: time, passes through the data, disk and memory, told before and at its beginning."""
 
 import contextlib
+import csv
+import math
+import statistics
 import time
 
 import torch
@@ -10,6 +13,7 @@ from litgpt_moe.hardware import fits, gpu_bytes, has_cuda, memory_bytes, peak_fl
 from litgpt_moe.planning import StepPlanner
 from litgpt_moe.training import fit
 from litgpt_moe.training.checks import disk_bytes, free_bytes
+from litgpt_moe.training.csv_log import METRICS_FILE
 from litgpt_moe.training.memory import planner_of, smaller_micro_batches
 from litgpt_moe.training.run import Run
 
@@ -100,12 +104,25 @@ def _memory_lines(run: Run, planner: StepPlanner, has: int) -> list[str]:
 def _time_line(run: Run, device: torch.device) -> str:
     if not run.n_steps:
         return "Time    known when the data are prepared: prepare_data.py"
-    peak = peak_flops(device, run.precision) * run.world_size
-    mfu = budget.TYPICAL_MFU if device.type == "cuda" else budget.CPU_MFU
     tokens = run.settings.train.n_tokens - run.tokens_at(run.start_step)
-    seconds = budget.train_seconds(tokens, run.facts.flops_per_token, peak, mfu)
+    if rate := measured_rate(run):
+        seconds, how = tokens / rate, f"at {rate:,.0f} tokens a second, measured so far in this run"
+    else:
+        peak = peak_flops(device, run.precision) * run.world_size
+        mfu = budget.TYPICAL_MFU if device.type == "cuda" else budget.CPU_MFU
+        seconds = budget.train_seconds(tokens, run.facts.flops_per_token, peak, mfu)
+        how = f"at a typical {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s; a run tells its own after two steps"
     n_steps = run.n_steps - run.start_step
-    return (
-        f"Time    about {budget.time_words(seconds)} for {n_steps:,} steps, {tokens:,} tokens, at a typical"
-        f" {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s; a run tells its own after two steps"
-    )
+    return f"Time    about {budget.time_words(seconds)} for {n_steps:,} steps, {tokens:,} tokens, {how}"
+
+
+def measured_rate(run: Run) -> float | None:
+    """Return the tokens a second in the log of the run that is resumed, the median; None without one."""
+    if run.resume is None:
+        return None
+    # a damaged log is reported where the run opens it
+    with contextlib.suppress(ValueError, OSError, csv.Error):
+        with (run.settings.out_dir / "logs" / METRICS_FILE).open(encoding="utf-8", newline="") as file:
+            rates = [float(row["tokens_per_s"]) for row in csv.DictReader(file) if row.get("tokens_per_s")]
+        return statistics.median(filter(math.isfinite, rates))
+    return None

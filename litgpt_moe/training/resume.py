@@ -23,6 +23,7 @@ from litgpt_moe.checkpoints.layout import (
 )
 from litgpt_moe.checkpoints.state import check_state, damage_in
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.data.batches import POSITION_FORM
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
@@ -170,6 +171,11 @@ def check_resume(run: "Run", model: GPT) -> None:
         *_changed_run(opened.settings, settings, run.optimizer["class_path"], model.config.block_size),
     ]:
         raise ValueError("\n".join(f"{folder}: {text}; resume with what it was" for text in changes))
+    position = opened.state["train_dataloader"]
+    if run.data_dir is not None and not fits(position, POSITION_FORM):
+        what = f"its train_dataloader is {position!r:.60}, which is no position in token shards"
+        way_out = "resume with the data module of before, or start from its weights"
+        raise ValueError(f"{folder}: {what}; {way_out} with --initial_checkpoint_dir")
     _say_what_changed(folder, opened.settings, settings)
     if run.start_step == run.n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")

@@ -168,8 +168,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     config, model = built
     world_size = devices * settings.num_nodes
     parsed.add(checks.train_problems(settings, config and config.block_size, world_size))
-    if config:
-        settings = parsed.attempt(fit.with_learning_rate, settings, config, resume) or settings
+    settings = parsed.attempt(fit.with_learning_rate, settings, config, resume) or settings
     optimizer = parsed.attempt(optimizer_spec, settings)
     parsed.raise_all()
     facts = model_facts(config, settings.train.max_seq_length, model)
@@ -209,8 +208,8 @@ def settle(run: Run) -> Run:
 
     Before, a vocabulary and a length that the settings leave open are not known.
     """
-    n_pieces = fit.vocabulary_size(run.settings.tokenizer_dir)
-    if fit.has_open_vocabulary(run.settings.model_config or "") and n_pieces != run.config.vocab_size:
+    is_open = fit.leaves_vocabulary_open(run.settings) and not (run.resume or run.initial)
+    if is_open and fit.vocabulary_size(run.settings.tokenizer_dir) != run.config.vocab_size:
         config, model = fit.fitting_model(run.settings, run.resume, has_demo_data=False)
         facts = model_facts(config, run.settings.train.max_seq_length, model)
         run = replace(run, config=config, facts=facts)

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch
 
-from litgpt_moe.cli import command_line, is_out_of_memory, printable
+from litgpt_moe.cli import command_line, first_line, is_out_of_memory, printable
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.files import is_disk_full
 from litgpt_moe.hardware import has_cuda, peak_memory_gb, precision_dtype
@@ -37,7 +37,8 @@ def describe(run: Run, device: torch.device, mode: str, why: str) -> str:
         used = f", {timedelta(seconds=round(run.used_time.seconds))} of them used" if run.resume else ""
         steps = f"{time} in all{used}, at most {steps}"
     return (
-        f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token\n"
+        f"Model   {run.config.name}: {total:,} parameters, {active:,} active per token, "
+        f"vocabulary {run.config.vocab_size:,}\n"
         f"Device  {device}, {run.precision}{' (TF32)' if tf32 else ''}, {mode} ({why}){mps}\n"
         f"Experts {describe_kernel(run.config, device, dtype)}\n"
         f"Run     {steps}, seed {run.settings.seed}{resumed}"
@@ -93,6 +94,8 @@ def failure(error: BaseException, run: Run, argv: list[str]) -> str | None:
         return out_of_memory(run, argv)
     if isinstance(error, RunFailed | FolderInUse):
         return text
+    if type(error).__name__ == "InductorError":  # its import takes a second
+        return f"the model cannot be compiled ({first_line(error)}); put that right, or use --compile off"
     # gloo: "Connection closed by peer", "Connection reset by peer"
     if "by peer" in text:
         return "another process of this run has ended, see its message; then continue with --resume auto"

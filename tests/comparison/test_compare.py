@@ -12,6 +12,7 @@ from conftest import TINY_CONFIG
 from litgpt_moe.comparison.processes import Outcome
 from litgpt_moe.comparison.runs import USUAL, RunsFile, is_same
 from litgpt_moe.config import MoEConfig, model_facts
+from tools import compare as tool
 
 
 def rows() -> list[dict]:
@@ -171,6 +172,48 @@ def test_another_failure_is_not_taken_for_a_rate_too_high(compare: Callable, sta
     starts.acts[1] = lambda: Outcome(1, "the disk is full", None)
     with pytest.raises(RuntimeError, match="the disk is full"):
         compare(rate=None, sweep_tokens=512)
+
+
+def test_runs_by_the_clock_are_refused(compare: Callable) -> None:
+    with pytest.raises(ValueError, match="give --match seconds"):
+        compare(variants=[("clock", {"train.max_time": "60"})])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "give --budget N, or --budget_of_first N"),
+        (["--budget", "1M", "--budget_of_first", "5"], "and not both"),
+        (["--budget", "much"], "much is no amount; write it as 8000000, 8M or 1.5e15"),
+        (["--budget", "1M", "--lr", "-1"], "write auto, or a number as 3e-3"),
+        (["--budget", "1M", "--seeds", "0"], "--seeds is 0; choose 1 to 100"),
+        (["--budget", "1M", "--lr_factor", "1"], "--lr_factor is 1.0; choose a number above 1"),
+        (["--budget", "1M", "--override", "n_expert"], "write it as n_expert=8"),
+        (["--budget", "1M", "--variant", "shared"], "give a name and one or more KEY=VALUE"),
+        (["--budget", "1M", "--data_dir", "nowhere"], "nowhere"),
+        (
+            ["--budget", "1M", "--override", "vocab_size=100", "padded_vocab_size=100"],
+            "pieces; add --override",
+        ),
+        (["--budget", "1M", "--override", "train.max_norn=1"], "unknown key train.max_norn"),
+        (["--budget", "1M", "--experts", "0"], "n_expert is 0"),
+    ],
+)
+def test_a_wrong_flag_is_refused_in_a_sentence(
+    flags: list[str],
+    words: str,
+    workspace: Path,
+    tiny_data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usual = ["model_config.yaml", "--config", "train_config.yaml", "--data_dir", str(tiny_data)]
+    try:
+        status = tool.main([*usual, "--results_file", "runs.jsonl", "--plan", *flags])
+    except SystemExit as end:
+        status = end.code
+    err = capsys.readouterr().err
+    assert status == 2 and words in err and "Traceback" not in err
+    assert not Path("runs.jsonl").exists()
 
 
 def test_a_setting_that_a_row_lacks_had_its_usual_value() -> None:

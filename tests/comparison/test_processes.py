@@ -48,3 +48,16 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     log = next(Path("comparison/logs").glob("MoE-tiny*")).read_text(encoding="utf-8")
     assert "resuming after step" in log
     assert (stopped / "final/lit_model.pth").is_file()
+
+
+@pytest.mark.slow
+def test_find_lr_says_the_best_and_what_the_rule_proposes(
+    workspace: Path, tiny_data: Path, run_script: Callable
+) -> None:
+    flags = ["--config", "train_config.yaml", "--data_dir", tiny_data, "--results_file", "runs.jsonl"]
+    flags += ["--sweep_tokens", 512, "--lr_first", 0.01, "--lr_count", 1, "--lr_factor", 100]
+    done = run_script("tools/find_lr.py", "model_config.yaml", *flags, cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert "  best" in done.stdout and "proposes 0.003" in done.stdout
+    assert "train_config.yaml names 0.01" in done.stdout
+    assert Path("comparison/find_lr.svg").read_text(encoding="utf-8").startswith("<svg")

@@ -2,34 +2,48 @@
 
 import io
 import json
+import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
 import pytest
 from conftest import ROOT as PROJECT
-from helpers.data import make_text, stories_of
+from helpers.data import fingerprint, make_text, stories_of
 from helpers.hub import Hub, serve
 from pyarrow import parquet
 
 from litgpt_moe.data.hub_dataset import by_names
-from litgpt_moe.data.manifest import read_manifest
+from litgpt_moe.data.manifest import read_manifest, verify
 
 ROOT = "/datasets/me/stories/resolve/main/"
 
 
 def table(stories: list[str]) -> bytes:
-    """Return a Parquet file with stories in its column `text`."""
+    """Return a Parquet file with stories in its column `text`, beside a column that is much larger."""
     file = io.BytesIO()
-    parquet.write_table(pyarrow.table({"text": stories, "n": list(range(len(stories)))}), file)
+    columns = {"text": stories, "image": [random.Random(i).randbytes(2_000) for i in range(len(stories))]}
+    parquet.write_table(pyarrow.table(columns), file, row_group_size=150)
     return file.getvalue()
+
+
+# prepare_data.py, with small parts of files, and a note after each file
+IN_SMALL_PARTS = """
+import sys, prepare_data
+from litgpt_moe.data import hub_file, hub_progress, rows
+hub_file.RANGE_BYTES, hub_progress.NOTED_BYTES, rows.LIST_CHARS = 512, 1, 1000
+sys.exit(prepare_data.main())
+"""
 
 
 @pytest.fixture
 def hub(tiny_tokenizer_dir: Path) -> Iterator[tuple[str, type[Hub]]]:
     """A hub with a data set of two subsets, and a tokenizer."""
     files = {
-        f"{ROOT}data/train-00000-of-00002.parquet": table(make_text(30)),
+        f"{ROOT}data/train-00000-of-00002.parquet": table(make_text(300)),
         f"{ROOT}data/train-00001-of-00002.parquet": table(make_text(30, seed=1)),
         f"{ROOT}data/validation-00000-of-00001.parquet": table(make_text(5, seed=2)),
         f"{ROOT}old/train-00000-of-00001.parquet": table(make_text(7, seed=3)),
@@ -40,38 +54,73 @@ def hub(tiny_tokenizer_dir: Path) -> Iterator[tuple[str, type[Hub]]]:
         yield endpoint, handler
 
 
-def test_a_data_set_and_a_tokenizer_come_by_their_names_and_a_fetch_goes_on(
+def test_a_data_set_is_read_on_the_hub_and_what_is_done_is_not_fetched_again(
+    hub: tuple[str, type[Hub]], tmp_path: Path
+) -> None:
+    endpoint, handler = hub
+    first, second = (f"{ROOT}data/train-0000{i}-of-00002.parquet" for i in range(2))
+    flags = ["--dataset", "me/stories", "--tokenizer", "me/tok", "--workers", "1"]
+
+    def prepare(endpoint: str = endpoint) -> subprocess.CompletedProcess[str]:
+        online = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PROJECT)}
+        online["HF_TOKEN"] = handler.token
+        command = [sys.executable, "-c", IN_SMALL_PARTS, *flags]
+        return subprocess.run(command, env=online, cwd=tmp_path, capture_output=True, text=True)
+
+    handler.token = "hf_of_the_user"
+    handler.gone.append(second)  # the list names it, and it cannot be read
+    handler.to_break.append(first)  # one answer breaks off, and is asked for again
+    stopped = prepare()
+    assert stopped.returncode == 1 and "run again to go on where it stopped" in stopped.stderr
+    data_dir, tokenizer = tmp_path / "data/stories", tmp_path / "data/stories/tokenizer"
+    assert (data_dir / ".hub_progress.npz").is_file() and not (data_dir / "manifest.json").exists()
+    meta = parquet.read_metadata(io.BytesIO(handler.files[first]))
+    image, end = meta.row_group(0).column(1).data_page_offset, meta.row_group(1).column(0).data_page_offset
+
+    def is_sent(at: int) -> bool:
+        return any(path == first and start <= at < stop for path, start, stop in handler.sent)
+
+    # of the columns the text alone
+    assert is_sent(end) and not is_sent(image + 100_000)
+    handler.gone.clear()
+    handler.sent.clear()
+    done = prepare()
+    assert done.returncode == 0, done.stderr
+    assert not is_sent(end)  # only the beginning, which is looked at before anything else
+    assert stories_of(data_dir, tokenizer, "train") == make_text(300) + make_text(30, seed=1)
+    assert stories_of(data_dir, tokenizer, "val") == make_text(5, seed=2)
+    assert "read   3 files" in done.stdout and "column text" in done.stdout
+    assert read_manifest(data_dir)["tokenizer"]["bos_id"] == 1 and verify(data_dir) == []
+    assert not list(data_dir.rglob("*.parquet")) and not (data_dir / ".hub_progress.npz").exists()
+    interrupted = fingerprint(data_dir)
+    again = prepare("http://127.0.0.1:9")
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+    shutil.rmtree(data_dir)
+    assert prepare().returncode == 0 and fingerprint(data_dir) == interrupted
+
+
+def test_files_that_an_earlier_version_fetched_are_used(
     hub: tuple[str, type[Hub]], tmp_path: Path, run_script: Callable
 ) -> None:
     endpoint, handler = hub
-    second = f"{ROOT}data/train-00001-of-00002.parquet"
-    content = handler.files.pop(second)  # the list names it, and it cannot be fetched
-    handler.listed.append(second)
+    names = [f"data/train-0000{i}-of-00002.parquet" for i in range(2)]
+    record = {"repo": "me/stories", "asked_subset": None, "asked_split": None, "subset": "default"}
+    record |= {"split": "train", "revision": "0" * 40, "files": {"train": names, "val": []}}
+    folder = tmp_path / "data/stories"
+    (folder / "train").mkdir(parents=True)
+    (folder / "hub.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "train" / names[0].replace("/", "--")).write_bytes(handler.files[ROOT + names[0]])
     online = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    command = ("prepare_data.py", "--dataset", "me/stories", "--tokenizer", "me/tok", "--workers", "1")
-    stopped = run_script(*command, env=online, cwd=tmp_path)
-    assert stopped.returncode == 1 and "run again to go on where it stopped" in stopped.stderr
-    handler.files[second] = content
+    command = ("prepare_data.py", "--dataset", "me/stories", "--tokenizer", "me/tok", "--val_fraction", "0.1")
     done = run_script(*command, env=online, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    fetched = [path for path in handler.asked if path.endswith(".parquet")]
-    assert sorted(fetched) == [path for path in sorted(handler.files) if "/data/" in path]  # each once
-    data_dir, tokenizer = tmp_path / "data/stories", tmp_path / "data/stories/tokenizer"
-    assert stories_of(data_dir, tokenizer, "train") == make_text(30) + make_text(30, seed=1)
-    assert stories_of(data_dir, tokenizer, "val") == make_text(5, seed=2)
-    assert "read   3 files" in done.stdout and "column text" in done.stdout
-    assert read_manifest(data_dir)["tokenizer"]["bos_id"] == 1
-    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    again = run_script(*command, env=away, cwd=tmp_path)
-    assert again.returncode == 0 and "nothing to do" in again.stderr
+    assert [path for path in handler.asked if path.endswith(".parquet")] == [ROOT + names[1]]
+    assert "330 stories, column text" in done.stdout
 
 
 def test_what_the_hub_does_not_have_is_named_with_what_it_has(
     hub: tuple[str, type[Hub]], tmp_path: Path
 ) -> None:
-    import subprocess
-    import sys
-
     endpoint, handler = hub
     del handler.files[f"{ROOT}data/validation-00000-of-00001.parquet"]
     # one process for all: each import of the project takes seconds

@@ -1,6 +1,7 @@
 """Data mixed from prepared ones: shares, passes, what is refused, and what goes to W&B."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from helpers.data import error_of, make_text, stories_of, write_text
 
 import prepare_data
+from litgpt_moe.data import mix
 from litgpt_moe.data.artifact import build_artifact
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import read_manifest, verify
-from litgpt_moe.data.mix import read_mix
 from litgpt_moe.data.prepare import prepare, refresh, stale_reasons
 from litgpt_moe.data.settings import DEFAULT_TOKENIZER_DIR, PrepareSettings
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
@@ -88,9 +89,41 @@ def test_what_cannot_be_mixed_is_named(
     assert not Path("data/mix").exists()
 
 
+def test_no_separator_between_stories_is_doubled_or_lost(sources: Path, tiny_tokenizer_dir: Path) -> None:
+    prepare(PrepareSettings(Path("data/mix"), mix=("large=1",)))
+    streams = [TokenStream(Path(folder), "train") for folder in ("data/mix", "data/large")]
+    alone, source = (stream.read(0, len(stream)) for stream in streams)
+    assert np.array_equal(alone, source)
+    prepare(PrepareSettings(Path("data/both"), mix=("large=1", "small=1")))
+    stream = TokenStream(Path("data/both"), "train")
+    ids = stream.read(0, len(stream))
+    (begins,), (ends,) = np.nonzero(ids == 1), np.nonzero(ids == 2)
+    # <s> ... </s> <s> ... </s>, in turn, and a text between each pair
+    assert np.array_equal(begins, np.r_[0, ends[:-1] + 1]) and ends[-1] == len(ids) - 1
+    assert (ends - begins > 10).all()
+
+
+def test_a_source_that_is_cut_while_it_is_mixed_is_told(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_parts = mix.open_parts
+
+    def cut_after_check(settings: PrepareSettings) -> list[mix.Part]:
+        parts = open_parts(settings)
+        os.truncate(shard, 100)
+        return parts
+
+    (entry,) = read_manifest(Path("data/large"))["splits"]["train"]["shards"]
+    shard = Path("data/large", entry["path"])
+    monkeypatch.setattr(mix, "open_parts", cut_after_check)
+    with pytest.raises(OSError, match=r"cut short while it was read; run prepare_data.py on that folder"):
+        prepare(PrepareSettings(Path("data/mix"), mix=("large=1", "small=1")))
+    assert not Path("data/mix/manifest.json").exists()
+
+
 def test_a_mix_is_read_from_a_file_too(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text("stories: 3\nme/classics: 1.0\n", encoding="utf-8")
-    assert read_mix([str(tmp_path / "mix.yaml")]) == {"stories": 0.75, "me/classics": 0.25}
+    assert mix.read_mix([str(tmp_path / "mix.yaml")]) == {"stories": 0.75, "me/classics": 0.25}
 
 
 def test_a_data_set_of_the_hub_is_prepared_for_a_mix_with_the_tokenizer_of_the_others(
@@ -99,7 +132,7 @@ def test_a_data_set_of_the_hub_is_prepared_for_a_mix_with_the_tokenizer_of_the_o
     def fetch(settings: PrepareSettings) -> None:
         write_text(settings.data_dir / "train" / "a.txt", make_text(30, seed=4))
 
-    monkeypatch.setattr("litgpt_moe.data.prepare.fetch_dataset", fetch)
+    monkeypatch.setattr("litgpt_moe.data.prepare.open_dataset", fetch)
     manifest = prepare(PrepareSettings(Path("data/mix"), mix=("me/tales=1", "small=1"), workers=1))
     assert [entry["folder"] for entry in manifest["mix"]] == ["../tales", "../small"]
     assert manifest["tokenizer"]["sha256"] == read_manifest(Path("data/small"))["tokenizer"]["sha256"]

@@ -155,6 +155,18 @@ def test_a_killed_run_leaves_no_half_shard_and_goes_on(settings: PrepareSettings
     assert read_manifest(settings.data_dir)["splits"]["train"]["n_stories"] == len(set(stories))
 
 
+def test_what_a_kill_left_of_small_files_goes_with_the_next_preparation(settings: PrepareSettings) -> None:
+    own = [
+        settings.data_dir / f"{name}.123.tmp" for name in ("manifest", "hub", "tokenizer/tokenizer_config")
+    ]
+    others = [settings.data_dir / name for name in ("manifest.old.tmp", "notes.5.tmp")]
+    for path in (*own, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    prepare(settings)
+    assert [path for path in own if path.exists()] == [] and all(path.exists() for path in others)
+
+
 def test_a_full_disk_ends_with_status_1_and_earlier_data_intact(
     settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,6 +146,21 @@ def test_ctrl_c_is_heard_while_a_tokenizer_is_trained() -> None:
         call_interruptibly(lambda: int("x"))  # what it raises is raised here
 
 
+def test_python_does_not_end_before_a_training_that_is_interrupted() -> None:
+    # the library would abort the process when it asks for Python's lock at that time
+    code = """
+import _thread, time
+from litgpt_moe.data.make_tokenizer import call_interruptibly
+try:
+    call_interruptibly(lambda: (_thread.interrupt_main(), time.sleep(60)))
+except KeyboardInterrupt:
+    print("heard")
+"""
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", heard + code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (130, "heard\n")
+
+
 @pytest.mark.parametrize("text", ["one story alone", "the same\n<|endoftext|>\nthe same", "<|endoftext|>\n"])
 def test_no_tokenizer_is_trained_for_a_text_without_enough_stories(
     settings: PrepareSettings, tmp_path: Path, text: str

@@ -167,6 +167,35 @@ def test_without_memory_for_one_more_the_others_go_on(monkeypatch: pytest.Monkey
     assert late._ids[len(OTHER) :] == alone(decoder, OTHER, 6)
 
 
+def test_texts_for_which_there_is_no_memory_wait_for_others_to_end(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [alone(decoder, prompt, n) for prompt, n in ((SHORT, 4), (OTHER, 9), (LONG, 5), (SHORT, 6))]
+    open_cache, close_cache, n_open = decoder.open, decoder.close, 0
+
+    def open_two(capacity: int) -> object:
+        nonlocal n_open
+        if n_open == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        n_open += 1
+        return open_cache(capacity)
+
+    def close(cache: object) -> None:
+        nonlocal n_open
+        n_open -= cache is not None
+        close_cache(cache)
+
+    monkeypatch.setattr(decoder, "open", open_two)
+    monkeypatch.setattr(decoder, "close", close)
+    members = [member(SHORT, 4), member(OTHER, 9), member(LONG, 5), member(SHORT, 6)]
+    with closing(generate_together(decoder, members)) as texts:
+        assert [list(ids) for ids in texts] == expected
+    assert n_open == 0
+    n_open = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        list(generate_together(decoder, [member(SHORT, 4)]))
+
+
 def test_one_that_diverges_ends_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, bad, good = Batch(decoder), member(SHORT, 6), member(OTHER, 6)
     expected, take = alone(decoder, OTHER, 6), Continuation.take

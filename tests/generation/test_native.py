@@ -1,5 +1,6 @@
 """Compiled decoding: the logits and routing of PyTorch, for every kind of model that it takes."""
 
+import ctypes
 import functools
 import os
 import stat
@@ -177,7 +178,8 @@ def test_eight_bits_need_compiled_code() -> None:
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiling, "_load_once", functools.cache(compiling._load_once.__wrapped__))
+    for function in ("_load_once", "_own_folder"):
+        monkeypatch.setattr(compiling, function, functools.cache(getattr(compiling, function).__wrapped__))
     return tmp_path / "cache/litgpt-moe"
 
 
@@ -267,6 +269,52 @@ def test_it_is_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(compiling, "_compile", lambda *_: pytest.fail("compiled again"))
     compiling.load_library()
     assert stat.S_IMODE(empty_cache.stat().st_mode) == 0o700 and made.suffix == ".so"
+
+
+def test_a_broken_file_in_the_cache_is_made_anew(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_load_once", compiling._load_once.__wrapped__)
+    with monkeypatch.context() as patched:
+        patched.setattr(compiling, "_compile", lambda _, target: target.write_bytes(b"no library"))
+        with pytest.raises(NoLibrary, match="kept or loaded"):
+            compiling.load_library()
+    [kept] = empty_cache.iterdir()
+    assert kept.read_bytes() == b"no library"
+    assert compiling.load_library().decode_step
+    assert kept.stat().st_size > 10_000
+
+
+def test_where_the_cache_allows_no_code_a_copy_elsewhere_is_loaded(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, compile_, n_compiled = ctypes.CDLL, compiling._compile, 0
+
+    def refuse(name: str) -> ctypes.CDLL:
+        if Path(name).parent == empty_cache:
+            raise OSError(f"{name}: failed to map segment from shared object")  # of a disk mounted noexec
+        return load(name)
+
+    def count(*args: Any) -> None:
+        nonlocal n_compiled
+        n_compiled += 1
+        compile_(*args)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(compiling, "_compile", count)
+    monkeypatch.setattr(compiling, "_load_once", compiling._load_once.__wrapped__)
+    assert compiling.load_library().decode_step and compiling.load_library().decode_step
+    assert n_compiled == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compiler is a script")
+def test_without_room_in_the_cache_it_is_compiled_elsewhere(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = f"if {str(empty_cache)!r} in sys.argv[-1]: sys.exit('No space left on device')"
+    go_on = "sys.exit(subprocess.run(['c++', *sys.argv[1:]]).returncode)"
+    write_compiler(tmp_path / "cc", f"import subprocess, sys\n{full}\n{go_on}\n")
+    monkeypatch.setenv("CXX", str(tmp_path / "cc"))
+    assert compiling.load_library().decode_step
+    assert not list(empty_cache.iterdir())
 
 
 def test_another_torch_gets_code_of_its_own(

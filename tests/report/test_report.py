@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY_CONFIG
+from conftest import ROOT, TINY_CONFIG
 from helpers.browser import PROGRAM, Browser
 
 from litgpt_moe.report.page import MAX_POINTS
@@ -489,6 +490,21 @@ def test_a_run_can_be_hidden_and_only_differences_are_listed(browser: Browser, t
     assert "optimizer.class_path" in browser.js(rows)
     assert browser.js("document.querySelectorAll('.spike').length") == 0  # the hidden run's
     assert browser.js("$('spikes').querySelectorAll('tr').length") == 2
+
+
+@in_browser
+@pytest.mark.slow
+def test_the_pictures_of_the_front_page_can_be_made(trained: Path, browser: Browser, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "checkpoints")
+    spec = importlib.util.spec_from_file_location("make_pictures", ROOT / "docs/make_pictures.py")
+    assert spec and spec.loader
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    pictures.make_pictures(tmp_path, browser, tmp_path)
+    browser("Emulation.setScrollbarsHidden", hidden=False)
+    for name in ("report.webp", "playground.webp"):
+        picture = (tmp_path / name).read_bytes()
+        assert picture[8:12] == b"WEBP" and 1000 < len(picture) <= pictures.MAX_BYTES
 
 
 def test_a_report_takes_its_settings_from_the_newest_step_not_from_a_folder_with_another_name(

@@ -6,8 +6,11 @@ from typing import Any
 import openai
 import pytest
 from helpers.server import Running, complete, post, serving
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from litgpt_moe.serving.chat import ALLOWED_IN_CHAT, ChatBody, Message, ResponseFormat
+from litgpt_moe.serving.chat import ALLOWED_IN_CHAT, ChatBody, Message, ResponseFormat, read_chat_request
+from litgpt_moe.serving.requests import ApiError, error_response
 
 pytestmark = pytest.mark.usefixtures("eager")
 USER = {"role": "user", "content": "Tom"}
@@ -115,6 +118,32 @@ def test_a_bad_parameter_is_told_in_openais_form(
     error = answer["error"]
     assert status == 400 and message in error["message"] and len(error["message"]) < 300, error
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda parts: (
+        st.lists(parts, max_size=3) | st.dictionaries(st.text() | st.just("type"), parts, max_size=3)
+    ),
+    max_leaves=5,
+)
+MESSAGE = st.fixed_dictionaries({"role": JSON | st.just("user"), "content": JSON | st.just("Tom")})
+
+
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([*ChatBody.model_fields, "seed", "prompt"]) | st.text(), JSON, max_size=3
+    ),
+    message=MESSAGE | JSON,
+)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_parameters_are_checked_or_told(changes: dict[str, Any], message: Any, tiny: Running) -> None:
+    try:
+        request = read_chat_request({"messages": [USER, message], **changes}, tiny.engine.served)
+    except ApiError as error:
+        assert error.status in (400, 404) and error_response(error).body
+    else:
+        assert request.prompts and request.sampling
 
 
 def test_a_model_that_is_not_here_is_not_found(tiny: Running) -> None:

@@ -145,6 +145,20 @@ def test_a_sample_for_whose_cache_there_is_no_memory_is_an_error(
     assert complete(quick, max_tokens=3).usage.completion_tokens == 3
 
 
+def test_a_sample_for_which_there_is_no_memory_does_not_end_those_under_way(
+    tiny: Running, talker: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = talker.engine
+    stream = complete(talker, stream=True)
+    next(stream)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.batch.decoder, "open", fail)
+        with pytest.raises(openai.InternalServerError, match="CUDA out of memory"):
+            complete(talker)
+    assert next(stream).choices[0].text is not None and engine.n_running == 1
+    stream.close()
+
+
 def test_an_error_while_memory_is_freed_reaches_the_client(
     quick: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

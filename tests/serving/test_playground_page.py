@@ -184,7 +184,7 @@ def test_a_server_that_is_killed_half_way_leaves_what_it_wrote(browser: Browser,
     process.communicate(timeout=60)
     browser.wait(f"{DONE} && {TOLD}.startsWith('The connection to the server broke off')")
     (story,) = browser.js(STORIES)
-    assert story.startswith("Once upon a time") and len(story) > 40
+    assert story.startswith("Once upon a time") and len(story) > 20
     assert browser.js("samples[0].state.textContent").endswith(" · broken off")
     browser.js("start()")
     browser.wait(f"{TOLD} === 'The server does not answer. Is it still running?'")
@@ -243,7 +243,7 @@ def test_on_a_phone_the_story_comes_first_and_the_prompt_stays_in_reach(
     top = "Math.round({}.getBoundingClientRect().top)"
     places = [top.format(f"$('{name}')") for name in ("samples", "routing", "repeat", "past")]
     tops = browser.js(f"[{', '.join(places)}]")
-    assert tops == sorted(tops) and tops[0] < 30  # the stories are scrolled to
+    assert tops == sorted(tops) and 0 <= tops[0] < 30  # the stories are scrolled to, and stay there
     box = browser.js("form.getBoundingClientRect().toJSON()")
     assert box["bottom"] == 800 and box["top"] > 400  # of a window 800 high
     assert box["width"] == browser.js("document.documentElement.clientWidth")

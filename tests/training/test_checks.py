@@ -147,6 +147,18 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused() -> No
     assert "pieces but padded_vocab_size in model_config.yaml is 100" in refusal()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="torch finds Visual Studio's compiler by itself there")
+@pytest.mark.usefixtures("workspace")
+def test_a_cpu_run_that_is_to_be_compiled_without_a_compiler_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    error = refusal("--compile", "on")
+    assert (
+        "compile is on, but there is no C++ compiler no-such-compiler; install it, or drop compile" in error
+    )
+
+
 @pytest.mark.usefixtures("workspace")
 def test_a_model_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "memory_bytes", lambda: 100_000)

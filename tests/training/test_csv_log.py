@@ -66,6 +66,13 @@ def test_a_log_of_before_with_other_columns_is_rewritten_once_and_loses_nothing(
     assert lines(log) == ["step,loss,mfu,val_loss,lr", "0,,,6.0,", "1,4.0,,,0.5", "2,2.5,0.1,,"]
 
 
+def test_what_a_kill_left_beside_a_log_goes_with_the_next_run(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    (tmp_path / "metrics.77.tmp").touch()
+    log.keep(0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_torn_last_row_is_dropped_or_read_as_far_as_it_goes(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_bytes(b"step,loss\r\n1,3.0\r\n2,2\xff\0\0\0")
@@ -134,6 +141,25 @@ def test_a_log_that_was_deleted_begins_again_with_its_header(tmp_path: Path) -> 
     (tmp_path / "logs").rename(tmp_path / "moved")
     log.write({"step": 3})
     assert lines(log) == ["step", "3"]
+
+
+def test_a_log_that_something_else_cuts_is_told_at_the_next_row_and_counted_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    for step in range(1, 6):
+        log.write({"step": step, "loss": 3.25})
+    os.truncate(log.path, len("step,loss\r\n1,3.25\r\n2,3.25\r\n3,3"))
+    log.write({"step": 6, "loss": 3.0})
+    told = f"Warning: {log.path} was cut by something else, and 3 of its rows are lost\n"
+    assert capsys.readouterr().err == told
+    log.write({"step": 7, "loss": 2.0})
+    assert lines(log) == ["step,loss", "1,3.25", "2,3.25", "6,3.0", "7,2.0"] and log.n_rows == 4
+    # the checkpoint of now counts four: a resume keeps them, and warns of nothing
+    log.write({"step": 8, "loss": 1.0})
+    again = CsvLog(log.path, ["step", "loss"])
+    again.keep(4)
+    assert lines(again)[-1] == "7,2.0" and capsys.readouterr().err == ""
 
 
 def test_a_folder_in_the_place_of_a_log_is_told_once(

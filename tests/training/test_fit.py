@@ -133,6 +133,11 @@ def test_the_learning_rate_is_a_number_when_it_runs_and_stays_when_the_run_goes_
     assert again.optimizer["init_args"]["lr"] == again.settings.optimizer["init_args"]["lr"] == 0.004
 
 
+def test_a_model_with_problems_of_its_own_makes_the_rate_none() -> None:
+    edit_yaml("model_config.yaml", "n_layer", 0)
+    assert refusal("--optimizer.lr", "auto") == "model_config.yaml: n_layer is 0; choose 1 or more"
+
+
 def test_a_rule_for_adamw_is_not_used_for_another_optimizer() -> None:
     spec = {"class_path": "torch.optim.SGD", "init_args": {"lr": "auto"}}
     edit_yaml("train_config.yaml", "optimizer", spec)

@@ -50,6 +50,9 @@ def test_a_plan_trains_and_writes_nothing(tiny_data: Path, capsys: pytest.Captur
 
 def test_a_plan_needs_no_data_and_no_free_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
+    assert run("--plan", "--max_tokens", 4096, "--resume", "auto") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"for 8 steps, 2,048 tokens, at [\d,]+ tokens a second, measured so far", told)
     assert run("--plan", "--dataset_dir", "nowhere", "--max_tokens", "auto") == 0
     told = capsys.readouterr().out
     assert "Time    known when the data are prepared" in told and "Data    not prepared yet" in told

@@ -219,6 +219,15 @@ def test_a_resume_without_the_optimizer_s_moments_is_told(capsys: pytest.Capture
     assert "out/step-00000004 holds no moments of the optimizer, which begin anew" in told_paths(capsys)
 
 
+def test_a_position_in_other_data_is_refused_before_the_run_starts() -> None:
+    path = save("out/step-00000004", 4) / "lit_model.pth"
+    state = torch.load(path, weights_only=True)
+    for position in ({}, {"current_epoch": 0, "num_samples_yielded": 8}):
+        torch.save(state | {"train_dataloader": position}, path)
+        told = refused("--resume", "auto")
+        assert f"its train_dataloader is {position}" in told and "--initial_checkpoint_dir" in told
+
+
 def test_resume_true_without_a_checkpoint_is_an_error_and_auto_starts_afresh(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -4,16 +4,22 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import alter
-from helpers.data import snapshot
-from helpers.runs import edit_yaml, run
+from helpers.data import make_text, snapshot, write_text
+from helpers.runs import assert_same_run, edit_yaml, history, run
 
 from litgpt_moe.data import freshness, manifest
+from litgpt_moe.data.batches import TokenStream
+from litgpt_moe.data.prepare import prepare
+from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.training import batches
+from litgpt_moe.training.hooks import LoopHooks
 from litgpt_moe.training.run import Run
 
 
@@ -94,6 +100,32 @@ def test_without_a_tokenizer_and_the_hub_the_two_ways_on_are_named(
     error = capsys.readouterr().err
     assert "--tokenizer_dir" in error and "--train_tokenizer" in error
     assert not Path("out").exists() and not Path("absent").exists()
+
+
+def test_a_run_on_a_mix_that_is_interrupted_goes_on_bit_for_bit(
+    workspace: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, n_stories, seed in (("large", 200, 0), ("small", 20, 1)):
+        write_text(Path("data", name, "train/a.txt"), make_text(n_stories, seed=seed))
+        prepare(PrepareSettings(Path("data", name), tokenizer_dir=tiny_tokenizer_dir, workers=1))
+    prepare(PrepareSettings(Path("data/mix"), mix=("large=0.8", "small=0.2")))
+    n_steps = len(TokenStream(Path("data/mix"), "train")) // 256 + 20  # into the second epoch
+    flags = ("--dataset_dir", "data/mix", "--max_tokens", n_steps * 256)
+    assert run(*flags, "--out_dir", "whole") == 0
+    count_step = LoopHooks.on_after_optimizer_step
+
+    def interrupt(hooks: LoopHooks, **options: Any) -> None:
+        count_step(hooks, **options)
+        if hooks.step in (7, n_steps - 5):  # the step that follows is the last
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(LoopHooks, "on_after_optimizer_step", interrupt)
+    for stopped_at in (8, n_steps - 4):
+        assert run(*flags, "--out_dir", "parts", "--resume", "auto") == 0
+        assert not Path("parts/final").exists() and Path(f"parts/step-{stopped_at:08d}").is_dir()
+    assert run(*flags, "--out_dir", "parts", "--resume", "auto") == 0
+    assert_same_run("parts", "whole")
+    assert history("parts") == history("whole")
 
 
 def test_a_mistyped_data_folder_is_not_filled_with_demo_stories(

@@ -62,6 +62,10 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert text.endswith(" --seed 1 --resume auto")
 
 
+class InductorError(RuntimeError):
+    """As that of torch._inductor.exc, whose import takes a second."""
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -82,6 +86,10 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
             "--micro_batch_size 2 --resume",
+        ),
+        (
+            InductorError("CppCompileError: it fails\n\nSet TORCHDYNAMO_VERBOSE=1"),
+            "(CppCompileError: it fails)",
         ),
     ],
 )
