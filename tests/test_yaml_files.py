@@ -64,7 +64,7 @@ def test_a_text_that_yaml_reads_as_another_type_is_told_with_the_quotes(text: st
 
 
 @pytest.mark.parametrize(
-    "name", ["dataset_dir", "tokenizer_dir", "out_dir", "initial_checkpoint_dir", "wandb_artifacts_dir"]
+    "name", ["data_dir", "tokenizer_dir", "out_dir", "initial_checkpoint_dir", "wandb_artifacts_dir"]
 )
 def test_a_folder_name_that_is_not_utf_8_is_told_as_such(name: str) -> None:
     with pytest.raises(ValueError, match=f"--{name}: {name} is .*, which is not UTF-8; rename it"):

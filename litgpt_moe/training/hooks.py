@@ -155,7 +155,7 @@ class LoopHooks:
         self.optimizer = optimizer
         failed_save, must_fail = self.writer.failure, self.writer.must_end_run
         vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, self.save_s, must_fail)
-        share = self.budget.share(time.monotonic(), *self.ahead_s)
+        share = self.budget.share(time.monotonic(), *self.ahead_s) if self.run.is_timed else 0.0
         loss, grad_norm, votes, share = self.in_progress.end(norm, vote, share)
         self.budget.end_step(time.perf_counter() - self.in_progress.began)
         time_share = self.budget.settle(share)

@@ -208,7 +208,7 @@ def _number(key: str, value: Any, words: dict[str, str]) -> Any:
     is_number = key == "train.max_time" or words[key].startswith("a whole number")
     # what is no number is refused with its own text
     with contextlib.suppress(ValueError):
-        if is_number and "text" not in words[key] and isinstance(value, str) and not value.isdigit():
+        if is_number and "text" not in words[key] and isinstance(value, str) and value[-1:].isalpha():
             return read(value)
     return value
 
