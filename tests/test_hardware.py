@@ -61,8 +61,8 @@ def test_a_device_that_cannot_be_used_is_named(device: str, precision: str, mess
         ("cpu", 0, None, "devices is 0; choose auto (or -1, the same) or a number of 1 or more"),
         (
             *("cpu", 1, "16-true"),
-            "precision is '16-true'; did you mean bf16-true? Choose one of "
-            "32-true, bf16-true, bf16-mixed, 16-mixed",
+            "precision is '16-true'; did you mean bf16-true? "
+            "Choose one of 32-true, bf16-true, bf16-mixed, 16-mixed",
         ),
         ("auto", 1, "16-mixed", "precision is 16-mixed, which is for CUDA; use bf16-mixed or 32-true"),
     ],

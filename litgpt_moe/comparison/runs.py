@@ -14,7 +14,7 @@ from litgpt_moe.files import check_no_links, fits
 from litgpt_moe.report.results import append
 from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
-N_VALIDATIONS = 16  # of a run, for its curve, unless they would take long:
+N_VALIDATIONS = (4, 16)  # of a run, for its curve; fewer than the most where they would take long:
 VALIDATION_SHARE = 0.2  # validation tokens for each training token, at most
 N_LOG_ROWS = 200
 N_SAVES = 10  # of a run: an interruption costs a tenth of it
@@ -92,7 +92,8 @@ class RunSpec:
     def command(self, config: Path, data: Path, out_dir: Path, val_tokens: int) -> list[str]:
         """Return the arguments of run_train.py; a validation takes `val_tokens`."""
         n, affordable = self.n_steps, int(VALIDATION_SHARE * self.tokens / val_tokens)
-        n_validations = max(1, min(N_VALIDATIONS, affordable))
+        fewest, most = N_VALIDATIONS
+        n_validations = min(n, max(fewest, min(most, affordable)))
         flags: dict[str, object] = {
             "config": config,
             "model_config": self.contestant.model_file,

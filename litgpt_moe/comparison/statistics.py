@@ -73,15 +73,16 @@ def paired_difference(values: Sequence[float], others: Sequence[float]) -> Diffe
 
 
 def crossing(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Return how far a curve of (tokens, loss) is when it first gets to `loss`; None if it never does.
+    """Return how far a curve of (tokens, loss) is when it first gets to `loss`.
 
-    Between two points the loss is taken as a straight line over the logarithm of the tokens.
+    Between two points the loss is taken as a straight line over the logarithm of the tokens. None if the
+    curve never gets there, or is there before its first point.
     """
     before: tuple[float, float] | None = None
     for tokens, value in curve:
         if value <= loss:
-            if before is None or before[1] <= loss or before[0] <= 0:
-                return tokens
+            if before is None:
+                return tokens if value == loss else None
             share = (before[1] - loss) / (before[1] - value)
             return math.exp(math.log(before[0]) + share * (math.log(tokens) - math.log(before[0])))
         before = tokens, value

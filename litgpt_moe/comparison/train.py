@@ -43,8 +43,10 @@ class Trainer:
         note(f"{self.describe(spec)}: training ({time.strftime('%H:%M')})")
         row = self._make(spec, identity)
         self.file.append(row)
-        if not (self.place.keep and spec.kind == "run"):
-            self._delete_checkpoints(self.folder(spec))
+        folder = self.folder(spec)
+        is_kept = self.place.keep and spec.kind == "run"
+        for path in (*folder.glob("step-*"), *([] if is_kept else [folder / "final"])):
+            remove(path)
         return row
 
     @staticmethod
@@ -129,11 +131,6 @@ class Trainer:
         outcome = self.start(script("evaluate.py", *words), log, self.place.low_priority)
         check_ended(outcome, f"scoring {folder / 'final'}", log)
         return json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
-
-    @staticmethod
-    def _delete_checkpoints(folder: Path) -> None:
-        for path in (folder / "final", *folder.glob("step-*")):
-            remove(path)
 
 
 def curve(train: Columns, val: Columns) -> list[list[float | None]]:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from litgpt_moe.data.hub_file import LOG_IN
 from litgpt_moe.data.inputs import Inputs
 from litgpt_moe.data.settings import SHORT_NAMES, SPLITS, PrepareSettings
 from litgpt_moe.files import check_inside, fits, read_json, write_json
+from litgpt_moe.locks import locked_folder
 
 CONVERTED = "refs/convert/parquet"  # where the hub keeps each public data set as SUBSET/SPLIT/0000.parquet
 NO_PARQUET = "no Parquet files on the hub, nor converted ones; download its files and name them as PATH"
@@ -58,6 +60,15 @@ def open_dataset(settings: PrepareSettings) -> Inputs | None:
     return inputs
 
 
+def as_before(settings: PrepareSettings) -> PrepareSettings:
+    """Return the settings with the data set of the hub that the data directory was made from, if any."""
+    record = read_json(settings.data_dir / HUB_RECORD)
+    if not fits(record, RECORD) or "on_hub" not in record:
+        return settings
+    asked = {"subset": record.get("asked_subset"), "split": record.get("asked_split")}
+    return replace(settings, dataset=record["repo"], **asked)
+
+
 def _source(record: dict[str, Any], entry: dict[str, Any]) -> Source:
     name = f"{record['repo']}/{check_inside(entry['path'])}"
     return Source(Path(name), ".parquet", "", name, False, OnHub(record["repo"], record["revision"], **entry))
@@ -78,21 +89,23 @@ def _fetch_rest(settings: PrepareSettings, record: dict[str, Any]) -> None:
 def fetch_subsets(repo: str, folder: Path) -> list[Path]:
     """Fetch the training files of every subset of a hub data set into `folder`; return where they lie.
 
-    As with `open_dataset` the list of them is recorded first, and files that are there stay.
+    As with `open_dataset` the list of them is recorded first, and files that are there stay. A second
+    command waits for the first one.
     """
-    record = read_json(folder / HUB_RECORD)
-    if not fits(record, SUBSETS_RECORD) or record["repo"] != repo:
-        if record:
+    with locked_folder(folder, "download", "another command downloads", "wait for it", wait=True):
+        record = read_json(folder / HUB_RECORD)
+        if record and not (fits(record, SUBSETS_RECORD) and record["repo"] == repo):
             raise ValueError(f"{folder / HUB_RECORD}: not about {repo}; rename that folder")
-        layout, info, _ = _look_up(repo)
-        files = sorted(path for splits in layout.values() for path in splits.get("train", ()))
-        record = {"repo": repo, "revision": info.sha or "main", "files": files}
-        write_json(folder / HUB_RECORD, record)
-    way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
-    targets = {path: folder / _flat(path) for path in record["files"]}
-    for path, target in targets.items():
-        if not target.is_file():
-            download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
+        if not record:
+            layout, info, _ = _look_up(repo)
+            files = sorted(path for splits in layout.values() for path in splits.get("train", ()))
+            record = {"repo": repo, "revision": info.sha or "main", "files": files}
+            write_json(folder / HUB_RECORD, record)
+        targets = {path: folder / _flat(path) for path in record["files"]}
+        for path, target in targets.items():
+            if not target.is_file():
+                way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
+                download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
     return list(targets.values())
 
 

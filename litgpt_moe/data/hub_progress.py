@@ -5,6 +5,7 @@ import hashlib
 import json
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,17 +47,21 @@ class HubProgress:
         self.files: dict[str, Any] = {}
         self._n_bytes = 0
 
-    def load(self) -> tuple[dict[str, Any], np.ndarray[Any, Any]] | None:
-        """Return what was noted, and the hashes of the stories so far; None if there is nothing of use."""
+    def load(self, remember: Callable[[np.ndarray[Any, Any]], object]) -> dict[str, Any] | None:
+        """Return what was noted, None if there is nothing of use; `remember` gets the stories' hashes."""
         check_no_links(self.path)
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
             with np.load(self.path, allow_pickle=False) as found:
-                state, hashes = json.loads(found["state"].tobytes()), found["hashes"]
-            is_usable = fits(state, STATE_FORM) and state["made_of"] == self.made_of and hashes.dtype == "<u8"
-            entries = [entry for split in SPLITS for entry in state["shards"][split]]
-            if is_usable and all(self._is_there(entry) for entry in entries):
-                self.files = state["files"]
-                return state, hashes
+                state = json.loads(found["state"].tobytes())
+                if not fits(state, STATE_FORM) or state["made_of"] != self.made_of:
+                    return None
+                if not all(self._is_there(entry) for split in SPLITS for entry in state["shards"][split]):
+                    return None
+                for name in found.files:
+                    if name != "state":
+                        remember(found[name].astype("<u8", copy=False))
+            self.files = state["files"]
+            return state
         return None
 
     def _is_there(self, entry: dict[str, Any]) -> bool:
@@ -79,12 +84,12 @@ class HubProgress:
         self._n_bytes += reader.size
         return self._n_bytes >= NOTED_BYTES
 
-    def note(self, state: dict[str, Any], hashes: np.ndarray[Any, Any]) -> None:
+    def note(self, state: dict[str, Any], hashes: list[np.ndarray[Any, Any]]) -> None:
         """Write down what has come of the files that are done."""
         self._n_bytes = 0
         text = json.dumps({"made_of": self.made_of, "files": self.files, **state})
         with open_whole(self.path) as file:
-            np.savez(file, state=np.frombuffer(text.encode("utf-8"), dtype=np.uint8), hashes=hashes)
+            np.savez(file, *hashes, state=np.frombuffer(text.encode("utf-8"), dtype=np.uint8))
 
     def end(self) -> None:
         """Delete the notes: all is done."""

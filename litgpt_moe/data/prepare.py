@@ -17,7 +17,7 @@ from litgpt_moe.data.download import download_tinystories
 from litgpt_moe.data.foreign_tokenizer import bring_tokenizer, carry_tokenizer, is_foreign
 from litgpt_moe.data.forms import FORMS, HUB_RECORD, text_in
 from litgpt_moe.data.freshness import stale_reasons
-from litgpt_moe.data.hub_dataset import open_dataset
+from litgpt_moe.data.hub_dataset import as_before, open_dataset
 from litgpt_moe.data.hub_progress import PROGRESS
 from litgpt_moe.data.inputs import (
     Inputs,
@@ -81,8 +81,8 @@ def prepare(settings: PrepareSettings, wait: bool = False) -> Manifest:
         with locked_folder(settings.data_dir, "prepare", "prepare_data.py is at work", WAIT, wait):
             return make_mix(settings)
     check_no_place_of_run(settings.data_dir)
+    settings = _with_inputs(settings)
     if settings.dataset == "custom":
-        settings = replace(settings, paths=tuple(_paths_of(settings)))
         list_inputs(settings)  # the lock below would create a folder with a mistyped name
     elif settings.paths:
         raise ValueError(f"{settings.paths[0]}: a PATH and --dataset exclude each other; drop one")
@@ -188,6 +188,15 @@ def _place_tokenizer(settings: PrepareSettings) -> PrepareSettings:
     return settings
 
 
+def _with_inputs(settings: PrepareSettings) -> PrepareSettings:
+    """Return the settings with the PATHs, or the data set of the hub, that the data were made from before."""
+    if settings.dataset != "custom":
+        return settings
+    settings = replace(settings, paths=tuple(_paths_of(settings)))
+    has_text = settings.paths or text_in(settings.data_dir / "train")
+    return settings if has_text else as_before(settings)
+
+
 def _paths_of(settings: PrepareSettings) -> list[Path]:
     """Return the PATHs to read: the named ones, else those from which the data directory was prepared."""
     paths = outside_paths(settings.data_dir, settings.paths)
@@ -270,7 +279,9 @@ def refresh(data_dir: Path, tokenizer_dir: Path, contents: bool = True, wait: bo
         raise ValueError(f"{reasons[0].removesuffix(f'; {RUN_AGAIN}')}; mix again with prepare_data.py --mix")
     if before and not (text_in(data_dir / "train") or any(path.exists() for path in paths)):
         reason = reasons[0].removesuffix(f"; {RUN_AGAIN}")
-        raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from")
+        way_out = f"; prepare_data.py --data_dir {data_dir} reads it again on the hub"
+        way_out = way_out if (data_dir / HUB_RECORD).is_file() else ""
+        raise ValueError(f"{reason}; and {data_dir / 'train'} has no text to make it again from{way_out}")
     options = before.get("options")
     kinds = {"separator": str, "on_bad_utf8": str, "text_column": str, "val_fraction": float}
     options = options if isinstance(options, dict) else {}

@@ -141,17 +141,17 @@ class SplitWriter:
     def note(self, progress: HubProgress, pool: Executor) -> None:
         """Note what has come of the text so far."""
         state = {"shards": self.settle(pool), "n_new": self.n_new, "n_duplicates": self.n_duplicates}
-        progress.note(state, self._seen.all())
+        progress.note(state, self._seen.runs())
 
     def go_on(self, progress: HubProgress) -> None:
         """Go on from what was noted, if there is anything."""
-        if (found := progress.load()) is None:
+        seen = SeenStories()
+        if (state := progress.load(seen.add)) is None:
             return
-        state, hashes = found
         self.n_new, self.n_duplicates = state["n_new"], state["n_duplicates"]
         self._shards = {split: list(state["shards"][split]) for split in SPLITS}
         self.n_reused_bytes = sum(entry["n_bytes"] for some in state["shards"].values() for entry in some)
-        self._seen.add(hashes)
+        self._seen = seen
 
     def _flush(self, split: str, pool: Executor) -> None:
         """Submit the next shard, unless the same tokenizer has made one of the same stories."""

@@ -211,23 +211,35 @@ class TextReader(FileReader):
 class SeenStories:
     """The 64-bit hashes of all stories so far: two of 2 million are equal by chance once in 10^7."""
 
+    PARTS = 16  # by their first bits: to merge two runs takes as much memory again as they have
+
     def __init__(self) -> None:
         # sorted arrays, each at least twice as long as the next: few to search and cheap to merge
-        self._runs: list[np.ndarray[Any, Any]] = []
+        self._runs: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(self.PARTS)]
 
-    def all(self) -> np.ndarray[Any, Any]:
-        """Return all hashes so far."""
-        return np.concatenate([np.empty(0, dtype="<u8"), *self._runs])
+    def runs(self) -> list[np.ndarray[Any, Any]]:
+        """Return all hashes so far, in several arrays."""
+        return [run for runs in self._runs for run in runs]
 
     def add(self, hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return which of the hashes are new, as booleans, and remember them."""
         new = np.zeros(len(hashes), dtype=bool)
+        parts = hashes // np.uint64(2**64 // self.PARTS)
+        for part, runs in enumerate(self._runs):
+            (places,) = np.nonzero(parts == part)
+            if len(places):
+                new[places] = self._add(runs, hashes[places])
+        return new
+
+    @staticmethod
+    def _add(runs: list[np.ndarray[Any, Any]], hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        new = np.zeros(len(hashes), dtype=bool)
         new[np.unique(hashes, return_index=True)[1]] = True
-        for run in self._runs:
+        for run in runs:
             at = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
             new &= run[at] != hashes
         if new.any():
-            self._runs.append(np.sort(hashes[new]))
-        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]), kind="stable")]
+            runs.append(np.sort(hashes[new]))
+        while len(runs) > 1 and len(runs[-2]) < 2 * len(runs[-1]):
+            runs[-2:] = [np.sort(np.concatenate(runs[-2:]), kind="stable")]
         return new

@@ -34,7 +34,7 @@ def test_each_run_is_trained_scored_and_recorded_once(compare: Callable, starts:
         own = [row for row in rows() if row["name"] == model["name"]]
         assert model["loss"]["mean"] == pytest.approx(sum(row["loss"] for row in own) / 2)
         assert (model["tokens"], model["flops"]) == (2048, 2048 * model["flops_per_token"])
-        assert own[0]["curve"][-1][:2] == [8, 2048]
+        assert [point[:2] for point in own[0]["curve"]] == [[2, 512], [4, 1024], [6, 1536], [8, 2048]]
         # the whole split, by both; windows of the validation during training are of whole sequences alone
         assert own[0]["curve"][-1][3] == pytest.approx(own[0]["loss"], abs=0.05)
     (verdict,) = result()["verdicts"]
@@ -60,6 +60,7 @@ def test_checkpoints_are_deleted_unless_they_are_to_be_kept(compare: Callable, k
     compare(seeds=1, keep=keep, dense=False).run()
     (run,) = Path("comparison/runs").iterdir()
     assert (run / "final/lit_model.pth").is_file() is keep
+    assert not list(run.glob("step-*"))
     assert (run / "logs/csv/metrics.csv").is_file()
 
 

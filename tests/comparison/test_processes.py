@@ -33,9 +33,13 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     flags += ["--budget", "400K", "--lr", "0.01", "--seeds", "1", "--results_file", "runs.jsonl", "--keep"]
     command = [sys.executable, str(ROOT / "tools/compare.py"), *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(Path("comparison/runs").glob("*/step-*")))
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    try:
+        # on a busy machine each takes a while
+        for made in ("runs/*", "runs/*/logs/csv/metrics.csv", "runs/*/step-*"):
+            wait_until(lambda made=made: list(Path("comparison").glob(made)))
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on" in err
     assert not Path("runs.jsonl").exists()
     (stopped,) = Path("comparison/runs").iterdir()

@@ -38,5 +38,5 @@ def test_a_crossing_lies_on_a_line_over_the_logarithm_of_the_tokens() -> None:
     curve = [(100.0, 5.0), (400.0, 3.0), (1600.0, 2.0)]
     assert crossing(curve, 4.0) == pytest.approx(200.0)
     assert crossing(curve, 3.0) == pytest.approx(400.0)
-    assert crossing(curve, 6.0) == 100.0
-    assert crossing(curve, 1.0) is None
+    assert crossing(curve, 5.0) == 100.0
+    assert crossing(curve, 6.0) is None and crossing(curve, 1.0) is None

@@ -97,6 +97,9 @@ def test_a_data_set_is_read_on_the_hub_and_what_is_done_is_not_fetched_again(
     assert again.returncode == 0 and "nothing to do" in again.stderr
     shutil.rmtree(data_dir)
     assert prepare().returncode == 0 and fingerprint(data_dir) == interrupted
+    flags[:] = ["--data_dir", "data/stories", "--train_tokenizer", "400", "--tokenizer_dir", "own"]
+    assert prepare().returncode == 0  # with another tokenizer, from where the text was before
+    assert stories_of(data_dir, tmp_path / "own", "train") == make_text(300) + make_text(30, seed=1)
 
 
 def test_files_that_an_earlier_version_fetched_are_used(

@@ -156,6 +156,7 @@ def test_the_pairs_come_from_the_hub_once(tmp_path, tiny_checkpoint, run_script)
     assert "of 15 pairs in 3 paradigms" in done.stdout and sorted(fetched) == sorted(files)
     again = run_script(*command, env={**online, "HF_ENDPOINT": "http://127.0.0.1:9"}, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout == done.stdout
+    assert len(list((tmp_path / "data/blimp").iterdir())) == 4  # with the list of them, and no lock
     rows = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(rows[0])["blimp"]["paradigms"] == json.loads(rows[1])["blimp"]["paradigms"]
 
