@@ -292,6 +292,9 @@ class ClosedPipe:
 
     flush = fileno = write
 
+    def isatty(self) -> bool:
+        return False
+
 
 def test_a_pipe_that_is_closed_ends_a_command_in_silence(
     like_windows: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
