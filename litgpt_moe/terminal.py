@@ -87,7 +87,7 @@ class WordWrapper:
             return text
         if character.isspace():
             text = self._flush()
-            self._spaces += " "
+            self._spaces += character
             return text
         # a line may break on both sides of a wide letter
         is_wide = _width_of_character(character) == 2

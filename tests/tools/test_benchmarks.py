@@ -66,7 +66,8 @@ def test_figures_replace_no_file_of_another_kind(tmp_path: Path, capsys: pytest.
 
 
 def test_benchmark_train_names_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["--model_config", str(tmp_path / "none.yaml")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--model_config", str(tmp_path / "none.yaml")])
     assert "none.yaml: no such configuration file; name one that is there" in capsys.readouterr().err
 
 
