@@ -26,7 +26,7 @@ from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.threads import load_of_others, usable_cores
 from litgpt_moe.training import slowness
 from litgpt_moe.training.batches import TrainLoader, ValLoader
-from litgpt_moe.training.budget import TimeBudget
+from litgpt_moe.training.clock import TimeBudget
 from litgpt_moe.training.csv_log import RunLogs
 from litgpt_moe.training.ending import EarlyEnd
 from litgpt_moe.training.logs import MetricLog, StepFigures, metric_row, validation_row

@@ -19,7 +19,7 @@ from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems, note_once
 from litgpt_moe.training import checks, class_path, fit
-from litgpt_moe.training.budget import NO_TIME, UsedTime, used_time
+from litgpt_moe.training.clock import NO_TIME, UsedTime, used_time
 from litgpt_moe.training.optimizer import UNFIT_OPTIMIZERS, try_step
 from litgpt_moe.training.parse import Parsed, load_settings
 from litgpt_moe.training.resume import (

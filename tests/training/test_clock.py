@@ -9,7 +9,7 @@ import pytest
 from helpers.runs import go_back, losses, refusal, rows, run
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.training.budget import NO_TIME, TimeBudget, UsedTime, used_time
+from litgpt_moe.training.clock import NO_TIME, TimeBudget, UsedTime, used_time
 from litgpt_moe.training.schedule import rate_at_share
 from litgpt_moe.training.settings import ScheduleArgs, Settings, TrainArgs
 
