@@ -201,8 +201,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
     The optimizer state is not read into memory. On the device `meta` only names and shapes are checked.
     """
-    # the checks of a gigabyte take as long as copying it: both at once
-    with ThreadPoolExecutor(1, "checks") as other:
+    # to verify a gigabyte takes as long as to copy it: both at once
+    with ThreadPoolExecutor(2, "load") as other:
         verified = other.submit(verify_checkpoint, folder, weights_only=True)
         try:
             model = _read_model(folder, device, dtype, other)
@@ -219,17 +219,19 @@ def _read_model(
     config, model = MoEConfig.model_from_file(folder / CONFIG_FILE, is_foreign=True)
     weights = read_weights(folder / CHECKPOINT_FILE)
     check_weights(folder, model, weights)
-    finite = None
-    if torch.device(device).type != "meta":
-        finite = other.submit(check_finite, {"model": weights}, folder / CHECKPOINT_FILE)
-    # the selection bias stays float32 in every dtype, so that the same experts are chosen as in training;
-    # copy: a run that is still training may replace the memory-mapped file
-    weights = {
-        name: weight.to(device, torch.float32 if name.endswith(BIAS_NAME) else dtype, copy=True)
-        for name, weight in weights.items()
-    }
-    if finite:
-        finite.result()
+    names = [*weights]
+
+    def copies(names: list[str]) -> dict[str, torch.Tensor]:
+        # the selection bias stays float32 in every dtype, so that the same experts are chosen as in training;
+        # copy: a run that is still training may replace the memory-mapped file
+        dtypes = {name: torch.float32 if name.endswith(BIAS_NAME) else dtype for name in names}
+        return {name: weights[name].to(device, dtypes[name], copy=True) for name in names}
+
+    half = other.submit(copies, names[::2])
+    state = {} if torch.device(device).type == "meta" else {"model": weights}
+    finite = other.submit(check_finite, state, folder / CHECKPOINT_FILE)
+    weights = copies(names[1::2]) | half.result()
+    finite.result()
     model.load_state_dict(weights, assign=True)
     use_fast_linear(model)
     model.cos, model.sin = model.rope_cache(device=torch.device(device))

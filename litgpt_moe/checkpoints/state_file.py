@@ -71,7 +71,8 @@ def _weights_entry(state: dict[str, Any], path: Path, file: HashingFile) -> dict
 
 def sha256_of_weights(path: Path, head: int, tail: int) -> str:
     """Return the SHA-256 of the first `head` and the last `tail` bytes of a file."""
-    sha256, part = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    # large parts: other threads may compute in Python, and keep this one waiting before each
+    sha256, part = hashlib.sha256(), memoryview(bytearray(1 << 24))
     with path.open("rb", buffering=0) as file:
         while head and (n := file.readinto(part[: min(head, len(part))])):
             sha256.update(part[:n])
