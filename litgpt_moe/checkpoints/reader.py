@@ -125,7 +125,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor has values (on the device `meta` it has none), in rows and columns."""
+    """Return whether a tensor has values (on `meta` it has none), in rows and columns."""
     is_dense = tensor.layout == torch.strided and not tensor.is_nested
     return is_dense and not tensor.is_meta and not tensor.is_quantized
 
@@ -228,9 +228,10 @@ def _read_model(
         return {name: weights[name].to(device, dtypes[name], copy=True) for name in names}
 
     half = other.submit(copies, names[::2])
-    state = {} if torch.device(device).type == "meta" else {"model": weights}
-    finite = other.submit(check_finite, state, folder / CHECKPOINT_FILE)
-    weights = copies(names[1::2]) | half.result()
+    checked = {} if torch.device(device).type == "meta" else weights
+    finite = other.submit(check_finite, {"model": checked}, folder / CHECKPOINT_FILE)
+    # nothing but the copies is kept: a file that is mapped cannot be replaced on Windows
+    weights, checked = copies(names[1::2]) | half.result(), None
     finite.result()
     model.load_state_dict(weights, assign=True)
     use_fast_linear(model)
