@@ -32,7 +32,13 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     flags = ["model_config.yaml", "--config", "train_config.yaml", "--data", str(tiny_data)]
     flags += ["--budget", "400K", "--lr", "0.01", "--seeds", "1", "--results_file", "runs.jsonl", "--keep"]
     command = [sys.executable, str(ROOT / "tools/compare.py"), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that starts the tests in the background has SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         # on a busy machine each takes a while
         for made in ("runs/*", "runs/*/logs/csv/metrics.csv", "runs/*/step-*"):
