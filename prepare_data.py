@@ -60,9 +60,8 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     from litgpt_moe.budget import fitting_flags
     from litgpt_moe.data.demo_stories import has_own_text
     from litgpt_moe.data.manifest import MANIFEST
-    from litgpt_moe.data.summary import what_was_read
+    from litgpt_moe.data.summary import sees_gpu, what_was_read
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-    from litgpt_moe.hardware import has_cuda
 
     line = "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
     line += "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
@@ -78,7 +77,7 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     if settings.data_dir != PrepareSettings.data_dir:
         flags += ["--data_dir", settings.data_dir]
     if flags or has_own_text(settings.data_dir):  # the demo's pair is the default for its stories
-        flags += fitting_flags(splits["train"]["n_tokens"], has_cuda())
+        flags += fitting_flags(splits["train"]["n_tokens"], sees_gpu())
     return "\n".join([*what_was_read(manifest), *lines, f"next   {cli.train_command(*flags)}"])
 
 
