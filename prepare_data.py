@@ -73,9 +73,10 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     if seconds is not None:
         n_tokens = sum(split["n_tokens"] for split in splits.values())
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
-    flags: list[object] = []
-    if settings.data_dir != PrepareSettings.data_dir:
-        flags += ["--data_dir", settings.data_dir]
+    is_default = settings.data_dir == PrepareSettings.data_dir
+    # a folder holds one run, and the default one may hold the demo's
+    out_dir = Path("checkpoints", settings.data_dir.resolve().name)
+    flags: list[object] = [] if is_default else ["--data_dir", settings.data_dir, "--out_dir", out_dir]
     if flags or has_own_text(settings.data_dir):  # the demo's pair is the default for its stories
         flags += fitting_flags(splits["train"]["n_tokens"], sees_gpu())
     return "\n".join([*what_was_read(manifest), *lines, f"next   {cli.train_command(*flags)}"])

@@ -103,7 +103,8 @@ def test_the_next_command_suits_the_amount_of_text(
 
     flags = f"--model_config configs/{model}.yaml --config configs/small_train.yaml"
     mine = PrepareSettings(data_dir=Path("data/mine"))
-    assert proposed(mine) == f"uv run python run_train.py --data_dir {Path('data/mine')} {flags}"
+    folders = f"--data_dir {Path('data/mine')} --out_dir {Path('checkpoints/mine')}"
+    assert proposed(mine) == f"uv run python run_train.py {folders} {flags}"
     # of the demo stories, for which the pair is the default
     assert proposed(PrepareSettings()) == "uv run python run_train.py"
     Path("data/custom_text/train").mkdir(parents=True)
