@@ -74,9 +74,7 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
         n_tokens = sum(split["n_tokens"] for split in splits.values())
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
     is_default = settings.data_dir == PrepareSettings.data_dir
-    # a folder holds one run, and the default one may hold the demo's
-    out_dir = Path("checkpoints", settings.data_dir.resolve().name)
-    flags: list[object] = [] if is_default else ["--data_dir", settings.data_dir, "--out_dir", out_dir]
+    flags = [] if is_default else cli.new_run_on(settings.data_dir)
     if flags or has_own_text(settings.data_dir):  # the demo's pair is the default for its stories
         flags += fitting_flags(splits["train"]["n_tokens"], sees_gpu())
     return "\n".join([*what_was_read(manifest), *lines, f"next   {cli.train_command(*flags)}"])

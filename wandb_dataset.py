@@ -68,7 +68,7 @@ def transfer(args: argparse.Namespace) -> str:
         return push(folders.data_dir, from_flags(WandbSettings, args), folders.tokenizer_dir)
     reference = args.reference or cli.variable("WANDB_DATASET_ARTIFACT") or ""
     folder = pull(reference, folders.wandb_artifacts_dir)
-    return f"{folder}: complete; train on it with: {cli.train_command('--data_dir', folder)}"
+    return f"{folder}: complete; train on it with: {cli.train_command(*cli.new_run_on(folder))}"
 
 
 def main(argv: list[str] | None = None) -> int:

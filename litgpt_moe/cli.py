@@ -48,6 +48,11 @@ def train_command(*flags: object) -> str:
     return command_line("uv", "run", "python", "run_train.py", *flags)
 
 
+def new_run_on(data_dir: Path) -> list[object]:
+    """Return the flags of a run on these data in a folder of its own: the default one may hold a run."""
+    return ["--data_dir", data_dir, "--out_dir", Path("checkpoints", data_dir.resolve().name)]
+
+
 class _Voice:
     """What this process says of itself."""
 
