@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from litgpt_moe.words import short
+
 # Muennighoff et al. 2023 (arxiv.org/abs/2305.16264): repeating the text up to about 4 times is nearly as good
 # as fresh text of that length, and what later passes bring decays
 GOOD_PASSES = 4
@@ -88,11 +90,8 @@ def size_words(n_bytes: float) -> str:
 
 
 def count_words(n: float) -> str:
-    """Return a number of tokens or parameters in three digits: 390K, 1.59M, 2.00B."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= unit:
-            return f"{n / unit:.3g}{name}"
-    return f"{n:.0f}"
+    """Return a number of tokens or parameters in three digits: 390K, 1.59M, 2B."""
+    return short(n, units="KMB")
 
 
 class Pair(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe.files import fits, read_json
+from litgpt_moe.words import short
 
 FACTS = "logs/run.json"
 MAX_WORDS = 400
@@ -45,14 +46,6 @@ def about(
         "Evaluation": _evaluation(results),
     }
     return {label: text[:MAX_WORDS] for label, text in words.items() if text}
-
-
-def short(count: float) -> str:
-    """Return a count with three digits, as 3.92M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size * 0.9995:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:,.0f}"
 
 
 def _model(facts: Any) -> str | None:

@@ -4,7 +4,7 @@ import math
 from html import escape
 from typing import Any
 
-from litgpt_moe.report.charts import Series, line_chart, short
+from litgpt_moe.report.charts import Series, axis_number, line_chart
 
 Content = dict[str, Any]
 MATCHES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training on this machine"}
@@ -31,7 +31,7 @@ def comparison_page(content: Content) -> str:
     title = f"Models at equal {MATCHES[content['match']]}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">Budget {short(content["budget"])} {MATCHES[content["match"]]}, {runs} from '
+        f'<p class="soft">Budget {axis_number(content["budget"])} {MATCHES[content["match"]]}, {runs} from '
         f"{content['first_seed']} on{left}. Scores are of the whole validation split.</p>",
         _table(models),
         "<h2>Verdicts</h2>",
