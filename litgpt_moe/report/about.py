@@ -91,7 +91,7 @@ def _data(facts: Any) -> str | None:
 def _passes(facts: Any, tokens: float | None) -> str | None:
     if tokens is None or not fits(facts, DATA):
         return None
-    return f"{tokens / facts['train']['n_tokens']:.3g} through the training data"
+    return f"{short(tokens / facts['train']['n_tokens'])} through the training data"
 
 
 def _commit(facts: Any) -> str | None:
