@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from litgpt.config import Config
 
-from litgpt_moe.comparison.settings import ROOT
 from litgpt_moe.config import AUTO, MoEConfig, has_open_vocabulary, header_vocabulary, model_facts
 from litgpt_moe.shell import command_line
+from litgpt_moe.words import ROOT
 
 # of an MLP's width: matrix kernels are fastest there, and grouped_mm needs it in bf16
 MULTIPLE = 8
@@ -120,8 +121,6 @@ def yaml_text(matched: Matched, source: Path) -> str:
     Where the source leaves the vocabulary open, the FLOPs are equal at the one that its header names, and
     nearly so at others.
     """
-    import yaml  # not at the top: only this function writes YAML
-
     inside = source.resolve().relative_to(ROOT) if source.resolve().is_relative_to(ROOT) else source
     made = command_line("uv", "run", "python", "tools/dense_twin.py", inside.as_posix())
     facts, values, at = model_facts(matched.config), changed_keys(matched.config), ""
