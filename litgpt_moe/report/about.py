@@ -3,14 +3,11 @@
 They come from logs/run.json, which may be old or another program's: what it lacks is left out.
 """
 
-import contextlib
-from pathlib import Path
 from typing import Any
 
-from litgpt_moe.files import fits, read_json
+from litgpt_moe.files import fits
 from litgpt_moe.words import short
 
-FACTS = "logs/run.json"
 MAX_WORDS = 400
 # the forms that `files.fits` checks
 MODEL = {"name": str, "total_params": 0, "active_params": 0, "n_layer": 0, "n_embd": 0}
@@ -20,13 +17,6 @@ GPU = {"gpu": str, "gpu_memory": 0}
 COUNTS = {"n_tokens": 1, "n_stories": 0}
 DATA = {"folder": str, "vocab_size": 0, "train": COUNTS, "val": {**COUNTS, "n_tokens": 0}}
 COMMIT = {"id": str, "is_changed": bool}
-
-
-def recorded(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's logs/run.json, {} without a readable one."""
-    with contextlib.suppress(ValueError, OSError):
-        return read_json(folder / FACTS)
-    return {}
 
 
 def about(
