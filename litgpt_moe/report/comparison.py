@@ -99,9 +99,8 @@ def curve_chart(models: list[Content], unit: str) -> str:
     """Return the chart of the validation losses over tokens, FLOPs or seconds, as SVG."""
     series = []
     for model in models:
-        per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"]}.get(unit)
-        if per_token is None:
-            per_token = (model["seconds"] or math.nan) / model["tokens"]
+        seconds = (model["seconds"] or math.nan) / model["tokens"]
+        per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"], "seconds": seconds}[unit]
         series.append(Series(model["name"], [(at * per_token, loss) for at, loss in model["curve"]]))
     return line_chart(series, unit, LOSS, log_x=True)
 
