@@ -60,9 +60,8 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     from litgpt_moe.budget import fitting_flags
     from litgpt_moe.data.demo_stories import has_own_text
     from litgpt_moe.data.manifest import MANIFEST
-    from litgpt_moe.data.summary import what_was_read
+    from litgpt_moe.data.summary import sees_gpu, what_was_read
     from litgpt_moe.data.tokenizer_folder import choose_tokenizer
-    from litgpt_moe.hardware import has_cuda
 
     line = "{split:5}  {n_stories:,} stories, {n_tokens:,} tokens, {n_bytes:,} bytes of text "
     line += "({n_duplicates:,} duplicates dropped, {n_replaced_bytes:,} bytes replaced), shards: {n_shards:,}"
@@ -74,11 +73,12 @@ def summary(manifest: dict[str, Any], settings: PrepareSettings, seconds: float 
     if seconds is not None:
         n_tokens = sum(split["n_tokens"] for split in splits.values())
         lines.append(f"time   {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s from the start to the end")
-    flags: list[object] = []
-    if settings.data_dir != PrepareSettings.data_dir:
-        flags += ["--data_dir", settings.data_dir]
+    is_default = settings.data_dir == PrepareSettings.data_dir
+    # a folder holds one run, and the default one may hold the demo's
+    out_dir = Path("checkpoints", settings.data_dir.resolve().name)
+    flags: list[object] = [] if is_default else ["--data_dir", settings.data_dir, "--out_dir", out_dir]
     if flags or has_own_text(settings.data_dir):  # the demo's pair is the default for its stories
-        flags += fitting_flags(splits["train"]["n_tokens"], has_cuda())
+        flags += fitting_flags(splits["train"]["n_tokens"], sees_gpu())
     return "\n".join([*what_was_read(manifest), *lines, f"next   {cli.train_command(*flags)}"])
 
 

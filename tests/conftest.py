@@ -101,7 +101,7 @@ def faults_of_new_memory() -> Callable[[], int]:
     Before the test glibc is told to give them back, as it does by itself: then they are 10,000.
     """
     if platform.libc_ver()[0] != "glibc":
-        pytest.skip("it is glibc that gives memory back")
+        pytest.skip("only glibc is told to keep freed memory; this system has another C library")
     import resource
 
     import torch
@@ -117,7 +117,7 @@ def faults_of_new_memory() -> Callable[[], int]:
 
     mallopt(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
     if faults() < 1000:
-        pytest.skip("pages are larger here")
+        pytest.skip("memory comes in larger pages here, so few are fetched whether it is kept or not")
     return faults
 
 
@@ -127,10 +127,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root on Linux")
+        pytest.skip("a full disk is a small file system here, and mounting one needs root on Linux")
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
+        pytest.skip("a full disk is a small file system here, and this container may not mount one")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from litgpt_moe.cli import run_command, run_script
-from litgpt_moe.comparison.settings import CompareSettings, amount, key_and_value, rate, variant
+from litgpt_moe.comparison.settings import CompareSettings, add_override, amount, rate, variant
 from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 
@@ -37,20 +37,10 @@ def build_parser() -> FlagParser:
         metavar="N",
         help="make each CONFIG with N experts, same FLOPs",
     )
-    text = "keys of model or training to replace, for all models"
-    add(
-        "--override",
-        type=key_and_value,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help=text,
-    )
+    add_override(parser)
     text = "also train each CONFIG with these keys replaced, under this name; repeatable"
     add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
     add("--plan", action="store_true", help="only say what would be trained")
-    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_flags(parser, CompareSettings)
     return parser
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from litgpt_moe.cli import run_command, run_script
-from litgpt_moe.comparison.settings import FindSettings, key_and_value
+from litgpt_moe.comparison.settings import FindSettings, add_override
 from litgpt_moe.flags import FlagParser, add_flags, from_flags
 
 
@@ -54,17 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = FlagParser(description=__doc__)
     add = parser.add_argument
     add("config_file", type=Path, metavar="CONFIG", help="model configuration")
-    text = "keys of model or training to replace"
-    add(
-        "--override",
-        type=key_and_value,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help=text,
-    )
-    add("--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add_override(parser)
     add_flags(parser, FindSettings)
     args = parser.parse_args(argv)
     return run_command(lambda: run(args), "stopped; the same command goes on")

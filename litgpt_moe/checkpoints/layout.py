@@ -242,10 +242,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         version, files, step = content["format"], content["files"], content.get("step")
         if version != RECORD_FORMAT:
             raise ValueError(f"its format is {version!r:.80}, not {RECORD_FORMAT}")
-        is_listed = CHECKPOINT_FILE in files and all(fits(entry, ENTRY_FORM) for entry in files.values())
-        if not is_listed or not all(
-            fits(e["weights"], WEIGHTS_FORM) for e in files.values() if "weights" in e
-        ):
+        if CHECKPOINT_FILE not in files or not all(map(_is_entry, files.values())):
             raise ValueError("it does not list the files")
         if step is not None and (type(step) is not int or step < 0):
             raise ValueError(f"its step is {step!r:.80}")

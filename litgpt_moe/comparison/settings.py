@@ -89,6 +89,23 @@ def check(name: str, value: object, is_right: bool, rule: str) -> None:
         raise ValueError(f"--{name} is {value}; choose {rule}")
 
 
+def add_override(parser: argparse.ArgumentParser) -> None:
+    """Declare --override, and --data as another name of --data_dir."""
+    parser.add_argument(
+        "--override",
+        type=key_and_value,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys of model or training to replace",
+    )
+    # a default of its own would hide that of --data_dir
+    parser.add_argument(
+        "--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+
+
 def amount(text: str) -> float:
     """Return the number of a text such as 8M, 1.5e15 or 600; for argparse."""
     match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)([KMBGTP]?)", text.strip())

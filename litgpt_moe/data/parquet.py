@@ -25,13 +25,12 @@ class ParquetReader(RowReader):
 
     def rows(self, progress: "tqdm[Any]") -> Iterator[Row]:
         """Yield the rows; ValueError with file and row for one that is broken."""
-        import pyarrow  # not at the top: it takes 40 MB, in each worker process too
-        from pyarrow import parquet  # likewise
+        import pyarrow.parquet  # not at the top: it takes 40 MB, in each worker process too
 
         n_rows = 0
         try:
             with self._open(progress) as file:
-                table = parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+                table = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
                 column = self._column_of(table.schema_arrow)
                 size, n_done = self.size, 0
                 # a thread a column would read ahead
@@ -51,7 +50,7 @@ class ParquetReader(RowReader):
 
     def _column_of(self, schema: Any) -> str:
         """Return the column to read; its values are judged as those of other rows are."""
-        from pyarrow import types  # as above
+        from pyarrow import types  # not at the top: it takes 40 MB, in each worker process too
 
         def is_string(kind: Any) -> bool:
             kind = kind.value_type if types.is_dictionary(kind) else kind

@@ -1,5 +1,9 @@
-"""The lines of prepare_data.py's summary on what was read."""
+"""What prepare_data.py's summary says of what was read, and whether the next command may count on a GPU."""
 
+import contextlib
+import ctypes
+import sys
+from importlib.metadata import version
 from typing import Any
 
 from litgpt_moe.data.inputs import some
@@ -24,3 +28,14 @@ def what_was_read(manifest: dict[str, Any]) -> list[str]:
         by = "1 file read through a link" if len(links) == 1 else f"{len(links):,} files read through links"
         lines.append(f"link   {by} out of its folder: {some(links)}")
     return lines
+
+
+def sees_gpu() -> bool:
+    """Return whether torch will find a CUDA device. The driver is asked: to import torch takes seconds."""
+    if version("torch").endswith("+cpu"):
+        return False
+    count = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):  # there is no driver
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        return cuda.cuInit(0) == 0 == cuda.cuDeviceGetCount(ctypes.byref(count)) and count.value > 0
+    return False

@@ -16,7 +16,7 @@ import torch
 from litgpt.model import GPT
 from tqdm import tqdm
 
-from litgpt_moe.cli import WorkFailed
+from litgpt_moe.cli import WorkFailed, no_bar
 from litgpt_moe.data.tokenizer import StoryEncoder, read_tokenizer_facts
 from litgpt_moe.loss import chunk_rows
 from litgpt_moe.quality.pairs import Paradigm
@@ -60,7 +60,7 @@ def sentence_nats(model: GPT, sentences: list[np.ndarray], batch_size: int) -> n
     with (
         torch.inference_mode(),
         head_apart(model) as logits,
-        tqdm(total=n_tokens, unit=" tokens", desc="minimal pairs", disable=None) as progress,
+        tqdm(total=n_tokens, unit=" tokens", desc="minimal pairs", disable=no_bar()) as progress,
     ):
         for length, same in sorted(by_length.items()):
             for places in batched(same.values(), max(1, n_most // length)):

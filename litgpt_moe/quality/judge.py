@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 from tqdm import tqdm
 
-from litgpt_moe.cli import WorkFailed, first_line
+from litgpt_moe.cli import WorkFailed, first_line, no_bar
 from litgpt_moe.quality.stories import Story
 
 ASPECTS = ("grammar", "creativity", "consistency", "plot")
@@ -170,7 +170,9 @@ def _reason(response: httpx.Response) -> str:
 def judge_stories(judge: Judge, stories: list[Story]) -> dict[str, Any]:
     """Return mean and standard error of each grade, and how many stories were graded."""
     with judge:
-        found = [judge.grade(story) for story in tqdm(stories, unit=" grades", desc="judge", disable=None)]
+        found = [
+            judge.grade(story) for story in tqdm(stories, unit=" grades", desc="judge", disable=no_bar())
+        ]
     graded = [grades for grades in found if grades is not None]
     if not graded:
         raise judge._failed("none of its answers holds the four grades; use a larger model")

@@ -82,8 +82,8 @@ def _files_of_zip(path: Path) -> Iterator[tuple[str, bytes]]:
             _check_sizes(path, [entry.file_size for entry in entries])
             for entry in entries:
                 yield entry.filename, archive.read(entry)
-    # RuntimeError: it asks for a password
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    # RuntimeError: it asks for a password, or was packed by a method that Python does not know
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{path}: not a zip that can be read ({error}); {WAY_OUT}") from None
 
 
@@ -104,11 +104,10 @@ def _json_rows(place: str, content: bytes) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(place: str, content: bytes) -> Iterator[tuple[str, Any]]:
-    import pyarrow  # not at the top: 40 MB, which only pairs from the hub need
-    from pyarrow import parquet  # likewise
+    import pyarrow.parquet  # not at the top: 40 MB, which only pairs from the hub need
 
     try:
-        rows = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{place}: not a Parquet file ({reason}); delete it and run again") from None

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from litgpt_moe.checkpoints.reader import load_tokenizer, processor_of
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
-from litgpt_moe.cli import note
+from litgpt_moe.cli import no_bar, note
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.tokenizer import as_value_error
@@ -107,7 +107,7 @@ class _Telling(Continuation):
 def _advance_all(decoder: Decoder, members: list[_Telling]) -> None:
     """Let all stories be told to their ends, TOGETHER at a time."""
     batch, waiting = Batch(decoder), deque(members)
-    with tqdm(total=len(members), unit=" stories", disable=None) as progress:
+    with tqdm(total=len(members), unit=" stories", disable=no_bar()) as progress:
         while waiting or batch.members:
             while waiting and len(batch.members) < TOGETHER:
                 batch.join(waiting.popleft())
@@ -146,7 +146,7 @@ def read_words(
 ) -> Iterator[list[str]]:
     """Yield the words of each text of a split, `at_once` tokens decoded at a time."""
     carry = np.empty(0, np.int64)
-    with tqdm(total=len(stream), unit=" tokens", desc="training text", disable=None) as progress:
+    with tqdm(total=len(stream), unit=" tokens", desc="training text", disable=no_bar()) as progress:
         for start in range(0, len(stream), at_once):
             new = stream.read(start, min(start + at_once, len(stream)))
             texts = np.split(ids := np.concatenate([carry, new]), np.flatnonzero(ids == eos_id) + 1)

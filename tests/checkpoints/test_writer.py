@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up_while_torch_writes_is_told_as_such(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
+        pytest.skip("the device that is always full, /dev/full, is Linux's")
     with pytest.raises(OSError, match="No space left"):  # not torch's "unexpected pos"
         write_state({"model": {"weight": torch.zeros(10**6)}}, Path("/dev/full"))
 
@@ -299,7 +299,7 @@ def test_a_disk_that_fills_up_while_torch_writes_is_told_as_such(
 def test_a_disk_without_inodes_is_told_as_such(run: Callable[..., Run], small_disk: Path) -> None:
     limit = ["mount", "-o", "remount,nr_inodes=4", str(small_disk)]
     if subprocess.run(limit, capture_output=True).returncode:
-        pytest.skip("this system sets no number of inodes")
+        pytest.skip("this kernel's tmpfs has no limit of inodes to set")
     one = run(out=small_disk / "out")
     for n in range(2):
         (small_disk / f"file {n}").touch()

@@ -1,13 +1,17 @@
 """The command prepare_data.py: its summary, its flags and the upload."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
 import prepare_data
+from litgpt_moe.data import summary
 from litgpt_moe.data.settings import PrepareSettings, WandbSettings
 
 
@@ -18,6 +22,28 @@ def test_neither_the_script_nor_its_workers_import_torch(module: str) -> None:
     code = f"import sys, {module}; print({heavy} & set(sys.modules), 'tqdm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set() True\n"
+
+
+def test_a_whole_preparation_needs_no_torch(tmp_path: Path) -> None:
+    flags = ["--dataset=demo", "--demo_stories=200", "--train_tokenizer=400", f"--data_dir={tmp_path}"]
+    flags.append(f"--tokenizer_dir={tmp_path / 'tokenizer'}")
+    code = f"import sys, prepare_data; prepare_data.main({flags}); print({{'torch'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+
+
+@pytest.mark.parametrize(("status", "n_devices", "sees"), [(0, 2, True), (0, 0, False), (100, 2, False)])
+def test_the_driver_says_whether_there_is_a_gpu(
+    status: int, n_devices: int, sees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(into: Any) -> int:
+        into._obj.value = n_devices
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda _: status, cuDeviceGetCount=count)
+    monkeypatch.setattr(summary, "version", lambda _: "2.10.0")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
+    assert summary.sees_gpu() is sees
 
 
 def test_ctrl_c_ends_with_status_130_and_says_that_the_shards_stay(
@@ -68,7 +94,7 @@ def test_the_next_command_suits_the_amount_of_text(
     n_tokens: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("litgpt_moe.hardware.has_cuda", lambda: False)
+    monkeypatch.setattr("litgpt_moe.data.summary.sees_gpu", lambda: False)
     part = dict.fromkeys(("n_stories", "n_bytes", "n_duplicates", "n_replaced_bytes"), 0) | {"shards": []}
     manifest = {"splits": {"train": part | {"n_tokens": n_tokens}}, "tokenizer": {"vocab_size": 50_257}}
 
@@ -77,7 +103,8 @@ def test_the_next_command_suits_the_amount_of_text(
 
     flags = f"--model_config configs/{model}.yaml --config configs/small_train.yaml"
     mine = PrepareSettings(data_dir=Path("data/mine"))
-    assert proposed(mine) == f"uv run python run_train.py --data_dir {Path('data/mine')} {flags}"
+    folders = f"--data_dir {Path('data/mine')} --out_dir {Path('checkpoints/mine')}"
+    assert proposed(mine) == f"uv run python run_train.py {folders} {flags}"
     # of the demo stories, for which the pair is the default
     assert proposed(PrepareSettings()) == "uv run python run_train.py"
     Path("data/custom_text/train").mkdir(parents=True)

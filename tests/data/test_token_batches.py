@@ -66,8 +66,8 @@ def test_a_shard_that_is_deleted_while_it_is_read_can_be_read_on(settings: Prepa
     for shard in (settings.data_dir / "train/train").glob("*.bin"):
         try:
             shard.unlink()
-        except PermissionError:  # Windows refuses
-            pytest.skip("this system keeps a file that is open")
+        except PermissionError:
+            pytest.skip("Windows deletes no file that is open, so the case cannot come about there")
     assert stream.read(0, len(stream)).tolist() == whole
 
 

@@ -7,10 +7,10 @@ from contextlib import closing
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from helpers.native import need_compiler
 from litgpt.model import GPT
 
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.generation.compiling import NoLibrary
 from litgpt_moe.generation.decode import (
     PROMPT_TOKENS,
     Batch,
@@ -40,10 +40,8 @@ def make_model(**changes: object) -> GPT:
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     if request.param != "native":
         return TorchDecoder(make_model(**(SLIDING if "sliding" in request.param else {})))
-    try:
-        return NativeDecoder(make_model())
-    except NoLibrary as error:
-        pytest.skip(str(error))
+    need_compiler()
+    return NativeDecoder(make_model())
 
 
 def member(prompt: list[int], n_new: int, seed: int | None = None, eos_id: int | None = None) -> Continuation:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.native import need_compiler
 from tokenizers import Tokenizer as HFTokenizer
 
-from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.generation.decode import Diverged, generate, lay_out_for_decoding
 from litgpt_moe.generation.decoder import Decoder, TorchDecoder
 from litgpt_moe.generation.native import NativeDecoder
@@ -34,10 +34,7 @@ def model(tiny_checkpoint: Path) -> torch.nn.Module:
 def decoder(request: pytest.FixtureRequest, model: torch.nn.Module) -> Decoder:
     if request.param == "torch":
         return TorchDecoder(model)
-    try:
-        load_library()
-    except NoLibrary as error:
-        pytest.skip(str(error))
+    need_compiler()
     return NativeDecoder(model)
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_CONFIG
+from helpers.native import need_compiler
 from litgpt.model import GPT
 
 from litgpt_moe.balance import layers_of, use_selection_bias
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.generation import compiling
-from litgpt_moe.generation.compiling import NoLibrary, load_library
+from litgpt_moe.generation.compiling import NoLibrary
 from litgpt_moe.generation.decode import make_decoder
 from litgpt_moe.generation.decoder import Decoder, Read, TorchDecoder
 from litgpt_moe.generation.native import NativeDecoder
@@ -41,10 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def library() -> None:
-    try:
-        load_library()
-    except NoLibrary as error:
-        pytest.skip(str(error))
+    need_compiler()
 
 
 def make_model(dtype: torch.dtype = torch.float32, **changes: Any) -> GPT:
