@@ -34,8 +34,11 @@ def serving(folder: Path) -> Iterator[str]:
     command = [sys.executable, str(ROOT / "generate.py"), "--serve", "--port=0"]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        yield next(line.split()[1] for line in process.stderr if line.startswith("playground "))
-        process.terminate()
+        try:
+            yield next(line.split()[1] for line in process.stderr if line.startswith("playground "))
+        finally:
+            # also after an error: Popen waits for the end of the process
+            process.terminate()
 
 
 def show(browser: Browser, url: str, is_ready: str) -> None:

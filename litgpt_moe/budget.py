@@ -4,9 +4,10 @@ Plain arithmetic on numbers. Each rule names its source; planning.py counts the 
 """
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from litgpt_moe.words import short
 
 # Muennighoff et al. 2023 (arxiv.org/abs/2305.16264): repeating the text up to about 4 times is nearly as good
 # as fresh text of that length, and what later passes bring decays
@@ -52,8 +53,11 @@ def learning_rate(n_hidden: int, n_expert: int) -> float:
 
 
 def passes_words(tokens: int, pass_tokens: int, place: Path) -> str:
-    """Return how often a run goes through its data: "4.0 passes through 1,588,224 tokens (data/mine)"."""
-    return f"{tokens / pass_tokens:.2g} passes through {pass_tokens:,} tokens ({place})"
+    """Return how often a run goes through its data: "4 passes through 1,588,224 tokens (data/mine)"."""
+    passes = tokens / pass_tokens
+    # two digits, but 150 and not 1.5e+02
+    count = f"{passes:.2g}" if passes < 99.5 else f"{passes:,.0f}"
+    return f"{count} {'pass' if count == '1' else 'passes'} through {pass_tokens:,} tokens ({place})"
 
 
 def too_many_passes(tokens: int, pass_tokens: int, place: Path | None) -> str | None:
@@ -88,11 +92,8 @@ def size_words(n_bytes: float) -> str:
 
 
 def count_words(n: float) -> str:
-    """Return a number of tokens or parameters in three digits: 390K, 1.59M, 2.00B."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= unit:
-            return f"{n / unit:.3g}{name}"
-    return f"{n:.0f}"
+    """Return a number of tokens or parameters in three digits: 390K, 1.59M, 2B."""
+    return short(n, units="KMB")
 
 
 class Pair(NamedTuple):
@@ -119,8 +120,8 @@ CPU_TOKENS = 20_000_000
 
 def fitting_flags(n_tokens: int, has_gpu: bool) -> list[str]:
     """Return the flags of run_train.py that suit an amount of text and the machine."""
-    pairs: Iterable[Pair] = PAIRS if has_gpu else PAIRS[:2]
-    pair = next(pair for pair in reversed([*pairs]) if n_tokens >= pair.least_tokens)
+    pairs = PAIRS if has_gpu else PAIRS[:2]
+    pair = next(pair for pair in reversed(pairs) if n_tokens >= pair.least_tokens)
     flags = ["--model_config", pair.model, "--config", pair.config]
     is_long = not has_gpu and GOOD_PASSES * n_tokens > CPU_TOKENS
     return [*flags, "--max_tokens", str(CPU_TOKENS)] if is_long else flags

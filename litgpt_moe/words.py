@@ -1,4 +1,4 @@
-"""What a user types: numbers with k, M or B, times with h or min, and names that are nearly right."""
+"""Numbers with k, M or B and times with h or min, as a user types them, and names that are nearly right."""
 
 import difflib
 import re
@@ -21,6 +21,16 @@ def whole_number(text: str) -> int:
     if number != int(number):
         raise ValueError(f"{text} is no whole number")
     return int(number)
+
+
+def short(value: float, digits: int = 3, units: str = "kMB") -> str:
+    """Return a number in few digits: 3,941,504 is 3.94M. `units` are those of 1e3, 1e6, 1e9 and so on."""
+    for power, unit in reversed([*enumerate(units, start=1)]):
+        size = 1000**power
+        # what rounds to a whole unit has it: 1M, not 1e+03k
+        if abs(value) >= size * (1 - 0.5 / 10**digits):
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
 
 
 def seconds(text: str) -> float:

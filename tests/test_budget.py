@@ -24,6 +24,15 @@ def test_more_than_eight_passes_are_told_with_their_number() -> None:
     assert told is not None and "5,273.0 passes through the 1,000 of" in told and len(told.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [(300, "0.3 passes"), (1_000, "1 pass"), (1_010, "1 pass"), (4_000, "4 passes"), (150_000, "150 passes")],
+)
+def test_passes_are_counted_in_words(tokens: int, words: str) -> None:
+    place = Path("data/mine")
+    assert budget.passes_words(tokens, 1_000, place) == f"{words} through 1,000 tokens ({place})"
+
+
 def test_the_learning_rate_is_that_of_the_joint_law() -> None:
     # 8.39 - 0.81 ln 30.3e6 - 0.25 ln 32 = -6.43
     assert budget.learning_rate(30_300_000, 32) == 1.6e-3

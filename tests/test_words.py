@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_moe.words import ROOT, choose_one, config_file, near, seconds, whole_number
+from litgpt_moe.words import ROOT, choose_one, config_file, near, seconds, short, whole_number
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,22 @@ from litgpt_moe.words import ROOT, choose_one, config_file, near, seconds, whole
 )
 def test_a_short_number_is_exact(text: str, number: int) -> None:
     assert whole_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "units", "text"),
+    [
+        (999_700, 3, "KMB", "1M"),
+        (21_712, 3, "KMB", "21.7K"),
+        (12_345_678, 4, "kMGTP", "12.35M"),
+        (-2e15, 4, "kMGTP", "-2P"),
+        (0.00125, 4, "kMGTP", "0.00125"),
+    ],
+)
+def test_a_number_is_written_short_with_the_digits_and_units_wanted(
+    value: float, digits: int, units: str, text: str
+) -> None:
+    assert short(value, digits, units) == text
 
 
 @pytest.mark.parametrize("text", ["", "k", "1.0001k", "1.5", "010k", "1e3", "2G", "1 k", "1kk", "k1"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from litgpt_moe.cli import WorkFailed, printable, run_command, run_script, say
 from litgpt_moe.flags import FlagParser, config_from_flag
+from litgpt_moe.words import UNITS
 
 if TYPE_CHECKING:
     from litgpt_moe.config import MoEConfig
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.05  # of the size in a name
 BYTES_WEIGHTS = 4  # float32
 BYTES_TRAINING = 16  # float32 weights, gradients and the two moments of AdamW
-UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def count_params(config: "MoEConfig") -> ParamCount:
 def size_in_name(name: str) -> int | None:
     """Return the parameters that a name such as MoE-200M or moe-1.5b promises, None where it does not."""
     match = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([KMB])(?![A-Za-z0-9])", name, re.IGNORECASE)
-    return round(float(match[1]) * UNITS[match[2].upper()]) if match else None
+    return round(float(match[1]) * UNITS[match[2].lower()]) if match else None
 
 
 def format_table(counts: list[tuple[Path, ParamCount]]) -> str:

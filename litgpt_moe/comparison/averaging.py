@@ -31,7 +31,8 @@ from litgpt_moe.checkpoints.writer import foreign_files, write_checkpoint
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import free_name, put_in_place, remove
 
-MADE_OF = "averaged"  # entry of an average's checkpoint.json: which checkpoints it is made of
+# entry of an average's checkpoint.json: the checkpoints that it is made of
+MADE_OF = "averaged"
 
 
 def last_of(run: Path, count: int) -> list[Path]:
@@ -73,7 +74,8 @@ def open_all(places: list[Path]) -> tuple[list[Path], MoEConfig, list[dict[str, 
         _check_same(folders[0], config, folder)
         weights = read_weights(folder / CHECKPOINT_FILE)
         if all_weights and has_selection_bias(weights) != has_selection_bias(all_weights[0]):
-            raise ValueError(f"{folder}: with a selection bias, or {folders[0]} is, and the other is not")
+            one_of = f"only one of {folders[0]} and {folder} was trained with a selection bias"
+            raise ValueError(f"{one_of}; average checkpoints of one run")
         check_weights(folder, model, weights)
         check_finite({"model": weights}, folder / CHECKPOINT_FILE)
         all_weights.append(weights)

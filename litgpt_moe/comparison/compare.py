@@ -43,11 +43,9 @@ def budget_of(
     tokens += first.tokens_per_step / 1000
     if settings.match == "flops":
         return Budget("flops", tokens * first.facts.flops_per_token)
-    return (
-        Budget("seconds", tokens / speeds[first.name])
-        if settings.match == "seconds"
-        else Budget("tokens", tokens)
-    )
+    if settings.match == "seconds":
+        return Budget("seconds", tokens / speeds[first.name])
+    return Budget("tokens", tokens)
 
 
 @dataclass
@@ -132,12 +130,11 @@ def begin(
     if settings.measure_again or (is_needed and not speeds.tokens_per_s):
         speeds = measure(trainer, contestants)
     budget = budget_of(settings, amount, contestants[0], speeds.tokens_per_s)
-    sweeps: list[Sweep] = []
-    rates: dict[str, float] = {}
-    for contestant in contestants:
-        if rate is None:
-            first = budget.tokens(contestants[0], speeds.tokens_per_s.get(contestants[0].name))
-            tokens = contestant.whole_steps(settings.sweep_tokens or first / 10)
-            sweeps.append(sweep(trainer, contestant, settings, tokens))
-        rates[contestant.name] = sweeps[-1].best if rate is None else rate
+    if rate is not None:
+        rates = {contestant.name: rate for contestant in contestants}
+        return Comparison(settings, trainer, contestants, speeds, budget, rates, [])
+    of_first = budget.tokens(contestants[0], speeds.tokens_per_s.get(contestants[0].name))
+    tokens = settings.sweep_tokens or of_first / 10
+    sweeps = [sweep(trainer, each, settings, each.whole_steps(tokens)) for each in contestants]
+    rates = {one.name: one.best for one in sweeps}
     return Comparison(settings, trainer, contestants, speeds, budget, rates, sweeps)

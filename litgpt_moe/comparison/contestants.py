@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from litgpt_moe.comparison.settings import PlaceSettings
-from litgpt_moe.comparison.twin import Matched, changed_keys, dense_twin, with_experts
+from litgpt_moe.comparison.twin import changed_keys, dense_twin, with_experts
 from litgpt_moe.config import ModelFacts, MoEConfig, has_open_vocabulary, model_facts
 from litgpt_moe.files import write_whole
 from litgpt_moe.hardware import training_device
@@ -36,9 +35,9 @@ class Contestant:
     config: MoEConfig
     facts: ModelFacts
     model_file: Path
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...]
     """Settings of a variant, as flags of run_train.py."""
-    settings: Settings = dataclasses.field(default_factory=Settings)
+    settings: Settings
     """What the training settings and the flags come to; rate, tokens and seed are set for each run."""
     reference: str | None = None
     """Name of the contestant that it is compared with: its dense twin, or else the first."""
@@ -105,9 +104,8 @@ def gather(
         sizes = {"vocab_size": n_pieces} if has_open_vocabulary(path) else {}
         base = MoEConfig.from_file(path, **sizes, **model_keys(overrides))
         flags = training_flags(overrides)
-        siblings = [
-            _add(found, settings, match.config, flags, match.how) for match in _siblings(base, experts)
-        ]
+        matches = [with_experts(base, n_expert) for n_expert in experts]
+        siblings = [_add(found, settings, match.config, flags, match.how) for match in matches]
         own = siblings or [_add(found, settings, base, flags)]
         own += [_add(found, settings, *_varied(base, flags, *each)) for each in variants]
         for contestant in own if is_dense else []:
@@ -127,11 +125,6 @@ def gather(
         else dataclasses.replace(contestant, reference=first)
         for contestant in found
     ]
-
-
-def _siblings(base: MoEConfig, experts: list[int]) -> Iterator[Matched]:
-    for n_expert in experts:
-        yield with_experts(base, n_expert)
 
 
 def _varied(

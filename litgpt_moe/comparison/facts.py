@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe.cli import command_line
-from litgpt_moe.comparison.settings import ROOT
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.data.prepare import stale_reasons
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
 from litgpt_moe.hardware import machine
+from litgpt_moe.words import ROOT
 
 # of a machine, what its speed depends on
 SPEED_FACTS = ("device", "cpu", "cores", "threads", "torch")
@@ -56,10 +56,9 @@ def gather_facts(data_dir: Path) -> Facts:
         "val_bytes": val["n_bytes"],
         "vocab_size": manifest["tokenizer"]["vocab_size"],
     }
-    words = ["uv", "run", "python", Path(sys.argv[0]).name, *sys.argv[1:]]
-    if (Path(sys.argv[0]).resolve()).is_relative_to(ROOT):
-        words[3] = Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix()
-    return Facts(data, machine(), commit(), command_line(*words))
+    script = Path(sys.argv[0]).resolve()
+    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    return Facts(data, machine(), commit(), command_line("uv", "run", "python", name, *sys.argv[1:]))
 
 
 def commit() -> dict[str, Any]:

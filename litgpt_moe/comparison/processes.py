@@ -1,7 +1,6 @@
 """Start a script of ours in a process of its own, wait for it, and see how busy the machine is besides."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 
 from litgpt_moe.cli import INTERRUPTED, WorkFailed
-from litgpt_moe.comparison.settings import ROOT
+from litgpt_moe.words import ROOT
 
 LOW_PRIORITY = 10 if sys.platform != "win32" else psutil.BELOW_NORMAL_PRIORITY_CLASS
 POLL_S = 1.0
@@ -147,4 +146,4 @@ def check_ended(outcome: Outcome, what: str, log: Path) -> None:
         raise KeyboardInterrupt
     if outcome.status:
         killed = f"ended by signal {-outcome.status}" if outcome.status < 0 else outcome.last_error
-        raise WorkFailed(f"{what} failed: {killed} (all it said is in {os.fspath(log)})")
+        raise WorkFailed(f"{what} failed: {killed} (all it said is in {log})")

@@ -1,6 +1,5 @@
 """One run of a comparison: what determines it, its command, and its row in the file of finished runs."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_moe.comparison.contestants import Contestant, file_name, nameless, that_matter
-from litgpt_moe.files import check_no_links, fits
-from litgpt_moe.report.results import append
+from litgpt_moe.files import check_no_links
+from litgpt_moe.report.results import append, json_rows
 from litgpt_moe.training.settings import Settings, dotted, plain_settings
 
-N_VALIDATIONS = (4, 16)  # of a run, for its curve; fewer than the most where they would take long:
-VALIDATION_SHARE = 0.2  # validation tokens for each training token, at most
+# the fewest and the most validations of a run, the points of its curve
+N_VALIDATIONS = (4, 16)
+# validation tokens for each training token; a run has as many validations as keep to that
+VALIDATION_SHARE = 0.2
 N_LOG_ROWS = 200
-N_SAVES = 10  # of a run: an interruption costs a tenth of it
+# checkpoints of a run: an interruption costs a tenth of it
+N_SAVES = 10
 USUAL = dict(dotted(plain_settings(Settings())))
-SPEED_LOG = 10  # steps between the rows of a run that measures the speed
-# how far the rows of a file of runs are read; a curve of 16 points takes 2 kB
-MAX_ROW_BYTES = 1 << 20
+# steps between the rows of a run that measures the speed
+SPEED_LOG = 10
 ROW_FORM: dict[str, Any] = {"kind": str, "model": {}, "settings": {}, "data": {"fingerprint": str}}
 
 
@@ -137,14 +138,8 @@ class RunsFile:
         self.path = path
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows that have the form of a run's."""
-        if not self.path.is_file():
-            return
-        with self.path.open("rb") as file:
-            while line := file.readline(MAX_ROW_BYTES):
-                with contextlib.suppress(ValueError, RecursionError):
-                    if fits(row := json.loads(line), ROW_FORM):
-                        yield row
+        """Return the rows that have the form of a run's."""
+        return json_rows(self.path, ROW_FORM)
 
     def find(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Return the row of the run with this identity, None if there is none yet."""

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[2]
+from litgpt_moe.words import ROOT, UNITS
+
 RESULTS = ROOT / "docs/results/runs.jsonl"
-UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15}
+# FLOPs come in G and P too. Only capitals: m would be taken for minutes
+AMOUNT_UNITS = {unit.upper(): size for unit, size in UNITS.items()} | {"": 1, "G": 10**9, "P": 10**15}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def amount(text: str) -> float:
     """Return the number of a text such as 8M, 1.5e15 or 600; for argparse."""
     match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)([KMBGTP]?)", text.strip())
     try:
-        value = float(match[1]) * UNITS[match[2]] if match else math.nan
+        value = float(match[1]) * AMOUNT_UNITS[match[2]] if match else math.nan
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:

@@ -15,9 +15,11 @@ from litgpt_moe.files import remove
 from litgpt_moe.report.read import METRICS, read_metrics
 
 ROUNDS = 3
-N_ROWS = 6  # of a run's log; the first, in which the machine warms up, is left out
-BUSY = 0.3  # cores that others use, above which the figures are doubtful
-# what a step takes does not depend on these
+# rows of a run's log; the first, in which the machine warms up, is left out
+N_ROWS = 6
+# cores that other programs use, above which the figures are doubtful
+BUSY = 0.3
+# settings on which the time of a step does not depend
 NO_MATTER = (
     "seed",
     "train.max_tokens",
@@ -43,7 +45,7 @@ def measure(trainer: Trainer, contestants: list[Contestant]) -> Speeds:
     rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     loads: list[float] = []
     for n in range(ROUNDS):
-        # each second round the other way round, so that a drift of the machine hits all alike
+        # every second round in reverse order, so that a drift of the machine affects all alike
         for contestant in contestants if n % 2 == 0 else contestants[::-1]:
             rate, load = _measure(trainer, contestant)
             rates[contestant.name].append(rate)

@@ -10,7 +10,8 @@ from litgpt_moe.comparison.runs import RunSpec
 from litgpt_moe.comparison.settings import SweepSettings
 from litgpt_moe.comparison.train import Trainer
 
-MORE = 4  # rates beyond the grid, while the best is at its edge
+# rates beyond the grid, while the best is at its edge
+MORE = 4
 
 
 @dataclass(frozen=True)

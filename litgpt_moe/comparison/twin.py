@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from litgpt.config import Config
 
-from litgpt_moe.comparison.settings import ROOT
 from litgpt_moe.config import AUTO, MoEConfig, has_open_vocabulary, header_vocabulary, model_facts
 from litgpt_moe.shell import command_line
+from litgpt_moe.words import ROOT
 
 # of an MLP's width: matrix kernels are fastest there, and grouped_mm needs it in bf16
 MULTIPLE = 8

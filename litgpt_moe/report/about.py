@@ -3,13 +3,11 @@
 They come from logs/run.json, which may be old or another program's: what it lacks is left out.
 """
 
-import contextlib
-from pathlib import Path
 from typing import Any
 
-from litgpt_moe.files import fits, read_json
+from litgpt_moe.files import fits
+from litgpt_moe.words import short
 
-FACTS = "logs/run.json"
 MAX_WORDS = 400
 # the forms that `files.fits` checks
 MODEL = {"name": str, "total_params": 0, "active_params": 0, "n_layer": 0, "n_embd": 0}
@@ -19,13 +17,6 @@ GPU = {"gpu": str, "gpu_memory": 0}
 COUNTS = {"n_tokens": 1, "n_stories": 0}
 DATA = {"folder": str, "vocab_size": 0, "train": COUNTS, "val": {**COUNTS, "n_tokens": 0}}
 COMMIT = {"id": str, "is_changed": bool}
-
-
-def recorded(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's logs/run.json, {} without a readable one."""
-    with contextlib.suppress(ValueError, OSError):
-        return read_json(folder / FACTS)
-    return {}
 
 
 def about(
@@ -45,14 +36,6 @@ def about(
         "Evaluation": _evaluation(results),
     }
     return {label: text[:MAX_WORDS] for label, text in words.items() if text}
-
-
-def short(count: float) -> str:
-    """Return a count with three digits, as 3.92M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size * 0.9995:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:,.0f}"
 
 
 def _model(facts: Any) -> str | None:
@@ -98,7 +81,7 @@ def _data(facts: Any) -> str | None:
 def _passes(facts: Any, tokens: float | None) -> str | None:
     if tokens is None or not fits(facts, DATA):
         return None
-    return f"{tokens / facts['train']['n_tokens']:.3g} through the training data"
+    return f"{short(tokens / facts['train']['n_tokens'])} through the training data"
 
 
 def _commit(facts: Any) -> str | None:

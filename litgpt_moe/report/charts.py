@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from litgpt_moe.words import short
+
 # Okabe and Ito's colours, told apart by colour-blind eyes, for white and for black paper
 COLOURS = ("#0080c8", "#d4651a", "#009a70", "#b8609a", "#a07a10", "#6a727d")
 DASHES = ("", "6 4", "2 3")
@@ -82,12 +84,9 @@ class _Axis:
         return [i * step for i in range(first, last + 1)]
 
 
-def short(value: float) -> str:
-    """Return a number in few characters: 12,000,000 is 12M."""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
+def axis_number(value: float) -> str:
+    """Return a number of tokens, FLOPs or another unit in four digits: 12,000,000 is 12M."""
+    return short(value, 4, "kMGTP")
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
@@ -100,12 +99,12 @@ def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
 
 def _grid_x(axis: _Axis, at: float) -> str:
     x = axis.place(at)
-    return _rule(x, TOP, x, HEIGHT - BOTTOM) + _text(x, HEIGHT - BOTTOM + 16, short(at), "middle")
+    return _rule(x, TOP, x, HEIGHT - BOTTOM) + _text(x, HEIGHT - BOTTOM + 16, axis_number(at), "middle")
 
 
 def _grid_y(axis: _Axis, at: float) -> str:
     y = axis.place(at)
-    return _rule(LEFT, y, WIDTH - RIGHT, y) + _text(LEFT - 6, y + 4, short(at), "end")
+    return _rule(LEFT, y, WIDTH - RIGHT, y) + _text(LEFT - 6, y + 4, axis_number(at), "end")
 
 
 def _style(i: int) -> str:

@@ -4,7 +4,7 @@ import math
 from html import escape
 from typing import Any
 
-from litgpt_moe.report.charts import Series, line_chart, short
+from litgpt_moe.report.charts import Series, axis_number, line_chart
 
 Content = dict[str, Any]
 MATCHES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training on this machine"}
@@ -31,7 +31,7 @@ def comparison_page(content: Content) -> str:
     title = f"Models at equal {MATCHES[content['match']]}"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">Budget {short(content["budget"])} {MATCHES[content["match"]]}, {runs} from '
+        f'<p class="soft">Budget {axis_number(content["budget"])} {MATCHES[content["match"]]}, {runs} from '
         f"{content['first_seed']} on{left}. Scores are of the whole validation split.</p>",
         _table(models),
         "<h2>Verdicts</h2>",
@@ -99,9 +99,8 @@ def curve_chart(models: list[Content], unit: str) -> str:
     """Return the chart of the validation losses over tokens, FLOPs or seconds, as SVG."""
     series = []
     for model in models:
-        per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"]}.get(unit)
-        if per_token is None:
-            per_token = (model["seconds"] or math.nan) / model["tokens"]
+        seconds = (model["seconds"] or math.nan) / model["tokens"]
+        per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"], "seconds": seconds}[unit]
         series.append(Series(model["name"], [(at * per_token, loss) for at, loss in model["curve"]]))
     return line_chart(series, unit, LOSS, log_x=True)
 

@@ -19,7 +19,6 @@ import numpy as np
 from litgpt_moe.checkpoints.layout import FINAL, steps_of
 from litgpt_moe.cli import command_line, note
 from litgpt_moe.files import read_json
-from litgpt_moe.report.about import FACTS, recorded
 from litgpt_moe.report.results import RESULTS_FILE, results_of
 from litgpt_moe.yaml_files import read_mapping
 
@@ -30,6 +29,7 @@ MAX_STORIES, MAX_SPIKES = 40, 200
 MAX_TEXT = 4_000  # characters of a story
 COUNT = re.compile(r"[0-9]{1,15}")  # what a float holds exactly
 METRICS = "logs/csv/metrics.csv"
+FACTS = "logs/run.json"
 AXES = {"step": "step", "total_tokens": "tokens", "time_s": "time", "flops": "flops"}
 CURVES = {
     "loss": "loss",
@@ -93,8 +93,8 @@ def read_run(folder: Path, name: str, results_file: Path) -> RunLog:
     stories = spread(list(last_stories.values()), MAX_STORIES)
     spikes = spread(read_dicts(folder / "logs/spikes.csv"), MAX_SPIKES)
     results = results_of(folder, [results_file, folder / RESULTS_FILE])
-    settings, command, versions = read_facts(folder)
-    facts = recorded(folder)
+    facts = _read(read_json, folder / FACTS)
+    settings, command, versions = read_facts(folder, facts)
     logs = (train, val, heat, stories, spikes, results)
     return RunLog(name, folder, *logs, settings, command, versions, facts)
 
@@ -198,9 +198,8 @@ def read_loads(path: Path, stride: int) -> tuple[dict[int, dict[int, list[int]]]
     return loads, n_expert
 
 
-def read_facts(folder: Path) -> tuple[dict[str, str], str, dict[str, str]]:
-    """Return a run's settings, command and versions, from logs/run.json and the newest checkpoint."""
-    facts = _read(read_json, folder / FACTS)
+def read_facts(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, str], str, dict[str, str]]:
+    """Return a run's settings, command and versions, from its logs/run.json and the newest checkpoint."""
     checkpoints = [folder / FINAL, *reversed(steps_of(folder).values())]
 
     def newest(name: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def results_of(run: Path, files: list[Path]) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
             names[read_record(folder)["files"][CHECKPOINT_FILE]["sha256"]] = folder.name
     rows: dict[str, dict[str, Any]] = {}
-    for row in (row for path in files for row in _read(path)):
+    for row in (row for path in files for row in json_rows(path, ROW_FORM)):
         place, name = Path(row["checkpoint"]["path"]), names.get(row["checkpoint"]["sha256"])
         with contextlib.suppress(ValueError, OSError):  # a zero byte, a loop of links
             if name is None and place.parent.resolve() == run.resolve():
@@ -82,14 +82,14 @@ def results_of(run: Path, files: list[Path]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: row["time"])[-MAX_ROWS:]
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a results file that have the form of ours; a damaged row is left out."""
+def json_rows(path: Path, form: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of JSON lines that have this form; a damaged row is left out."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         while line := file.readline(MAX_LINE_BYTES):
             with contextlib.suppress(ValueError, RecursionError):
-                if fits(row := json.loads(line), ROW_FORM):
+                if fits(row := json.loads(line), form):
                     yield row
 
 

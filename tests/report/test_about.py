@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from litgpt_moe.report.about import about, short
+from litgpt_moe.report.about import about
+from litgpt_moe.words import short
 
 MACHINE = {
     "system": "Linux 6.1",

@@ -513,7 +513,7 @@ def test_a_report_takes_its_settings_from_the_newest_step_not_from_a_folder_with
     for name, seed in (("step-00000900", 1), ("step-100000000", 2), ("step-best", 3)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train_config.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
-    settings, _, _ = read_facts(tmp_path)
+    settings, _, _ = read_facts(tmp_path, {})
     assert settings["seed"] == "2"
 
 
