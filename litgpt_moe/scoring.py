@@ -26,16 +26,17 @@ from tqdm import tqdm
 
 from litgpt_moe.balance import count_expert_load, expert_load
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, find_checkpoint
-from litgpt_moe.checkpoints.reader import read_settings, read_state, sha256_of, trained_on, verify_checkpoint
+from litgpt_moe.checkpoints.reader import read_settings, read_state, trained_on, verify_checkpoint
+from litgpt_moe.checkpoints.state_file import sha256_of
 from litgpt_moe.checkpoints.tokenizer_files import is_tokenizer
 from litgpt_moe.cli import WorkFailed, command_line, is_out_of_memory, no_bar, note
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.forms import Source, form_of
+from litgpt_moe.data.freshness import stale_reasons
 from litgpt_moe.data.manifest import MANIFEST, manifest_fingerprint, read_manifest
 from litgpt_moe.data.parquet import reader_of
-from litgpt_moe.data.prepare import stale_reasons
-from litgpt_moe.data.settings import DEFAULT_DATA_DIR
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR, DEFAULT_TOKENIZER_DIR
 from litgpt_moe.data.text import Reading, check_text_file
 from litgpt_moe.data.tokenizer import StoryEncoder, as_value_error, load_for_encoding, read_tokenizer_facts
 from litgpt_moe.data.tokenizer_folder import find_tokenizer
@@ -112,7 +113,7 @@ def text_corpus(paths: list[Path], tokenizer_dir: Path, text_column: str | None 
 def pick_tokenizer(folder: Path | None, data_dir: Path | None) -> Path:
     """Return the folder of the tokenizer: `folder`, else the one that made the data, else the default one."""
     if folder is None:
-        folder = Path("data/tokenizer") if data_dir is None else find_tokenizer(data_dir, None)
+        folder = DEFAULT_TOKENIZER_DIR if data_dir is None else find_tokenizer(data_dir, None)
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: holds no tokenizer.json; copy in the one used for training")
     return folder
@@ -167,9 +168,8 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's absolute path, its step (None if unknown) and the SHA-256 of its weights."""
     path = folder / CHECKPOINT_FILE
     step = read_state(path).get("step_count")
-    sha256 = sha256_of(path, path.stat().st_size, path.stat().st_mtime_ns)
-    path = str(folder.absolute())
-    return {"path": path, "step": step if isinstance(step, int) else None, "sha256": sha256}
+    step = step if isinstance(step, int) else None
+    return {"path": str(folder.absolute()), "step": step, "sha256": sha256_of(path)}
 
 
 def check_vocabulary(size: int, tokenizer_dir: Path, model: GPT) -> None:

@@ -10,7 +10,6 @@ import pickle
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ from litgpt_moe.checkpoints.layout import (
     refuse_damage,
 )
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes, tensors_of
-from litgpt_moe.checkpoints.state_file import sha256_of_weights
+from litgpt_moe.checkpoints.state_file import is_as_recorded
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import is_outside, path_of_any_system, read_json, sha256_file
+from litgpt_moe.files import is_outside, path_of_any_system, read_json
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
 from litgpt_moe.yaml_files import read_mapping
@@ -51,19 +50,8 @@ def verify_checkpoint(folder: Path, weights_only: bool = False) -> None:
         if path.is_symlink() and is_outside(path, folder):
             raise ValueError(f"{path} is a link out of its folder; copy the file itself there")
     for path, entry in recorded_files(folder).items():
-        stat, weights = path.stat(), entry.get("weights")
-        if weights_only and weights:
-            is_same = sha256_of_weights(path, weights["head"], weights["tail"]) == weights["sha256"]
-        else:
-            is_same = sha256_of(path, stat.st_size, stat.st_mtime_ns) == entry["sha256"]
-        if not is_same:
+        if not is_as_recorded(path, entry, weights_only):
             refuse_damage(path, f"its content is not what {RECORD_FILE} recorded")
-
-
-@lru_cache  # a command verifies the same checkpoint more than once
-def sha256_of(path: Path, size: int, mtime_ns: int) -> str:
-    """Return the SHA-256 of a file; size and time are the cache's key."""
-    return sha256_file(path)
 
 
 def checkpoint_flaw(folder: Path) -> str | None:
@@ -230,7 +218,8 @@ def _read_model(
     half = other.submit(copies, names[::2])
     checked = {} if torch.device(device).type == "meta" else weights
     finite = other.submit(check_finite, {"model": checked}, folder / CHECKPOINT_FILE)
-    # nothing but the copies is kept: a file that is mapped cannot be replaced on Windows
+    # nothing but the copies is kept: a mapped file cannot be replaced on Windows, and this frame stays until
+    # the next garbage collection: jsonargparse's exceptions, in a cycle, hold the frames of all its callers
     weights, checked = copies(names[1::2]) | half.result(), None
     finite.result()
     model.load_state_dict(weights, assign=True)

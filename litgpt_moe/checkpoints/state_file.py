@@ -1,4 +1,4 @@
-"""Writing lit_model.pth, whose size and SHA-256 are computed on the way, and the digest of its weights."""
+"""Writing lit_model.pth, its size and SHA-256 computed on the way, and comparing files with their record."""
 
 import hashlib
 import os
@@ -9,6 +9,9 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 
 from litgpt_moe.checkpoints.state import tensors_of
+from litgpt_moe.files import sha256_file
+
+_digests: dict[tuple[Path, int, int], str] = {}  # a command verifies the same checkpoint more than once
 
 
 class HashingFile:
@@ -67,6 +70,26 @@ def _weights_entry(state: dict[str, Any], path: Path, file: HashingFile) -> dict
         written.seek(-tail, os.SEEK_END)
         sha256.update(written.read())
     return {"weights": {"head": end, "tail": tail, "sha256": sha256.hexdigest()}}
+
+
+def is_as_recorded(path: Path, entry: dict[str, Any], weights_only: bool) -> bool:
+    """Return whether a file has the content in its record, or only the part of it that the weights need."""
+    weights = entry.get("weights")
+    if weights_only and weights and _digests.get(_stamp(path)) != entry["sha256"]:
+        return sha256_of_weights(path, weights["head"], weights["tail"]) == weights["sha256"]
+    return sha256_of(path) == entry["sha256"]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, computed once as long as its size and time stay the same."""
+    if (stamp := _stamp(path)) not in _digests:
+        _digests[stamp] = sha256_file(path)
+    return _digests[stamp]
+
+
+def _stamp(path: Path) -> tuple[Path, int, int]:
+    stat = path.stat()
+    return path, stat.st_size, stat.st_mtime_ns
 
 
 def sha256_of_weights(path: Path, head: int, tail: int) -> str:

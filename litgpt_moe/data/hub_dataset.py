@@ -9,7 +9,7 @@ from typing import Any
 from litgpt_moe.cli import first_line, note
 from litgpt_moe.data.download import download
 from litgpt_moe.data.forms import HUB_RECORD, OnHub, Source, text_in
-from litgpt_moe.data.hub_file import LOG_IN
+from litgpt_moe.data.hub_file import GO_ON, LOG_IN
 from litgpt_moe.data.inputs import Inputs
 from litgpt_moe.data.settings import SHORT_NAMES, SPLITS, PrepareSettings
 from litgpt_moe.files import check_inside, fits, read_json, write_json
@@ -77,13 +77,12 @@ def _source(record: dict[str, Any], entry: dict[str, Any]) -> Source:
 def _fetch_rest(settings: PrepareSettings, record: dict[str, Any]) -> None:
     """Fetch what an earlier version, which kept the files in the data directory, has not fetched yet."""
     wanted = {(split, path) for split in SPLITS for path in record["files"].get(split, ())}
-    way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
     for number, (split, path) in enumerate(sorted(wanted), start=1):
         folder = settings.data_dir / split
         target = folder / _flat(path)
         if not target.is_file():
             note(f"file {number} of {len(wanted)}")
-            download(record["repo"], "dataset", path, folder, way_out, record["revision"], target.name)
+            download(record["repo"], "dataset", path, folder, GO_ON, record["revision"], target.name)
 
 
 def fetch_subsets(repo: str, folder: Path) -> list[Path]:
@@ -104,8 +103,7 @@ def fetch_subsets(repo: str, folder: Path) -> list[Path]:
         targets = {path: folder / _flat(path) for path in record["files"]}
         for path, target in targets.items():
             if not target.is_file():
-                way_out = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
-                download(repo, "dataset", path, folder, way_out, record["revision"], target.name)
+                download(repo, "dataset", path, folder, GO_ON, record["revision"], target.name)
     return list(targets.values())
 
 

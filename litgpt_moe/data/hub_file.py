@@ -8,6 +8,7 @@ from litgpt_moe.cli import first_line
 from litgpt_moe.data.forms import OnHub
 
 LOG_IN = "check the name; to one that is private or gated log in with: uv run hf auth login"
+GO_ON = "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
 RANGE_BYTES = 4 << 20  # fetched at once
 PAUSES_S = (0, 1, 2, 4, 8)  # before each try of a request
 MAY_CHANGE = (206, 429, 500, 502, 503, 504)  # answers after which a later try may succeed
@@ -63,7 +64,7 @@ def fetch(file: OnHub, start: int, stop: int) -> bytes:
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
     options: dict[str, Any] = {"headers": headers, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
-    reason, way_out = "", "run again to go on where it stopped, or set HF_ENDPOINT to a mirror"
+    reason, way_out = "", GO_ON
     for pause_s in PAUSES_S:
         time.sleep(pause_s)
         try:

@@ -34,11 +34,8 @@ class HubProgress:
     def __init__(
         self, settings: PrepareSettings, facts: TokenizerFacts, readers: dict[str, list[FileReader]]
     ) -> None:
-        self.path, self.data_dir, self.width = (
-            settings.data_dir / PROGRESS,
-            settings.data_dir,
-            facts.dtype.itemsize,
-        )
+        self.data_dir, self.path = settings.data_dir, settings.data_dir / PROGRESS
+        self.width = facts.dtype.itemsize
         text = {split: [(r.source.name, r.source.size) for r in some] for split, some in readers.items()}
         options = (settings.text_column, settings.on_bad_utf8, settings.val_fraction)
         revisions = [r.source.on_hub and r.source.on_hub.revision for some in readers.values() for r in some]

@@ -183,18 +183,20 @@ def generate(
         batch.leave(member)
 
 
-def generate_together(decoder: Decoder, members: Sequence[Continuation]) -> Generator[Iterator[int]]:
+def generate_together(
+    decoder: Decoder, members: Sequence[Continuation], at_once: int | None = None
+) -> Generator[Iterator[int]]:
     """Yield an iterator over each continuation's new tokens, in their order; meanwhile all advance together.
 
-    Those for which there is no memory begin when others have ended. The iterator raises Diverged. Closing it
-    frees the memory of those that have not ended.
+    Those beyond `at_once`, or for which there is no memory, begin when others have ended. The iterator raises
+    Diverged. Closing it frees the memory of those that have not ended.
     """
     batch, waiting = Batch(decoder), {member: deque[int | Diverged]() for member in members}
-    outside = deque(members)
+    outside, at_once = deque(members), at_once or len(members)
 
     def tokens_of(member: Continuation) -> Iterator[int]:
         while waiting[member] or not member.has_ended:
-            _let_in(outside, batch)
+            _let_in(outside, batch, at_once)
             for advance in batch.step() if not waiting[member] else ():
                 new = advance.error if advance.token is None else advance.token
                 waiting[advance.member].extend([] if new is None else [new])
@@ -205,16 +207,16 @@ def generate_together(decoder: Decoder, members: Sequence[Continuation]) -> Gene
                 yield new
 
     try:
-        _let_in(outside, batch)
+        _let_in(outside, batch, at_once)
         yield from map(tokens_of, members)
     finally:
         for member in members:
             batch.leave(member)
 
 
-def _let_in(outside: deque[Continuation], batch: Batch) -> None:
-    """Let continuations join, in their order, as far as there is memory for them."""
-    while outside:
+def _let_in(outside: deque[Continuation], batch: Batch, at_once: int) -> None:
+    """Let continuations join, in their order, as far as there are places and memory for them."""
+    while outside and len(batch.members) < at_once:
         try:
             batch.join(outside[0])
         except (RuntimeError, MemoryError) as error:

@@ -108,10 +108,8 @@ class SharedRuns:
 
     def longest(self) -> list[list[str]]:
         """Return the longest run of each text that has been read, [] for one of which no word has."""
-        matched, order = (
-            list(self._matched),
-            sorted(range(1, len(self._length)), key=self._length.__getitem__),
-        )
+        matched = list(self._matched)
+        order = sorted(range(1, len(self._length)), key=self._length.__getitem__)
         for state in reversed(order):
             # what ends in a longer run that was read was read too
             if matched[state] and (shorter := self._link[state]) > 0:

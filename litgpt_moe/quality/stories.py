@@ -3,8 +3,8 @@
 Story number i has beginning i and the seed `seed` + i, so that generate.py can write any of them again alone.
 """
 
-from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.tokenizer import as_value_error
 from litgpt_moe.files import check_replaceable, write_whole
-from litgpt_moe.generation.decode import Batch, Continuation, make_decoder, room_for
-from litgpt_moe.generation.decoder import Decoder
+from litgpt_moe.generation.decode import Continuation, generate_together, make_decoder, room_for
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.generation.text import encode_prompt
 from litgpt_moe.quality.measures import measure, words_of
@@ -78,7 +77,7 @@ def write_stories(
 ) -> tuple[list[Story], str]:
     """Return `count` stories of up to `max_tokens` new tokens, and the name of the engine."""
     decoder, tokenizer = make_decoder(model), load_tokenizer(tokenizer_dir)
-    device, members = model.lm_head.weight.device, []
+    device, prompts, members = model.lm_head.weight.device, [], []
     for number in range(count):
         try:
             ids = encode_prompt(model, tokenizer, BEGINNINGS[number % len(BEGINNINGS)], max_tokens)
@@ -86,45 +85,23 @@ def write_stories(
             raise ValueError(f"--stories: {str(error).replace('the prompt', 'a beginning')}") from None
         room = room_for(ids, max_tokens, model.max_seq_length)
         generator = torch.Generator(device).manual_seed(seed + number)
-        members.append(_Telling(ids, room, sampling, tokenizer.eos_id, generator))
-    _advance_all(decoder, members)
+        prompts.append(ids)
+        members.append(Continuation(ids, room, sampling, tokenizer.eos_id, generator))
+    with (
+        closing(generate_together(decoder, members, TOGETHER)) as texts,
+        tqdm(texts, total=count, unit=" stories", disable=no_bar()) as progress,
+    ):
+        new_ids = [list(ids) for ids in progress]
     stories = []
-    for number, member in enumerate(members):
-        beginning = BEGINNINGS[number % len(BEGINNINGS)]
-        text = _continuation(tokenizer, member)
-        stories.append(Story(beginning, text, member.n_left > 0, seed + number))
+    for number, (member, *ids) in enumerate(zip(members, prompts, new_ids, strict=True)):
+        text, has_ended = _continuation(tokenizer, *ids), member.n_left > 0
+        stories.append(Story(BEGINNINGS[number % len(BEGINNINGS)], text, has_ended, seed + number))
     return stories, decoder.name
 
 
-class _Telling(Continuation):
-    """A story under way, and its tokens."""
-
-    def __init__(self, prompt_ids: list[int], *args: Any) -> None:
-        super().__init__(prompt_ids, *args)
-        self.prompt_ids, self.new_ids = prompt_ids, list[int]()
-
-
-def _advance_all(decoder: Decoder, members: list[_Telling]) -> None:
-    """Let all stories be told to their ends, TOGETHER at a time."""
-    batch, waiting = Batch(decoder), deque(members)
-    with tqdm(total=len(members), unit=" stories", disable=no_bar()) as progress:
-        while waiting or batch.members:
-            while waiting and len(batch.members) < TOGETHER:
-                batch.join(waiting.popleft())
-            for advance in batch.step():
-                member: Any = advance.member
-                if advance.error:
-                    raise advance.error
-                if advance.token is not None:
-                    member.new_ids.append(advance.token)
-                progress.update(member.has_ended)
-
-
-def _continuation(tokenizer: Tokenizer, member: _Telling) -> str:
+def _continuation(tokenizer: Tokenizer, prompt_ids: list[int], new_ids: list[int]) -> str:
     """Return the text of the new tokens, with the space before its first word."""
-    before, whole = (
-        processor_of(tokenizer).decode(ids) for ids in (member.prompt_ids, member.prompt_ids + member.new_ids)
-    )
+    before, whole = map(processor_of(tokenizer).decode, (prompt_ids, prompt_ids + new_ids))
     return whole.removeprefix(before)
 
 
