@@ -241,14 +241,19 @@ def mallopt(**values: int) -> None:
             libc.mallopt(numbers[name], value)
 
 
+def cpu_name() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def machine() -> dict[str, str | int]:
     """Return processor, GPU where there is one, threads, system and versions, to record beside figures."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": next(names, platform.processor() or platform.machine()),
+        "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "system": platform.system(),

@@ -83,12 +83,12 @@ class CsvLog:
             names = [name for name in reader.fieldnames or [] if name]
             return names, list(itertools.islice(reader, n_rows))
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row; columns that it lacks stay empty."""
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append rows, opening the file once; columns that a row lacks stay empty."""
         if not is_main_process():
             return
-        self._waiting.append(row)
-        self.n_rows += 1
+        self._waiting += rows
+        self.n_rows += len(rows)
         with self._failure_is_reported():
             self._append()
 
@@ -193,10 +193,12 @@ class RunLogs:
 
     def write_loads(self, step: int, layers: Iterable[int], counts: list[list[float]]) -> None:
         """Write the tokens of each expert in each layer, from the rows of `balance.router_statistics`."""
+        rows = []
         for layer, numbers in zip(layers, counts, strict=True):
             # the last four numbers are sums of other statistics
             load = {f"e{expert}": int(n) for expert, n in enumerate(numbers[:-4])}
-            self.loads.write({"step": step, "layer": layer, **load})
+            rows.append({"step": step, "layer": layer, **load})
+        self.loads.write(*rows)
 
     def sync(self) -> None:
         """Flush all to the disk."""

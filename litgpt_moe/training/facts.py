@@ -13,7 +13,7 @@ import torch
 import litgpt_moe
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.files import write_json
-from litgpt_moe.hardware import memory_bytes
+from litgpt_moe.hardware import cpu_name, memory_bytes
 from litgpt_moe.locks import remove_left_over
 from litgpt_moe.threads import usable_cores
 from litgpt_moe.training.run import Run
@@ -54,14 +54,6 @@ def _machine(run: Run, device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         facts |= {"gpu": properties.name, "gpu_memory": properties.total_memory}
     return facts | {"device": device.type, "devices": run.devices, "machines": run.settings.num_nodes}
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as far as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _data(run: Run) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 from litgpt_moe.data.settings import DEFAULT_DATA_DIR
 from litgpt_moe.flags import ALL, FlagParser, add_flags
 from litgpt_moe.shell import with_home
-from litgpt_moe.training.settings import Settings
+from litgpt_moe.training.settings import Settings, dotted
 from litgpt_moe.training.sources import OLD_KEYS, Given, choose_configs, read_variables
 
 COMMON = (
@@ -51,7 +50,8 @@ def in_force(argv: list[str]) -> tuple[dict[str, Any], str]:
         named, _ = parser.parse_known_args(argv)
         given = {key: (with_home(value), key) for key, value in vars(named).items() if value}
         config, model_config = choose_configs(given, has_driver, seems_to_have_data, tell=lambda _: None)
-        values = dict(_flat(yaml.safe_load(config.read_text(encoding="utf-8"))))
+        in_file = dotted(yaml.safe_load(config.read_text(encoding="utf-8")))
+        values = {OLD_KEYS.get(name, name): value for name, value in in_file}
         values |= {"config": config, "model_config": model_config}
         variables = read_variables()
         values |= {key: value for key, (value, _) in variables.items()}
@@ -72,11 +72,3 @@ def seems_to_have_data(given: Given) -> bool:
     """Return whether data are named, or the default folder seems to hold other text than the demo stories."""
     is_prepared = (DEFAULT_DATA_DIR / "manifest.json").is_file()
     return "data_dir" in given or (is_prepared and not (DEFAULT_DATA_DIR / "train/demo.txt").is_file())
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield OLD_KEYS.get(f"{prefix}{name}", f"{prefix}{name}"), value

@@ -3,7 +3,7 @@
 import torch
 
 from litgpt_moe.budget import count_words
-from litgpt_moe.hardware import DTYPES, fits, gpu_bytes, has_cuda, memory_bytes
+from litgpt_moe.hardware import fits, gpu_bytes, has_cuda, memory_bytes, precision_dtype
 from litgpt_moe.kernels.choice import choose_kernel
 from litgpt_moe.planning import StepMemory, StepPlanner
 from litgpt_moe.training.optimizer import make_optimizer
@@ -40,9 +40,7 @@ def planner_of(run: Run, device_type: str) -> StepPlanner:
     """Return what counts the memory of the run's steps on one device of this type; it takes seconds."""
     settings, kernel = run.settings, None
     if device_type != "cpu":
-        # autocast's products are in its 16 bits
-        dtype = DTYPES[run.precision.replace("-mixed", "-true")]
-        kernel = choose_kernel(run.config, torch.device(device_type), dtype)
+        kernel = choose_kernel(run.config, torch.device(device_type), precision_dtype(run.precision))
     is_8bit = "8bit" in run.optimizer["class_path"]
     return StepPlanner(
         run.config,

@@ -92,9 +92,9 @@ class StepInProgress:
         # float32: a loss in bf16 would be rounded to three digits
         loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=norm.device)
         is_long = time.perf_counter() - self.began > GRACE_S
-        flags = [loss, *map(loss.new_tensor, (float(vote), float(is_long), share))]
-        # one all-reduce and one copy to the host for all
-        sums = self.hooks.sum_over_ranks(torch.stack(flags))
+        flags = loss.new_tensor([float(vote), float(is_long), share])
+        # one copy to the device, one all-reduce and one copy to the host for all
+        sums = self.hooks.sum_over_ranks(torch.cat([loss[None], flags]))
         total, votes, n_long, shares, grad_norm = torch.cat([sums, norm.detach().float()[None]]).tolist()
         self.loss_sum, self.n_batches, self.are_long = 0.0, 0, n_long > 0
         # the clocks differ, and all ranks must have one learning rate
@@ -110,9 +110,11 @@ class StepInProgress:
         must_leave = bool(self.hooks.judge.stops.reason) and left_s > GRACE_S
         if self.hooks.run.world_size == 1:
             return must_leave
-        # where steps are short, this all-reduce would cost more than it saves
+        # where steps are short, waiting for the device and the all-reduce would cost more than they save
+        if not self.are_long:
+            return False
         vote = torch.tensor(float(must_leave), device=self.hooks.fabric.device)
-        return self.are_long and self.hooks.sum_over_ranks(vote).item() > 0
+        return self.hooks.sum_over_ranks(vote).item() > 0
 
     def roll_back(self) -> None:
         """Undo the micro-batches of this step, if there are any."""
