@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.comparison.contestants import gather
     from litgpt_moe.comparison.facts import gather_facts
     from litgpt_moe.comparison.runs import RunsFile
-    from litgpt_moe.comparison.sweep import sweep
+    from litgpt_moe.comparison.sweep import sweep_all
     from litgpt_moe.comparison.train import Trainer
     from litgpt_moe.files import write_whole
     from litgpt_moe.locks import locked_folder
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> str:
         changes, n_pieces = dict(args.override), facts.data["vocab_size"]
         (model,) = gather([args.config_file], settings, False, [], changes, [], n_pieces)
         tokens = model.whole_steps(settings.sweep_tokens or facts.data["train_tokens"] / 10)
-        found = sweep(Trainer(settings, facts, file), model, settings, tokens)
+        (found,) = sweep_all(Trainer(settings, facts, file), [model], settings, tokens)
         write_whole(chart := settings.out / "find_lr.svg", sweep_chart([found.as_json()]))
     lines = [f"{model.name}, {tokens:,} tokens with each rate", "     rate      loss"]
     for rate in sorted(found.losses):

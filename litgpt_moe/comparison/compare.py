@@ -8,7 +8,7 @@ from litgpt_moe.comparison.result import Entry, table, verdicts
 from litgpt_moe.comparison.runs import RunSpec
 from litgpt_moe.comparison.settings import CompareSettings
 from litgpt_moe.comparison.speed import Speeds, known_speeds, measure
-from litgpt_moe.comparison.sweep import Sweep, sweep
+from litgpt_moe.comparison.sweep import Sweep, sweep_all
 from litgpt_moe.comparison.train import Trainer
 from litgpt_moe.files import write_json, write_whole
 from litgpt_moe.report.comparison import comparison_page, curve_chart
@@ -88,10 +88,8 @@ class Comparison:
 
     def run(self) -> str:
         """Make all runs, seed by seed, and return the figures as text."""
-        for specs in zip(*map(self.specs, self.contestants), strict=True):
-            for spec in specs:
-                self.trainer.result(spec)
-                self.write()
+        specs = [spec for specs in zip(*map(self.specs, self.contestants), strict=True) for spec in specs]
+        self.trainer.make_all(specs, lambda *_: self.write())
         return self.write()
 
     def write(self) -> str:
@@ -135,6 +133,6 @@ def begin(
         return Comparison(settings, trainer, contestants, speeds, budget, rates, [])
     of_first = budget.tokens(contestants[0], speeds.tokens_per_s.get(contestants[0].name))
     tokens = settings.sweep_tokens or of_first / 10
-    sweeps = [sweep(trainer, each, settings, each.whole_steps(tokens)) for each in contestants]
+    sweeps = sweep_all(trainer, contestants, settings, tokens)
     rates = {one.name: one.best for one in sweeps}
     return Comparison(settings, trainer, contestants, speeds, budget, rates, sweeps)

@@ -1,11 +1,13 @@
 """Start a script of ours in a process of its own, wait for it, and see how busy the machine is besides."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -63,24 +65,50 @@ def script(name: str, *words: object) -> list[str]:
     return [sys.executable, str(ROOT / name), *map(str, words)]
 
 
-def run_to_end(command: list[str], log: Path, low_priority: bool = False) -> Outcome:
-    """Run a command whose output goes to the end of `log`.
+class Stop:
+    """Ctrl-C for a process that is waited for in another thread than the main one, which gets no signals."""
+
+    def __init__(self) -> None:
+        self._times = 0
+
+    def ask(self) -> None:
+        """Let the process save and end, or kill it the second time."""
+        self._times += 1
+
+    def check(self, times: int = 1) -> None:
+        """Raise KeyboardInterrupt if the end was asked for so many times."""
+        if self._times >= times:
+            raise KeyboardInterrupt
+
+
+def run_to_end(
+    command: list[str],
+    log: Path,
+    low_priority: bool = False,
+    environment: Mapping[str, str] | None = None,
+    stop: Stop | None = None,
+) -> Outcome:
+    """Run a command whose output goes to the end of `log`, with `environment` besides our own variables.
 
     Ctrl-C, SIGTERM and SIGHUP are passed on; the process then saves what it has and ends, and
-    KeyboardInterrupt is raised. A second signal kills it.
+    KeyboardInterrupt is raised. A second signal kills it. In another thread `stop` does that.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output, _signals_interrupt():
+    stop = stop or Stop()
+    with log.open("ab") as output, signals_interrupt():
         start = output.tell()
         # a group of its own: a terminal sends Ctrl-C to a whole group, and a second one would kill it
         group: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **group)
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, **streams, **group)
         try:
-            return _wait(process, log, start, low_priority)
+            load = _watch(process, low_priority)
+            status = _wait(process, stop.check, load)
+            return Outcome(status, _last_error(log, start), load and load.cores)
         except KeyboardInterrupt:
-            _end(process)
+            _end(process, stop)
             raise
         finally:
             if process.poll() is None:
@@ -88,38 +116,44 @@ def run_to_end(command: list[str], log: Path, low_priority: bool = False) -> Out
                 process.wait()
 
 
-def _wait(process: subprocess.Popen, log: Path, start: int, low_priority: bool) -> Outcome:
-    load = None
+def _watch(process: subprocess.Popen, low_priority: bool) -> OthersLoad | None:
     with contextlib.suppress(psutil.Error):
         seen = psutil.Process(process.pid)
         if low_priority:
             seen.nice(LOW_PRIORITY)
-        load = OthersLoad(seen)
+        return OthersLoad(seen)
+    return None
+
+
+def _wait(process: subprocess.Popen, check: Callable[[], None], load: OthersLoad | None = None) -> int:
+    """Wait for the end of a process and return its status; `check` may raise KeyboardInterrupt meanwhile."""
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(POLL_S)
-            return Outcome(status, _last_error(log, start), load and load.cores)
+            return process.wait(POLL_S)
         if load is not None:
             load.look()
+        check()
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, stop: Stop) -> None:
     """Ask a process to save and end, and wait for it; a second signal ends the wait."""
     with contextlib.suppress(OSError):
-        process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGINT)
+        # not SIGINT: a background process ignores it until the training loop handles it
+        process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGTERM)
     with contextlib.suppress(KeyboardInterrupt):
-        process.wait()
+        _wait(process, lambda: stop.check(times=2))
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does."""
+def signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; nothing in another thread."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    is_main = threading.current_thread() is threading.main_thread()
     before = {}
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGTERM", "SIGHUP") if is_main else ():
         number = getattr(signal, name, None)
         # nohup has SIGHUP ignored, and so it stays
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:

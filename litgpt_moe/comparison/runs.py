@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,8 @@ class RunsFile:
     def __init__(self, path: Path) -> None:
         check_no_links(path)
         self.path = path
+        # runs at once end at once
+        self._lock = threading.Lock()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Return the rows that have the form of a run's."""
@@ -147,4 +150,5 @@ class RunsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Append a row."""
-        append(row, self.path)
+        with self._lock:
+            append(row, self.path)

@@ -53,6 +53,8 @@ class PlaceSettings:
     """Keep the final checkpoint of each run (default: delete it once the run is recorded)."""
     low_priority: bool = False
     """Train at low priority, so that other programs get the processor first; speed is measured without."""
+    at_once: int = 1
+    """Runs at once, each with a GPU, or a share of the cores, of its own; speed is measured one by one."""
 
 
 @dataclass(frozen=True)

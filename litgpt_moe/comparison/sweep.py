@@ -63,24 +63,30 @@ def beyond(losses: dict[float, float], factor: float) -> float | None:
     return rounded(best * factor) if best == max(losses) else None
 
 
-def sweep(trainer: Trainer, contestant: Contestant, settings: SweepSettings, tokens: int) -> Sweep:
-    """Train a model for `tokens` tokens with each rate of the grid, and beyond it where the best is there."""
-    losses: dict[float, float] = {}
+def sweep_all(
+    trainer: Trainer, contestants: list[Contestant], settings: SweepSettings, tokens: float
+) -> list[Sweep]:
+    """Train each model for `tokens` with each rate of the grid, and beyond it where the best is there."""
+    losses: dict[str, dict[float, float]] = {contestant.name: {} for contestant in contestants}
 
-    def attempt(rate: float) -> None:
-        spec = RunSpec(contestant, trainer.place.first_seed, tokens, rate, "sweep")
-        losses[rate] = trainer.result(spec).get("loss", math.inf)
+    def spec(contestant: Contestant, rate: float) -> RunSpec:
+        n_tokens = contestant.whole_steps(tokens)
+        return RunSpec(contestant, trainer.place.first_seed, n_tokens, rate, "sweep")
 
-    for rate in grid(settings):
-        attempt(rate)
-    for _ in range(MORE):
-        if (rate := beyond(losses, settings.lr_factor)) is None:
-            break
-        attempt(rate)
-    found = Sweep(contestant.name, tokens, losses)
+    def take(spec: RunSpec, row: dict[str, Any]) -> None:
+        losses[spec.contestant.name][spec.lr] = row.get("loss", math.inf)
+
+    wanted = [spec(contestant, rate) for contestant in contestants for rate in grid(settings)]
+    for _ in range(1 + MORE):
+        trainer.make_all(wanted, take)
+        edges = [(each, beyond(losses[each.name], settings.lr_factor)) for each in contestants]
+        wanted = [spec(each, rate) for each, rate in edges if rate is not None]
+    return [_found(each.name, each.whole_steps(tokens), losses[each.name]) for each in contestants]
+
+
+def _found(name: str, tokens: int, losses: dict[float, float]) -> Sweep:
+    found = Sweep(name, tokens, losses)
     note(str(found))
     if not math.isfinite(losses[found.best]):
-        raise ValueError(
-            f"{contestant.name} diverges with every rate from {min(losses):g} on; lower --lr_first"
-        )
+        raise ValueError(f"{name} diverges with every rate from {min(losses):g} on; lower --lr_first")
     return found

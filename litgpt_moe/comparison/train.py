@@ -1,5 +1,7 @@
-"""Train, score and record the runs of a comparison, one after another, each in a process of its own."""
+"""Train, score and record the runs of a comparison, each in a process of its own."""
 
+import dataclasses
+import functools
 import json
 import math
 import time
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from litgpt_moe.cli import note
+from litgpt_moe.comparison.at_once import Lane, each_at_once, make_lanes
 from litgpt_moe.comparison.facts import Facts
 from litgpt_moe.comparison.processes import Outcome, check_ended, run_to_end, script
 from litgpt_moe.comparison.runs import RunsFile, RunSpec
@@ -32,8 +35,32 @@ class Trainer:
     place: PlaceSettings
     facts: Facts
     file: RunsFile
-    start: Callable[[list[str], Path, bool], Outcome] = run_to_end
+    start: Callable[..., Outcome] = run_to_end
     """Runs a command to its end, its output in a log, at low priority if so."""
+
+    def __post_init__(self) -> None:
+        # refuses a wrong --at_once now, and not after the speeds are measured
+        make_lanes(self.place.at_once)
+
+    def make_all(self, specs: list[RunSpec], done: Callable[[RunSpec, dict[str, Any]], object]) -> None:
+        """Make the runs, `at_once` of them at a time, and call `done` with each and its row as they end."""
+        if self.place.at_once == 1:
+            for spec in specs:
+                done(spec, self.result(spec))
+            return
+
+        lanes = make_lanes(self.place.at_once)
+
+        def make(spec: RunSpec, lane: Lane) -> dict[str, Any]:
+            start = functools.partial(self.start, environment=lane.environment, stop=lane.stop)
+            return dataclasses.replace(self, start=start).result(spec)
+
+        # a run that is listed twice must not be made twice at the same time
+        folders = [self.folder(spec) for spec in specs]
+        again = [i for i, folder in enumerate(folders) if folder in folders[:i]]
+        each_at_once(make, [spec for i, spec in enumerate(specs) if i not in again], lanes, done)
+        for i in again:
+            done(specs[i], self.result(specs[i]))
 
     def result(self, spec: RunSpec) -> dict[str, Any]:
         """Return the row of a run: the one that stands in the file, or that of the run made now."""
@@ -92,6 +119,7 @@ class Trainer:
             "flops": facts.flops_per_token * spec.tokens,
             **figures,
             "wall_s": round(time.time() - start, 1),
+            "at_once": self.place.at_once,
             "load_of_others": None if outcome.others is None else round(outcome.others, 2),
             **self.record(),
         }

@@ -24,13 +24,20 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+@pytest.mark.parametrize(("number", "at_once"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
-    workspace: Path, tiny_data: Path, run_script: Callable, monkeypatch: pytest.MonkeyPatch
+    workspace: Path,
+    tiny_data: Path,
+    run_script: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    at_once: int,
 ) -> None:
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     flags = ["model_config.yaml", "--config", "train_config.yaml", "--data", str(tiny_data)]
-    flags += ["--budget", "400K", "--lr", "0.01", "--seeds", "1", "--results_file", "runs.jsonl", "--keep"]
+    flags += ["--budget", "400K", "--lr", "0.01", "--results_file", "runs.jsonl", "--keep"]
+    flags += ["--seeds", str(at_once), "--at_once", str(at_once)]
     command = [sys.executable, str(ROOT / "tools/compare.py"), *flags]
     process = subprocess.Popen(
         command,
@@ -42,22 +49,23 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     try:
         # on a busy machine each takes a while
         for made in ("runs/*", "runs/*/logs/csv/metrics.csv", "runs/*/step-*"):
-            wait_until(lambda made=made: list(Path("comparison").glob(made)))
+            wait_until(lambda made=made: len({*Path("comparison").glob(made)}) >= at_once)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "the same command goes on" in err
     assert not Path("runs.jsonl").exists()
-    (stopped,) = Path("comparison/runs").iterdir()
-    assert list(stopped.glob("step-*"))
+    stopped = list(Path("comparison/runs").iterdir())
+    assert len(stopped) == at_once and all(list(run.glob("step-*")) for run in stopped)
 
     again = run_script("tools/compare.py", *flags, cwd=workspace)
     assert again.returncode == 0, again.stderr
     rows = [json.loads(line) for line in Path("runs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["steps"] for row in rows] == [1562]
-    log = next(Path("comparison/logs").glob("MoE-tiny*")).read_text(encoding="utf-8")
-    assert "resuming after step" in log
-    assert (stopped / "final/lit_model.pth").is_file()
+    assert [(row["steps"], row["at_once"]) for row in rows] == [(1562, at_once)] * at_once
+    for run in stopped:
+        log = Path(f"comparison/logs/{run.name}.txt").read_text(encoding="utf-8")
+        assert "resuming after step" in log
+        assert (run / "final/lit_model.pth").is_file()
 
 
 @pytest.mark.slow

@@ -1,0 +1,150 @@
+"""Runs at once: each in a lane of its own, and all of them end when one has to."""
+
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litgpt_moe.comparison import at_once
+from litgpt_moe.comparison.at_once import Lane, each_at_once, make_lanes
+from litgpt_moe.comparison.processes import Stop, run_to_end
+from litgpt_moe.comparison.runs import RunSpec
+from litgpt_moe.comparison.train import Trainer
+from litgpt_moe.threads import usable_cores
+
+TWO_LANES = [{"LANE": "0"}, {"LANE": "1"}]
+
+
+def lanes(stop: Stop) -> list[Lane]:
+    return [Lane(variables, stop) for variables in TWO_LANES]
+
+
+def test_two_are_made_at_once_each_in_a_lane_of_its_own() -> None:
+    both, made, ended = threading.Barrier(2), [], []
+
+    def make(item: int, lane: Lane) -> int:
+        # breaks after the time limit unless another one is made at the same time
+        both.wait(timeout=30)
+        made.append((item // 2, lane.environment["LANE"]))
+        both.wait(timeout=30)
+        return 10 * item
+
+    each_at_once(make, range(6), lanes(Stop()), lambda item, result: ended.append((item, result)))
+    assert sorted(ended) == [(item, 10 * item) for item in range(6)]
+    assert sorted(made) == [(pair, lane) for pair in range(3) for lane in "01"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_after_an_error_the_others_are_asked_to_end_and_no_more_begin(error: type[BaseException]) -> None:
+    stop, begun, interrupted = Stop(), [], []
+
+    def make(item: int, lane: Lane) -> None:
+        begun.append(item)
+        if item == 0:
+            while len(begun) < 2:
+                time.sleep(0.01)
+            raise error("the first one")
+        try:
+            while True:
+                lane.stop.check()
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            interrupted.append(item)
+            raise
+
+    with pytest.raises(error, match="the first one"):
+        each_at_once(make, range(5), lanes(stop), lambda *_: None)
+    assert sorted(begun) == [0, 1] and interrupted == [1]
+
+
+def test_a_process_of_another_thread_is_asked_to_end_and_the_second_time_killed(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: pathlib.Path('asked').touch())\n"
+        "pathlib.Path('there').touch()\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    stop, ends = Stop(), []
+
+    def work() -> None:
+        try:
+            command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}"]
+            run_to_end(command, tmp_path / "log.txt", environment={"LANE": "1"}, stop=stop)
+        except KeyboardInterrupt:
+            ends.append("interrupted")
+
+    def wait_for(name: str) -> None:
+        limit = time.monotonic() + 60
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < limit, name
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for("there")
+    stop.ask()
+    if sys.platform != "win32":
+        wait_for("asked")
+    stop.ask()
+    thread.join(timeout=60)
+    assert ends == ["interrupted"]
+
+
+@pytest.mark.parametrize(("seen", "expected"), [(None, ["0", "1", "2"]), ("2,GPU-5a", ["2", "GPU-5a"])])
+def test_each_run_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, seen: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr(at_once, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(expected))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    found = [lane.environment["CUDA_VISIBLE_DEVICES"] for lane in make_lanes(len(expected))]
+    assert found == expected
+    with pytest.raises(ValueError, match=f"choose 1 to {len(expected)}, the GPUs"):
+        make_lanes(len(expected) + 1)
+
+
+def test_on_a_cpu_the_runs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_once, "usable_cores", lambda: 6)
+    assert [lane.environment["OMP_NUM_THREADS"] for lane in make_lanes(4)] == ["1"] * 4
+    assert [lane.environment["OMP_NUM_THREADS"] for lane in make_lanes(2)] == ["3"] * 2
+
+
+@pytest.mark.parametrize("count", [0, -1, usable_cores() + 1])
+def test_a_wrong_number_is_refused_before_anything_is_measured(
+    compare: Callable, starts: Any, count: int
+) -> None:
+    with pytest.raises(ValueError, match=f"--at_once is {count}; choose 1 to {usable_cores()}"):
+        compare(at_once=count, measure=True)
+    assert not starts.commands
+
+
+def test_a_run_that_is_listed_twice_is_not_made_twice_at_the_same_time(
+    compare: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_once, "usable_cores", lambda: 2)
+    comparison, live, results = compare(seeds=1), [], []
+
+    class Recorder(Trainer):
+        def result(self, spec: RunSpec) -> dict[str, Any]:
+            folder = self.folder(spec)
+            assert folder not in live
+            live.append(folder)
+            time.sleep(0.05)
+            live.remove(folder)
+            return {"folder": folder}
+
+    trainer = comparison.trainer
+    two = dataclasses.replace(trainer.place, at_once=2)
+    specs = [spec for contestant in comparison.contestants for spec in comparison.specs(contestant)]
+    recorder = Recorder(two, trainer.facts, trainer.file)
+    recorder.make_all([specs[0], *specs, specs[0]], lambda spec, row: results.append((spec, row["folder"])))
+    assert len(results) == 4
+    assert {folder for _, folder in results} == {trainer.folder(spec) for spec in specs}
