@@ -69,21 +69,17 @@ class Continuation:
         """Continue a prompt by up to `n_new` tokens, which `room_for` has bounded, or up to `eos_id`."""
         self.unread, self.capacity, self.n_left = list(prompt_ids), len(prompt_ids) + n_new, n_new
         self.wants_routing, self.has_ended, self.cache = wants_routing, False, None
-        self._sampling, self._eos_id, self._generator = sampling, eos_id, generator
-        self._ids = list(prompt_ids)
+        self.sampling, self.generator = sampling, generator
+        self._eos_id, self._ids = eos_id, list(prompt_ids)
 
-    def take(self, logits: torch.Tensor) -> int | None:
-        """Return the next token drawn from `logits` (V,), None for the end. Raises Diverged."""
-        # -inf is allowed, it is a token of probability 0; the maximum is -inf only if all of them are
-        if not logits.max().isfinite():
-            self.has_ended = True
-            way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
-            raise Diverged(f"the model's logits are NaN or infinite; {way_out}")
-        seen = None
-        if self._sampling.repetition_penalty != 1.0:
-            seen = torch.zeros(logits.size(0), dtype=torch.bool, device=logits.device)
-            seen[self._ids] = True
-        token = sample(logits, self._sampling, self._generator, seen)
+    def seen(self, vocab: int, device: torch.device) -> torch.Tensor:
+        """Return (V,), true for the tokens of the text so far."""
+        seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+        seen[self._ids] = True
+        return seen
+
+    def take(self, token: int) -> int | None:
+        """Add the next token; return it, or None if it ends the text."""
         if token == self._eos_id:
             self.has_ended = True
             return None
@@ -92,6 +88,30 @@ class Continuation:
         self._ids.append(token)
         self.unread = [token]
         return token
+
+
+def draw(members: Sequence[Continuation], logits_BV: torch.Tensor) -> dict[Continuation, int | Diverged]:
+    """Return each continuation's next token, drawn from its row of logits, or what is wrong with the row."""
+    drawn: dict[Continuation, int | Diverged] = {}
+    alike: dict[Sampling, list[int]] = {}
+    # -inf is allowed, it is a token of probability 0; the maximum is -inf only if all of them are
+    for row, is_sound in enumerate(logits_BV.amax(-1).isfinite().tolist()):
+        if is_sound:
+            alike.setdefault(members[row].sampling, []).append(row)
+        else:
+            way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
+            drawn[members[row]] = Diverged(f"the model's logits are NaN or infinite; {way_out}")
+    for sampling, rows in alike.items():
+        chosen, logits, seen = [members[row] for row in rows], _rows(logits_BV, rows), None
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.stack([member.seen(logits.size(-1), logits.device) for member in chosen])
+        tokens = sample(logits, sampling, [member.generator for member in chosen], seen)
+        drawn.update(zip(chosen, tokens, strict=True))
+    return drawn
+
+
+def _rows(logits_BV: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
 
 
 class Advance(NamedTuple):
@@ -131,16 +151,20 @@ class Batch:
         counts = self._counts()
         work = [(member.cache, member.unread[:n]) for member, n in zip(self.members, counts, strict=True)]
         found = self.decoder.read(work, any(member.wants_routing for member in self.members))
-        advances, first = [], 0
-        for member, n, logits in zip(list(self.members), counts, found.logits, strict=True):
-            rows, first = slice(first, first + n), first + n
+        members = list(self.members)
+        for member, n in zip(members, counts, strict=True):
             del member.unread[:n]
+        ready = [row for row, member in enumerate(members) if not member.unread]
+        drawn = draw([members[row] for row in ready], _rows(found.logits, ready))
+        advances, first = [], 0
+        for member, n in zip(members, counts, strict=True):
+            rows, first = slice(first, first + n), first + n
             routing = [Routing(layer.experts[rows], layer.probs[rows]) for layer in found.routing]
-            token = error = None
-            try:
-                token = None if member.unread else member.take(logits)
-            except Diverged as diverged:
-                error = diverged
+            token, error = drawn.get(member), None
+            if isinstance(token, Diverged):
+                token, error, member.has_ended = None, token, True
+            elif token is not None:
+                token = member.take(token)
             if member.has_ended:
                 self.leave(member)
             advances.append(Advance(member, token, routing, error))

@@ -50,7 +50,10 @@ class Decoder(Protocol):
         ...
 
     def read(self, work: Sequence[tuple[Any, Sequence[int]]], with_routing: bool = False) -> Read:
-        """Read the next tokens of some sequences, one or more of each, given as (cache, tokens)."""
+        """Read the next tokens of some sequences, one or more of each, given as (cache, tokens).
+
+        After an error all sequences are as before.
+        """
         ...
 
 
@@ -158,11 +161,14 @@ class TorchDecoder:
                             self._forward(cache.store, slice(cache.slot, cache.slot + 1), ids, positions)[0]
                         )
                     routing.append(found)
-                cache.n_read += len(tokens)
             by_layer = [
                 Routing(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*routing, strict=True)
             ]
-            return Read(torch.stack(rows).float(), by_layer)
+            read = Read(torch.stack(rows).float(), by_layer)
+        # only now: after a step that failed, the same tokens can be read again
+        for cache, tokens in work:
+            cache.n_read += len(tokens)
+        return read
 
     def _read_together(self, tokens: dict[int, int]) -> dict[int, torch.Tensor]:
         """Read one token of each slot that is named, in one forward pass of all slots."""

@@ -129,15 +129,17 @@ class NativeDecoder:
             # native.cpp checks nothing: it would read and write beyond the memory
             assert cache.n_read + len(tokens) <= capacity <= self.block_size
             assert min(tokens) >= 0 and max(tokens) < self.vocab
-            for number, token in enumerate(tokens, start=1):
-                wanted = place if number == len(tokens) else -1
-                rows.append(_Row(token, cache.n_read, data, capacity, wanted))
-                cache.n_read += 1
+            for number, token in enumerate(tokens):
+                wanted = place if number + 1 == len(tokens) else -1
+                rows.append(_Row(token, cache.n_read + number, data, capacity, wanted))
         routing = torch.empty(len(rows) * sum(self._routers)) if with_routing else None
         routing_at = None if routing is None else routing.data_ptr()
         struct, n_threads = ctypes.byref(self._struct), free_threads()
         if self._step(struct, (_Row * len(rows))(*rows), len(rows), n_threads, logits.data_ptr(), routing_at):
             raise MemoryError
+        # only now: after a step that failed, the same tokens can be read again
+        for cache, tokens in work:
+            cache.n_read += len(tokens)
         return Read(logits, [] if routing is None else self._routing(routing, len(rows)))
 
     def _routing(self, logits: torch.Tensor, n_rows: int) -> list[Routing]:

@@ -189,7 +189,7 @@ class Engine:
                 members.append(self._joining.popleft())
                 if members[-1].is_wanted and (error := self._no_memory_for(members[-1])):
                     refused.append((members.pop(), error))
-            advances: Any = self.batch.step()
+            advances: Any = self._advances(refused)
             return refused + [(advance.member, self._piece_of(advance)) for advance in advances]
         except Exception as error:  # noqa: BLE001  the requests raise it
             while self._joining:  # one at a time: meanwhile `run` may add others
@@ -199,6 +199,18 @@ class Engine:
                 with suppress(RuntimeError):
                     self.batch.leave(choice)
             return refused + [(choice, as_api_error(error)) for choice in members]
+
+    def _advances(self, refused: list[tuple[Choice, Piece | Exception]]) -> list[Advance]:
+        """Advance all; where the memory does not suffice, the newest leave and the others go on."""
+        while True:
+            try:
+                return self.batch.step()
+            except (RuntimeError, MemoryError) as error:
+                if len(self.batch.members) < 2 or not is_out_of_memory(error):
+                    raise
+                newest: Any = self.batch.members[-1]
+                self.batch.leave(newest)
+                refused.append((newest, as_api_error(error)))
 
     def _no_memory_for(self, choice: Choice) -> Exception | None:
         """Let a sample join; return the error if there is no memory for it, and the others go on."""

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from litgpt_moe.generation.decode import (
     generate,
     generate_together,
 )
-from litgpt_moe.generation.decoder import Decoder, TorchDecoder
+from litgpt_moe.generation.decoder import Decoder, Read, TorchDecoder
 from litgpt_moe.generation.native import NativeDecoder
 from litgpt_moe.generation.settings import Sampling
 
@@ -196,14 +197,17 @@ def test_texts_for_which_there_is_no_memory_wait_for_others_to_end(
 
 def test_one_that_diverges_ends_alone(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, bad, good = Batch(decoder), member(SHORT, 6), member(OTHER, 6)
-    expected, take = alone(decoder, OTHER, 6), Continuation.take
+    expected, read = alone(decoder, OTHER, 6), decoder.read
 
-    def diverge(self: Continuation, logits: torch.Tensor) -> int | None:
-        return take(
-            self, torch.full_like(logits, float("nan")) if self is bad and self.n_left < 4 else logits
-        )
+    def diverge(work: Any, with_routing: bool = False) -> Read:
+        found = read(work, with_routing)
+        logits = found.logits.clone()
+        for row, (cache, _) in enumerate(work):
+            if cache is bad.cache and bad.n_left < 4:
+                logits[row] = float("nan")
+        return found._replace(logits=logits)
 
-    monkeypatch.setattr(Continuation, "take", diverge)
+    monkeypatch.setattr(decoder, "read", diverge)
     batch.join(bad)
     batch.join(good)
     found: list[int | None] = []
@@ -213,6 +217,33 @@ def test_one_that_diverges_ends_alone(decoder: Decoder, monkeypatch: pytest.Monk
             found += [one.token] if one.member is good else []
             errors += [one.error] if one.error else []
     assert found == expected and len(errors) == 1 and bad.has_ended
+
+
+def test_a_step_that_failed_can_be_made_again(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = alone(decoder, LONG, 6)
+    batch, first, second = Batch(decoder), member(LONG, 6), member(OTHER, 6)
+    batch.join(first)
+    batch.join(second)
+    found, n_calls = [], 0
+    name = "_step" if isinstance(decoder, NativeDecoder) else "_forward"
+    real = getattr(decoder, name)
+
+    def fail_now_and_then(*args: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        # also in the midst of a step that calls it for each text
+        if n_calls % 3 == 0:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(decoder, name, fail_now_and_then)
+    while not first.has_ended:
+        try:
+            found += [one.token for one in batch.step() if one.member is first and one.token is not None]
+        except MemoryError:
+            continue
+    assert found == expected and n_calls > 3
+    batch.leave(second)
 
 
 def test_alternating_iterators_share_one_decoder(decoder: Decoder) -> None:

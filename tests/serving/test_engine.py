@@ -159,6 +159,25 @@ def test_a_sample_for_which_there_is_no_memory_does_not_end_those_under_way(
     stream.close()
 
 
+def test_a_step_for_which_there_is_no_memory_ends_the_newest_sample_alone(
+    tiny: Running, talker: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = talker.engine
+    read = engine.batch.decoder.read
+
+    def read_one(work: Any, *rest: Any) -> Any:
+        return read(work, *rest) if len(work) == 1 else fail()
+
+    alone = complete(talker, seed=5, max_tokens=60).choices[0].text
+    stream = complete(talker, stream=True, seed=5, max_tokens=60)
+    text = next(stream).choices[0].text
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.batch.decoder, "read", read_one)
+        with pytest.raises(openai.InternalServerError, match="CUDA out of memory"):
+            complete(talker, n=2)
+    assert text + "".join(part.choices[0].text for part in stream) == alone
+
+
 def test_an_error_while_memory_is_freed_reaches_the_client(
     quick: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
