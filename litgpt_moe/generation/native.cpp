@@ -78,12 +78,54 @@ inline Floats load(const int8_t* p) {
 #endif
 }
 
-inline float total(Floats x) {
-    float lanes[LANES];
-    std::memcpy(lanes, &x, sizeof x);
-    for (int64_t half = LANES / 2; half; half /= 2)
-        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+// x * y + z, in one rounding where the processor has that. The compiler is told not to form such products by
+// itself (compiling.py): it does so at one place and not at another, and a text beside others would be another.
+inline Floats multiply_add(Floats x, Floats y, Floats z) {
+#if defined(__AVX512F__)
+    return Floats(_mm512_fmadd_ps(__m512(x), __m512(y), __m512(z)));
+#elif defined(__AVX2__) && defined(__FMA__)
+    return Floats(_mm256_fmadd_ps(__m256(x), __m256(y), __m256(z)));
+#elif defined(__aarch64__)
+    for (int64_t lane = 0; lane < LANES; ++lane) z[lane] = __builtin_fmaf(x[lane], y[lane], z[lane]);
+    return z;
+#else
+    return x * y + z;
+#endif
+}
+
+// Loads fewer numbers than a register holds; the other lanes are 0.
+template <class T>
+inline Floats load_some(const T* p, int64_t count) {
+    float lanes[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = widen(p[i]);
+    return load(lanes);
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+// The sums of a register's lanes that lie four apart.
+inline Four fold(Floats x) {
+    Four parts[LANES / 4];
+    std::memcpy(parts, &x, sizeof x);
+    if (LANES == 16) parts[0] += parts[LANES / 8], parts[1] += parts[LANES * 3 / 16];
+    return parts[0] + parts[1];
+}
+
+// Sets y to the total of each of R registers; the order in which lanes are added depends on the lanes alone.
+template <int R>
+inline void totals(const Floats (&x)[R], float (&y)[R]) {
+    int r = 0;
+#ifdef __AVX2__
+    for (; r + 4 <= R; r += 4) {  // four at a time cost little more than one
+        __m128 a = fold(x[r]), b = fold(x[r + 1]), c = fold(x[r + 2]), d = fold(x[r + 3]);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        _mm_storeu_ps(y + r, (a + c) + (b + d));
+    }
+#endif
+    for (; r < R; ++r) {
+        Four lanes = fold(x[r]);
+        y[r] = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+    }
 }
 
 }  // namespace
@@ -127,7 +169,7 @@ template <int R, int N, class T>
 inline void add_products(const T* w, int64_t in, const float* const* x, int64_t i, Floats (&sums)[N][R]) {
     for (int n = 0; n < N; ++n) {
         Floats values = load(x[n] + i);
-        for (int r = 0; r < R; ++r) sums[n][r] += load(w + r * in + i) * values;
+        for (int r = 0; r < R; ++r) sums[n][r] = multiply_add(load(w + r * in + i), values, sums[n][r]);
     }
 }
 
@@ -146,11 +188,13 @@ inline void tile(const T* w, int64_t in, const float* const* x, bool is_first, f
         for (int64_t k = 0; k < IN_LINE; k += LANES) add_products(w, in, x, i + k, sums);
     }
     for (; i + LANES <= in; i += LANES) add_products(w, in, x, i, sums);
-    for (int n = 0; n < N; ++n)
-        for (int r = 0; r < R; ++r) {
-            y[n][r] = total(sums[n][r]);
-            for (int64_t k = i; k < in; ++k) y[n][r] += widen(w[r * in + k]) * x[n][k];
+    for (int n = 0; n < N; ++n) {
+        for (int r = 0; i < in && r < R; ++r) {
+            Floats weights = load_some(w + r * in + i, in - i);
+            sums[n][r] = multiply_add(weights, load_some(x[n] + i, in - i), sums[n][r]);
         }
+        totals(sums[n], y[n]);
+    }
 }
 
 // Calls put(row, o, W[o] . x[row]) for R values of o and each of n rows, two of which share what is loaded.
@@ -212,13 +256,23 @@ void attend(const Model& m, const Row& row, int64_t layer, int64_t head, const f
     const float* keys = row.cache + (layer * 2 * m.n_query_groups + group) * row.capacity * size;
     const float* values = keys + m.n_query_groups * row.capacity * size;
     float top = -INFINITY, sum = 0;
-    for (int64_t t = 0; t < n; ++t)
-        top = std::max(top, probs[t] = dot(q, keys + t * size, size) * m.attention_scale);
+    product<float>({keys, nullptr}, size, 0, n, &q, 1, [&](int64_t, int64_t t, float y) {
+        top = std::max(top, probs[t] = y * m.attention_scale);
+    });
 #pragma omp simd reduction(+ : sum)
     for (int64_t t = 0; t < n; ++t) sum += probs[t] = std::exp(probs[t] - top);
-    std::fill(y, y + size, 0.f);
-    for (int64_t t = 0; t < n; ++t)
-        for (int64_t i = 0; i < size; ++i) y[i] += probs[t] / sum * values[t * size + i];
+    for (int64_t t = 0; t < n; ++t) probs[t] /= sum;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        Floats mean = {};
+        for (int64_t t = 0; t < n; ++t)
+            mean = multiply_add(Floats{} + probs[t], load(values + t * size + i), mean);
+        std::memcpy(y + i, &mean, sizeof mean);
+    }
+    for (; i < size; ++i) {
+        y[i] = 0;
+        for (int64_t t = 0; t < n; ++t) y[i] += probs[t] * values[t * size + i];
+    }
 }
 
 // The K experts with the highest score and the softmax of their logits (Mixtral, arxiv.org/abs/2401.04088).

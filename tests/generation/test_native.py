@@ -86,8 +86,11 @@ def test_the_selection_bias_chooses_and_does_not_weigh() -> None:
     assert not torch.allclose(ours.logits, without.logits, atol=1e-3)
 
 
-def test_a_sequences_logits_depend_on_neither_its_company_nor_the_threads() -> None:
-    decoder = NativeDecoder(make_model())
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("width", [16, 20])
+def test_a_sequences_logits_depend_on_neither_its_company_nor_the_threads(width: int, quantize: bool) -> None:
+    # 20 numbers are no whole number of vector registers
+    decoder = NativeDecoder(make_model(moe_intermediate_size=width), quantize)
     alone = torch.cat([read_all(decoder, [prompt]).logits for prompt in PROMPTS])
     assert torch.equal(read_all(decoder).logits, alone)
     torch.set_num_threads(2)
