@@ -128,6 +128,40 @@ inline void totals(const Floats (&x)[R], float (&y)[R]) {
     }
 }
 
+// e to the power of each lane, to 2 units in the last place; beyond what a float holds the largest or least.
+// As Cephes computes expf: 2^n times a polynomial of what is left, |r| <= ln(2) / 2 (www.netlib.org/cephes).
+inline Floats exp(Floats x) {
+    constexpr float ROUND = 12582912;  // 1.5 * 2^23: a sum with it has no digits behind the point
+    Floats least = Floats{} - 87.3f, most = Floats{} + 88.0f;
+    x = x < least ? least : x;
+    x = x > most ? most : x;
+    Floats n = multiply_add(x, Floats{} + 1.44269504f, Floats{} + ROUND) - ROUND;
+    Floats r = multiply_add(n, Floats{} - 0.693359375f, x);  // ln(2) in two parts
+    r = multiply_add(n, Floats{} + 2.12194440e-4f, r);
+    Floats y = Floats{} + 1.9875691500e-4f;
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        y = multiply_add(y, r, Floats{} + c);
+    y = multiply_add(y * r, r, r) + 1;
+    Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Floats power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return y * power;
+}
+
+// Replaces each of n numbers by map(number), a register at a time.
+template <class Map>
+inline void replace(float* x, int64_t n, Map map) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Floats y = map(load(x + i));
+        std::memcpy(x + i, &y, sizeof y);
+    }
+    if (i < n) {
+        Floats y = map(load_some(x + i, n - i));
+        std::memcpy(x + i, &y, (n - i) * sizeof(float));
+    }
+}
+
 }  // namespace
 
 // The structures below are those of native.py, field by field.
@@ -259,9 +293,9 @@ void attend(const Model& m, const Row& row, int64_t layer, int64_t head, const f
     product<float>({keys, nullptr}, size, 0, n, &q, 1, [&](int64_t, int64_t t, float y) {
         top = std::max(top, probs[t] = y * m.attention_scale);
     });
-#pragma omp simd reduction(+ : sum)
-    for (int64_t t = 0; t < n; ++t) sum += probs[t] = std::exp(probs[t] - top);
-    for (int64_t t = 0; t < n; ++t) probs[t] /= sum;
+    replace(probs, n, [&](Floats x) { return exp(x - top); });
+    for (int64_t t = 0; t < n; ++t) sum += probs[t];
+    replace(probs, n, [&](Floats x) { return x / sum; });
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
         Floats mean = {};
@@ -389,7 +423,10 @@ struct Worker {
         each_expert(layer, [&](int64_t e, int64_t width, int64_t count) {
             for (int64_t j = 0; j < count; ++j) in[j] = &normed[where[j] / most * C];
             multiply(layer.gates[e], C, width, count,
-                     [&](int64_t j, int64_t o, float y) { hidden_of(where[j])[o] = y / (1 + std::exp(-y)); });
+                     [&](int64_t j, int64_t o, float y) { hidden_of(where[j])[o] = y; });
+            for (int64_t j = 0; j < count; ++j)
+                replace(hidden_of(where[j]) + begin(width), end(width) - begin(width),
+                        [](Floats x) { return x / (1 + exp(-x)); });
             multiply(layer.ups[e], C, width, count,
                      [&](int64_t j, int64_t o, float y) { hidden_of(where[j])[o] *= y; });
         });
