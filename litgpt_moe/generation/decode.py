@@ -1,5 +1,6 @@
 """Autoregressive decoding: texts that advance together, each by one new token in a step."""
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
@@ -90,13 +91,14 @@ class Continuation:
         return token
 
 
+@torch.inference_mode()
 def draw(members: Sequence[Continuation], logits_BV: torch.Tensor) -> dict[Continuation, int | Diverged]:
     """Return each continuation's next token, drawn from its row of logits, or what is wrong with the row."""
     drawn: dict[Continuation, int | Diverged] = {}
     alike: dict[Sampling, list[int]] = {}
     # -inf is allowed, it is a token of probability 0; the maximum is -inf only if all of them are
-    for row, is_sound in enumerate(logits_BV.amax(-1).isfinite().tolist()):
-        if is_sound:
+    for row, highest in enumerate(logits_BV.amax(-1).tolist()):
+        if math.isfinite(highest):
             alike.setdefault(members[row].sampling, []).append(row)
         else:
             way_out = "use an earlier checkpoint (or --precision 32-true, if it was 16-true)"
