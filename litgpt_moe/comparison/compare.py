@@ -122,6 +122,8 @@ def begin(
     rate: float | None,
 ) -> Comparison:
     """Return the comparison with its speeds and learning rates; `rate` None: found by a sweep for each."""
+    # refuses a wrong --at_once now, and not after the speeds are measured
+    trainer.lanes(contestants)
     # first, while the machine is still idle
     speeds = Speeds({}) if settings.measure_again else known_speeds(trainer, contestants)
     is_needed = settings.measure or settings.match == "seconds"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -81,20 +81,26 @@ class Stop:
             raise KeyboardInterrupt
 
 
+@dataclass(frozen=True)
+class Lane:
+    """What one of several runs at once has for itself."""
+
+    environment: dict[str, str]
+    """Variables of its processes, besides our own."""
+    stop: Stop
+    """Ends its process; all lanes share it."""
+
+
 def run_to_end(
-    command: list[str],
-    log: Path,
-    low_priority: bool = False,
-    environment: Mapping[str, str] | None = None,
-    stop: Stop | None = None,
+    command: list[str], log: Path, low_priority: bool = False, lane: Lane | None = None
 ) -> Outcome:
-    """Run a command whose output goes to the end of `log`, with `environment` besides our own variables.
+    """Run a command whose output goes to the end of `log`.
 
     Ctrl-C, SIGTERM and SIGHUP are passed on; the process then saves what it has and ends, and
-    KeyboardInterrupt is raised. A second signal kills it. In another thread `stop` does that.
+    KeyboardInterrupt is raised. A second signal kills it. In a thread of a lane the lane's `stop` does that.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    stop = stop or Stop()
+    lane = lane or Lane({}, Stop())
     with log.open("ab") as output, signals_interrupt():
         start = output.tell()
         # a group of its own: a terminal sends Ctrl-C to a whole group, and a second one would kill it
@@ -102,13 +108,13 @@ def run_to_end(
         if sys.platform == "win32":
             group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, **streams, **group)
+        process = subprocess.Popen(command, env={**os.environ, **lane.environment}, **streams, **group)
         try:
             load = _watch(process, low_priority)
-            status = _wait(process, stop.check, load)
+            status = _wait(process, lane.stop.check, load)
             return Outcome(status, _last_error(log, start), load and load.cores)
         except KeyboardInterrupt:
-            _end(process, stop)
+            _end(process, lane.stop)
             raise
         finally:
             if process.poll() is None:
@@ -137,9 +143,11 @@ def _wait(process: subprocess.Popen, check: Callable[[], None], load: OthersLoad
 
 def _end(process: subprocess.Popen, stop: Stop) -> None:
     """Ask a process to save and end, and wait for it; a second signal ends the wait."""
+    # a program in the background, and what it starts, ignores SIGINT until the training loop handles it
+    is_background = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    number = signal.SIGTERM if is_background else signal.SIGINT
     with contextlib.suppress(OSError):
-        # not SIGINT: a background process ignores it until the training loop handles it
-        process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGTERM)
+        process.send_signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else number)
     with contextlib.suppress(KeyboardInterrupt):
         _wait(process, lambda: stop.check(times=2))
 
@@ -149,6 +157,9 @@ def signals_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; nothing in another thread."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if signal.Signals(number).name == "SIGHUP":
+            # a closed terminal sends it several times, and a second signal would kill
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     is_main = threading.current_thread() is threading.main_thread()

@@ -15,27 +15,6 @@ AMOUNT_UNITS = {unit.upper(): size for unit, size in UNITS.items()} | {"": 1, "G
 
 
 @dataclass(frozen=True)
-class SweepSettings:
-    """How a learning rate is found."""
-
-    lr_first: float = 1e-3
-    """Lowest learning rate of the sweep."""
-    lr_factor: float = 2.0
-    """Each further one is this many times the one before."""
-    lr_count: int = 4
-    """Learning rates of the sweep; it goes on by up to 4 more while the best is the first or the last."""
-    sweep_tokens: int | None = None
-    """Tokens to train on with each (default: a tenth of the budget of the first model)."""
-
-    def __post_init__(self) -> None:
-        check("lr_first", self.lr_first, 0 < self.lr_first < math.inf, "a number above 0")
-        check("lr_factor", self.lr_factor, 1 < self.lr_factor <= 100, "a number above 1, 2 is usual")
-        check("lr_count", self.lr_count, 1 <= self.lr_count <= 20, "1 to 20")
-        tokens = self.sweep_tokens
-        check("sweep_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
-
-
-@dataclass(frozen=True)
 class PlaceSettings:
     """What all runs of a comparison share, and where they lie."""
 
@@ -56,14 +35,34 @@ class PlaceSettings:
     at_once: int = 1
     """Runs at once, each with a GPU, or a share of the cores, of its own; speed is measured one by one."""
 
-
-@dataclass(frozen=True)
-class FindSettings(PlaceSettings, SweepSettings):
-    """The settings of tools/find_lr.py."""
+    def __post_init__(self) -> None:
+        check("at_once", self.at_once, self.at_once >= 1, "1 or more")
 
 
 @dataclass(frozen=True)
-class CompareSettings(PlaceSettings, SweepSettings):
+class FindSettings(PlaceSettings):
+    """The settings of tools/find_lr.py: how a learning rate is found."""
+
+    lr_first: float = 1e-3
+    """Lowest learning rate of the sweep."""
+    lr_factor: float = 2.0
+    """Each further one is this many times the one before."""
+    lr_count: int = 4
+    """Learning rates of the sweep; it goes on by up to 4 more while the best is the first or the last."""
+    sweep_tokens: int | None = None
+    """Tokens to train on with each (default: a tenth of the budget of the first model)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("lr_first", self.lr_first, 0 < self.lr_first < math.inf, "a number above 0")
+        check("lr_factor", self.lr_factor, 1 < self.lr_factor <= 100, "a number above 1, 2 is usual")
+        check("lr_count", self.lr_count, 1 <= self.lr_count <= 20, "1 to 20")
+        tokens = self.sweep_tokens
+        check("sweep_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
+
+
+@dataclass(frozen=True)
+class CompareSettings(FindSettings):
     """Which models are compared, and at equal what."""
 
     dense: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 from litgpt_moe.cli import note
 from litgpt_moe.comparison.contestants import Contestant
 from litgpt_moe.comparison.runs import RunSpec
-from litgpt_moe.comparison.settings import SweepSettings
+from litgpt_moe.comparison.settings import FindSettings
 from litgpt_moe.comparison.train import Trainer
 
 # rates beyond the grid, while the best is at its edge
@@ -45,7 +45,7 @@ class Sweep:
         return f"{self.name}, {self.tokens:,} tokens at each rate: {pairs}; best {self.best:g}{edge}"
 
 
-def grid(settings: SweepSettings) -> list[float]:
+def grid(settings: FindSettings) -> list[float]:
     """Return the learning rates to begin with, with three digits."""
     return [rounded(settings.lr_first * settings.lr_factor**i) for i in range(settings.lr_count)]
 
@@ -64,9 +64,20 @@ def beyond(losses: dict[float, float], factor: float) -> float | None:
 
 
 def sweep_all(
-    trainer: Trainer, contestants: list[Contestant], settings: SweepSettings, tokens: float
+    trainer: Trainer, contestants: list[Contestant], settings: FindSettings, tokens: float
 ) -> list[Sweep]:
-    """Train each model for `tokens` with each rate of the grid, and beyond it where the best is there."""
+    """Train each model for `tokens` with each rate of the grid, and beyond it where the best is there.
+
+    Raises ValueError for a model that diverges with every rate.
+    """
+    # one after another, so that each says at once what was found, unless several runs are made at once
+    groups = [contestants] if settings.at_once > 1 else [[each] for each in contestants]
+    return [one for group in groups for one in _sweep_group(trainer, group, settings, tokens)]
+
+
+def _sweep_group(
+    trainer: Trainer, contestants: list[Contestant], settings: FindSettings, tokens: float
+) -> list[Sweep]:
     losses: dict[str, dict[float, float]] = {contestant.name: {} for contestant in contestants}
 
     def spec(contestant: Contestant, rate: float) -> RunSpec:
@@ -81,10 +92,10 @@ def sweep_all(
         trainer.make_all(wanted, take)
         edges = [(each, beyond(losses[each.name], settings.lr_factor)) for each in contestants]
         wanted = [spec(each, rate) for each, rate in edges if rate is not None]
-    return [_found(each.name, each.whole_steps(tokens), losses[each.name]) for each in contestants]
+    return [_finish(each.name, each.whole_steps(tokens), losses[each.name]) for each in contestants]
 
 
-def _found(name: str, tokens: int, losses: dict[float, float]) -> Sweep:
+def _finish(name: str, tokens: int, losses: dict[float, float]) -> Sweep:
     found = Sweep(name, tokens, losses)
     note(str(found))
     if not math.isfinite(losses[found.best]):

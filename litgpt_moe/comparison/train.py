@@ -1,7 +1,6 @@
 """Train, score and record the runs of a comparison, each in a process of its own."""
 
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from litgpt_moe.cli import note
-from litgpt_moe.comparison.at_once import Lane, each_at_once, make_lanes
+from litgpt_moe.comparison.at_once import each_at_once, make_lanes
+from litgpt_moe.comparison.contestants import Contestant
 from litgpt_moe.comparison.facts import Facts
-from litgpt_moe.comparison.processes import Outcome, check_ended, run_to_end, script
+from litgpt_moe.comparison.processes import Lane, Outcome, check_ended, run_to_end, script
 from litgpt_moe.comparison.runs import RunsFile, RunSpec
 from litgpt_moe.comparison.settings import PlaceSettings
 from litgpt_moe.files import remove
@@ -35,12 +35,9 @@ class Trainer:
     place: PlaceSettings
     facts: Facts
     file: RunsFile
-    start: Callable[..., Outcome] = run_to_end
-    """Runs a command to its end, its output in a log, at low priority if so."""
-
-    def __post_init__(self) -> None:
-        # refuses a wrong --at_once now, and not after the speeds are measured
-        make_lanes(self.place.at_once)
+    start: Callable[[list[str], Path, bool, Lane | None], Outcome] = run_to_end
+    """Runs a command to its end: its output in a log, at low priority if so, in a lane if there is one."""
+    lane: Lane | None = None
 
     def make_all(self, specs: list[RunSpec], done: Callable[[RunSpec, dict[str, Any]], object]) -> None:
         """Make the runs, `at_once` of them at a time, and call `done` with each and its row as they end."""
@@ -49,18 +46,20 @@ class Trainer:
                 done(spec, self.result(spec))
             return
 
-        lanes = make_lanes(self.place.at_once)
-
         def make(spec: RunSpec, lane: Lane) -> dict[str, Any]:
-            start = functools.partial(self.start, environment=lane.environment, stop=lane.stop)
-            return dataclasses.replace(self, start=start).result(spec)
+            return dataclasses.replace(self, lane=lane).result(spec)
 
-        # a run that is listed twice must not be made twice at the same time
-        folders = [self.folder(spec) for spec in specs]
-        again = [i for i, folder in enumerate(folders) if folder in folders[:i]]
-        each_at_once(make, [spec for i, spec in enumerate(specs) if i not in again], lanes, done)
+        # a run that is listed twice, perhaps under two names, must not be made twice at the same time
+        identities = [spec.identity(self.facts.fingerprint) for spec in specs]
+        again = [i for i, identity in enumerate(identities) if identity in identities[:i]]
+        first = [spec for i, spec in enumerate(specs) if i not in again]
+        each_at_once(make, first, self.lanes([spec.contestant for spec in specs]), done)
         for i in again:
             done(specs[i], self.result(specs[i]))
+
+    def lanes(self, contestants: list[Contestant]) -> list[Lane]:
+        """Return the lanes of the runs at once; ValueError if --at_once asks for too many."""
+        return make_lanes(self.place.at_once, [contestant.settings for contestant in contestants])
 
     def result(self, spec: RunSpec) -> dict[str, Any]:
         """Return the row of a run: the one that stands in the file, or that of the run made now."""
@@ -91,7 +90,7 @@ class Trainer:
         folder = self.folder(spec)
         log = self.place.out / "logs" / f"{folder.name}.txt"
         words = spec.command(self.place.config, self.place.data_dir, folder, self.facts.data["val_tokens"])
-        return self.start(script("run_train.py", *words), log, low_priority), log
+        return self.start(script("run_train.py", *words), log, low_priority, self.lane), log
 
     def _make(self, spec: RunSpec, identity: dict[str, Any]) -> dict[str, Any]:
         folder, start = self.folder(spec), time.time()
@@ -120,7 +119,8 @@ class Trainer:
             **figures,
             "wall_s": round(time.time() - start, 1),
             "at_once": self.place.at_once,
-            "load_of_others": None if outcome.others is None else round(outcome.others, 2),
+            # the other lanes' use of the cores would be taken for that of other programs
+            "load_of_others": None if outcome.others is None or self.lane else round(outcome.others, 2),
             **self.record(),
         }
 
@@ -128,11 +128,15 @@ class Trainer:
         """Return what each row records: data, machine, commit, command and time."""
         return {
             "data": self.facts.data,
-            "machine": self.facts.machine,
+            "machine": self.facts.machine | self._threads(),
             **self.facts.commit,
             "command": self.facts.command,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+    def _threads(self) -> dict[str, int]:
+        threads = self.lane.environment.get("OMP_NUM_THREADS", "") if self.lane else ""
+        return {"threads": int(threads)} if threads.isdecimal() else {}
 
     def _score(self, spec: RunSpec, log: Path) -> dict[str, Any]:
         """Return the scores on the whole validation split, and the curve of the run."""
@@ -157,7 +161,7 @@ class Trainer:
             "precision": "32-true",
         }
         words = [word for key, value in flags.items() for word in (f"--{key}", value)]
-        outcome = self.start(script("evaluate.py", *words), log, self.place.low_priority)
+        outcome = self.start(script("evaluate.py", *words), log, self.place.low_priority, self.lane)
         check_ended(outcome, f"scoring {folder / 'final'}", log)
         return json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
 

@@ -20,8 +20,9 @@ import torch
 SOURCE = Path(__file__).with_name("native.cpp")
 # no -ffast-math: with it, loading the library would make all of the process flush small numbers to zero
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-ffp-contract=off"),  # native.cpp says where a product and a sum are one operation
+    *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno"),
+    # native.cpp says itself where a product and a sum are one operation
+    "-ffp-contract=off",
 )
 COMPILE_S = 120
 

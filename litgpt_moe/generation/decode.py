@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from litgpt.model import GPT
@@ -69,7 +69,8 @@ class Continuation:
     ) -> None:
         """Continue a prompt by up to `n_new` tokens, which `room_for` has bounded, or up to `eos_id`."""
         self.unread, self.capacity, self.n_left = list(prompt_ids), len(prompt_ids) + n_new, n_new
-        self.wants_routing, self.has_ended, self.cache = wants_routing, False, None
+        self.wants_routing, self.has_ended = wants_routing, False
+        self.cache: Any = None
         self.sampling, self.generator = sampling, generator
         self._eos_id, self._ids = eos_id, list(prompt_ids)
 
@@ -147,26 +148,34 @@ class Batch:
             self.decoder.close(cache)
 
     def step(self) -> list[Advance]:
-        """Read each member's next tokens and draw a new one for each that has read all of its own."""
+        """Read each member's next tokens and draw a new one for each that has read all of its own.
+
+        After an error, as for lack of memory, the step can be made again.
+        """
         if not self.members:
             return []
         counts = self._counts()
         work = [(member.cache, member.unread[:n]) for member, n in zip(self.members, counts, strict=True)]
         found = self.decoder.read(work, any(member.wants_routing for member in self.members))
         members = list(self.members)
-        for member, n in zip(members, counts, strict=True):
-            del member.unread[:n]
-        ready = [row for row, member in enumerate(members) if not member.unread]
-        drawn = draw([members[row] for row in ready], _rows(found.logits, ready))
+        ready = [row for row, n in enumerate(counts) if n == len(members[row].unread)]
+        try:
+            drawn = draw([members[row] for row in ready], _rows(found.logits, ready))
+        except (RuntimeError, MemoryError):
+            # as after a failed read: the same tokens can be read again
+            for cache, tokens in work:
+                cache.n_read -= len(tokens)
+            raise
         advances, first = [], 0
         for member, n in zip(members, counts, strict=True):
+            del member.unread[:n]
             rows, first = slice(first, first + n), first + n
             routing = [Routing(layer.experts[rows], layer.probs[rows]) for layer in found.routing]
-            token, error = drawn.get(member), None
-            if isinstance(token, Diverged):
-                token, error, member.has_ended = None, token, True
-            elif token is not None:
-                token = member.take(token)
+            new, token, error = drawn.get(member), None, None
+            if isinstance(new, Diverged):
+                error, member.has_ended = new, True
+            elif new is not None:
+                token = member.take(new)
             if member.has_ended:
                 self.leave(member)
             advances.append(Advance(member, token, routing, error))

@@ -79,7 +79,8 @@ inline Floats load(const int8_t* p) {
 }
 
 // x * y + z, in one rounding where the processor has that. The compiler is told not to form such products by
-// itself (compiling.py): it does so at one place and not at another, and a text beside others would be another.
+// itself (compiling.py): it does so at one place and not at another, so that the logits of a text would depend
+// on the other texts of the step.
 inline Floats multiply_add(Floats x, Floats y, Floats z) {
 #if defined(__AVX512F__)
     return Floats(_mm512_fmadd_ps(__m512(x), __m512(y), __m512(z)));

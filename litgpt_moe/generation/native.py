@@ -137,10 +137,11 @@ class NativeDecoder:
         struct, n_threads = ctypes.byref(self._struct), free_threads()
         if self._step(struct, (_Row * len(rows))(*rows), len(rows), n_threads, logits.data_ptr(), routing_at):
             raise MemoryError
+        read = Read(logits, [] if routing is None else self._routing(routing, len(rows)))
         # only now: after a step that failed, the same tokens can be read again
         for cache, tokens in work:
             cache.n_read += len(tokens)
-        return Read(logits, [] if routing is None else self._routing(routing, len(rows)))
+        return read
 
     def _routing(self, logits: torch.Tensor, n_rows: int) -> list[Routing]:
         parts = logits.split([n_rows * n_expert for n_expert in self._routers])

@@ -57,7 +57,7 @@ def sample(
 
     A row's token does not depend on the other rows.
     """
-    if len(logits) > 1 and sampling.top_p < 1 and not sampling.top_k:
+    if len(logits) > 1 and sampling.top_p < 1 and not 0 < sampling.top_k < logits.size(-1):
         # how many candidates a row has, and with it the random numbers, depends on its probabilities
         marks = [None] * len(logits) if seen is None else seen.split(1)
         rows = zip(logits.split(1), generators, marks, strict=True)

@@ -177,7 +177,7 @@ class Engine:
                 choice.pieces.put_nowait((choice, piece))
 
     def _step(self) -> list[tuple[Choice, Piece | Exception]]:
-        """Let members leave and join, and advance all. An error in it is every member's."""
+        """Let members leave and join, and advance all. An error is all members', but for a lack of memory."""
         members: list[Any] = [*self.batch.members]
         refused: list[tuple[Choice, Piece | Exception]] = []
         try:

@@ -13,7 +13,7 @@ import run_train
 from litgpt_moe.comparison.compare import Comparison, begin
 from litgpt_moe.comparison.contestants import gather
 from litgpt_moe.comparison.facts import gather_facts
-from litgpt_moe.comparison.processes import Outcome
+from litgpt_moe.comparison.processes import Lane, Outcome
 from litgpt_moe.comparison.runs import RunsFile
 from litgpt_moe.comparison.settings import CompareSettings
 from litgpt_moe.comparison.train import Trainer
@@ -21,7 +21,7 @@ from litgpt_moe.comparison.train import Trainer
 MAINS = {"run_train.py": run_train.main, "evaluate.py": evaluate.main}
 
 
-def start_here(command: list[str], log: Path, low_priority: bool) -> Outcome:
+def start_here(command: list[str], log: Path, low_priority: bool, lane: Lane | None) -> Outcome:
     """Run a script's `main` in this process, as `run_to_end` does in another."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
@@ -37,12 +37,12 @@ class Starts:
         self.commands: list[list[str]] = []
         self.acts: dict[int, Callable[[], Outcome]] = {}
 
-    def __call__(self, command: list[str], log: Path, low_priority: bool) -> Outcome:
+    def __call__(self, command: list[str], log: Path, low_priority: bool, lane: Lane | None) -> Outcome:
         if Path(command[1]).name == "run_train.py":
             self.commands.append(command)
             if act := self.acts.get(len(self.commands)):
                 return act()
-        return start_here(command, log, low_priority)
+        return start_here(command, log, low_priority, lane)
 
 
 @pytest.fixture

@@ -12,13 +12,21 @@ import pytest
 import torch
 
 from litgpt_moe.comparison import at_once
-from litgpt_moe.comparison.at_once import Lane, each_at_once, make_lanes
-from litgpt_moe.comparison.processes import Stop, run_to_end
+from litgpt_moe.comparison.at_once import each_at_once, make_lanes
+from litgpt_moe.comparison.processes import Lane, Stop, run_to_end
 from litgpt_moe.comparison.runs import RunSpec
 from litgpt_moe.comparison.train import Trainer
-from litgpt_moe.threads import usable_cores
+from litgpt_moe.training.settings import Settings
 
 TWO_LANES = [{"LANE": "0"}, {"LANE": "1"}]
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, with two cores."""
+    monkeypatch.setattr(at_once, "has_cuda", lambda: False)
+    monkeypatch.setattr(at_once, "usable_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 def lanes(stop: Stop) -> list[Lane]:
@@ -65,9 +73,10 @@ def test_after_an_error_the_others_are_asked_to_end_and_no_more_begin(error: typ
 
 def test_a_process_of_another_thread_is_asked_to_end_and_the_second_time_killed(tmp_path: Path) -> None:
     code = (
-        "import pathlib, signal, time\n"
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: pathlib.Path('asked').touch())\n"
         "signal.signal(signal.SIGTERM, lambda *_: pathlib.Path('asked').touch())\n"
-        "pathlib.Path('there').touch()\n"
+        "pathlib.Path('there').write_text(os.environ['LANE'])\n"
         "while True: time.sleep(0.1)\n"
     )
     stop, ends = Stop(), []
@@ -75,7 +84,7 @@ def test_a_process_of_another_thread_is_asked_to_end_and_the_second_time_killed(
     def work() -> None:
         try:
             command = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}"]
-            run_to_end(command, tmp_path / "log.txt", environment={"LANE": "1"}, stop=stop)
+            run_to_end(command, tmp_path / "log.txt", lane=Lane({"LANE": "1"}, stop))
         except KeyboardInterrupt:
             ends.append("interrupted")
 
@@ -94,57 +103,71 @@ def test_a_process_of_another_thread_is_asked_to_end_and_the_second_time_killed(
     stop.ask()
     thread.join(timeout=60)
     assert ends == ["interrupted"]
+    assert (tmp_path / "there").read_text() == "1"
 
 
-@pytest.mark.parametrize(("seen", "expected"), [(None, ["0", "1", "2"]), ("2,GPU-5a", ["2", "GPU-5a"])])
+# the third device that the user names is none
+@pytest.mark.parametrize(("seen", "expected"), [(None, ["0", "1"]), ("2,GPU-5a,-1", ["2", "GPU-5a"])])
 def test_each_run_has_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch, seen: str | None, expected: list[str]
 ) -> None:
     monkeypatch.setattr(at_once, "has_cuda", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(expected))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
-    found = [lane.environment["CUDA_VISIBLE_DEVICES"] for lane in make_lanes(len(expected))]
-    assert found == expected
-    with pytest.raises(ValueError, match=f"choose 1 to {len(expected)}, the GPUs"):
-        make_lanes(len(expected) + 1)
-
-
-def test_on_a_cpu_the_runs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [lane.environment for lane in make_lanes(2, [Settings()])] == [
+        {"CUDA_VISIBLE_DEVICES": device} for device in expected
+    ]
+    with pytest.raises(ValueError, match="choose 1 to 2, the GPUs"):
+        make_lanes(3, [Settings()])
+    with pytest.raises(ValueError, match="set devices: 1 or auto"):
+        make_lanes(2, [Settings(), Settings(devices=2)])
+    # runs on the CPU share the cores on this machine too
     monkeypatch.setattr(at_once, "usable_cores", lambda: 6)
-    assert [lane.environment["OMP_NUM_THREADS"] for lane in make_lanes(4)] == ["1"] * 4
-    assert [lane.environment["OMP_NUM_THREADS"] for lane in make_lanes(2)] == ["3"] * 2
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    on_cpu = make_lanes(3, [Settings(accelerator="cpu")])
+    assert [lane.environment for lane in on_cpu] == [{"OMP_NUM_THREADS": "2"}] * 3
 
 
-@pytest.mark.parametrize("count", [0, -1, usable_cores() + 1])
-def test_a_wrong_number_is_refused_before_anything_is_measured(
-    compare: Callable, starts: Any, count: int
+def test_on_a_cpu_the_runs_share_the_cores_unless_the_user_says_how_many(
+    two_cores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=f"--at_once is {count}; choose 1 to {usable_cores()}"):
+    monkeypatch.setattr(at_once, "usable_cores", lambda: 6)
+    assert [lane.environment["OMP_NUM_THREADS"] for lane in make_lanes(4, [Settings()])] == ["1"] * 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [lane.environment["OMP_NUM_THREADS"] for lane in make_lanes(4, [Settings()])] == ["2"] * 4
+
+
+@pytest.mark.parametrize(("count", "choice"), [(0, "1 or more"), (-1, "1 or more"), (3, "1 to 2, the cores")])
+def test_a_wrong_number_is_refused_before_anything_is_measured(
+    compare: Callable, starts: Any, two_cores: None, count: int, choice: str
+) -> None:
+    with pytest.raises(ValueError, match=f"--at_once is {count}; choose {choice}"):
         compare(at_once=count, measure=True)
     assert not starts.commands
 
 
 def test_a_run_that_is_listed_twice_is_not_made_twice_at_the_same_time(
-    compare: Callable, monkeypatch: pytest.MonkeyPatch
+    compare: Callable, two_cores: None
 ) -> None:
-    monkeypatch.setattr(at_once, "usable_cores", lambda: 2)
-    comparison, live, results = compare(seeds=1), [], []
+    # without experts the coefficient means nothing: two dense twins under two names, and one run
+    variants = [("no balance", {"moe.aux_loss_coef": "0.5"})]
+    comparison, live, results = compare(seeds=1, variants=variants), [], []
 
     class Recorder(Trainer):
         def result(self, spec: RunSpec) -> dict[str, Any]:
-            folder = self.folder(spec)
-            assert folder not in live
-            live.append(folder)
+            identity = spec.identity(self.facts.fingerprint)
+            assert identity not in live
+            live.append(identity)
             time.sleep(0.05)
-            live.remove(folder)
-            return {"folder": folder}
+            live.remove(identity)
+            assert self.lane is None or self.lane.environment == {"OMP_NUM_THREADS": "1"}
+            return {}
 
     trainer = comparison.trainer
-    two = dataclasses.replace(trainer.place, at_once=2)
     specs = [spec for contestant in comparison.contestants for spec in comparison.specs(contestant)]
-    recorder = Recorder(two, trainer.facts, trainer.file)
-    recorder.make_all([specs[0], *specs, specs[0]], lambda spec, row: results.append((spec, row["folder"])))
-    assert len(results) == 4
-    assert {folder for _, folder in results} == {trainer.folder(spec) for spec in specs}
+    assert len(specs) == 4
+    recorder = Recorder(dataclasses.replace(trainer.place, at_once=2), trainer.facts, trainer.file)
+    recorder.make_all([*specs, specs[0]], lambda spec, row: results.append(spec.contestant.name))
+    assert sorted(results) == sorted(spec.contestant.name for spec in [*specs, specs[0]])

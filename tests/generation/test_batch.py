@@ -12,6 +12,7 @@ from helpers.native import need_compiler
 from litgpt.model import GPT
 
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.generation import decode
 from litgpt_moe.generation.decode import (
     PROMPT_TOKENS,
     Batch,
@@ -219,14 +220,18 @@ def test_one_that_diverges_ends_alone(decoder: Decoder, monkeypatch: pytest.Monk
     assert found == expected and len(errors) == 1 and bad.has_ended
 
 
-def test_a_step_that_failed_can_be_made_again(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["reading", "drawing"])
+def test_a_step_that_failed_can_be_made_again(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     expected = alone(decoder, LONG, 6)
     batch, first, second = Batch(decoder), member(LONG, 6), member(OTHER, 6)
     batch.join(first)
     batch.join(second)
     found, n_calls = [], 0
-    name = "_step" if isinstance(decoder, NativeDecoder) else "_forward"
-    real = getattr(decoder, name)
+    place: Any = decoder if where == "reading" else decode
+    name = "sample" if place is decode else "_step" if isinstance(decoder, NativeDecoder) else "_forward"
+    real = getattr(place, name)
 
     def fail_now_and_then(*args: Any) -> Any:
         nonlocal n_calls
@@ -236,7 +241,7 @@ def test_a_step_that_failed_can_be_made_again(decoder: Decoder, monkeypatch: pyt
             raise MemoryError
         return real(*args)
 
-    monkeypatch.setattr(decoder, name, fail_now_and_then)
+    monkeypatch.setattr(place, name, fail_now_and_then)
     while not first.has_ended:
         try:
             found += [one.token for one in batch.step() if one.member is first and one.token is not None]

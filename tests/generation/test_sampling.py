@@ -87,6 +87,7 @@ OPTIONS = [
     {"top_k": 0},
     {"top_p": 0.7},
     {"top_k": 0, "top_p": 0.7},
+    {"top_k": 5000, "top_p": 0.7},
     {"top_k": 0, "top_p": 0.9999, "min_p": 0.001, "repetition_penalty": 1.2},
 ]
 

@@ -163,19 +163,22 @@ def test_a_step_for_which_there_is_no_memory_ends_the_newest_sample_alone(
     tiny: Running, talker: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = talker.engine
-    read = engine.batch.decoder.read
+    read, widths = engine.batch.decoder.read, []
 
     def read_one(work: Any, *rest: Any) -> Any:
+        widths.append(len(work))
         return read(work, *rest) if len(work) == 1 else fail()
 
-    alone = complete(talker, seed=5, max_tokens=60).choices[0].text
-    stream = complete(talker, stream=True, seed=5, max_tokens=60)
+    alone = complete(talker, seed=5, max_tokens=600).choices[0].text
+    stream = complete(talker, stream=True, seed=5, max_tokens=600)
     text = next(stream).choices[0].text
     with monkeypatch.context() as patched:
         patched.setattr(engine.batch.decoder, "read", read_one)
         with pytest.raises(openai.InternalServerError, match="CUDA out of memory"):
             complete(talker, n=2)
     assert text + "".join(part.choices[0].text for part in stream) == alone
+    # it was under way when the two came
+    assert 3 in widths
 
 
 def test_an_error_while_memory_is_freed_reaches_the_client(
