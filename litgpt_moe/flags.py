@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
@@ -238,7 +238,11 @@ def _flag_options(name: str, kind: Any) -> tuple[list[str], dict[str, Any]]:
     options: dict[str, Any] = {}
     if get_origin(kind) is list:
         (kind,), options = get_args(kind), {"action": "append", "default": None}
-    return [f"--{name}"], options | {"type": kind, "metavar": METAVARS.get(kind)}
+    read = kind
+    # Annotated names the function that reads the text
+    if get_origin(kind) is Annotated:
+        kind, read = get_args(kind)
+    return [f"--{name}"], options | {"type": read, "metavar": METAVARS.get(kind)}
 
 
 def from_flags(kind: type, args: argparse.Namespace) -> Any:

@@ -1,6 +1,6 @@
 """Train models side by side at equal tokens, FLOPs or seconds, and say which is better and by how much.
 
-Run: uv run python tools/compare.py configs/compare_moe.yaml --dense --budget 8M --data_dir data/classics
+Run: uv run python tools/compare.py configs/compare_moe.yaml --dense --budget 8M --data_dir data/books
 (hours: with 3 seeds it trains 6 models, after a sweep of learning rates for each of the two)
 
 Each run is run_train.py in a process and a folder of its own, with the same data in the same order for the

@@ -1,6 +1,6 @@
 """Find a model's learning rate: short runs with rates in a geometric grid, and a chart of their losses.
 
-Run: uv run python tools/find_lr.py configs/compare_moe.yaml --data_dir data/classics --sweep_tokens 800000
+Run: uv run python tools/find_lr.py configs/compare_moe.yaml --data_dir data/books --sweep_tokens 800000
 (5 minutes on two CPU cores)
 
 It is the sweep of tools/compare.py --lr auto, for one model. While the best rate is at an edge of the grid,

@@ -5,13 +5,25 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from litgpt_moe.words import ROOT, UNITS
 
 RESULTS = ROOT / "docs/results/runs.jsonl"
 # FLOPs come in G and P too. Only capitals: m would be taken for minutes
 AMOUNT_UNITS = {unit.upper(): size for unit, size in UNITS.items()} | {"": 1, "G": 10**9, "P": 10**15}
+
+
+def amount(text: str) -> float:
+    """Return the number of a text such as 8M, 1.5e15 or 600; for argparse."""
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)([KMBGTP]?)", text.strip())
+    try:
+        value = float(match[1]) * AMOUNT_UNITS[match[2]] if match else math.nan
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no amount; write it as 8000000, 8M or 1.5e15")
+    return value
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class CompareSettings(FindSettings):
     """Also train the dense twin of each model with experts."""
     match: Literal["tokens", "flops", "seconds"] = "tokens"
     """What is equal: tokens, FLOPs, or seconds of training on this machine, measured side by side."""
-    budget_of_first: float | None = None
+    budget_of_first: Annotated[float, amount] | None = None
     """Budget by tokens: the FLOPs, or the seconds, that the first model takes for so many tokens."""
     seeds: int = 3
     """Runs of each model, each with its own seed of weights and of the order of the data."""
@@ -105,18 +117,6 @@ def add_override(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", dest="data_dir", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
-
-
-def amount(text: str) -> float:
-    """Return the number of a text such as 8M, 1.5e15 or 600; for argparse."""
-    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)([KMBGTP]?)", text.strip())
-    try:
-        value = float(match[1]) * AMOUNT_UNITS[match[2]] if match else math.nan
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no amount; write it as 8000000, 8M or 1.5e15")
-    return value
 
 
 def rate(text: str) -> float | None:

@@ -187,6 +187,7 @@ def test_runs_by_the_clock_are_refused(compare: Callable) -> None:
     [
         ([], "give --budget N, or --budget_of_first N"),
         (["--budget", "1M", "--budget_of_first", "5"], "and not both"),
+        (["--budget_of_first", "many"], "many is no amount; write it as 8000000, 8M or 1.5e15"),
         (["--budget", "much"], "much is no amount; write it as 8000000, 8M or 1.5e15"),
         (["--budget", "1M", "--lr", "-1"], "write auto, or a number as 3e-3"),
         (["--budget", "1M", "--seeds", "0"], "--seeds is 0; choose 1 to 100"),
@@ -217,6 +218,13 @@ def test_a_wrong_flag_is_refused_in_a_sentence(
     err = capsys.readouterr().err
     assert status == 2 and words in err and "Traceback" not in err
     assert not Path("runs.jsonl").exists()
+
+
+@pytest.mark.parametrize("flag", ["budget", "budget_of_first"])
+@pytest.mark.parametrize("text", ["8900000", "8.9M", "8.9e6"])
+def test_both_budgets_are_written_in_the_same_ways(flag: str, text: str) -> None:
+    args = tool.build_parser().parse_args(["model_config.yaml", f"--{flag}", text])
+    assert getattr(args, flag) == 8_900_000
 
 
 def test_a_setting_that_a_row_lacks_had_its_usual_value() -> None:
