@@ -42,13 +42,12 @@ FREE_KEYS = {
     *("padded_vocab_size", "norm_eps", "norm_qk", "n_head", "head_size", "n_query_groups", "rope_base"),
     *("rope_adjustments", "mlp_class_name", "intermediate_size", "moe_intermediate_size", "n_expert"),
     *("n_expert_per_token", "first_k_dense_replace", "gelu_approximate", "attention_scores_scalar"),
-    *("norm_topk_prob", "sliding_window_indices", "rope_indices"),
+    *("norm_topk_prob", "routed_scaling_factor", "sliding_window_indices", "rope_indices"),
 }
 PLAIN = {"norm_class_name": "RMSNorm", "parallel_residual": False, "bias": False, "rotary_percentage": 1.0}
 WHY = {
     "n_shared_expert": "experts that every token visits",
     "n_expert_groups": "sigmoid routing within groups",
-    "routed_scaling_factor": "expert weights that do not sum to one",
     "bias": "biases in every layer",
     "attn_bias": "a bias in q, k and v alone",
     "lm_head_bias": "a bias on the logits",

@@ -16,6 +16,7 @@ from litgpt_moe.files import read_json
 from litgpt_moe.interop.families import FAMILIES, PLAIN, ROPE_TYPES, Family, family_of, refuse, rope_type
 
 Weights = dict[str, torch.Tensor]
+EXPERT_OUT = re.compile(r"\.experts\.\d+\.proj\.weight$")
 KEYS = {  # LitGPT's key -> key of config.json
     "padded_vocab_size": "vocab_size",
     "n_embd": "hidden_size",
@@ -82,8 +83,12 @@ def to_hf_config(config: MoEConfig, tied: bool, dtype: str, ids: dict[str, Any])
 def to_hf_weights(config: MoEConfig, weights: Weights) -> Weights:
     """Return LitGPT's weights under the names of Transformers, a tied head left out.
 
+    The classes have no routed_scaling_factor, so that the experts' last matrices are multiplied by it. Raises
     ValueError if the class has no weight of that kind, such as a selection bias.
     """
+    if config.routed_scaling_factor != 1.0:
+        factor = config.routed_scaling_factor
+        weights = {name: w * factor if EXPERT_OUT.search(name) else w for name, w in weights.items()}
     family, converter, tied = family_of(config), convert_lit_checkpoint, is_tied(weights)
     rename = converter.copy_weights_qwen_3 if config.norm_qk else converter.copy_weights_llama
     renamed: Weights = {}
