@@ -65,8 +65,8 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("max_seq_length", "batch_size", "max_batches")}
-        low = {name: count for name, count in counts.items() if count is not None and count < 1}
-        bad = [f"--{name} is {count}; choose 1 or more" for name, count in low.items()]
+        bad = [f"--{name} is {n}; choose 1 or more" for name, n in counts.items() if n is not None and n < 1]
+        bad += [] if 0 <= self.seed < 2**63 else [f"--seed is {self.seed}; choose 0 or more, below 2**63"]
         if self.text_column and not self.text:
             bad.append("--text_column says where the rows of --text have it; give --text too")
         if self.random_weights and self.ckpt_dir:
@@ -116,9 +116,9 @@ def evaluate(settings: EvaluateSettings, quality: QualitySettings) -> dict[str, 
         identity["settings"]["quantize"] = "int8"
     if device.type == "cpu":
         keep_freed_memory()  # the next chunk of logits reuses it
-    figures = scoring.score(model, corpus, window, **counts) if corpus and window else scoring.NO_FIGURES
-    others = assess(Subject(model, identity, tokenizer_dir, data_dir, settings.seed), quality, inputs)
-    return {**figures, **others, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    scores = scoring.score(model, corpus, window, **counts) if corpus and window else scoring.NO_FIGURES
+    others = assess(Subject(model, identity, tokenizer_dir, data_dir, settings.seed), quality, inputs, scores)
+    return {**scores, **others, **identity, "time": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -178,7 +178,7 @@ def run(settings: EvaluateSettings, quality: QualitySettings) -> None:
         cli.silence_stdout()  # `| head` closes the pipe
     finally:  # also after a full disk behind stdout
         record(result, settings.results_file)
-    if failure := ((result.get("stories") or {}).get("judge") or {}).get("failure"):
+    if failure := result.get("failure") or ((result.get("stories") or {}).get("judge") or {}).get("failure"):
         raise WorkFailed(failure)  # after the rest, which took long, is recorded
 
 

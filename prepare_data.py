@@ -51,6 +51,7 @@ def settings_of(args: argparse.Namespace) -> PrepareSettings:
         args.data_dir = DEFAULT_DATA_DIR.parent / "mix"
     elif args.data_dir is None and is_hub_name(args.dataset):
         args.data_dir = DEFAULT_DATA_DIR.parent / args.dataset.rpartition("/")[2]
+        check_free(args.data_dir, [])
     args.paths, args.mix = tuple(args.paths), tuple(args.mix)
     return from_flags(PrepareSettings, args)
 

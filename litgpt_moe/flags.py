@@ -24,7 +24,7 @@ CHOICE = re.compile(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)"
 # of long helps; the widths are argparse's own
 HELP_POSITION = 30
 ALL = "--help_all"
-FLAG = re.compile(r"--[A-Za-z][\w.-]*(?==|$)")
+FLAG = re.compile(r"\A--[A-Za-z][\w.-]*(?==|$)")
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 PLAIN_WORDS = {  # from argparse's messages (Python 3.12, 3.13) to ours
     r"argument (\S+): invalid int value: (.*)": r"\1 is \2; it must be a whole number",

@@ -444,6 +444,7 @@ def test_what_is_no_text_file_is_told_as_what_it_is(tmp_path, tiny_checkpoint, c
         ("--batch_size", 0, "1 or more"),
         ("--max_batches", 0, "1 or more"),
         ("--max_seq_length", 65, "at most 64"),
+        ("--seed", 10**20, "below 2**63"),
     ],
 )
 def test_a_number_out_of_range_is_one_sentence(data_dir, tiny_checkpoint, capsys, flag, value, words):
@@ -532,3 +533,13 @@ def test_eight_bits_are_scored_as_rounded_weights(
     exact, rounded = evaluated(), evaluated("--quantize", "int8")
     assert 0 < abs(exact["loss"] - rounded["loss"]) < 0.02
     assert rounded["settings"] == exact["settings"] | {"quantize": "int8"}
+
+
+def test_the_loss_is_kept_when_the_pairs_cannot_be_scored(tmp_path, data_dir, tiny_checkpoint, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"sentence_good": "Tom", "sentence_bad": "%s"}' % (b"Tom " * 70))
+    flags = ["--ckpt_dir", tiny_checkpoint, "--data_dir", data_dir, "--blimp", tmp_path]
+    results = tmp_path / "results.jsonl"
+    assert main(["--device=cpu", f"--results_file={results}", *map(str, flags)]) == 1
+    out, err = capsys.readouterr()
+    assert "nats per token" in out and "over the block_size of 64" in err
+    assert json.loads(results.read_text(encoding="utf-8"))["loss"] > 0

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,9 @@ def listed(manifest: Manifest, kind: str) -> list[dict[str, Any]]:
 def read_files(manifest: Manifest) -> list[dict[str, Any]]:
     """Return the entries of all files of text, those outside of the data directory too."""
     outside = [entry for split in SPLITS for entry in manifest["splits"][split].get("read", ())]
-    return [entry for entry in [*listed(manifest, "text"), *outside] if fits(entry, TEXT_FORM)]
+    found = [entry for entry in [*listed(manifest, "text"), *outside] if fits(entry, TEXT_FORM)]
+    # a network share in a foreign manifest would be sent this user's name
+    return [entry for entry in found if PureWindowsPath(entry["path"]).drive[:1] not in ("\\", "/")]
 
 
 def text_forms(manifest: Manifest) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """A data directory mixed from prepared ones: stories drawn in turn by weight, small sources repeated."""
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from litgpt_moe.data.manifest import (
     MANIFEST,
     RUN_AGAIN,
     Manifest,
+    altered_shards,
     check_own,
     manifest_fingerprint,
     read_manifest,
@@ -26,7 +28,7 @@ from litgpt_moe.data.manifest import (
 from litgpt_moe.data.settings import SPLITS, PrepareSettings
 from litgpt_moe.data.shards import clean
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, find_tokenizer
-from litgpt_moe.files import check_no_links, fits, open_whole, read_json, write_json
+from litgpt_moe.files import check_no_links, fits, open_whole, write_json
 from litgpt_moe.yaml_files import read_mapping
 
 # Muennighoff et al. 2023 (arXiv 2305.16264): up to four passes are nearly as good as fresh text
@@ -108,11 +110,13 @@ def make_mix(settings: PrepareSettings) -> Manifest:
         }
         for part in parts
     ]
-    before = read_json(data_dir / MANIFEST)
-    keys = made_of[0].keys()
-    if before and [{key: entry.get(key) for key in keys} for entry in before.get("mix", [])] == made_of:
-        note(f"{data_dir}: is this mix already; nothing to do")
-        return read_manifest(data_dir)
+    # a damaged one is made anew
+    with contextlib.suppress(ValueError, OSError):
+        before, keys = read_manifest(data_dir), made_of[0].keys()
+        is_same = [{key: entry.get(key) for key in keys} for entry in before.get("mix", [])] == made_of
+        if is_same and not altered_shards(data_dir, before):
+            note(f"{data_dir}: is this mix already; nothing to do")
+            return before
     totals = [part.tokens("train") / part.weight for part in parts]
     total = min(MAX_PASSES * min(totals), max(totals))
     wanted = [max(1, round(part.weight * total)) for part in parts]

@@ -139,10 +139,11 @@ def _prepare(settings: PrepareSettings, wait: bool) -> Manifest:
         "input": _input_record(settings, inputs, readers),
         "splits": splits,
     }
+    # before the manifest, behind which nothing is made again
+    carry_tokenizer(facts.folder, data_dir / TOKENIZER_FOLDER)
     write_json(data_dir / MANIFEST, manifest)
     clean(data_dir)
     remove_left_over(*(data_dir / name for name in (MANIFEST, HUB_RECORD, PROGRESS)))
-    carry_tokenizer(facts.folder, data_dir / TOKENIZER_FOLDER)
     if (n_tokens := splits["val"]["n_tokens"]) <= BLOCK_SIZE:
         few = f"{data_dir / 'val'}: {n_tokens:,} tokens, too few for one sequence of {BLOCK_SIZE:,}"
         more = "put more text there" if text["val"] else "give more text or a larger --val_fraction"

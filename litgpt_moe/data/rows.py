@@ -20,7 +20,8 @@ MAX_DEPTH = 10_000  # of JSON values in one another: each takes some hundred byt
 MAX_FIELD_CHARS = 16 << 20  # of a CSV field, which Python's reader holds with 4 bytes a character
 MAX_NAMED = 8  # columns that a message lists
 LIST_CHARS = 1 << 20  # text that is passed on at once
-NUMBER = re.compile(r"\s*[-+]?[\d.,:/ eE-]*\s*")  # numbers, dates and times
+# numbers, dates and times; possessive, since many spaces could be divided in too many ways
+NUMBER = re.compile(r"\s*+[-+]?+[\d.,:/ eE-]*+\s*+")
 HALF_PAIRS = re.compile("[\ud800-\udfff]+")  # JSON can spell half of a character: "\ud83d"
 DELIMITERS = ",;\t|"
 

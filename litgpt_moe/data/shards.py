@@ -247,7 +247,9 @@ def check_stories(settings: PrepareSettings, text: dict[str, list[Source]]) -> l
                 break  # a look into each would take a request for each
             reader = reader_of(source, Reading.of(settings, is_quiet=True))
             for stories in reader.story_lists(tqdm(disable=True)):
-                found.update(dict.fromkeys(stories))
+                # no more than are wanted of any of thousands of files: a list may be megabytes of text
+                new = (story for story in stories if len(found) < SAMPLED_STORIES)
+                found.update(dict.fromkeys(new))
                 if len(found) >= n_wanted[split]:
                     break
         is_book = any(len(story) > LONG_STORY for story in found)  # which is cut for both splits

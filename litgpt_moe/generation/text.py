@@ -36,6 +36,7 @@ from litgpt_moe.generation.settings import MAX_CHOICES, GenerateSettings, Sampli
 from litgpt_moe.hardware import pick_device
 from litgpt_moe.terminal import WordWrapper, columns
 
+DECODES = (Path("the tokenizer"), "it cannot decode what the model wrote", "use another tokenizer")
 REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not, or not yet, a whole character
 
 
@@ -103,9 +104,14 @@ def tell_story(
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     new_ids = generate(make_decoder(model), prompt_ids, max_new_tokens, sampling, tokenizer.eos_id, generator)
     try:
-        return tokenizer.decode(torch.tensor([*prompt_ids, *new_ids])).strip()
+        ids = torch.tensor([*prompt_ids, *new_ids])
     except Diverged:
         return "(none: the model's logits are not finite)"
+    try:
+        with as_value_error(*DECODES):
+            return tokenizer.decode(ids).strip()
+    except ValueError as error:
+        return f"(none: {error})"
 
 
 class TextDecoder:
@@ -134,17 +140,21 @@ class TextDecoder:
         self._window.append(token_id)
         if piece in BYTE_PIECES:
             return ""  # one invalid byte changes the text of the whole run of bytes: wait for its end
-        text = self._tokenizer.decode(self._window)
+        text = self._decode()
         stable = text.removesuffix(REPLACEMENT)
         new, self._shown = stable[self._shown :], len(stable)
         if stable == text or len(self._window) > self.LONGEST:
             self._window = self._window[-self.CONTEXT :]
-            self._shown = len(self._tokenizer.decode(self._window).removesuffix(REPLACEMENT))
+            self._shown = len(self._decode().removesuffix(REPLACEMENT))
         return new
 
     def end(self) -> str:
         """Return the text that is still held back; an incomplete character becomes U+FFFD."""
-        return self._tokenizer.decode(self._window)[self._shown :]
+        return self._decode()[self._shown :]
+
+    def _decode(self) -> str:
+        with as_value_error(*DECODES):
+            return self._tokenizer.decode(self._window)
 
 
 class AsyncTokenStreamer(AbstractContextManager):

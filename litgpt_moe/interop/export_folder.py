@@ -19,6 +19,7 @@ from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.files import new_folder, read_json, sync_files, write_json
 from litgpt_moe.interop import tokenizer_files, transformers
 from litgpt_moe.interop.families import family_of
+from litgpt_moe.interop.transformers import EXPERT_OUT
 
 Rows = list[tuple[str, str]]
 PROMPT = "Once upon a time"
@@ -50,12 +51,12 @@ def write_folder(
     if gguf:
         gguf.check_gguf(config, folder, gguf_dtype)
     model = load_model(folder)
-    weights = {k: w.to(getattr(torch, dtype)) if dtype else w for k, w in model.state_dict().items()}
-    kind = next(iter(weights.values())).dtype
+    weights = model.state_dict()
+    kind = getattr(torch, dtype) if dtype else model.lm_head.weight.dtype
     name = str(kind).removeprefix("torch.")
     files, ids = tokenizer_files.to_hf_tokenizer(folder, config.block_size)
     files["config.json"] = transformers.to_hf_config(config, transformers.is_tied(weights), name, ids)
-    renamed = transformers.to_hf_weights(config, weights)
+    renamed = {name: w.to(kind) for name, w in transformers.to_hf_weights(config, weights).items()}
     gguf_dtype = name if gguf_dtype == "same" else gguf_dtype
     gguf_name = re.sub(r"[^\w.-]", "-", f"{config.name or 'model'}-{gguf_dtype}.gguf") if gguf else None
     usage = _usage(gguf_name, files["tokenizer_config.json"]["add_bos_token"])
@@ -95,7 +96,11 @@ def check_folder(out: Path, folder: Path, dtype: torch.dtype) -> str:
         if theirs(text).input_ids != ours.encode(text).tolist():
             differ = f"{folder}: AutoTokenizer gives other ids than LitGPT for {text!r}"
             raise WorkFailed(f"{differ}; nothing was written")
-    model = load_model(folder, dtype=dtype).float()
+    model = load_model(folder).float()
+    for name, weight in model.named_parameters():
+        # as they were written: rounded after the multiplication
+        factor = model.config.routed_scaling_factor if EXPERT_OUT.search(name) else 1.0
+        weight.copy_((weight * factor).to(dtype).float() / factor)
     n_tokens = min(N_CHECKED, model.max_seq_length)
     tokens = torch.randint(model.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from litgpt.scripts import convert_hf_checkpoint, convert_lit_checkpoint
 
+from litgpt_moe.cli import first_line
 from litgpt_moe.config import MoEConfig, meta_model
 from litgpt_moe.files import read_json
 from litgpt_moe.interop.families import FAMILIES, PLAIN, ROPE_TYPES, Family, family_of, refuse, rope_type
@@ -86,8 +87,7 @@ def to_hf_weights(config: MoEConfig, weights: Weights) -> Weights:
     The classes have no routed_scaling_factor, so that the experts' last matrices are multiplied by it. Raises
     ValueError if the class has no weight of that kind, such as a selection bias.
     """
-    if config.routed_scaling_factor != 1.0:
-        factor = config.routed_scaling_factor
+    if (factor := config.routed_scaling_factor) != 1.0:
         weights = {name: w * factor if EXPERT_OUT.search(name) else w for name, w in weights.items()}
     family, converter, tied = family_of(config), convert_lit_checkpoint, is_tied(weights)
     rename = converter.copy_weights_qwen_3 if config.norm_qk else converter.copy_weights_llama
@@ -136,7 +136,7 @@ def to_lit_config(path: Path, name: str, vocab_size: int) -> MoEConfig:
     try:
         variants = _variants(source, family)
         values = {} if variants else _lit_values(source, family)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error!r:.100}); get it again") from None
     if variants:
         key, why = variants[0]
@@ -220,6 +220,9 @@ def to_lit_weights(config: MoEConfig, weights: Weights) -> Weights:
             except KeyError:
                 lacks = "which LitGPT's model has no place for"
                 raise ValueError(f"the weights hold {name:.80}, {lacks}") from None
+            except (RuntimeError, ValueError, IndexError) as error:
+                why = f"do not fit ({first_line(error):.100})"
+                raise ValueError(f"the weights for {name:.80} {why}; get the whole folder again") from None
     expected = meta_model(config).state_dict()
     for name in [*expected, *renamed]:
         if name not in renamed:

@@ -50,15 +50,22 @@ class Subject:
     """Of the first story."""
 
 
-def assess(subject: Subject, settings: QualitySettings, inputs: Inputs) -> dict[str, Any]:
-    """Return what was asked for: `blimp`, `stories`."""
+def assess(
+    subject: Subject, settings: QualitySettings, inputs: Inputs, figures_of_loss: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what was asked for: `blimp`, `stories`; an error as `failure` if there are other figures."""
     found: dict[str, Any] = {}
-    if inputs.paradigms:
-        batch_size = subject.identity["settings"]["batch_size"]
-        figures = blimp.score_pairs(subject.model, subject.tokenizer_dir, inputs.paradigms, batch_size)
-        found["blimp"] = figures | {"data": inputs.files}
-    if settings.stories:
-        found["stories"] = _assess_stories(subject, settings, settings.stories, inputs.judge)
+    try:
+        if inputs.paradigms:
+            batch_size = subject.identity["settings"]["batch_size"]
+            figures = blimp.score_pairs(subject.model, subject.tokenizer_dir, inputs.paradigms, batch_size)
+            found["blimp"] = figures | {"data": inputs.files}
+        if settings.stories:
+            found["stories"] = _assess_stories(subject, settings, settings.stories, inputs.judge)
+    except (ValueError, WorkFailed) as error:
+        if figures_of_loss["loss"] is None and not found:
+            raise
+        found["failure"] = str(error)
     return found
 
 

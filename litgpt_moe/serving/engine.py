@@ -191,7 +191,8 @@ class Engine:
                     refused.append((members.pop(), error))
             advances: Any = self._advances(refused)
             return refused + [(advance.member, self._piece_of(advance)) for advance in advances]
-        except Exception as error:  # noqa: BLE001  the requests raise it
+        # the requests raise it; a panic of the tokenizers library is no Exception
+        except BaseException as error:  # noqa: BLE001
             while self._joining:  # one at a time: meanwhile `run` may add others
                 members.append(self._joining.popleft())
             for choice in members:
@@ -232,7 +233,9 @@ class Engine:
         return piece
 
 
-def as_api_error(error: Exception) -> Exception:
+def as_api_error(error: BaseException) -> Exception:
     """Return an ApiError for what a client may know, and other errors as they are."""
     is_known = isinstance(error, Diverged) or is_out_of_memory(error)
-    return ApiError(500, first_line(error)) if is_known else error
+    if is_known:
+        return ApiError(500, first_line(error))
+    return error if isinstance(error, Exception) else RuntimeError(first_line(error))

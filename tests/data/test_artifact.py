@@ -168,3 +168,24 @@ def test_a_manifest_that_points_outside_is_refused(served, tmp_path):
     path.write_text(path.read_text(encoding="utf-8").replace("train/a.txt", "../../a.txt"), encoding="utf-8")
     with pytest.raises(OSError, match=r"'\.\./\.\./a\.txt' would lie outside"):
         pull(REFERENCE, tmp_path / "artifacts")
+
+
+def test_no_network_share_of_a_pulled_manifest_is_looked_at(
+    served: FakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # on Windows a look at it logs in there, with this user's name
+    path = served.source / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    entry = manifest["splits"]["train"]["text"][0]
+    shares = ["//host/share/a.txt", "\\\\host\\share\\a.txt"]
+    manifest["splits"]["train"]["read"] = [{**entry, "path": share} for share in shares]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    looked_at, stat = [], Path.stat
+
+    def record(self: Path, **options: bool) -> os.stat_result:
+        looked_at.append(str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", record)
+    assert main(["pull", REFERENCE, "--data_dir", str(tmp_path / "pulled")]) == 0
+    assert looked_at and not [name for name in looked_at if "host" in name]

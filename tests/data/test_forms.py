@@ -18,6 +18,7 @@ from litgpt_moe.data.inputs import source_of
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.parquet import reader_of
 from litgpt_moe.data.prepare import prepare, stale_reasons
+from litgpt_moe.data.rows import is_text
 from litgpt_moe.data.settings import PrepareSettings
 from litgpt_moe.data.text import Reading
 
@@ -266,3 +267,14 @@ def test_files_called_train_and_val_are_the_splits_of_a_flat_folder(
     assert stories_of(tmp_path / "d", tiny_tokenizer_dir, "val") == make_text(3, seed=2)
     assert stories_of(tmp_path / "d", tiny_tokenizer_dir, "train") == make_text(9) + make_text(9, seed=1)
     assert "1 not read: ATTRIBUTION.txt; beside the files train and val" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", " 12 ", "\n2024-01-01 \n", "-3.5e-7", "12:30, 13:45", " " * 50_000])
+def test_numbers_and_dates_are_no_text(value: str) -> None:
+    assert not is_text(value)
+
+
+@pytest.mark.parametrize("value", ["Once", "1 cat", " " * 50_000 + "Once", "1" + " " * 50_000 + "cat"])
+def test_a_text_behind_many_spaces_is_told_at_once(value: str) -> None:
+    # with a pattern that tries all divisions of the spaces this takes hours
+    assert is_text(value)

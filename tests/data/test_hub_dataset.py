@@ -12,10 +12,11 @@ from pathlib import Path
 import pyarrow
 import pytest
 from conftest import ROOT as PROJECT
-from helpers.data import fingerprint, make_text, stories_of
+from helpers.data import fingerprint, make_text, stories_of, write_text
 from helpers.hub import Hub, serve
 from pyarrow import parquet
 
+import prepare_data
 from litgpt_moe.data.hub_dataset import by_names
 from litgpt_moe.data.manifest import read_manifest, verify
 
@@ -170,6 +171,23 @@ def test_subset_and_split_are_told_by_the_names_of_files(
     paths: list[str], layout: dict[str, list[str]]
 ) -> None:
     assert {subset: list(splits) for subset, splits in by_names(paths).items()} == layout
+
+
+def test_data_of_a_local_file_of_the_same_name_are_not_replaced(
+    tmp_path: Path,
+    tiny_tokenizer_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "stories.txt", make_text(30))
+    tokenizer = ["--tokenizer_dir", str(tiny_tokenizer_dir), "--workers", "1"]
+    assert prepare_data.main(["stories.txt", *tokenizer]) == 0
+    before = (tmp_path / "data/stories/manifest.json").read_bytes()
+    capsys.readouterr()
+    assert prepare_data.main(["--dataset", "me/stories", *tokenizer]) == 2
+    assert "was prepared from" in capsys.readouterr().err
+    assert (tmp_path / "data/stories/manifest.json").read_bytes() == before
 
 
 def test_the_card_of_a_data_set_says_which_files_a_subset_has(

@@ -136,3 +136,21 @@ def test_a_data_set_of_the_hub_is_prepared_for_a_mix_with_the_tokenizer_of_the_o
     manifest = prepare(PrepareSettings(Path("data/mix"), mix=("me/tales=1", "small=1"), workers=1))
     assert [entry["folder"] for entry in manifest["mix"]] == ["../tales", "../small"]
     assert manifest["tokenizer"]["sha256"] == read_manifest(Path("data/small"))["tokenizer"]["sha256"]
+
+
+@pytest.mark.parametrize("damage", ["altered", "short", "gone", "manifest"])
+def test_a_damaged_mix_is_made_anew(sources: Path, tiny_tokenizer_dir: Path, damage: str) -> None:
+    settings = PrepareSettings(Path("data/mix"), mix=("small=1", "large=1"))
+    whole = prepare(settings)
+    shard = settings.data_dir / whole["splits"]["train"]["shards"][0]["path"]
+    content = shard.read_bytes()
+    if damage == "altered":
+        shard.write_bytes(bytes(len(content)))
+    elif damage == "short":
+        shard.write_bytes(content[:-2])
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        (settings.data_dir / "manifest.json").write_text("{")
+    assert prepare(settings)["splits"] == whole["splits"]
+    assert verify(settings.data_dir) == []

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from helpers.data import error_of, make_text, snapshot, stories_of, write_text
 import prepare_data
 from litgpt_moe.data.batches import TokenStream
 from litgpt_moe.data.manifest import read_manifest
-from litgpt_moe.data.prepare import prepare, stale_reasons
+from litgpt_moe.data.prepare import list_inputs, prepare, stale_reasons
 from litgpt_moe.data.settings import PrepareSettings
+from litgpt_moe.data.shards import check_stories
 from litgpt_moe.files import write_json
 
 
@@ -264,3 +266,36 @@ def test_a_users_own_files_beside_the_shards_stay(settings: PrepareSettings) -> 
     write_text(settings.data_dir / "train" / "a.txt", make_text(50, seed=9))
     prepare(settings)
     assert own.read_text(encoding="utf-8") == "mine"
+
+
+def test_after_a_full_disk_the_tokenizer_is_copied_by_the_same_command(
+    settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("litgpt_moe.data.prepare.carry_tokenizer", full)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(settings)
+    prepare(settings)
+    assert (settings.data_dir / "tokenizer/tokenizer.json").is_file()
+
+
+def test_a_look_at_the_beginning_of_many_files_keeps_little_of_them(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    for number in range(100):
+        write_text(tmp_path / f"books/{number:03}.txt", [f"Book {number}. " + "word " * 50_000])
+    settings = PrepareSettings(
+        tmp_path / "data", tokenizer_dir=tiny_tokenizer_dir, paths=(tmp_path / "books",)
+    )
+    text = list_inputs(settings).text
+    tracemalloc.start()
+    try:
+        assert len(check_stories(settings, text)) == 20
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # 20 of 250 KB each, and one more that is being read
+    assert peak < 12e6

@@ -119,6 +119,7 @@ def test_pull_without_a_reference_says_how_to_write_one(monkeypatch, capsys):
 
 
 def test_hyphens_become_underscores_in_flag_names_only():
-    given = ["--data-dir", "my-data", "--train.max-tokens=1-2", "-x", "--", "--once upon-a time"]
-    wanted = ["--data_dir", "my-data", "--train.max_tokens=1-2", "-x", "--", "--once upon-a time"]
+    values = ["my-data", "datasets--a--b-c", "stood--half-open", "x--y-z=1"]
+    given = ["--data-dir", *values, "--train.max-tokens=1-2", "-x", "--", "--once upon-a time"]
+    wanted = ["--data_dir", *values, "--train.max_tokens=1-2", "-x", "--", "--once upon-a time"]
     assert normalize_flags(given) == wanted

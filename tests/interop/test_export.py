@@ -99,6 +99,16 @@ def test_bfloat16_stays_bfloat16_and_dtype_changes_it(
         )
 
 
+def test_a_scaling_factor_is_exported_in_16_bits_too(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    # 2.5 is no power of two: the products are rounded, once
+    for name, dtype, flags in (("saved", torch.bfloat16, []), ("cast", None, ["--dtype", "bfloat16"])):
+        changes = {"dtype": dtype} if dtype else {}
+        checkpoint = make_checkpoint(routed_scaling_factor=2.5, **changes)
+        assert export_hf.main([str(checkpoint), str(tmp_path / name), *flags]) == 0
+
+
 # --- the rest of the folder ---------------------------------------------------------------------------------
 
 

@@ -115,6 +115,7 @@ def test_a_folder_that_transformers_saved_is_imported_exactly(
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e4}, "rope_theta is 500000.0 and 10000.0"),
         ({"rope_parameters": {}, "rope_scaling": {}, "rope_theta": 0}, "rope_base is 0; choose 1 or more"),
         ({"num_key_value_heads": 0}, "n_query_groups is 0"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json is damaged or incomplete"),
         ({"head_dim": 0}, "head_size is 0"),
         ({"num_hidden_layers": 3}, "the weights lack what becomes transformer.h.2"),
         ({"num_hidden_layers": 1}, "transformer.h.1.mlp.experts.0.fc_1.weight, which config"),
@@ -151,6 +152,20 @@ def test_a_damaged_folder_is_refused_in_one_sentence(
     shutil.copytree(mixtral.out, tmp_path / "in")
     (tmp_path / "in" / name).unlink() if content is None else (tmp_path / "in" / name).write_bytes(content)
     assert told in refusal(capsys, import_hf.main, tmp_path / "in", tmp_path / "out")
+
+
+def test_weights_whose_parts_do_not_fit_together_are_refused(
+    mixtral: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(mixtral.out, tmp_path / "in")
+    weights = load_file(tmp_path / "in/model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    weights[name] = weights[name][:, :-1].contiguous()
+    save_file(weights, tmp_path / "in/model.safetensors", {"format": "pt"})
+    line = refusal(capsys, import_hf.main, tmp_path / "in", tmp_path / "out")
+    assert "model.layers.0.self_attn" in line and "do not fit" in line
 
 
 def test_an_index_that_points_out_of_its_folder_is_refused(
