@@ -6,6 +6,7 @@ Exit status: 0; 1 for failed work (no network, full disk); 2 for bad input; 130 
 
 import contextlib
 import errno
+import faulthandler
 import io
 import os
 import re
@@ -123,6 +124,9 @@ def run_script(main: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):  # Windows code pages lack many characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # where compiled code ends the process, the Python stacks of all threads say where it was
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        faulthandler.enable()
     return main()
 
 

@@ -59,20 +59,23 @@ def sleep_when_busy() -> Iterator[None]:
 
 def _watch(n_threads: int, end: threading.Event) -> None:
     team = IdleTeam()
-    # without /proc the load of other programs is unknown; RuntimeError: no thread can be started
-    with contextlib.suppress(OSError, RuntimeError):
-        use = CpuUse(n_threads)
-        while not end.wait(1):
-            missing = use.missing_cores()
-            # hysteresis of a tenth of a core, so that the team does not form and leave all the time
-            is_short = missing > (0.4 if team.is_there else 0.5)
-            _missing_cores[0] = max(1, round(missing)) if is_short else 0
-            if is_short and not team.is_there:
-                team.form()
-            elif not is_short:
-                team.leave()
-    team.leave()
-    _missing_cores[0] = 0
+    try:
+        # without /proc the load of other programs is unknown; RuntimeError: no thread can be started
+        with contextlib.suppress(OSError, RuntimeError):
+            use = CpuUse(n_threads)
+            while not end.wait(1):
+                missing = use.missing_cores()
+                # hysteresis of a tenth of a core, so that the team does not form and leave all the time
+                is_short = missing > (0.4 if team.is_there else 0.5)
+                _missing_cores[0] = max(1, round(missing)) if is_short else 0
+                if is_short and not team.is_there:
+                    team.form()
+                elif not is_short:
+                    team.leave()
+    finally:
+        # also after an error that nobody expects: the process would wait for the team at its end
+        team.leave()
+        _missing_cores[0] = 0
 
 
 def free_threads() -> int:

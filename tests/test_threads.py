@@ -145,6 +145,21 @@ def test_without_memory_for_a_team_none_forms_and_nothing_is_printed(
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_idle_team_ends_after_an_error_that_nobody_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    # else the process would wait for it at its end
+    missing = iter([9.0])
+    left = []
+    monkeypatch.setattr(threads.CpuUse, "__init__", lambda self, n_threads: None)
+    monkeypatch.setattr(threads.CpuUse, "missing_cores", lambda self: next(missing))
+    monkeypatch.setattr(threads.IdleTeam, "form", lambda self: None)
+    monkeypatch.setattr(threads.IdleTeam, "leave", lambda self: left.append(True))
+    end = threading.Event()
+    monkeypatch.setattr(end, "wait", lambda _: False)
+    with pytest.raises(StopIteration):
+        threads._watch(2, end)
+    assert left and threads.free_threads() >= 1
+
+
 @pytest.mark.usefixtures("several_threads")
 def test_threads_that_have_no_core_are_not_used_where_that_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,

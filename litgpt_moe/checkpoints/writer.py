@@ -28,6 +28,8 @@ from litgpt_moe.checkpoints.layout import (
     CheckpointArgs,
     is_checkpoint,
     read_record,
+    step_name,
+    step_of,
     steps_of,
     write_record,
 )
@@ -227,9 +229,12 @@ def tidy(out_dir: Path, start_step: int) -> None:
             else:
                 move_into(target, foreign_files(path) if match["ending"] == "old" else [])
                 remove(path)
-    for step, path in steps_of(out_dir).items():
+    found = [*steps_of(out_dir).items()]
+    if is_checkpoint(final := out_dir / FINAL) and (step := step_of(final)) is not None:
+        found.append((step, final))
+    for step, path in found:
         if step > start_step:
-            superseded = free_name(path.with_name(f"superseded-{path.name}"))
+            superseded = free_name(out_dir / f"superseded-{step_name(step)}")
             patient_rename(path, superseded)
             note_once(f"{path} is not part of this run's history: renamed to {superseded.name}")
 

@@ -165,7 +165,8 @@ class LoopHooks:
         verdict = self.judge.verdict(loss, grad_norm, votes, failed_save, can_lower)
         if verdict.fail:
             raise RunFailed(verdict.fail)
-        if verdict.end and not self.budget.is_up:
+        # the last step ends the run anyway
+        if verdict.end and not self.budget.is_up and self.step + 1 < self.run.n_steps:
             self.ending = verdict.end
             # LitGPT reads this copy of the settings after each step: it saves, and the loader ends the run
             self.train_args.save_interval = 1

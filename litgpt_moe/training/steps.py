@@ -26,6 +26,10 @@ class RunFailed(WorkFailed):
     """The run cannot go on; the text says why and what to do."""
 
 
+# `uv run` passes on what systemd, Slurm or a shell has sent to the whole process group, us included
+ECHO_S = 1.0
+
+
 class StopSignals:
     """While active, a first signal asks the run to save and end, and a second one ends it at once."""
 
@@ -34,6 +38,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.reason = ""
+        """Why the run is to end: a signal, or what others have written here."""
+        self._first, self._first_at = 0, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -51,13 +57,15 @@ class StopSignals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.reason:
+        if self._first:
+            is_echo = number == self._first and time.monotonic() - self._first_at < ECHO_S
             # a closed terminal sends SIGHUP several times
-            if name != "SIGHUP":
+            if name != "SIGHUP" and not is_echo:
                 # safe at any time: a checkpoint gets its name only when it is whole
                 os._exit(128 + number)
             return
-        self.reason = name
+        self._first, self._first_at = number, time.monotonic()
+        self.reason = self.reason or name
         text = f"\n{name}: saving the last whole step; once more leaves at once.\n"
         # print is not reentrant: the signal may have interrupted it; the terminal may be gone
         with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
 
 from litgpt_moe.checkpoints import writer
+from litgpt_moe.checkpoints.layout import checkpoints_of
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.training import summary
 from litgpt_moe.training.hooks import LoopHooks
@@ -107,6 +109,29 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(capsys: pytest.Capt
     assert "renamed to superseded-step-00000008" in error
     assert_same_run("out", "whole")
     assert Path("out/superseded-step-00000008").is_dir()
+
+
+def test_the_end_of_another_history_is_not_gone_on_with(at_step: Callable) -> None:
+    assert run() == 0
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run("--resume", "out/step-00000004") == 0
+    # step-00000008 and final/, of the run before
+    assert sorted(path.name for path in Path("out").glob("superseded-*")) == [
+        "superseded-step-00000008",
+        "superseded-step-00000008.1",
+    ]
+    # a signal that comes while a step is judged counts in the next one
+    assert checkpoints_of(Path("out"))[0].name == "step-00000007"
+
+
+def test_a_signal_in_the_last_step_changes_nothing(
+    at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_step(7, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run() == 0
+    out = capsys.readouterr().out
+    assert "Trained" in out and "Stopped after" not in out
+    assert Path("out/final/lit_model.pth").is_file()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

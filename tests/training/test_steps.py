@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from litgpt_moe.checkpoints.layout import CheckpointArgs
+from litgpt_moe.training import steps
 from litgpt_moe.training.guard import Spike
 from litgpt_moe.training.settings import GuardArgs, Settings, TrainArgs
 from litgpt_moe.training.steps import Judge, StopSignals, Verdict
@@ -90,6 +91,29 @@ def test_a_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert left == []
         signal.raise_signal(signal.SIGTERM)
     assert left == [128 + signal.SIGTERM]
+
+
+def test_one_request_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a process group gets SIGTERM, and `uv run` passes its own one on to us
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with StopSignals() as stops:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert left == [] and stops.reason == "SIGTERM"
+        stops._first_at -= 2 * steps.ECHO_S
+        signal.raise_signal(signal.SIGTERM)
+    assert left == [128 + signal.SIGTERM]
+
+
+def test_a_first_signal_after_the_time_is_up_lets_the_save_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with StopSignals() as stops:
+        judge(stops, limit_s=10.0).check_time(1000.0, 1.0)
+        assert stops.reason.startswith("train.max_time")
+        signal.raise_signal(signal.SIGTERM)
+    assert left == [] and stops.reason.startswith("train.max_time")
 
 
 def test_another_process_s_request_ends_this_one_too() -> None:
