@@ -200,7 +200,7 @@ def panic(*_: Any) -> None:
     raise PanicException("index out of range")
 
 
-@pytest.mark.parametrize(("failure", "words"), [(fail, "CUDA out of memory"), (panic, "")])
+@pytest.mark.parametrize(("failure", "words"), [(fail, "CUDA out of memory"), (panic, ".")])
 def test_a_sample_that_ends_in_a_step_that_fails_is_an_error(
     quick: Running, monkeypatch: pytest.MonkeyPatch, failure: Any, words: str
 ) -> None:
