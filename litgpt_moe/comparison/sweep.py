@@ -89,6 +89,8 @@ def _sweep_group(
 
     wanted = [spec(contestant, rate) for contestant in contestants for rate in grid(settings)]
     for _ in range(1 + MORE):
+        if not wanted:
+            break
         trainer.make_all(wanted, take)
         edges = [(each, beyond(losses[each.name], settings.lr_factor)) for each in contestants]
         wanted = [spec(each, rate) for each, rate in edges if rate is not None]

@@ -171,3 +171,19 @@ def test_a_run_that_is_listed_twice_is_not_made_twice_at_the_same_time(
     recorder = Recorder(dataclasses.replace(trainer.place, at_once=2), trainer.facts, trainer.file)
     recorder.make_all([*specs, specs[0]], lambda spec, row: results.append(spec.contestant.name))
     assert sorted(results) == sorted(spec.contestant.name for spec in [*specs, specs[0]])
+
+
+def test_a_sweep_whose_best_rate_is_inside_the_grid_asks_for_no_more_runs(
+    compare: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # lanes for no run would be those of the CPU, and may be too few on a machine with many GPUs
+    rounds: list[list[float]] = []
+
+    def make_all(self: Trainer, specs: list[RunSpec], done: Callable) -> None:
+        rounds.append([spec.lr for spec in specs])
+        for spec in specs:
+            done(spec, {"loss": abs(spec.lr - 0.02)})
+
+    monkeypatch.setattr(Trainer, "make_all", make_all)
+    comparison = compare(rate=None, lr_first=0.01, lr_count=3, sweep_tokens=512, dense=False)
+    assert rounds == [[0.01, 0.02, 0.04]] and comparison.rates == {"MoE-tiny": 0.02}
