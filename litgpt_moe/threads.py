@@ -83,7 +83,7 @@ def free_threads() -> int:
 
     For work whose result does not depend on the number of threads. It needs `sleep_when_busy`.
     """
-    import torch  # not at the top, as in sleep_when_busy
+    import torch  # not at the top: limit_spinning() must run before torch is imported
 
     return max(1, torch.get_num_threads() - _missing_cores[0])
 
@@ -164,7 +164,7 @@ class IdleTeam:
         self._end = None
 
     def _wait(self, asked: threading.Event, end: threading.Event) -> None:
-        import torch  # not at the top, as in sleep_when_busy
+        import torch  # not at the top: limit_spinning() must run before torch is imported
 
         # without memory there is no team: training itself reports that it runs out
         with contextlib.suppress(RuntimeError, MemoryError):

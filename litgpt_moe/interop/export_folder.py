@@ -114,7 +114,7 @@ def check_folder(out: Path, folder: Path, dtype: torch.dtype) -> str:
 
 
 def _logits_of_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    import transformers  # as in check_folder
+    import transformers  # optional, and its import takes seconds
 
     load = transformers.AutoModelForCausalLM.from_pretrained
     logits = load(folder, dtype=torch.float32, local_files_only=True).eval()(tokens).logits

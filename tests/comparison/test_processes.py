@@ -35,7 +35,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     at_once: int,
 ) -> None:
     if at_once > usable_cores():
-        pytest.skip("needs two cores")
+        pytest.skip("two runs at once need two cores, and this machine has one")
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     flags = ["model_config.yaml", "--config", "train_config.yaml", "--data", str(tiny_data)]
