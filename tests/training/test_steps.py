@@ -83,9 +83,15 @@ def test_the_handlers_of_before_come_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The statuses with which the process would have left at once."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    return statuses
+
+
+def test_a_second_signal_leaves_at_once(left: list[int]) -> None:
     with StopSignals():
         signal.raise_signal(signal.SIGINT)
         assert left == []
@@ -93,10 +99,8 @@ def test_a_second_signal_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert left == [128 + signal.SIGTERM]
 
 
-def test_one_request_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_request_that_comes_twice_is_one(left: list[int]) -> None:
     # a process group gets SIGTERM, and `uv run` passes its own one on to us
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
     with StopSignals() as stops:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -106,9 +110,7 @@ def test_one_request_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) ->
     assert left == [128 + signal.SIGTERM]
 
 
-def test_a_first_signal_after_the_time_is_up_lets_the_save_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
+def test_a_first_signal_after_the_time_is_up_lets_the_save_end(left: list[int]) -> None:
     with StopSignals() as stops:
         judge(stops, limit_s=10.0).check_time(1000.0, 1.0)
         assert stops.reason.startswith("train.max_time")
