@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from litgpt_moe.checkpoints.state import check_moments, damage_in
+from litgpt_moe.data.loader_workers import outlive_stop_signals
 from litgpt_moe.training.batches import TrainLoader, ValLoader
 from litgpt_moe.training.compiled import check_compiled
 from litgpt_moe.training.hooks import LoopHooks
@@ -35,6 +36,9 @@ class TrainingFabric(L.Fabric):
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
         hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
         run = hooks.run
+        for loader in (train, val):
+            # without Fabric's wrapper: a data module of LitGPT's may have workers too
+            outlive_stop_signals(getattr(loader, "_dataloader", loader))
         size = run.settings.train.micro_batch_size * run.world_size
         check = functools.partial(check_compiled, hooks) if hooks.is_compiled else None
         hooks.loader = TrainLoader(
