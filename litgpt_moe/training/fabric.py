@@ -1,6 +1,7 @@
 """The Fabric that LitGPT's loop runs on: its methods call the hooks of the run too."""
 
 import functools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ LITGPT_LINES = (
 )
 
 
+def before_training(hooks: LoopHooks, batch: torch.Tensor) -> None:
+    """Check what was compiled on the first micro-batch, and begin to count the time of the steps."""
+    if hooks.is_compiled:
+        check_compiled(hooks, batch)
+    # from here on: what setting up and compiling took says nothing of how long another step takes
+    hooks.in_progress.began = time.perf_counter()
+    hooks.clock.begin_steps()
+
+
 class TrainingFabric(L.Fabric):
     """Fabric whose methods, which LitGPT's loop calls, call the hooks too."""
 
@@ -40,14 +50,13 @@ class TrainingFabric(L.Fabric):
             # without Fabric's wrapper: a data module of LitGPT's may have workers too
             outlive_stop_signals(getattr(loader, "_dataloader", loader))
         size = run.settings.train.micro_batch_size * run.world_size
-        check = functools.partial(check_compiled, hooks) if hooks.is_compiled else None
         hooks.loader = TrainLoader(
             train,
             run.settings.seed,
             lambda: hooks.is_finished,
             hooks.early_end.between_batches,
             size,
-            check,
+            functools.partial(before_training, hooks),
         )
         hooks.val_loader = ValLoader(val, hooks.early_end.between_val_batches)
         return [hooks.loader, hooks.val_loader]
