@@ -16,9 +16,11 @@ from litgpt_moe.generation.native import NativeDecoder
 from litgpt_moe.generation.sampling import sample
 from litgpt_moe.generation.settings import Sampling
 
-# A prompt is read in one step, or in several of this many tokens while other texts wait for their next one.
-# 64 tokens of MoE-200M take a tenth of a second on two cores.
+# Most tokens that a step reads while other texts wait for their next one. 64 tokens of MoE-200M take a tenth
+# of a second on two cores.
 PROMPT_TOKENS = 64
+# Most that it reads of a prompt alone, so that others can join and that a prompt whose reader has gone ends.
+ALONE_TOKENS = 512
 
 
 class Diverged(WorkFailed):
@@ -183,12 +185,12 @@ class Batch:
 
     def _counts(self) -> list[int]:
         """Return how many tokens each member reads now: a long prompt in parts, so that the others go on."""
-        if len(self.members) == 1:
-            return [len(self.members[0].unread)]
-        counts, room = [], PROMPT_TOKENS
-        for member in self.members:
-            counts.append(min(len(member.unread), max(room, 1)))  # at least one, so that each prompt ends
-            room -= counts[-1]
+        lengths = [len(member.unread) for member in self.members]
+        room, counts = PROMPT_TOKENS if len(lengths) > 1 else ALONE_TOKENS, [0] * len(lengths)
+        # the shortest first: no new text waits for the whole of a long prompt
+        for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+            counts[place] = min(lengths[place], max(room, 1))  # at least one, so that each prompt ends
+            room -= counts[place]
         return counts
 
 

@@ -11,10 +11,12 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_S = 10  # for the header of a request to arrive, from the connection or the last response on
-READING_S = 30  # for a client to read on when the buffers are full
+READING_S = 30  # for a client to read on when the buffers are full, or what is left of a response
+ENDING_S = 2  # for the responses under way when the server stops
 PROBE_S = 0.5  # between two probes of a client that closed its half
 MAX_CONNECTIONS = 100
 MAX_PER_ADDRESS = 48  # a browser opens 6; the engine takes up to 32 requests at a time
+MAX_UNREAD = 32  # connections with full buffers: the memory for what their clients do not read has a bound
 
 
 class Connection(H11Protocol):
@@ -29,7 +31,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._is_half_closed = False
-        self._waits_since = self.loop.time()
+        self._waits_since = self._unread_since = self.loop.time()
         others = [c for c in self.connections if isinstance(c, Connection) and not c.transport.is_closing()]
         same = [c for c in others if (c.client or ("",))[0] == (self.client or ("",))[0]]
         for crowd, limit in ((same, MAX_PER_ADDRESS), (others, MAX_CONNECTIONS)):
@@ -75,9 +77,10 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if self.is_idle and self._is_half_closed:
             self.transport.close()
-        if self.is_idle:  # a closed transport still writes its buffer
-            limit = READING_S if self.transport.is_closing() else HEADER_S
-            self._start("header", limit, self.transport.abort)
+        if self.is_idle:
+            # the client may be reading still; a closed transport writes its buffer, too
+            is_unread = self.transport.is_closing() or self.transport.get_write_buffer_size()
+            self._start("header", READING_S if is_unread else HEADER_S, self.transport.abort)
 
     def eof_received(self) -> bool:
         """Return whether to stay open: a client may end its half and still wait for the response."""
@@ -97,14 +100,26 @@ class Connection(H11Protocol):
         self._start("probe", PROBE_S, self._probe)
 
     def pause_writing(self) -> None:
-        """Start the limit of time for reading."""
+        """Start the limit of time for reading; the longest unread of too many connections is closed."""
         super().pause_writing()
+        self._unread_since = self.loop.time()
+        unread = [c for c in self.connections if isinstance(c, Connection) and c.flow.write_paused]
+        # one that was closed a moment ago has an empty buffer
+        unread = [c for c in unread if c.transport.get_write_buffer_size()]
+        if len(unread) > MAX_UNREAD:
+            min(unread, key=lambda c: c._unread_since).transport.abort()
         self._start("reading", READING_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         """End the limit of time for reading."""
         super().resume_writing()
         self._stop("reading")
+
+    def shutdown(self) -> None:
+        """Answer the request under way, if that takes little time, and close the connection."""
+        super().shutdown()
+        # uvicorn would cancel the answer and print a traceback
+        self._start("ending", ENDING_S, self.transport.abort)
 
     def _start(self, name: str, seconds: float, act: Any) -> None:
         self._stop(name)

@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,27 +130,45 @@ class Engine:
         self._work: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def slots(self, n_samples: int) -> AsyncIterator[None]:
-        """Wait for a slot for each sample, and hold them. Raises ApiError when too many requests wait."""
+    async def slots(self, n_samples: int) -> AsyncIterator[Callable[[], None]]:
+        """Wait for a slot for each sample, and hold them; the function that it yields gives one back early.
+
+        Raises ApiError when too many requests wait.
+        """
         if self.n_waiting >= self.WAITING:
             raise ApiError(503, f"{self.WAITING} requests wait already; try again later", code="overloaded")
-        with ExitStack() as held:
+        n_held = 0
+
+        def give_back() -> None:
+            nonlocal n_held
+            n_held -= 1
+            self._slots.release()
+
+        try:
             self.n_waiting += 1
             try:
                 async with self._turn:  # in turn: small requests do not overtake a large one for ever
                     for _ in range(n_samples):
                         await self._slots.acquire()
-                        held.callback(self._slots.release)
+                        n_held += 1
             finally:
                 self.n_waiting -= 1
             self.n_running += 1
             try:
-                yield
+                yield give_back
             finally:
                 self.n_running -= 1
+        finally:
+            while n_held:
+                give_back()
 
-    async def run(self, request: CompletionRequest) -> AsyncGenerator[tuple[int, Piece]]:
-        """Yield (choice, piece) as the request's samples advance, until all have ended, inside `slots`."""
+    async def run(
+        self, request: CompletionRequest, give_back: Callable[[], None]
+    ) -> AsyncGenerator[tuple[int, Piece]]:
+        """Yield (choice, piece) as the request's samples advance, until all have ended, inside `slots`.
+
+        At the end of each sample its slot is given back.
+        """
         pieces: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue()
         choices = [Choice(self.served, request, number, pieces) for number in range(request.n_samples)]
         self._joining.extend(choices)
@@ -162,7 +180,9 @@ class Engine:
                 choice, piece = await pieces.get()
                 if isinstance(piece, Exception):
                     raise piece
-                n_live -= piece.finish_reason is not None
+                if piece.finish_reason:
+                    n_live -= 1
+                    give_back()
                 yield choice.number, piece
         finally:
             # also reached when the client disconnects; the next step frees the memory
@@ -191,8 +211,7 @@ class Engine:
                     refused.append((members.pop(), error))
             advances: Any = self._advances(refused)
             return refused + [(advance.member, self._piece_of(advance)) for advance in advances]
-        # the requests raise it; a panic of the tokenizers library is no Exception
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001  the requests raise it
             while self._joining:  # one at a time: meanwhile `run` may add others
                 members.append(self._joining.popleft())
             for choice in members:
@@ -225,10 +244,12 @@ class Engine:
 
     def _piece_of(self, advance: Advance) -> Piece | Exception:
         choice: Any = advance.member
-        if advance.error:
-            return as_api_error(advance.error)
-        piece = choice.put(advance)
-        if piece.finish_reason:
+        try:
+            piece = as_api_error(advance.error) if advance.error else choice.put(advance)
+        # of the tokenizer perhaps, on this text alone; a panic of its library is no Exception
+        except BaseException as error:  # noqa: BLE001
+            piece = as_api_error(error)
+        if isinstance(piece, Exception) or piece.finish_reason:
             self.batch.leave(choice)
         return piece
 

@@ -1,9 +1,10 @@
 """The responses to requests, one JSON object or server-sent events, in the two forms of OpenAI's APIs."""
 
+import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,6 +13,32 @@ from starlette.types import Send
 
 from litgpt_moe.serving.engine import Engine, Piece
 from litgpt_moe.serving.requests import UNKNOWN, ApiError, CompletionRequest, error_response
+
+MAX_UNREAD_BYTES = 1 << 24  # of a stream; with the largest routing it has about 9 MB
+TOO_SLOW = ApiError(500, f"over {MAX_UNREAD_BYTES:,} bytes of the stream wait to be read; read faster")
+DONE = "data: [DONE]\n\n"
+
+
+class Unread:
+    """The events of a stream that its client has still to read.
+
+    Reading slowly makes this longer, and holds up neither the texts nor other requests.
+    """
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[str | None] = asyncio.Queue()
+        self.n_bytes = 0
+
+    def put(self, event: str | None) -> None:
+        """Add an event, or None at the end of the stream."""
+        self._events.put_nowait(event)
+        self.n_bytes += len(event or "")
+
+    async def __aiter__(self) -> AsyncGenerator[str]:
+        """Yield the events up to the end of the stream."""
+        while (event := await self._events.get()) is not None:
+            self.n_bytes -= len(event)
+            yield event
 
 
 class CompletionResponse(StreamingResponse):
@@ -30,21 +57,40 @@ class CompletionResponse(StreamingResponse):
         self._head |= {"model": engine.served.name, "seed": request.body.seed}
 
     async def stream_response(self, send: Send) -> None:
-        """Generate in a slot of the engine, and send the result."""
+        """Send the result, a stream while it is generated."""
+        unread = Unread()
+        work = asyncio.create_task(self._generate(unread))
+        try:
+            self.body_iterator = aiter(unread)
+            # the first event, which is empty, says that there is a slot: the status is 200
+            if await anext(self.body_iterator, None) is not None:
+                await super().stream_response(send)
+            answer = await work
+        finally:
+            work.cancel()  # which frees its slots
+        if answer:
+            start = {"status": answer.status_code, "headers": answer.raw_headers}
+            await send({"type": "http.response.start", **start})
+            await send({"type": "http.response.body", "body": answer.body})
+
+    async def _generate(self, unread: Unread) -> JSONResponse | None:
+        """Generate in slots of the engine: put a stream's events into `unread`, or return the answer."""
         try:
             slots = self._engine.slots(self._request.n_samples)
-            async with slots, aclosing(self._engine.run(self._request)) as pieces:
-                if self._request.body.stream:
-                    self.body_iterator = self._events(pieces)
-                    await super().stream_response(send)
-                    return
-                answer = JSONResponse(await self._collect(pieces))
+            async with slots as give_back, aclosing(self._engine.run(self._request, give_back)) as pieces:
+                if not self._request.body.stream:
+                    return JSONResponse(await self._collect(pieces))
+                unread.put("")
+                async for part in self._events(pieces):
+                    unread.put(part)
+                    if unread.n_bytes > MAX_UNREAD_BYTES:
+                        unread.put(event(TOO_SLOW.body) + DONE)
+                        break
         except ApiError as error:
-            answer = error_response(error)
-        await send(
-            {"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers}
-        )
-        await send({"type": "http.response.body", "body": answer.body})
+            return error_response(error)
+        finally:
+            unread.put(None)
+        return None
 
     async def _events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
         n_new = 0
@@ -61,7 +107,7 @@ class CompletionResponse(StreamingResponse):
         except Exception:
             yield event(UNKNOWN.body)
             raise
-        yield "data: [DONE]\n\n"
+        yield DONE
 
     async def _collect(self, pieces: AsyncIterator[tuple[int, Piece]]) -> dict[str, Any]:
         n_new, wholes = 0, {}

@@ -118,6 +118,25 @@ def test_a_new_text_has_its_first_token_within_two_steps(decoder: Decoder) -> No
     assert advance.token == alone(decoder, [*range(30)], 1)[0]
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one(decoder: Decoder) -> None:
+    batch, new = Batch(decoder), member([*range(20)], 5)
+    for one in (member(OTHER, 20), member(LONG, 5), new):
+        batch.join(one)
+    [advance] = [one for one in batch.step() if one.member is new]
+    assert advance.token == alone(decoder, [*range(20)], 1)[0]
+
+
+def test_a_long_prompt_alone_is_read_in_parts_so_that_others_can_join(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = alone(decoder, LONG, 5)
+    monkeypatch.setattr(decode, "ALONE_TOKENS", len(LONG) // 2)
+    batch, one = Batch(decoder), member(LONG, 5)
+    batch.join(one)
+    # 137 tokens are 68, 68 and one
+    assert [batch.step()[0].token for _ in range(4)] == [None, None, *whole[:2]]
+
+
 def test_the_end_of_one_text_is_not_that_of_the_others(decoder: Decoder) -> None:
     whole = alone(decoder, SHORT, 20)
     members = [member(SHORT, 20, eos_id=whole[5]), member(SHORT, 20)]

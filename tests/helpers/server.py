@@ -73,6 +73,13 @@ def complete(server: Running, prompt: Any = "Tom", routing: bool = False, **opti
     return server.client.completions.create(model=server.name, prompt=prompt, **options, **extra)
 
 
+def completion_request(close: bool = False, **body: Any) -> bytes:
+    """Return the bytes of a whole request for a completion, after which the connection may `close`."""
+    data = json.dumps({"prompt": "Tom", **body}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return head + b"Connection: close\r\n" * close + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+
 def post(
     server: Running, body: bytes | Iterator[bytes], path: str = "/v1/completions", **headers: str
 ) -> tuple[int, dict]:

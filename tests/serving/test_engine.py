@@ -192,6 +192,24 @@ def test_an_error_while_memory_is_freed_reaches_the_client(
     assert complete(quick, max_tokens=3).usage.completion_tokens == 3
 
 
+def test_a_text_that_cannot_be_decoded_does_not_end_the_others(
+    tiny: Running, talker: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Choice.put
+
+    def put_or_fail(choice: Choice, advance: Any) -> Any:
+        return panic() if choice.sampling.temperature == 0 else put(choice, advance)
+
+    alone = complete(talker, seed=5, max_tokens=300).choices[0].text
+    stream = complete(talker, stream=True, seed=5, max_tokens=300)
+    text = next(stream).choices[0].text
+    with monkeypatch.context() as patched:
+        patched.setattr(Choice, "put", put_or_fail)
+        with pytest.raises(openai.InternalServerError, match="an error in the server"):
+            complete(talker, temperature=0)
+    assert text + "".join(part.choices[0].text for part in stream) == alone
+
+
 class PanicException(BaseException):
     """As of the tokenizers library, when its Rust code panics."""
 
