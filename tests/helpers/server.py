@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -78,6 +79,17 @@ def completion_request(close: bool = False, **body: Any) -> bytes:
     data = json.dumps({"prompt": "Tom", **body}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return head + b"Connection: close\r\n" * close + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Return what the server sends until it closes the connection, which may be a reset."""
+    parts = []
+    try:
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    except ConnectionError:
+        pass
+    return b"".join(parts)
 
 
 def post(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import wait_until
-from helpers.server import Running, complete, post
+from helpers.server import Running, complete, completion_request, post, read_all
 
 from litgpt_moe.serving import connections
 
@@ -21,26 +21,8 @@ def connect(server: Running, source: str = "127.0.0.1") -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), 30, (source, 0))
 
 
-def completion(**body: object) -> bytes:
-    """A whole request for a completion."""
-    data = json.dumps({"prompt": "Tom", **body}).encode()
-    lines = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data)
-    return REQUEST % (b"POST", b"/v1/completions") + lines + data
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """Return what the server sends until it closes the connection, which may be a reset."""
-    parts = []
-    try:
-        while part := connection.recv(1 << 16):
-            parts.append(part)
-    except ConnectionError:
-        pass
-    return b"".join(parts)
-
-
 @pytest.mark.parametrize("n_addresses", [1, 15 if sys.platform == "linux" else 1])
-@pytest.mark.parametrize("start", [b"", completion()[:-3]], ids=["silent", "half a request"])
+@pytest.mark.parametrize("start", [b"", completion_request()[:-3]], ids=["silent", "half a request"])
 def test_slow_connections_shut_nobody_out(start: bytes, n_addresses: int, tiny: Running) -> None:
     silent = []
     for i in range(150):
@@ -91,7 +73,7 @@ def test_a_busy_connection_is_not_closed_for_new_ones(talker: Running) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_half_closed_client_gets_its_answer(stream: bool, tiny: Running) -> None:
     with connect(tiny) as connection:
-        connection.sendall(completion(stream=stream))
+        connection.sendall(completion_request(stream=stream))
         connection.shutdown(socket.SHUT_WR)
         answer = read_all(connection)
     head, _, body = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
@@ -102,7 +84,7 @@ def test_a_client_that_waits_skips_the_probes(talker: Running, monkeypatch: pyte
     monkeypatch.setattr(connections, "PROBE_S", 0.01)
     connection = http.client.HTTPConnection("127.0.0.1", talker.port, timeout=60)
     connection.connect()
-    connection.sock.sendall(completion(max_tokens=300))
+    connection.sock.sendall(completion_request(max_tokens=300))
     connection.sock.shutdown(socket.SHUT_WR)
     response = http.client.HTTPResponse(connection.sock)
     response.begin()
@@ -112,7 +94,7 @@ def test_a_client_that_waits_skips_the_probes(talker: Running, monkeypatch: pyte
 
 def test_a_client_that_has_gone_is_told_apart_from_a_half_closed_one(talker: Running) -> None:
     connection = connect(talker)
-    connection.sendall(completion())
+    connection.sendall(completion_request())
     wait_until(lambda: talker.engine.n_running == 1)
     connection.close()
     wait_until(lambda: talker.engine.n_running == 0)
@@ -120,7 +102,7 @@ def test_a_client_that_has_gone_is_told_apart_from_a_half_closed_one(talker: Run
 
 def test_half_a_request_before_the_end_is_no_request(tiny: Running) -> None:
     with connect(tiny) as connection:
-        connection.sendall(completion()[:-3])
+        connection.sendall(completion_request()[:-3])
         connection.shutdown(socket.SHUT_WR)
         assert read_all(connection) == b""
 
@@ -185,6 +167,6 @@ def test_what_is_no_http_is_refused_or_closed_without_a_traceback(
 
 def test_a_bad_chunk_while_a_story_streams_ends_it(talker: Running) -> None:
     with connect(talker) as connection:
-        connection.sendall(completion(stream=True) + b"\0\xff\r\n\r\n")
+        connection.sendall(completion_request(stream=True) + b"\0\xff\r\n\r\n")
         wait_until(lambda: talker.engine.n_running == 1)
     wait_until(lambda: talker.engine.n_running == 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from helpers.server import Running, complete, completion_request, serving
+from helpers.server import Running, complete, completion_request, read_all, serving
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from litgpt_moe.serving import connections, responses
@@ -41,25 +41,14 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
         connection.close()
 
 
-def read_all(connection: socket.socket) -> str:
-    """Return what the server sends until it closes the connection, which may be a reset."""
-    parts = []
-    try:
-        while part := connection.recv(1 << 16):
-            parts.append(part)
-    except ConnectionError:
-        pass
-    return b"".join(parts).decode()
-
-
 def test_a_text_that_ended_holds_no_slot_while_its_client_reads_nothing(talker: Running, ask: Ask) -> None:
     slow = ask(talker, max_tokens=1500, seed=5)
     wait_until(lambda: talker.engine.n_running == 1)
     wait_until(lambda: talker.engine.n_running == 0)
     answer = read_all(slow)
     # more than the buffers of the connection hold: the rest has waited for the client
-    assert len(answer) > 2 * HIGH_WATER_LIMIT and answer.count('"finish_reason": "length"') == 1
-    assert answer.count("data: [DONE]") == 1
+    assert len(answer) > 2 * HIGH_WATER_LIMIT and answer.count(b'"finish_reason": "length"') == 1
+    assert answer.count(b"data: [DONE]") == 1
 
 
 def test_a_sample_that_ended_holds_no_slot_while_others_of_its_request_go_on(talker: Running) -> None:
@@ -86,7 +75,7 @@ def test_a_stream_of_which_too_much_is_unread_ends(
     wait_until(lambda: talker.engine.n_running == 1)
     wait_until(lambda: talker.engine.n_running == 0)
     answer = read_all(slow)
-    assert "wait to be read" in answer and answer.count("data: [DONE]") == 1
+    assert b"wait to be read" in answer and answer.count(b"data: [DONE]") == 1
     assert 'finish_reason": "length' not in answer and len(answer) < 3 * HIGH_WATER_LIMIT
 
 
@@ -100,7 +89,7 @@ def test_of_too_many_slow_clients_the_slowest_is_disconnected(
         wait_until(lambda: talker.engine.n_running == 1)
         wait_until(lambda: talker.engine.n_running == 0)
     first, second = map(read_all, slow)
-    assert "[DONE]" not in first and "[DONE]" in second
+    assert b"[DONE]" not in first and b"[DONE]" in second
 
 
 def test_a_client_may_read_on_when_its_answer_is_complete(
@@ -120,12 +109,10 @@ def test_a_server_stops_quietly_although_a_client_reads_nothing(
     chatterbox: Path, ask: Ask, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger = logging.getLogger("uvicorn.error")
-    logger.addHandler(caplog.handler)
-    try:
-        with serving(chatterbox) as server:
-            ask(server, max_tokens=1500)
-            wait_until(lambda: server.engine.n_running == 1)
-            wait_until(lambda: server.engine.n_running == 0)
-    finally:
-        logger.removeHandler(caplog.handler)
+    with serving(chatterbox) as server:
+        logger.addHandler(caplog.handler)  # only now: uvicorn has set up its loggers
+        ask(server, max_tokens=1500)
+        wait_until(lambda: server.engine.n_running == 1)
+        wait_until(lambda: server.engine.n_running == 0)
+    logger.removeHandler(caplog.handler)
     assert not caplog.records
