@@ -170,10 +170,11 @@ def check_tokenizer(run: "Run") -> None:
         raise ValueError(f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json")
     size = vocabulary_size(folder)
     if size is not None and size > n_rows:
+        # a run that goes on keeps its model
+        open_it = "" if run.resume else "set vocab_size: auto there, without padded_vocab_size, or "
         raise ValueError(
             f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} "
-            f"is {n_rows}; set vocab_size: auto there, without padded_vocab_size, or name another "
-            "--tokenizer_dir"
+            f"is {n_rows}; {open_it}name another --tokenizer_dir"
         )
 
 
@@ -181,7 +182,8 @@ def warn_of_unused_rows(run: "Run") -> None:
     """Warn of a model with more than twice as many vocabulary rows as the tokenizer has pieces."""
     folder, n_rows = run.settings.tokenizer_dir, run.config.padded_vocab_size or 0
     size = vocabulary_size(folder)
-    if size is not None and 2 * size < n_rows:
+    # in a run that goes on it was said, and cannot be changed
+    if size is not None and 2 * size < n_rows and run.resume is None:
         note_once(
             f"Warning: {folder}: the tokenizer has {size} pieces but padded_vocab_size in "
             f"{run.settings.model_config} is {n_rows}: the other rows take memory and time in each step and "

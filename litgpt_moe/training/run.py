@@ -161,6 +161,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     data = parsed.attempt(build_data, settings)
     settings = parsed.attempt(with_tokenizer, settings, data) or settings
     resume = parsed.attempt(find_resume, settings)
+    settings = parsed.attempt(fit.with_own_model, settings, resume, parsed.is_model_named) or settings
     train = parsed.attempt(fit.kept_length, settings.train, resume) or settings.train
     settings = replace(settings, train=train)
     demo_data = _wants_demo_data(settings, data)
@@ -208,7 +209,7 @@ def settle(run: Run) -> Run:
 
     Before, a vocabulary and a length that the settings leave open are not known.
     """
-    is_open = fit.leaves_vocabulary_open(run.settings) and not (run.resume or run.initial)
+    is_open = not (run.resume or run.initial) and fit.leaves_vocabulary_open(run.settings)
     if is_open and fit.vocabulary_size(run.settings.tokenizer_dir) != run.config.vocab_size:
         config, model = fit.fitting_model(run.settings, run.resume, has_demo_data=False)
         facts = model_facts(config, run.settings.train.max_seq_length, model)

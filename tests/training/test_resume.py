@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.runs import edit_yaml, run
+from helpers.runs import edit_yaml, run, save
 from litgpt import GPT
-from litgpt.utils import save_config
 
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.training.run import Run, set_up
-from litgpt_moe.training.settings import Settings, saved_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
 FLAGS = ("--config", "train_config.yaml")
+NAMED = ("--model_config", "model_config.yaml")
 
 
 def set_up_here(*flags: object) -> Run:
@@ -34,28 +33,6 @@ def refused(*flags: object) -> str:
 
 def told_paths(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.replace("\\", "/")
-
-
-def save(folder: str, step: int, **settings: object) -> Path:
-    """Write a checkpoint of LitGPT's own loop, which has no record of its files."""
-    config = MoEConfig.from_file("model_config.yaml")
-    model = GPT(config)
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "train_dataloader": {"epoch": 0, "n_used": 0, "n_sequences": 93},
-        "iter_num": 2 * step,
-        "step_count": step,
-    }
-    path = Path(folder)
-    path.mkdir(parents=True)
-    torch.save(state, path / "lit_model.pth")
-    save_config(config, path)
-    plain = yaml.safe_load(saved_text(Settings()))
-    plain["train"] |= {"global_batch_size": 4, "max_tokens": 2048}
-    (path / "train_config.yaml").write_text(yaml.dump(plain | settings), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -283,7 +260,7 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
     assert "is of a run of 8 steps, now train.max_tokens makes it 4" in told
     model = yaml.safe_load(Path("model_config.yaml").read_text(encoding="utf-8"))
     Path("model_config.yaml").write_text(yaml.dump(model | {"n_expert": 8}), encoding="utf-8")
-    assert "do not fit the model config MoE-tiny" in refused(*resumed)
+    assert "do not fit the model config MoE-tiny" in refused(*resumed, *NAMED)
     first = ("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
     assert "do not fit the model config MoE-tiny" in refused(*first)
 
@@ -300,7 +277,7 @@ def test_a_model_of_the_same_shapes_that_computes_something_else_is_not_resumed(
     edit_yaml("model_config.yaml", key, now)
     flags = ("--train.max_seq_length", 64) if key == "block_size" else ()
     text = f"model_config.yaml: {key} was {before}, now {now}; resume with what it was"
-    assert text in refused("--resume", "auto", *flags)
+    assert text in refused("--resume", "auto", *flags, *NAMED)
     capsys.readouterr()
     initial = set_up_here(
         "--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004", *flags
@@ -320,7 +297,8 @@ def test_a_model_with_another_name_is_the_same_model(capsys: pytest.CaptureFixtu
     save("out/step-00000004", 4)
     for key, value in (("name", "mine"), ("padding_multiple", 64), ("norm_eps", 1e-5)):
         edit_yaml("model_config.yaml", key, value)
-    assert set_up_here("--resume", "auto").start_step == 4
+    for named in ((), NAMED):
+        assert set_up_here("--resume", "auto", *named).start_step == 4
     assert "model_config.yaml:" not in capsys.readouterr().err
 
 
