@@ -23,12 +23,10 @@ from litgpt_moe.checkpoints.layout import (
     CONFIG_FILE,
     RECORD_FILE,
     SETTINGS_FILE,
-    ReadFailed,
-    is_read_error,
-    patient,
     recorded_files,
     refuse_damage,
 )
+from litgpt_moe.checkpoints.read_errors import ReadFailed, is_read_error, patient
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes, tensors_of
 from litgpt_moe.checkpoints.state_file import is_as_recorded
 from litgpt_moe.config import MoEConfig

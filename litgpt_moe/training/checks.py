@@ -23,7 +23,8 @@ from litgpt_moe.checkpoints.layout import (
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.checkpoints.writer import BESIDE_BYTES, foreign_files, run_folders
 from litgpt_moe.cli import MAX_WINDOWS_PATH
-from litgpt_moe.files import check_no_links, existing_parent, remove, staging_for
+from litgpt_moe.files import check_no_links, existing_parent, remove
+from litgpt_moe.folders import staging_for
 from litgpt_moe.hardware import has_cuda, memory_bytes, missing_compiler
 from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once

@@ -13,11 +13,12 @@ from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
     SETTINGS_FILE,
-    ReadFailed,
     checkpoints_of,
     find_checkpoint,
+    moved_aside,
     read_record,
 )
+from litgpt_moe.checkpoints.read_errors import ReadFailed
 from litgpt_moe.checkpoints.state import check_state, damage_in
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import POSITION_FORM
@@ -68,6 +69,8 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
     if settings.initial_checkpoint_dir:
         raise ValueError("resume and initial_checkpoint_dir exclude each other; drop one")
     newest_first = checkpoints_of(place)
+    for lost, aside in moved_aside(place).items() if settings.plan else ():
+        note_once(f"A kill left {aside}: a run would first rename it to {lost.name}, a plan does without it.")
     if place is not settings.out_dir and not newest_first:
         reader.verify_checkpoint(folder := find_checkpoint(place))
         # check_resume, which runs when the settings are right, says whether it holds more than weights

@@ -13,7 +13,9 @@ import yaml
 from helpers.runs import edit_yaml, run, save
 from litgpt import GPT
 
+from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.folders import staging_for
 from litgpt_moe.training.run import Run, set_up
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -101,6 +103,25 @@ def test_the_newest_whole_checkpoint_is_taken_and_others_are_told(capsys: pytest
     ).replace("\\", "/")
     assert set_up_here("--resume", "out/step-00000002", "--out_dir", "more").start_step == 2
     assert not Path("more").exists()
+
+
+@pytest.mark.parametrize("name", ["final", "step-00000004"])
+def test_what_a_kill_between_the_two_renames_of_a_save_left_is_resumed(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(f"out/{name}", 4)
+    aside = staging_for(folder, "old").name.replace(f"-{os.getpid()}.", "-99999999.")
+    folder.rename(folder.with_name(aside))
+    # a plan changes nothing, and a folder with a run in it is no place for another
+    set_up_here("--resume", "auto", "--plan")
+    assert f"A kill left out/{aside}: a run would first rename it to {name}" in told_paths(capsys)
+    assert [path.name for path in Path("out").iterdir()] == [aside]
+    with pytest.raises(FileNotFoundError, match=r"a kill left it as .*: rename that"):
+        find_checkpoint(folder)
+    assert f"there is {Path('out', aside)}" in refused("--resume", "out", "--out_dir", "more")
+    assert set_up_here("--resume", "auto").start_step == 4 and folder.is_dir()
+    folder.rename(folder.with_name(aside))
+    assert f"out already holds a run ({name})" in refused()
 
 
 @pytest.fixture
