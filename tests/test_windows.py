@@ -33,7 +33,7 @@ from litgpt_moe.flags import FlagParser
 from litgpt_moe.folders import new_folder, put_in_place
 from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.interop import export_folder
-from litgpt_moe.training.checks import check_path_lengths
+from litgpt_moe.training.folder_checks import check_path_lengths
 from litgpt_moe.training.output import LastingStream
 from litgpt_moe.training.settings import Settings, plain_settings
 from tools import env_sanity_check, export_hf, import_hf

@@ -15,7 +15,7 @@ from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems, note_once
-from litgpt_moe.training import checks, class_path, fit
+from litgpt_moe.training import checks, class_path, fit, folder_checks
 from litgpt_moe.training.clock import NO_TIME, UsedTime, used_time
 from litgpt_moe.training.optimizer import UNFIT_OPTIMIZERS, try_step
 from litgpt_moe.training.parse import Parsed, load_settings
@@ -135,12 +135,12 @@ def set_up(argv: list[str], held: contextlib.ExitStack | None = None) -> Run:
     parsed = load_settings(argv)
     out_dir, is_plan = parsed.settings.out_dir, parsed.settings.plan
     if not is_plan:
-        parsed.attempt(checks.check_writable, out_dir)
+        parsed.attempt(folder_checks.check_writable, out_dir)
     precision, devices = _processes(parsed)
     with contextlib.ExitStack() as own:
         if not parsed.problems and not is_plan:
             if is_main_process():
-                (own if held is None else held).enter_context(checks.run_lock(out_dir))
+                (own if held is None else held).enter_context(folder_checks.run_lock(out_dir))
             # in every process: under a launcher they look for a checkpoint at the same time
             put_back(out_dir)
         return _checked_run(parsed, precision, devices)
@@ -185,7 +185,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     if run.resumed_sizes:
         parsed.attempt(check_resume, run, model)
     if not settings.plan:
-        parsed.attempt(checks.check_out_dir, run)
+        parsed.attempt(folder_checks.check_out_dir, run)
     parsed.raise_all()
     return run
 
@@ -218,7 +218,7 @@ def settle(run: Run) -> Run:
     if fit.is_open(run.settings.train):
         run = _as_it_runs(_with_length(run))
         if not run.settings.plan:
-            checks.warn_of_disk(run, checks.free_bytes(run.settings.out_dir))
+            folder_checks.warn_of_disk(run, folder_checks.free_bytes(run.settings.out_dir))
     # data that have been damaged since are reported where they are read
     with contextlib.suppress(ValueError, OSError):
         in_pass = fit.pass_tokens(run.data, run.block_size)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from litgpt import GPT
 from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.folders import staging_for
+from litgpt_moe.training.facts import write_run_facts
 from litgpt_moe.training.run import Run, set_up
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -260,6 +262,37 @@ def test_what_excludes_resuming_is_refused() -> None:
     Path("out/step-00000004/model_config.yaml").unlink()
     assert "none of it can be continued" in refused()
     assert set_up_here("--overwrite").resume is None
+
+
+def test_a_command_that_is_repeated_does_not_begin_again_from_the_checkpoint_that_it_names() -> None:
+    start = ("--resume", "out/step-00000004")
+    save("out/step-00000004", 4)
+    save("more/step-00000002", 2)
+    # earlier steps of the run itself, whose last checkpoint was kept elsewhere
+    assert set_up_here(*start, "--out_dir", "more").start_step == 4
+    later = save("more/step-00000006", 6)
+    told = refused(*start, "--out_dir", "more").replace("\\", "/")
+    assert "more holds later steps than out/step-00000004 (step-00000006)" in told
+    assert "continue them with --resume auto, or choose another --out_dir" in told
+    assert set_up_here("--resume", "auto", "--out_dir", "more").start_step == 6
+    # what cannot be continued is not gone on with
+    (later / "model_config.yaml").unlink()
+    assert set_up_here(*start, "--out_dir", "more").start_step == 4
+
+
+def test_to_go_back_to_an_earlier_step_is_meant_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (4, 6):
+        save(f"out/step-{step:08d}", step)
+    monkeypatch.setattr(sys, "argv", ["/here/run_train.py", "--resume", "out/step-00000004"])
+    run = set_up_here("--resume", "out/step-00000004")
+    assert run.start_step == 4
+    write_run_facts(run, torch.device("cpu"))
+    assert "out holds later steps than out/step-00000004 (step-00000006)" in refused(
+        "--resume", "out/step-00000004"
+    )
+    # another try from there is another command
+    sys.argv[1:] = ["--resume", "out/step-00000004", "--seed", "3"]
+    assert set_up_here("--resume", "out/step-00000004", "--seed", 3).start_step == 4
 
 
 def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str]) -> None:
