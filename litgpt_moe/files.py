@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -126,8 +127,24 @@ def check_inside(name: str) -> str:
     return name
 
 
-def path_of_any_system(name: str) -> Path:
-    """Return the path that a checkpoint's settings name; one written on Windows may have backslashes."""
+def is_network_share(name: str) -> bool:
+    r"""Return whether Windows reaches a path over the network: //host/share, \\host\share, or \??\UNC\host.
+
+    At a mere look at such a path it logs in there, and sends this user's name and a hash of the password: of
+    a path in a file of somebody else's this must be known before anything else is asked.
+    """
+    path = PureWindowsPath(name).as_posix()
+    is_drive = re.match(r"(//[?.]|/\?\?)/[A-Za-z]:", path) and ".." not in path.split("/")
+    return path.startswith(("//", "/??/")) and not is_drive
+
+
+def path_of_any_system(name: str) -> Path | None:
+    """Return the path that a checkpoint's settings name, None if it is a network share.
+
+    One written on Windows may have backslashes.
+    """
+    if is_network_share(name):
+        return None
     path = Path(name)
     return path if "\\" not in name or path.exists() else Path(PureWindowsPath(name).as_posix())
 
