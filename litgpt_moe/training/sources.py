@@ -50,8 +50,8 @@ def choose_configs(
 
     If only one is named, the other is its partner in PAIRS, if that lies in the same folder, or the default:
     train_config.yaml, and model_config.yaml. Without CUDA, or where there is no text yet to train on but the
-    demo stories, the default is the demo's. A run that goes on, with the model named `resumed`, keeps the
-    defaults that it began with, if these were of that model.
+    demo stories, the default is the demo's. Of a run that goes on, with the model named `resumed`, it is the
+    demo's if that is the demo's model.
     """
     named = {key: config_file(Path(given[key][0])) for key in ("config", "model_config") if key in given}
     config, model_config = named.get("config"), named.get("model_config")
@@ -86,15 +86,13 @@ def _default_model(
 ) -> Path:
     """Return the default file of the model, for `choose_configs`."""
     usual, demo = ROOT / PAIRS[0][1], ROOT / "configs" / PAIRS[1][1]
-    if resumed is not None and not is_config_named:
-        for path in (usual, demo):
-            if re.search(rf"^name: *{re.escape(resumed)} *$", path.read_text(encoding="utf-8"), re.MULTILINE):
-                return path
+    if resumed is not None:
+        name = re.search(r"^name: *(\S+)", demo.read_text(encoding="utf-8"), re.MULTILINE)
+        return demo if name and name[1] == resumed else usual
     reason = "" if has_cuda() else "No CUDA and no model config named"
     if not reason and not is_config_named and not has_own_data(given):
         reason = f"No text of yours in {DEFAULT_DATA_DIR} and no model config named"
-    # a run that goes on has its model
-    if reason and resumed is None:
+    if reason:
         tell(
             f"{reason}: training the small demo model{'' if has_cuda() else ' on the CPU'} "
             "(MoE-200M all the same: --model_config model_config.yaml)."
