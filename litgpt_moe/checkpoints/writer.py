@@ -71,6 +71,7 @@ class CheckpointWriter:
         # called in the background thread with each new checkpoint and its step
         self.on_saved: Callable[[Path, int], None] = lambda folder, step: None
         self.failure: str | None = None  # why the latest save failed
+        self.is_last = False  # whether the run ends with the save in progress
         self.lasting_s = 0.0  # duration of the latest save
         # for checkpoint.json: selection_bias (stock LitGPT cannot load such weights), the data's fingerprint
         self.notes: dict[str, Any] = {}
@@ -165,8 +166,7 @@ class CheckpointWriter:
             if is_disk_full(error):
                 reason = no_room(self.out_dir, needed)
             self.failure = f"{target} could not be saved: {reason}"
-            may_go_on = self.args.on_full_disk == "continue" and target.name != FINAL
-            goes_on = "; training goes on" if may_go_on else ""
+            goes_on = "" if self.must_end_run or self.is_last else "; training goes on"
             self.tell(f"Warning: {self.failure}{goes_on}")
             return
         self.failure, self.lasting_s = None, time.perf_counter() - started

@@ -5,7 +5,6 @@ import contextlib
 import io
 import math
 import os
-import signal
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from litgpt_moe.cli import note
+from litgpt_moe.data.loader_workers import outlive_stop_signals
 from litgpt_moe.data.manifest import RUN_AGAIN, read_manifest
 from litgpt_moe.files import fits
 
@@ -31,17 +31,6 @@ def allow_open_files(n_files: int) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < n_files + 256:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(n_files + 256, hard), hard))
-
-
-def outlive_stop_signals(_: int) -> None:
-    """Make a worker process ignore what stops a run: the run still needs batches, to end its step and save.
-
-    A terminal sends Ctrl-C, Ctrl-Break and its own end to every process in it. Not SIGTERM, by which torch
-    ends workers; they also end by themselves when the run has ended.
-    """
-    for name in ("SIGINT", "SIGBREAK", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class TokenStream:
@@ -150,9 +139,10 @@ class TokenBatches(Dataset[torch.Tensor]):
     def _read_ahead(self, plan: Iterator[list[int]]) -> Iterator[torch.Tensor]:
         # a DataLoader draws a seed; with its own generator the global random state stays as it is
         own = torch.Generator().manual_seed(0)
-        options: dict[str, Any] = {"generator": own, "worker_init_fn": outlive_stop_signals}
+        loader = DataLoader(self, None, sampler=plan, num_workers=self.num_workers, generator=own)
+        outlive_stop_signals(loader)
         try:
-            yield from DataLoader(self, None, sampler=plan, num_workers=self.num_workers, **options)
+            yield from loader
         except (OSError, RuntimeError):  # a worker's, with its traceback for a text
             self.stream.check_sizes()
             raise

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -79,8 +80,8 @@ inline Floats load(const int8_t* p) {
 }
 
 // x * y + z, in one rounding where the processor has that. The compiler is told not to form such products by
-// itself (compiling.py): it does so at one place and not at another, so that the logits of a text would depend
-// on the other texts of the step.
+// itself (compiling.py): it does so at one place and not at another, so that the logits of a text would
+// depend on the other texts of the step.
 inline Floats multiply_add(Floats x, Floats y, Floats z) {
 #if defined(__AVX512F__)
     return Floats(_mm512_fmadd_ps(__m512(x), __m512(y), __m512(z)));
@@ -93,6 +94,28 @@ inline Floats multiply_add(Floats x, Floats y, Floats z) {
     return x * y + z;
 #endif
 }
+
+// Keeps x in its register. GCC 12 otherwise loads it anew for each product, at half the speed.
+inline void hold(Floats& x) {
+#ifdef __AVX2__
+    asm("" : "+v"(x));
+#endif
+}
+
+// Memory that begins where a cache line does: a load across two lines takes twice as long.
+template <class T>
+struct Aligned {
+    static constexpr std::align_val_t LINE{64};
+    using value_type = T;
+    Aligned() = default;
+    template <class U>
+    Aligned(const Aligned<U>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+    friend bool operator==(const Aligned&, const Aligned&) { return true; }
+    friend bool operator!=(const Aligned&, const Aligned&) { return false; }
+};
+typedef std::vector<float, Aligned<float>> Buffer;
 
 // Loads fewer numbers than a register holds; the other lanes are 0.
 template <class T>
@@ -199,12 +222,19 @@ struct Row {
 
 namespace {
 
+// Rows of x that share the loaded weights: as many sums of four rows of W as there are registers for.
+constexpr int TOGETHER = LANES == 16 ? 4 : 2;
+
 // Adds the products of R rows of W and N of x, at the places from i on, to the sums.
 template <int R, int N, class T>
 inline void add_products(const T* w, int64_t in, const float* const* x, int64_t i, Floats (&sums)[N][R]) {
+    Floats weights[R];
+    for (int r = 0; r < R; ++r) weights[r] = load(w + r * in + i);
+    for (int r = 0; N > 2 && r < R; ++r) hold(weights[r]);
     for (int n = 0; n < N; ++n) {
         Floats values = load(x[n] + i);
-        for (int r = 0; r < R; ++r) sums[n][r] = multiply_add(load(w + r * in + i), values, sums[n][r]);
+        hold(values);
+        for (int r = 0; r < R; ++r) sums[n][r] = multiply_add(weights[r], values, sums[n][r]);
     }
 }
 
@@ -232,7 +262,7 @@ inline void tile(const T* w, int64_t in, const float* const* x, bool is_first, f
     }
 }
 
-// Calls put(row, o, W[o] . x[row]) for R values of o and each of n rows, two of which share what is loaded.
+// Calls put(row, o, W[o] . x[row]) for R values of o and each of n rows.
 template <int R, class T, class Put>
 inline void product_of_rows(const Matrix& matrix, int64_t in, int64_t o, const float* const* x, int64_t n,
                             Put put) {
@@ -241,16 +271,17 @@ inline void product_of_rows(const Matrix& matrix, int64_t in, int64_t o, const f
         for (int r = 0; r < R; ++r) put(row, o + r, matrix.scale ? y[r] * matrix.scale[o + r] : y[r]);
     };
     int64_t row = 0;
-    for (; row + 2 <= n; row += 2) {
-        float y[2][R];
-        tile<R, 2>(w, in, x + row, row == 0, y);
-        put_all(row, y[0]), put_all(row + 1, y[1]);
-    }
-    if (row < n) {
-        float y[1][R];
-        tile<R, 1>(w, in, x + row, row == 0, y);
-        put_all(row, y[0]);
-    }
+    auto rows_at_once = [&](auto count) {
+        constexpr int N = decltype(count)::value;
+        for (; row + N <= n; row += N) {
+            float y[N][R];
+            tile<R, N>(w, in, x + row, row == 0, y);
+            for (int k = 0; k < N; ++k) put_all(row + k, y[k]);
+        }
+    };
+    rows_at_once(std::integral_constant<int, TOGETHER>{});
+    rows_at_once(std::integral_constant<int, 2>{});
+    rows_at_once(std::integral_constant<int, 1>{});
 }
 
 // Calls put(row, o, W[o] . x[row]) for each row and each o from `begin` up to `end`.
@@ -338,7 +369,7 @@ struct Worker {
     float *x, *qkv, *attended, *hidden;  // shared by the threads: (n, ...)
     int64_t qkv_width, query_width, hidden_width;
     int64_t most;  // experts of one token, the shared one included: the largest number in any layer
-    std::vector<float> normed, probs, weights;
+    Buffer normed, scores, weights;  // scores: of each position, of each expert for each row
     std::vector<int64_t> experts, where;  // (n, most); the places k + most * row that go to an expert
     std::vector<const float*> in;
 
@@ -386,7 +417,7 @@ struct Worker {
             int64_t r = job / m.n_head, head = job % m.n_head;
             float* query = qkv + r * qkv_width + head * size;
             rotate(query, m, rows[r].position);
-            attend(m, rows[r], l, head, query, probs.data(), attended + r * query_width + head * size);
+            attend(m, rows[r], l, head, query, scores.data(), attended + r * query_width + head * size);
         }
         barrier();
         for (int64_t r = 0; r < n; ++r) in[r] = attended + r * query_width;
@@ -410,13 +441,13 @@ struct Worker {
         int64_t C = m.n_embd;
         normalise(layer.norm_2);
         std::fill(experts.begin(), experts.end(), -1);
+        product<float>({layer.router, nullptr}, C, 0, layer.n_expert, in.data(), n,
+                       [&](int64_t r, int64_t e, float y) { scores[r * layer.n_expert + e] = y; });
+        if (logits_out && part == 0) std::copy_n(scores.data(), n * layer.n_expert, logits_out);
         for (int64_t r = 0; r < n; ++r) {
-            for (int64_t e = 0; e < layer.n_expert; ++e) probs[e] = dot(in[r], layer.router + e * C, C);
-            choose(m, layer, probs.data(), &experts[r * most], &weights[r * most]);
+            choose(m, layer, &scores[r * layer.n_expert], &experts[r * most], &weights[r * most]);
             if (layer.shared_width)
                 experts[r * most + layer.top_k] = layer.n_expert, weights[r * most + layer.top_k] = 1;
-            if (logits_out && part == 0)
-                std::copy(probs.data(), probs.data() + layer.n_expert, logits_out + r * layer.n_expert);
         }
         auto hidden_of = [&](int64_t place) {
             return hidden + place / most * hidden_width + place % most * layer.width;
@@ -459,17 +490,17 @@ struct Worker {
 template <class T>
 void step(const Model& m, const Row* rows, int64_t n, int64_t n_threads, float* logits,
           float* router_logits) {
-    int64_t C = m.n_embd, longest = 0, most = 1, hidden_width = 0;
-    for (int64_t r = 0; r < n; ++r) longest = std::max(longest, rows[r].position + 1);
+    int64_t C = m.n_embd, n_scores = 0, most = 1, hidden_width = 0;
+    for (int64_t r = 0; r < n; ++r) n_scores = std::max(n_scores, rows[r].position + 1);
     for (int64_t l = 0; l < m.n_layer; ++l) {
         const Layer& layer = m.layers[l];
-        longest = std::max(longest, layer.n_expert);
+        n_scores = std::max(n_scores, n * layer.n_expert);
         most = std::max(most, layer.top_k + 1);
         hidden_width = std::max(hidden_width, layer.top_k * layer.width + layer.shared_width);
     }
     int64_t query_width = m.n_head * m.head_size,
             qkv_width = query_width + 2 * m.n_query_groups * m.head_size;
-    std::vector<float> x(n * C), qkv(n * qkv_width), attended(n * query_width), hidden(n * hidden_width);
+    Buffer x(n * C), qkv(n * qkv_width), attended(n * query_width), hidden(n * hidden_width);
     for (int64_t r = 0; r < n; ++r) {
         const T* embedding = static_cast<const T*>(m.embedding.data) + rows[r].token * C;
         float scale = m.embedding.scale ? m.embedding.scale[rows[r].token] : 1;
@@ -478,9 +509,8 @@ void step(const Model& m, const Row* rows, int64_t n, int64_t n_threads, float* 
     std::vector<Worker<T>> workers;  // allocated here, where an exception can be caught
     for (int64_t part = 0; part < n_threads; ++part)
         workers.push_back({m, rows, n, part, n_threads, x.data(), qkv.data(), attended.data(), hidden.data(),
-                           qkv_width, query_width, hidden_width, most, std::vector<float>(n * C),
-                           std::vector<float>(longest), std::vector<float>(n * most),
-                           std::vector<int64_t>(n * most), std::vector<int64_t>(n * most),
+                           qkv_width, query_width, hidden_width, most, Buffer(n * C), Buffer(n_scores),
+                           Buffer(n * most), std::vector<int64_t>(n * most), std::vector<int64_t>(n * most),
                            std::vector<const float*>(n * most)});
 #pragma omp parallel num_threads(n_threads)
     {

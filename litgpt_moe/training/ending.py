@@ -1,10 +1,11 @@
 """How a run that must end early leaves LitGPT's loop: between two batches, its last whole step saved."""
 
+import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, step_name
-from litgpt_moe.training.steps import Ending
+from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, step_name
+from litgpt_moe.training.steps import Ending, RunFailed
 
 if TYPE_CHECKING:
     from litgpt_moe.training.hooks import LoopHooks
@@ -15,6 +16,8 @@ class EarlyEnd:
 
     def __init__(self, hooks: "LoopHooks") -> None:
         self.hooks = hooks
+        self.is_failing = False
+        """Whether this process and all others fail after the same step."""
 
     def between_batches(self) -> None:
         """Leave the loop if the run must end: after a whole step, or amid one that would take long."""
@@ -22,7 +25,6 @@ class EarlyEnd:
         if hooks.in_progress.n_batches == 0:
             if hooks.ending:
                 raise Ending(hooks.ending)
-            hooks.is_saving = hooks.writer.is_writing
             hooks.in_progress.begin()
             return
         batch_s = hooks.in_progress.seconds_per_batch()
@@ -48,16 +50,53 @@ class EarlyEnd:
             self.hooks.judge.check_time(time.monotonic(), needed_s)
         return self.hooks.in_progress.must_leave(left_s)
 
+    def fail(self, reason: str) -> NoReturn:
+        """End the run with its earlier checkpoints; all ranks call it after the same step."""
+        self.is_failing = True
+        raise RunFailed(reason)
+
+    def give_up(self, problem: str) -> NoReturn:
+        """Fail for too many skipped steps; all ranks call it after the same step."""
+        run = self.hooks.run
+        self.hooks.writer.wait()
+        # the others look for the checkpoint too that rank 0 may have been writing
+        self._wait_for_all()
+        saved, n_steps = checkpoints_of(run.settings.out_dir), self.hooks.judge.guard.n_in_a_row
+        way_on = f"continue from {saved[0]} with --resume auto" if saved else "there is no checkpoint yet"
+        remedy = "lower optimizer.init_args.lr" + (" or use precision 32-true" if self.hooks.scaling else "")
+        self.fail(f"{problem} in {n_steps} steps in a row; {remedy}; {way_on}")
+
+    def close(self) -> None:
+        """Wait for all ranks if they fail together: when one ends, Lightning and torchrun kill the others.
+
+        Call it once the save in progress is done and the loggers are closed, which takes rank 0 alone time.
+        """
+        if self.is_failing:
+            self._wait_for_all()
+
+    def _wait_for_all(self) -> None:
+        # a rank that has died is told of by itself; what this one has to say is not to be lost for it
+        with contextlib.suppress(RuntimeError):
+            self.hooks.fabric.barrier()
+
     def _leave(self) -> None:
         """Save the last whole step, unless that is done, and leave the loop."""
         hooks, run = self.hooks, self.hooks.run
         hooks.ending = hooks.judge.stops.reason or "the request of another process"
         if hooks.step == run.start_step and hooks.ending.startswith("train.max_time"):
             hooks.ending += ", in which no step was done: raise it"
-        if hooks.saved_step != hooks.step:
+        if not self._is_saved():
             hooks.in_progress.roll_back()
             state = {"model": hooks.module, "optimizer": hooks.optimizer, "train_dataloader": hooks.loader}
             state |= {"iter_num": hooks.step * run.accumulation, "step_count": hooks.step}
             file = run.settings.out_dir / step_name(hooks.step) / CHECKPOINT_FILE
             hooks.save(hooks.fabric, state, run.settings.tokenizer_dir, file)
         raise Ending(hooks.ending)
+
+    def _is_saved(self) -> bool:
+        """Return whether the last whole step is saved, the same on every rank; wait for its save to end."""
+        if self.hooks.saved_step != self.hooks.step:
+            return False
+        self.hooks.writer.wait()
+        # rank 0 alone writes; where that has failed there may be room by now
+        return self.hooks.fabric.broadcast(self.hooks.writer.failure is None)

@@ -1,6 +1,7 @@
 """The Fabric that LitGPT's loop runs on: its methods call the hooks of the run too."""
 
 import functools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from litgpt_moe.checkpoints.state import check_moments, damage_in
+from litgpt_moe.data.loader_workers import outlive_stop_signals
 from litgpt_moe.training.batches import TrainLoader, ValLoader
 from litgpt_moe.training.compiled import check_compiled
 from litgpt_moe.training.hooks import LoopHooks
@@ -24,6 +26,15 @@ LITGPT_LINES = (
 )
 
 
+def before_training(hooks: LoopHooks, batch: torch.Tensor) -> None:
+    """Check what was compiled on the first micro-batch, and begin to count the time of the steps."""
+    if hooks.is_compiled:
+        check_compiled(hooks, batch)
+    # from here on: what setting up and compiling took says nothing of how long another step takes
+    hooks.in_progress.began = time.perf_counter()
+    hooks.clock.begin_steps()
+
+
 class TrainingFabric(L.Fabric):
     """Fabric whose methods, which LitGPT's loop calls, call the hooks too."""
 
@@ -35,15 +46,17 @@ class TrainingFabric(L.Fabric):
         """Return the loaders, the one for training wrapped so that a checkpoint can hold its position."""
         hooks, (train, val) = self.hooks, super().setup_dataloaders(*loaders, **options)
         run = hooks.run
+        for loader in (train, val):
+            # without Fabric's wrapper: a data module of LitGPT's may have workers too
+            outlive_stop_signals(getattr(loader, "_dataloader", loader))
         size = run.settings.train.micro_batch_size * run.world_size
-        check = functools.partial(check_compiled, hooks) if hooks.is_compiled else None
         hooks.loader = TrainLoader(
             train,
             run.settings.seed,
             lambda: hooks.is_finished,
             hooks.early_end.between_batches,
             size,
-            check,
+            functools.partial(before_training, hooks),
         )
         hooks.val_loader = ValLoader(val, hooks.early_end.between_val_batches)
         return [hooks.loader, hooks.val_loader]

@@ -16,7 +16,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from torch.optim import Optimizer
 
 from litgpt_moe import balance
-from litgpt_moe.checkpoints.layout import FINAL, checkpoints_of, is_saved
+from litgpt_moe.checkpoints.layout import FINAL, is_saved
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.cli import first_line
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
@@ -24,7 +24,6 @@ from litgpt_moe.files import remove
 from litgpt_moe.hardware import peak_flops
 from litgpt_moe.loss import LossHead, defer_head
 from litgpt_moe.threads import load_of_others, usable_cores
-from litgpt_moe.training import slowness
 from litgpt_moe.training.batches import TrainLoader, ValLoader
 from litgpt_moe.training.clock import TimeBudget
 from litgpt_moe.training.csv_log import RunLogs
@@ -38,8 +37,8 @@ from litgpt_moe.training.run import Run
 from litgpt_moe.training.schedule import set_learning_rate
 from litgpt_moe.training.settings import saved_text
 from litgpt_moe.training.sharding import is_sharded
-from litgpt_moe.training.slowness import SlowSteps
-from litgpt_moe.training.steps import Clock, Judge, RunFailed, StopSignals, Verdict
+from litgpt_moe.training.slowness import SlowSteps, warning
+from litgpt_moe.training.steps import Clock, Judge, StopSignals, Verdict
 from litgpt_moe.training.stories import StoryLog
 
 # assumed for the first save, until its time has been measured: a slow disk
@@ -87,8 +86,6 @@ class LoopHooks:
         # a run of several processes would take its own for others
         is_alone = run.devices == 1 and not getattr(run.data, "num_workers", 0)
         self.slow_steps = SlowSteps(load_of_others() if is_alone else lambda: None)
-        self.is_saving = False
-        """Whether a save was in progress when this step began."""
         self.saved_step = run.start_step
         self.has_validated = False
         self.cut_loss: float | None = None
@@ -141,8 +138,12 @@ class LoopHooks:
         # a batch takes less than one of training, and no more than in the trial, which may compile
         batch_s = min(self.val_batch_s, self.budget.longest_step_s / self.run.accumulation)
         val_s = batch_s * min(self.eval_args.max_iters, self.val_loader.n_batches)
-        is_due = (self.step + 1) % self.eval_args.interval == 0
-        return self.eval_args.final_validation * val_s + self.save_s, is_due * val_s
+        return self.eval_args.final_validation * val_s + self.save_s, self.is_due * val_s
+
+    @property
+    def is_due(self) -> bool:
+        """Whether LitGPT's loop validates after the step in progress."""
+        return (self.step + 1) % self.eval_args.interval == 0
 
     @property
     def now(self) -> str:
@@ -153,18 +154,23 @@ class LoopHooks:
     def before_step(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
         """Judge the step, whose gradient is complete, and set its learning rate."""
         self.optimizer = optimizer
-        failed_save, must_fail = self.writer.failure, self.writer.must_end_run
-        vote = self.judge.vote(time.monotonic(), self.clock.longest_step_s, self.save_s, must_fail)
+        # in this order: a save may fail in between, and a failure without its reason helps nobody
+        must_fail, failed_save = self.writer.must_end_run, self.writer.failure
+        step_s = max(self.clock.longest_step_s, self.in_progress.seconds)
+        vote = self.judge.vote(time.monotonic(), step_s, self.save_s, must_fail)
         share = self.budget.share(time.monotonic(), *self.ahead_s) if self.run.is_timed else 0.0
         loss, grad_norm, votes, share = self.in_progress.end(norm, vote, share)
-        self.budget.end_step(time.perf_counter() - self.in_progress.began)
+        self.budget.end_step(self.in_progress.seconds)
         time_share = self.budget.settle(share)
         lr = set_learning_rate(optimizer, self.run, self.step + 1, lambda: len(self.loader), time_share)
         self.figures = StepFigures(loss, grad_norm, lr)
         can_lower = not math.isfinite(grad_norm) and self.scaling is not None and self.scaling.can_lower()
         verdict = self.judge.verdict(loss, grad_norm, votes, failed_save, can_lower)
         if verdict.fail:
-            raise RunFailed(verdict.fail)
+            self.early_end.fail(verdict.fail)
+        if self.budget.is_up and self.is_due:
+            # the loop validates after this step: once more would find the same, and there is no time for it
+            self.eval_args.final_validation = False
         # the last step ends the run anyway
         if verdict.end and not self.budget.is_up and self.step + 1 < self.run.n_steps:
             self.ending = verdict.end
@@ -183,14 +189,10 @@ class LoopHooks:
             self.metrics.print(f"step {self.step + 1}: {self.scaling.count_overflow()}: step skipped")
             return
         problem = f"the loss is {self.figures.loss:g}, its gradient's norm {self.figures.grad_norm:g}"
-        n = self.judge.guard.n_in_a_row
-        self.metrics.print(f"step {self.step + 1}: {problem}: step skipped ({n} in a row)")
+        in_a_row = f"({self.judge.guard.n_in_a_row} in a row)"
+        self.metrics.print(f"step {self.step + 1}: {problem}: step skipped {in_a_row}")
         if verdict.give_up:
-            self.writer.wait()
-            saved = checkpoints_of(self.run.settings.out_dir)
-            way_on = f"continue from {saved[0]} with --resume auto" if saved else "there is no checkpoint yet"
-            remedy = "lower optimizer.init_args.lr" + (" or use precision 32-true" if self.scaling else "")
-            raise RunFailed(f"{problem} in {n} steps in a row; {remedy}; {way_on}")
+            self.early_end.give_up(problem)
 
     def on_after_optimizer_step(self, strategy: Strategy, optimizer: Optimizer) -> None:
         """Move the selection bias, and count the step."""
@@ -202,11 +204,11 @@ class LoopHooks:
 
     def _watch_speed(self) -> None:
         """Say so when steps have become slow; the first one prepares much, and a save takes a core."""
-        if self.step == self.run.start_step + 1 or self.is_saving or self.writer.is_writing:
+        if self.step == self.run.start_step + 1 or self.in_progress.was_saving or self.writer.is_writing:
             return
-        if slow := self.slow_steps.add(time.perf_counter() - self.in_progress.began):
+        if slow := self.slow_steps.add(self.in_progress.seconds):
             counts = usable_cores(), torch.get_num_threads()
-            self.metrics.print(slowness.warning(slow, self.step, self.fabric.device.type, *counts))
+            self.metrics.print(warning(slow, self.step, self.fabric.device.type, *counts))
 
     def complete(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Return the row for the loop's `metrics`: figures of all ranks, and the routers' statistics."""
@@ -258,6 +260,7 @@ class LoopHooks:
         self.metrics.show("saving")
         self.logs.sync()
         self.saved_step = state["step_count"]
+        self.writer.is_last = bool(self.ending) or self.is_finished
         state = {**state, **collect(self).state_dict()}
         self.writer.save(fabric, state, tokenizer_dir, checkpoint_file)
         self.metrics.show(self.now)
@@ -283,6 +286,7 @@ class LoopHooks:
                 logger.finalize("finished")
         except OSError as error:
             self.lose_logger(fabric, error)
+        self.early_end.close()
         # our own logs are cut when the run starts anew; TensorBoard's would stay, in a folder for each try
         for folder in [getattr(logger, "log_dir", None) for logger in fabric.loggers]:
             if self.is_discarded and folder is not None:

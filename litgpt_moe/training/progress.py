@@ -69,14 +69,21 @@ class StepInProgress:
         self.loss_sum: torch.Tensor | float = 0.0
         """Loss of its micro-batches so far, each divided by their number in a step, on the device."""
         self.began = time.perf_counter()
+        self.was_saving = False
+        """Whether a save was in progress when the step began."""
         self.start: StepStart | None = None
         """None in the first step of a process, before which there is nothing to save."""
         self.are_long = True
         """Whether the steps of any rank take longer than GRACE_S; assumed until the first has ended."""
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the step began."""
+        return time.perf_counter() - self.began
+
     def begin(self) -> None:
         """Remember the state before the first micro-batch."""
-        self.began = time.perf_counter()
+        self.began, self.was_saving = time.perf_counter(), self.hooks.writer.is_writing
         # a step of one micro-batch has no place to stop in
         if self.hooks.run.accumulation > 1:
             counts = router_counts(self.hooks.gpt, lambda tensor: tensor)
@@ -91,7 +98,7 @@ class StepInProgress:
         """Return the mean loss, the gradient's norm, the sum of votes and the mean share, of all ranks."""
         # float32: a loss in bf16 would be rounded to three digits
         loss = torch.as_tensor(self.loss_sum, dtype=torch.float32, device=norm.device)
-        is_long = time.perf_counter() - self.began > GRACE_S
+        is_long = self.seconds > GRACE_S
         flags = loss.new_tensor([float(vote), float(is_long), share])
         # one copy to the device, one all-reduce and one copy to the host for all
         sums = self.hooks.sum_over_ranks(torch.cat([loss[None], flags]))
@@ -103,7 +110,7 @@ class StepInProgress:
 
     def seconds_per_batch(self) -> float:
         """Return the mean time of the micro-batches so far."""
-        return (time.perf_counter() - self.began) / self.n_batches
+        return self.seconds / self.n_batches
 
     def must_leave(self, left_s: float) -> bool:
         """Return whether the run is asked to end and what it does takes too long; the same on every rank."""

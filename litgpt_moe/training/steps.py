@@ -80,6 +80,8 @@ class Clock:
         # seconds of the processes before this one
         self.earlier_s = 0.0
         self.longest_step_s = 0.0
+        """Of the steps but the first, which prepares much, or of the first as long as there is no other."""
+        self._n_steps = 0
         self.first_step_at = self.last_step_at = 0.0
         self._row_step, self._row_s = start_step, 0.0
         self._paused_s = 0.0
@@ -93,10 +95,16 @@ class Clock:
         """Continue from the seconds in a checkpoint."""
         self.earlier_s = self._row_s = earlier_s
 
+    def begin_steps(self) -> None:
+        """Note that the first step begins: what came before, such as compiling, is no part of it."""
+        self.last_step_at = time.perf_counter()
+
     def end_step(self) -> None:
         """Note that an optimizer step has ended."""
         now = time.perf_counter()
-        self.longest_step_s = max(self.longest_step_s, now - (self.last_step_at or self.began))
+        step_s = now - (self.last_step_at or self.began)
+        self.longest_step_s = max(self.longest_step_s, step_s) if self._n_steps > 1 else step_s
+        self._n_steps += 1
         self.last_step_at = now
         self.first_step_at = self.first_step_at or now
 

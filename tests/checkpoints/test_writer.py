@@ -196,6 +196,8 @@ def test_weights_that_are_no_numbers_are_not_saved(run: Callable[..., Run]) -> N
     one.writer.wait()
     reason = "model.lm_head.weight holds values that are no numbers"
     assert one.writer.failure == f"{target} could not be saved: {reason}"
+    # they will not be numbers again
+    assert one.told == [f"Warning: {one.writer.failure}"]
     assert names() == []
 
 
@@ -277,10 +279,12 @@ def test_a_full_disk_lets_training_go_on_and_the_next_save_succeed(
     assert one.writer.failure is None and names() == ["step-00000008"]
 
 
-def test_where_a_full_disk_ends_the_run_it_is_not_said_that_training_goes_on(
-    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("on_full_disk", "is_last"), [("stop", False), ("continue", True)])
+def test_where_the_run_ends_with_a_full_disk_it_is_not_said_that_training_goes_on(
+    on_full_disk: str, is_last: bool, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, usage = run(on_full_disk="stop"), shutil.disk_usage(".")
+    one, usage = run(on_full_disk=on_full_disk), shutil.disk_usage(".")
+    one.writer.is_last = is_last
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     one.save(4)
     one.writer.wait()

@@ -118,6 +118,10 @@ def second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TimeBudget, "end_step", lambda self, _: setattr(self, "_n_steps", self._n_steps + 1))
 
 
+def validated(out_dir: str) -> list[str]:
+    return [row["step"] for row in rows(out_dir) if row["val_loss"]]
+
+
 def rates(out_dir: str) -> list[float]:
     return [float(row["learning_rate"]) for row in rows(out_dir) if row["loss"]]
 
@@ -126,18 +130,25 @@ def rates(out_dir: str) -> list[float]:
 def test_the_rate_is_down_when_the_time_is_up_and_the_run_is_whole(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run("--out_dir", "whole", *BY_TIME, "--train.max_time", 8) == 0
+    by_time = (*BY_TIME, "--train.max_time", 8, "--eval.interval", 3)
+    assert run("--out_dir", "whole", *by_time) == 0
     told = capsys.readouterr()
     assert "Run     0:00:08 in all, at most 3,906,250 steps" in told.err
     assert "Trained    2,304 tokens in 9 steps" in told.out and "A story from it:" in told.out
     found = rates("whole")
     assert found == sorted(found, reverse=True) and found[0] == pytest.approx(0.01)
     assert found[-1] == pytest.approx(1e-4) and found[4] == pytest.approx((0.01 + 1e-4) / 2)
+    # LitGPT's loop would validate twice after the last one, for which no time is kept
+    assert validated("whole") == ["3", "6", "9"]
     # interrupted after step 4, it goes on with the time that was left
-    assert run(*BY_TIME, "--train.max_time", 8, "--train.save_interval", 4) == 0
+    assert run(*by_time, "--train.save_interval", 4) == 0
     go_back(4, "out")
-    assert run(*BY_TIME, "--train.max_time", 8, "--resume", "auto") == 0
+    assert run(*by_time, "--resume", "auto") == 0
     assert rates("out") == found and losses("out") == losses("whole")
+    assert validated("out") == validated("whole")
+    before = rows("out")
+    assert run(*by_time, "--resume", "auto") == 0
+    assert rows("out") == before
     assert checkpoint_flaw(Path("out/final")) is None
 
 

@@ -4,14 +4,18 @@ import csv
 import math
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers.runs import assert_same_run, edit_yaml, loss_times, losses, rows, run, weights
 
+from litgpt_moe.checkpoints import writer
+from litgpt_moe.training.fabric import TrainingFabric
 from litgpt_moe.training.guard import Guard
 from litgpt_moe.training.hooks import LoopHooks
 from tools import show_batch
@@ -59,6 +63,32 @@ def test_a_step_without_a_finite_loss_changes_no_weight_and_is_counted() -> None
     assert math.isfinite(losses()[-1]) and math.isnan(losses()[2])
 
 
+def test_a_run_that_gives_up_lets_the_save_in_progress_end_before_any_process_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_state, order = writer.write_state, []
+
+    def slow_write(*args: Any) -> Any:
+        time.sleep(0.5)
+        order.append("written")
+        return write_state(*args)
+
+    def barrier(*_: object) -> None:
+        order.append("barrier")
+        if "written" in order:
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(writer, "write_state", slow_write)
+    monkeypatch.setattr(TrainingFabric, "barrier", barrier)
+    with loss_times(math.nan, 9):  # the first of step 5
+        assert run("--guard.max_skipped_steps", 1) == 1
+    # once for the name of the checkpoint to go on from, once before the end
+    assert order[order.index("written") :] == ["written", "barrier", "barrier"]
+    error = capsys.readouterr().err.replace("\\", "/")
+    # that another process is dead is no reason to keep quiet
+    assert "in 1 steps in a row; lower optimizer.init_args.lr; continue from out/step-00000004" in error
+
+
 def test_weights_that_are_no_numbers_are_never_saved(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +103,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
     assert run("--train.save_interval", 1) == 1
     error = capsys.readouterr().err.replace("\\", "/")
     assert "error: out/step-00000003 could not be saved: model." in error
-    assert "holds values that are no numbers" in error
+    assert "holds values that are no numbers" in error and "training goes on" not in error
     saved = sorted(path.name for path in Path("out").iterdir() if path.is_dir())
     assert saved == ["logs", "step-00000001", "step-00000002"]
 

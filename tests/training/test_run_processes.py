@@ -28,6 +28,8 @@ from helpers.runs import (
     run,
 )
 
+from litgpt_moe.checkpoints.reader import checkpoint_flaw
+
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
 RUN = [sys.executable, str(ROOT / "run_train.py"), "--config", "train_config.yaml"]
@@ -131,7 +133,9 @@ def test_a_gradient_that_overflows_in_one_process_is_skipped_in_both(strategy: s
 # kill PID; Ctrl-C, scancel, torchrun
 @pytest.mark.parametrize("reached", ["both", pytest.param("one", marks=pytest.mark.slow)])
 def test_a_signal_to_one_or_both_of_two_processes_ends_them_after_the_same_step(reached: str) -> None:
-    process = start("--max_tokens", 10**6 * 256, "--devices", 2, "--train.log_interval", 5)
+    # a worker process that reads the data gets it too, and the run needs its batches to the end
+    workers = ("--data.init_args.num_workers", 1)
+    process = start("--max_tokens", 10**6 * 256, "--devices", 2, "--train.log_interval", 5, *workers)
     wait_for(lambda: Path("out/logs/csv/metrics.csv").exists(), process)
     process.send_signal(signal.SIGTERM) if reached == "one" else os.killpg(process.pid, signal.SIGTERM)
     finish(process)
@@ -140,6 +144,26 @@ def test_a_signal_to_one_or_both_of_two_processes_ends_them_after_the_same_step(
     assert "Traceback" not in text
     newest = max(path.name for path in Path("out").glob("step-*"))
     assert newest == f"step-{int(stopped.replace(',', '')):08d}"
+
+
+@pytest.mark.slow  # Lightning looks every five seconds for a process that has failed, and kills the others
+def test_processes_that_give_up_let_the_first_one_save() -> None:
+    Path("slow_saves.py").write_text(
+        "import time, run_train\n"
+        "from litgpt_moe.checkpoints import writer\n"
+        "write = writer.write_state\n"
+        "writer.write_state = lambda *args: (time.sleep(15), write(*args))[1]\n"
+        "raise SystemExit(run_train.main())\n",
+        encoding="utf-8",
+    )
+    flags = ["--optimizer.lr", 1e30, "--optimizer.weight_decay", 0, "--train.lr_warmup_steps", 0]
+    command = [sys.executable, "slow_saves.py", *RUN[2:]]
+    flags += ["--train.save_interval", 1, "--guard.max_skipped_steps", 1, "--devices", 2]
+    process = start(*flags, command=command)
+    status, text = process.wait(timeout=600), Path("log.txt").read_text(encoding="utf-8").replace("\\", "/")
+    assert status == 1, text
+    assert text.count("continue from out/step-00000001 with --resume auto") == 2, text
+    assert checkpoint_flaw(Path("out/step-00000001")) is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")

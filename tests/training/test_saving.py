@@ -227,6 +227,19 @@ def test_a_full_disk_ends_the_run_where_the_option_says_so(
     assert sum(path.name.startswith("step-") for path in Path("out").iterdir()) == 1
 
 
+def test_a_save_that_fails_just_when_it_is_asked_for_is_told_with_its_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_just_now(saver: writer.CheckpointWriter) -> bool:
+        saver.failure = "out/step-00000004 could not be saved: a reason"
+        return True
+
+    monkeypatch.setattr(writer.CheckpointWriter, "must_end_run", property(fail_just_now))
+    assert run() == 1
+    told = "error: out/step-00000004 could not be saved: a reason; continue with --resume auto"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "allocate",
     [

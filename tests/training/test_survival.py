@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or doubled end as if nothing had happened, or say why not."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,14 +9,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import ROOT
 from helpers.runs import BALANCED, assert_same_run, rows, run, weights
+from torch.utils.data import DataLoader
 
 from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.training import batches, loop, progress
+from litgpt_moe.checkpoints.writer import CheckpointWriter
+from litgpt_moe.data.module import TextShards
+from litgpt_moe.training import batches, hooks, loop, progress
 from litgpt_moe.training.checks import run_lock
 from litgpt_moe.training.ending import EarlyEnd
 from litgpt_moe.training.fabric import TrainingFabric
@@ -48,6 +53,22 @@ def test_a_signal_ends_the_run_after_its_step_and_resume_gives_the_run_that_neve
     assert run("--out_dir", "parts", *common, "--resume", "auto") == 0
     assert_same_run("parts", "whole")
     assert int(rows("parts")[-1]["epoch"] or 1) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM for another process")
+def test_the_workers_of_another_data_module_outlive_a_signal_to_all_processes_too(
+    at_step: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loader = DataLoader([torch.arange(65)] * 64, 2, num_workers=1)
+    monkeypatch.setattr(TextShards, "train_dataloader", lambda _: loader)
+
+    def stop_all() -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(cast(int, worker.pid), signal.SIGTERM)
+        time.sleep(0.5)
+
+    at_step(3, stop_all)
+    assert run() == 0, capsys.readouterr().err
 
 
 @pytest.fixture
@@ -114,6 +135,66 @@ def test_max_time_cuts_off_a_long_step_too(
     assert run("--out_dir", "first", *common, "--train.max_time", 10**6) == 0
     assert "(train.max_time of 1e+06 s, in which no step was done: raise it)" in capsys.readouterr().out
     assert list(Path("first").glob("step-*")) == []
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """One number, of seconds by which all clocks are ahead."""
+    passed = [0.0]
+    for name in ("monotonic", "perf_counter"):
+        clock = getattr(time, name)
+        monkeypatch.setattr(time, name, lambda clock=clock: clock() + passed[0])
+    return passed
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+def test_the_time_of_setting_up_is_not_that_of_a_step(
+    micro_batch_size: int, passed: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_model = hooks.prepare_model
+
+    def prepare_for_long(*args: Any) -> bool:
+        passed[0] += 1000.0  # as compiling does, in the check before the first step
+        return prepare_model(*args)
+
+    monkeypatch.setattr(hooks, "prepare_model", prepare_for_long)
+    assert run("--micro_batch_size", micro_batch_size, "--train.max_time", 1500) == 0
+    assert checkpoint_flaw(Path("out/final")) is None
+
+
+def test_a_first_step_that_leaves_no_time_for_another_is_saved(
+    at_batch: Callable, passed: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_batch(1, lambda: passed.append(passed.pop() + 1000.0))
+    assert run("--micro_batch_size", 4, "--train.max_time", 2000) == 0
+    assert "Stopped after step 1 of 8 (train.max_time of 2000 s)" in capsys.readouterr().out
+    assert checkpoint_flaw(Path("out/step-00000001")) is None
+
+
+@pytest.mark.usefixtures("long_steps")
+def test_a_save_that_failed_is_tried_again_when_the_next_step_is_left(
+    at_batch: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--micro_batch_size", 1, *BALANCED]
+    assert run("--out_dir", "whole", *common) == 0
+    usage, is_full = shutil.disk_usage("."), [False]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000) if is_full[0] else usage)
+    write, n_saves = CheckpointWriter._write, []
+
+    def write_first_to_a_full_disk(writer: CheckpointWriter, *args: Any) -> None:
+        n_saves.append(1)
+        is_full[0] = len(n_saves) == 1  # then somebody makes room
+        write(writer, *args)
+
+    monkeypatch.setattr(CheckpointWriter, "_write", write_first_to_a_full_disk)
+    at_batch(4 * 4 + 2, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(*common) == 0
+    output = capsys.readouterr()
+    assert "step-00000004 could not be saved" in output.err
+    assert "Stopped after step 4 of 8 (SIGTERM)" in output.out
+    assert checkpoint_flaw(Path("out/step-00000004")) is None
+    assert run(*common, "--resume", "auto") == 0
+    assert_same_run("out", "whole")
 
 
 @pytest.mark.usefixtures("long_steps")
