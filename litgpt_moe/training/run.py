@@ -173,7 +173,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     settings = parsed.attempt(fit.with_learning_rate, settings, config, resume) or settings
     optimizer = parsed.attempt(optimizer_spec, settings)
     parsed.raise_all()
-    facts = model_facts(config, settings.train.max_seq_length, model)
+    facts = model_facts(config, settings.train.max_seq_length, model, bool(settings.train.tie_embeddings))
     initial = parsed.attempt(find_initial, settings, model)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
     run = replace(run, demo_data=demo_data)
@@ -213,7 +213,8 @@ def settle(run: Run) -> Run:
     is_open = not (run.resume or run.initial) and fit.leaves_vocabulary_open(run.settings)
     if is_open and fit.vocabulary_size(run.settings.tokenizer_dir) != run.config.vocab_size:
         config, model = fit.fitting_model(run.settings, run.resume, has_demo_data=False)
-        facts = model_facts(config, run.settings.train.max_seq_length, model)
+        is_tied = bool(run.settings.train.tie_embeddings)
+        facts = model_facts(config, run.settings.train.max_seq_length, model, is_tied)
         run = replace(run, config=config, facts=facts)
     if fit.is_open(run.settings.train):
         run = _as_it_runs(_with_length(run))
