@@ -70,21 +70,34 @@ class CsvLog:
         remove_left_over(self.path)
         if not self.path.is_file():
             return
-        with self._rows() as rows:
-            names = [name for name in rows.fieldnames or [] if name]
+        names, own_columns = self._names(), self.columns
         if n_rows and names and self.columns[0] not in names:
             # emptied while it was written, by `: > metrics.csv` or by logrotate
-            patient_rename(self.path, aside := free_name(self.path))
-            note(f"Warning: {self.path} has no header; it is now {aside.name}")
+            self._begin_anew("has no header")
             names = []
-            self._begin()
         self.columns = list(dict.fromkeys([*self.columns, *names]))
-        self.n_rows, last = self._keep_rows(n_rows)
+        try:
+            self.n_rows, last = self._keep_rows(n_rows)
+        except csv.Error as error:
+            self.columns, self.n_rows, last = own_columns, 0, {}
+            self._begin_anew(f"is damaged ({error})")
         if self.n_rows < n_rows:
             has = f"{self.path} has {self.n_rows:,} of the {n_rows:,} rows that the checkpoint counts"
             note(f"Warning: {has}; the others were deleted or never written")
         with contextlib.suppress(ValueError, TypeError):
             self.last_val_loss = float(last["val_loss"]) if "val_loss" in names and last else None
+
+    def _names(self) -> list[str]:
+        """Return the columns that the file has; those of a damaged one do not count."""
+        with contextlib.suppress(csv.Error), self._rows() as rows:
+            return [name for name in rows.fieldnames or [] if name]
+        return []
+
+    def _begin_anew(self, why: str) -> None:
+        """Put the file aside, and begin another one in its place."""
+        patient_rename(self.path, aside := free_name(self.path))
+        note(f"Warning: {self.path} {why}; it is now {aside.name}")
+        self._begin()
 
     @contextlib.contextmanager
     def _rows(self) -> Iterator[csv.DictReader]:
@@ -148,7 +161,11 @@ class CsvLog:
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             is_last_torn = file.read() != b"\n"
-        n_kept, _ = self._keep_rows(is_last_torn=is_last_torn)
+        try:
+            n_kept, _ = self._keep_rows(is_last_torn=is_last_torn)
+        except csv.Error as error:
+            n_kept = 0
+            self._begin_anew(f"is damaged ({error})")
         n_lost = self.n_rows - len(self._waiting) - n_kept
         note(f"Warning: {self.path} was cut by something else, and {n_lost:,} of its rows are lost")
         # a checkpoint records how many rows to keep

@@ -298,6 +298,17 @@ def test_a_log_without_a_header_is_put_aside(tmp_path: Path, capsys: pytest.Capt
     assert "metrics.csv has no header; it is now metrics.csv.1" in told
 
 
+@pytest.mark.parametrize("head", ["step,loss", '"' + "x" * 200_000])
+def test_a_damaged_log_is_put_aside(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    # an open quote: all that follows is one value, longer than the csv module reads
+    log.path.write_text(f'{head}\n1,3.0\n2,"{"0" * 200_000}\n3,2.0\n', encoding="utf-8")
+    log.keep(3)
+    assert lines(log) == ["step,loss"] and (log.columns, log.n_rows) == (["step", "loss"], 0)
+    told = capsys.readouterr().err
+    assert "metrics.csv is damaged (field larger than field limit (131072)); it is now metrics.csv.1" in told
+
+
 def test_rows_that_were_never_written_are_told_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
