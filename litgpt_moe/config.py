@@ -247,11 +247,14 @@ class ModelFacts:
     """Parameters that one token meets: all but the experts that it is not sent to."""
     flops_per_token: int
     """Forward and backward, at the full context length."""
+    is_tied: bool = False
+    """Whether the embedding and the head are one matrix, which counts once."""
 
 
 def hidden_params(config: Config, facts: ModelFacts) -> int:
     """Return the parameters that a token meets between the embedding and the head."""
-    return facts.active_params - 2 * (config.padded_vocab_size or 0) * config.n_embd
+    n_outside = 1 if facts.is_tied else 2
+    return facts.active_params - n_outside * (config.padded_vocab_size or 0) * config.n_embd
 
 
 def meta_model(config: Config) -> GPT:
@@ -260,10 +263,13 @@ def meta_model(config: Config) -> GPT:
         return GPT(config)
 
 
-def model_facts(config: Config, block_size: int | None = None, model: GPT | None = None) -> ModelFacts:
+def model_facts(
+    config: Config, block_size: int | None = None, model: GPT | None = None, is_tied: bool = False
+) -> ModelFacts:
     """Return the facts of a model, at a context of `block_size` tokens (default: the configuration's own).
 
-    `model` is the configuration's model, where it has been built already.
+    `model` is the configuration's model, where it has been built already. With `is_tied` (as by
+    train.tie_embeddings) its embedding is its head: one matrix, which is looked up and multiplied.
 
     FLOPs: PaLM, appendix B (arxiv.org/abs/2204.02311), 6 N + 12 L H Q T a token. N are the weights that
     multiply one token: matrices of active experts, attention, router and head, not the token embedding, which
@@ -271,7 +277,8 @@ def model_facts(config: Config, block_size: int | None = None, model: GPT | None
     for MFU.
     """
     model = model or meta_model(config)
-    everything = list(model.parameters())
+    # with a matrix that is tied already once under each of its names
+    everything = [weight for _, weight in model.named_parameters(remove_duplicate=False)]
     layers = [module for module in model.modules() if isinstance(module, LLaMAMoE)]
     in_experts = [weight for layer in layers for weight in layer.experts.parameters()]
     n_experts, n_idle = max(config.n_expert, 1), config.n_expert - config.n_expert_per_token
@@ -281,7 +288,8 @@ def model_facts(config: Config, block_size: int | None = None, model: GPT | None
     multiplied = _in_matrices(everything) - _in_matrices(in_experts) * n_idle // n_experts - look_up
     n_tokens, head_size = block_size or config.block_size, config.head_size or 0
     attention = 12 * config.n_layer * config.n_head * head_size * n_tokens
-    return ModelFacts(total, active, 6 * multiplied + attention)
+    shared = look_up if is_tied else 0
+    return ModelFacts(total - shared, active - shared, 6 * multiplied + attention, is_tied)
 
 
 def _in_matrices(weights: list[torch.nn.Parameter]) -> int:

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or absent, links among them, and their digests."""
+"""Files that are either complete or absent, links among them, and their digests."""
 
 import contextlib
 import errno
@@ -9,16 +9,13 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizers have 40 MB
-SPARE_BYTES = 2 << 20  # room for the small files beside the weights
 # seconds between attempts to rename: a virus scanner or OneDrive opens new files for a moment
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
@@ -130,8 +127,24 @@ def check_inside(name: str) -> str:
     return name
 
 
-def path_of_any_system(name: str) -> Path:
-    """Return the path that a checkpoint's settings name; one written on Windows may have backslashes."""
+def is_network_share(name: str) -> bool:
+    r"""Return whether Windows reaches a path over the network: //host/share, \\host\share, or \??\UNC\host.
+
+    At a mere look at such a path it logs in there, and sends this user's name and a hash of the password: of
+    a path in a file of somebody else's this must be known before anything else is asked.
+    """
+    path = PureWindowsPath(name).as_posix()
+    is_drive = re.match(r"(//[?.]|/\?\?)/[A-Za-z]:", path) and ".." not in path.split("/")
+    return path.startswith(("//", "/??/")) and not is_drive
+
+
+def path_of_any_system(name: str) -> Path | None:
+    """Return the path that a checkpoint's settings name, None if it is a network share.
+
+    One written on Windows may have backslashes.
+    """
+    if is_network_share(name):
+        return None
     path = Path(name)
     return path if "\\" not in name or path.exists() else Path(PureWindowsPath(name).as_posix())
 
@@ -163,60 +176,6 @@ def sync_files(folder: Path) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sync_directory(folder)
-
-
-def staging_for(target: Path, ending: str = "tmp") -> Path:
-    """Return the hidden name beside `target` under which this process prepares it ("old": moves it aside)."""
-    host = zlib.crc32(socket.gethostname().encode())
-    return target.with_name(f".{target.name}.litgpt_moe-{host:08x}-{os.getpid()}.{ending}")
-
-
-def make_staging(target: Path) -> Path:
-    """Return the new empty staging folder of `target`; what a killed process left of its own is removed."""
-    import psutil  # here: --help needs this module, and psutil takes 20 ms
-
-    staging = staging_for(target)
-    before, pid, after = staging.name.rpartition(str(os.getpid()))
-    own_name = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
-    for path in target.parent.glob(".*.tmp"):
-        match = own_name.fullmatch(path.name)
-        if match and (match[1] == pid or not psutil.pid_exists(int(match[1]))):
-            remove(path)
-    staging.mkdir(parents=True)  # fails if it exists, so that nothing is written through a link
-    return staging
-
-
-def put_in_place(
-    staging: Path, target: Path, foreign: Callable[[Path], list[Path]] = lambda folder: []
-) -> None:
-    """Rename the folder `staging` to `target`; an old `target` moves aside first, and is deleted at the end.
-
-    `foreign` returns what somebody else has put into the old one: that moves into the new one.
-    """
-    aside = staging_for(target, "old")
-    remove(aside)
-    if os.path.lexists(target):
-        patient_rename(target, aside)
-    try:
-        patient_rename(staging, target)
-    except OSError:
-        if os.path.lexists(aside):
-            with contextlib.suppress(OSError):  # the old one is better than none
-                aside.rename(target)
-        raise
-    move_into(target, foreign(aside))
-    sync_directory(target.parent)
-    remove(aside)
-
-
-def move_into(folder: Path, paths: list[Path]) -> None:
-    """Move files and folders of the same disk into `folder`, where a taken name gets a number.
-
-    ValueError if `folder` is a link: what it leads to is not ours to write.
-    """
-    for path in paths:
-        check_no_links(folder)
-        path.rename(free_name(folder / path.name))
 
 
 def is_link(path: Path) -> bool:
@@ -266,35 +225,3 @@ def free_name(path: Path, separator: str = ".", start: int = 1) -> Path:
     """Return `path` if it does not exist, else the first numbered name (`path.1`) that does not."""
     numbered = (path.with_name(f"{path.name}{separator}{n}") for n in itertools.count(start))
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
-
-
-def check_new_folder(out: Path, n_bytes: int) -> None:
-    """Raise OSError if `out` cannot become a new folder of `n_bytes` bytes."""
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; name a folder that does not exist yet")
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; name a folder that does not exist yet")
-    free = shutil.disk_usage(existing_parent(out)).free
-    if free < n_bytes + SPARE_BYTES:
-        needed = n_bytes + SPARE_BYTES
-        raise OSError(errno.ENOSPC, f"{out} needs {needed:,} bytes but {free:,} are free; make room there")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
-    """Yield an empty staging folder that is renamed to `out` at the end, or deleted after an error."""
-    out = out.absolute()  # Path(".") has an empty name
-    check_new_folder(out, n_bytes)
-    made = [folder for folder in out.parents if not folder.exists()]
-    try:
-        yield (staging := make_staging(out))
-        put_in_place(staging, out)
-    except BaseException as error:
-        remove(staging_for(out))
-        for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        if is_disk_full(error):
-            why = no_room(out, n_bytes + SPARE_BYTES)
-            raise OSError(errno.ENOSPC, f"{out} could not be written, the disk is full: {why}") from error
-        raise

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_moe.files import (
-    check_no_links,
-    new_folder,
-    open_whole,
-    put_in_place,
-    staging_for,
-    write_whole,
-)
+from litgpt_moe.files import check_no_links, open_whole, write_whole
+from litgpt_moe.folders import new_folder, put_in_place, staging_for
 
 
 def names(folder: Path) -> list[str]:

@@ -182,7 +182,7 @@ def test_a_run_is_not_continued_as_another_one(workspace: Path, capsys: pytest.C
     assert run("--resume", "auto", "--optimizer", "SGD") == 2
     assert "optimizer.class_path was torch.optim.AdamW, now torch.optim.sgd.SGD" in capsys.readouterr().err
     edit_yaml("model_config.yaml", "n_expert", 8)
-    assert run("--resume", "auto") == 2
+    assert run("--resume", "auto", "--model_config", "model_config.yaml") == 2
     assert "do not fit the model config MoE-tiny" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ SCRIPTS = ("run_train", "prepare_data", "generate", "evaluate", "wandb_dataset")
 # The first row imports nothing of ours at all.
 ROWS = (
     ("kernels", "balance", "files", "shell", "terminal", "threads", "words", "yaml_files"),
-    ("moe_layers", "cli", "flags", "locks", "processes"),
+    ("moe_layers", "cli", "flags", "folders", "locks", "processes"),
     ("config", "loss", "recompute", "hardware"),
     ("checkpoints", "data", "generation", "planning", "budget"),
     (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.runs import edit_yaml
 
 import evaluate
@@ -20,8 +21,12 @@ import prepare_data
 import run_train
 import wandb_dataset
 from litgpt_moe.data.manifest import read_manifest
+from litgpt_moe.data.settings import DEFAULT_DATA_DIR
+from litgpt_moe.files import is_network_share
+from litgpt_moe.report.results import results_of
+from litgpt_moe.scoring import data_of
 from litgpt_moe.training.csv_log import CsvLog
-from tools import inspect_checkpoint
+from tools import inspect_checkpoint, show_batch
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
 
@@ -51,6 +56,61 @@ def assert_refused(status: int, capsys: pytest.CaptureFixture[str], *words: str)
     for word in words:
         assert word in errors[0]
     assert not Path(MARKER).exists() and not Path("out").exists()
+
+
+# --- places -------------------------------------------------------------------------------------------------
+
+SHARES = [
+    "//host/share/d",
+    "\\\\host\\share\\d",
+    "/\\host/share/d",
+    "\\\\?\\UNC\\host\\share\\d",
+    "\\??\\UNC\\host\\s\\d",
+]
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths at which anything looks."""
+    paths: list[str] = []
+
+    def recorded(look: Callable) -> Callable:
+        def record(path: object, *args: object, **options: object) -> object:
+            paths.append(str(path))
+            return look(path, *args, **options)
+
+        return record
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, recorded(getattr(os, name)))
+    return paths
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_no_network_share_that_a_checkpoint_names_is_looked_at(
+    share: str, tiny_checkpoint: Path, looked_at: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # on Windows a look at it logs in there, with this user's name
+    folder = Path(shutil.copytree(tiny_checkpoint, "run/final"))
+    result = {"checkpoint": {"path": f"{share}/final", "sha256": "0"}, "data": {}, "time": "", "loss": 1}
+    Path("run/results.jsonl").write_text(json.dumps(result), encoding="utf-8")
+    for settings in ({"data_dir": share}, {"data": {"init_args": {"train_data_path": f"{share}/train"}}}):
+        whole = {"train": {"max_tokens": 64}, "data": {"class_path": "prepare_data.TextShards"}} | settings
+        whole["data"] = {"class_path": "prepare_data.TextShards"} | whole["data"]
+        (folder / "train_config.yaml").write_text(yaml.dump(whole), encoding="utf-8")
+        assert data_of(folder) == DEFAULT_DATA_DIR
+        assert "is a network share: it is read only where --data_dir names it" in capsys.readouterr().err
+        assert show_batch.main(["run", "--step", "1"]) == 2
+        assert "is a network share, read only where you name it" in capsys.readouterr().err
+    assert results_of(Path("run"), [Path("run/results.jsonl")]) == []
+    assert looked_at and not [name for name in looked_at if "host" in name]
+
+
+def test_a_drive_of_this_machine_is_no_network_share() -> None:
+    local = ["d", "/home/me/d", "C:/d", "C:\\d", "\\\\?\\C:\\d", "\\\\.\\C:\\d", "\\d", "..\\d"]
+    assert not [name for name in local if is_network_share(name)]
+    hidden = "\\\\.\\C:\\..\\UNC\\host\\share"
+    assert all(map(is_network_share, [*SHARES, hidden]))
 
 
 # --- weights ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from helpers.windows import WindowsFiles, busy_for
 
 import evaluate
 from litgpt_moe import cli, files, flags
-from litgpt_moe.checkpoints.layout import is_read_error
+from litgpt_moe.checkpoints.read_errors import is_read_error
 from litgpt_moe.checkpoints.reader import trained_on
 from litgpt_moe.data import workers
 from litgpt_moe.data.batches import TokenBatches, TokenStream
@@ -28,11 +28,12 @@ from litgpt_moe.data.inputs import list_text
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.prepare import prepare
 from litgpt_moe.data.settings import PrepareSettings
-from litgpt_moe.files import new_folder, put_in_place, write_whole
+from litgpt_moe.files import write_whole
 from litgpt_moe.flags import FlagParser
+from litgpt_moe.folders import new_folder, put_in_place
 from litgpt_moe.generation.compiling import NoLibrary, load_library
 from litgpt_moe.interop import export_folder
-from litgpt_moe.training.checks import check_path_lengths
+from litgpt_moe.training.folder_checks import check_path_lengths
 from litgpt_moe.training.output import LastingStream
 from litgpt_moe.training.settings import Settings, plain_settings
 from tools import env_sanity_check, export_hf, import_hf

@@ -10,11 +10,17 @@ to that.
 """
 
 import argparse
+import dataclasses
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from litgpt_moe.cli import run_command, run_script
+from litgpt_moe.cli import WorkFailed, run_command, run_script, say_result
 from litgpt_moe.comparison.settings import CompareSettings, add_override, amount, rate, variant
 from litgpt_moe.flags import FlagParser, add_flags, from_flags
+
+if TYPE_CHECKING:
+    from litgpt_moe.comparison.contestants import Contestant
 
 
 def build_parser() -> FlagParser:
@@ -40,40 +46,44 @@ def build_parser() -> FlagParser:
     add_override(parser)
     text = "also train each CONFIG with these keys replaced, under this name; repeatable"
     add("--variant", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"), help=text)
-    add("--plan", action="store_true", help="only say what would be trained")
+    add("--plan", action="store_true", help="only say what would be trained, and which runs stand")
     add_flags(parser, CompareSettings)
     return parser
 
 
-def run(args: argparse.Namespace) -> str:
-    """Make the comparison, and return its figures and verdicts."""
+def run(args: argparse.Namespace) -> str | None:
+    """Make the comparison, and return its figures and verdicts, or the plan of it."""
     settings: CompareSettings = from_flags(CompareSettings, args)
     if (args.budget is None) == (settings.budget_of_first is None):
         raise ValueError("give --budget N, or --budget_of_first N, and not both")
     from litgpt_moe.comparison.compare import begin
     from litgpt_moe.comparison.contestants import gather
     from litgpt_moe.comparison.facts import gather_facts
+    from litgpt_moe.comparison.plan import plan_text
     from litgpt_moe.comparison.runs import RunsFile
     from litgpt_moe.comparison.train import Trainer
     from litgpt_moe.locks import locked_folder
 
     facts, file = gather_facts(settings.data_dir), RunsFile(settings.results_file)
+    file.check()
+    trainer, variants = Trainer(settings, facts, file), [variant(words) for words in args.variant]
+
+    def models(out: Path) -> list["Contestant"]:
+        place, changes = dataclasses.replace(settings, out=out), dict(args.override)
+        n_pieces = facts.data["vocab_size"]
+        return gather(args.configs, place, settings.dense, args.experts, changes, variants, n_pieces)
+
+    if args.plan:
+        with tempfile.TemporaryDirectory() as folder:  # a plan leaves nothing behind
+            return plan_text(settings, trainer, models(Path(folder)), args.budget, args.lr)
     with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
-        variants = [variant(words) for words in args.variant]
-        found = gather(
-            args.configs,
-            settings,
-            settings.dense,
-            args.experts,
-            dict(args.override),
-            variants,
-            facts.data["vocab_size"],
-        )
-        if args.plan:
-            return "\n".join(map(str, found))
-        comparison = begin(settings, Trainer(settings, facts, file), found, args.budget, args.lr)
+        comparison = begin(settings, trainer, models(settings.out), args.budget, args.lr)
         text = comparison.run()
-    return f"{text}\n\n{settings.out / 'comparison.html'} shows it in a browser"
+    text = f"{text}\n\n{settings.out / 'comparison.html'} shows it in a browser"
+    if failed := comparison.failures():
+        say_result(text)
+        raise WorkFailed(f"{len(failed)} failed: {'; '.join(failed)}")
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:

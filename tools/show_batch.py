@@ -19,11 +19,14 @@ from litgpt_moe.terminal import wrapped
 def data_dir_of(checkpoint_dir: Path, settings: dict[str, Any]) -> Path:
     """Return the run's data directory, relative to where the run was started, else to the current folder."""
     init_args = settings["data"].get("init_args") or {}
-    train = path_of_any_system(init_args.get("train_data_path") or f"{DEFAULT_DATA_DIR.as_posix()}/train")
+    train = init_args.get("train_data_path") or f"{DEFAULT_DATA_DIR.as_posix()}/train"
     # its name in earlier versions is dataset_dir
-    named = settings.get("data_dir") or settings.get("dataset_dir") or str(train.parent)
-    named = path_of_any_system(named)
-    run_dir, out_dir = checkpoint_dir.resolve().parent, path_of_any_system(settings.get("out_dir") or "")
+    name = settings.get("data_dir") or settings.get("dataset_dir")
+    if (named := path_of_any_system(name or train)) is None:
+        raise ValueError(f"{name or train} is a network share, read only where you name it: --data_dir")
+    named = named if name else named.parent
+    run_dir = checkpoint_dir.resolve().parent
+    out_dir = path_of_any_system(settings.get("out_dir") or "") or Path()
     is_relative = out_dir.parts and run_dir.parts[-len(out_dir.parts) :] == out_dir.parts
     start = run_dir.parents[len(out_dir.parts) - 1] if is_relative else Path()
     return start / named if (start / named).exists() else named

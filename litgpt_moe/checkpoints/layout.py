@@ -4,17 +4,16 @@ Nothing heavy is imported here, since the settings of a run hold `CheckpointArgs
 """
 
 import contextlib
-import errno
-import functools
 import json
+import os
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from litgpt_moe.files import check_new_folder, fits, sha256_file, sync_files, write_json
+from litgpt_moe.checkpoints.read_errors import ReadFailed, patient
+from litgpt_moe.files import fits, is_link, sha256_file, sync_files, write_json
+from litgpt_moe.folders import check_new_folder
 from litgpt_moe.words import near
 
 CHECKPOINT_FILE = "lit_model.pth"
@@ -30,7 +29,7 @@ ENTRY_FORM = {"bytes": int, "sha256": str}
 WEIGHTS_FORM = {"head": 1, "tail": 1, "sha256": str}
 MAX_RECORD_BYTES = 1 << 20
 # Only these names are the project's: as `step_name` writes it, what a resume from an earlier step renames,
-# and what a killed process leaves of them (`files.staging_for`; the mark came with version 0.2)
+# and what a killed process leaves of them (`folders.staging_for`; the mark came with version 0.2)
 STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,17})")
 SUPERSEDED = re.compile(rf"superseded-{STEP_NAME.pattern}(\.[0-9]+)?")
 LEFT_OVER = re.compile(
@@ -110,6 +109,13 @@ def checkpoints_of(out_dir: Path) -> list[Path]:
     return [out_dir / name for _, name in sorted(found, reverse=True)]
 
 
+def moved_aside(out_dir: Path) -> dict[Path, Path]:
+    """Return what was moved aside for a replacement that never came, by the places where it was."""
+    found = [(LEFT_OVER.fullmatch(path.name), path) for path in sorted(out_dir.glob(".*.old"))]
+    places = {out_dir / match["target"]: path for match, path in found if match and not is_link(path)}
+    return {place: path for place, path in places.items() if not os.path.lexists(place)}
+
+
 def check_utf8(path: Path) -> None:
     """Raise ValueError if the libraries that read and write weights and tokenizers cannot open `path`."""
     try:
@@ -152,6 +158,8 @@ def find_checkpoint(path: Path) -> Path:
         with contextlib.suppress(OSError):
             beside = [other.name for other in path.parent.iterdir() if other.is_dir()]
         way_out = near(path.name, beside) or "train one with run_train.py"
+        if aside := moved_aside(path.parent).get(path):
+            way_out = f"a kill left it as {aside}: rename that"
         raise FileNotFoundError(f"{path}: no such checkpoint directory; {way_out}")
     if _has_model(path):  # verify_checkpoint will report its damage
         return path
@@ -165,7 +173,8 @@ def find_checkpoint(path: Path) -> Path:
     if problems:
         raise problems[0]
     wanted = f"{CHECKPOINT_FILE} with a {CONFIG_FILE}, nor final/ or step-* that do"
-    raise FileNotFoundError(f"{path} holds no {wanted}")
+    killed = [f"; but there is {old}: rename it to {place.name}" for place, old in moved_aside(path).items()]
+    raise FileNotFoundError(f"{path} holds no {wanted}{''.join(killed[:1])}")
 
 
 def _has_model(folder: Path) -> bool:
@@ -185,46 +194,6 @@ def write_record(folder: Path, step: int, files: dict[str, dict[str, Any]], **no
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     write_json(folder / RECORD_FILE, {"format": RECORD_FORMAT, "step": step, **notes, "files": files})
     sync_files(folder)
-
-
-class ReadFailed(OSError):
-    """A file could not be read, which is no sign of damage; the text is a sentence."""
-
-    def __str__(self) -> str:
-        return self.strerror or ""
-
-
-def is_read_error(error: BaseException) -> bool:
-    """Return whether reading failed (a disk error, no memory, no access): no sign of damage."""
-    # EINVAL: a damaged archive points to before its begin
-    content = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, None)
-    # torch's own words on Linux, and on Windows, where a page file too small for the mapping ends so
-    words = r"Cannot allocate memory|could not (open|create a map on) file <.*error code: <"
-    mapping_failed = isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
-    return mapping_failed or (isinstance(error, OSError) and error.errno not in content)
-
-
-def patient[**Arguments, Result](read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Return `read`, which is called again after a read error: that of a network disk may pass."""
-
-    @functools.wraps(read)
-    def again(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        failure = OSError()
-        for pause_s in (0.1, 0.5, 0):
-            try:
-                return read(*args, **options)
-            except ReadFailed:
-                raise
-            except OSError as error:
-                if not is_read_error(error):
-                    raise
-                failure = error
-            time.sleep(pause_s)
-        reason = "it could not be read, which is no sign of damage; try again, or use another checkpoint"
-        text = f"{failure.filename or args[0]}: {failure.strerror}: {reason}"
-        raise ReadFailed(failure.errno, text) from failure
-
-    return again
 
 
 @patient

@@ -4,9 +4,9 @@ import contextlib
 import re
 from pathlib import Path
 
-from litgpt_moe.checkpoints.layout import LOGS
+from litgpt_moe.checkpoints.layout import FINAL, LOGS
 from litgpt_moe.checkpoints.writer import run_folders
-from litgpt_moe.files import remove
+from litgpt_moe.folders import delete_whole
 
 LOG_FILES = ("run.json", "spikes.csv", "expert_load.csv", "stories.csv", "csv/metrics.csv")
 # of Lightning's loggers, which number their folders
@@ -17,7 +17,7 @@ VERSION_FILES = ("metrics.csv", "hparams.yaml", "events.out.tfevents.*")
 def delete_run(out_dir: Path) -> None:
     """Remove the checkpoints and logs of an earlier run from `out_dir`, and nothing else."""
     for folder in run_folders(out_dir):
-        remove(folder)
+        delete_whole(folder, out_dir / FINAL)
     logs = out_dir / LOGS
     parents = [logs / "csv", logs / "tensorboard"]
     versions = [path for parent in parents for path in parent.glob("version_*") if _is_version(path)]

@@ -23,18 +23,17 @@ from litgpt_moe.checkpoints.layout import (
     CONFIG_FILE,
     RECORD_FILE,
     SETTINGS_FILE,
-    ReadFailed,
-    is_read_error,
-    patient,
     recorded_files,
     refuse_damage,
 )
+from litgpt_moe.checkpoints.read_errors import ReadFailed, is_read_error, patient
 from litgpt_moe.checkpoints.state import check_state, damage_in, non_finite, tensor_bytes, tensors_of
 from litgpt_moe.checkpoints.state_file import is_as_recorded
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.files import is_outside, path_of_any_system, read_json
 from litgpt_moe.hardware import DTYPES
 from litgpt_moe.kernels.matmul import use_fast_linear
+from litgpt_moe.processes import note_once
 from litgpt_moe.yaml_files import read_mapping
 
 MAX_PICKLE_BYTES = 4 << 20  # for data.pkl, the list of tensors; 400M parameters with AdamW need 0.4 MB
@@ -239,14 +238,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def trained_on(settings: dict[str, Any]) -> Path | None:
-    """Return the data directory in the settings of a checkpoint, None if there is none in them."""
+    """Return the data directory in the settings of a checkpoint; None without one, or for a network share."""
     data: Any = settings.get("data")
     given = data.get("init_args") if isinstance(data, dict) else None
     train = given.get("train_data_path") if isinstance(given, dict) else None
     # its name in earlier versions is dataset_dir
-    if isinstance(named := settings.get("data_dir") or settings.get("dataset_dir"), str):
-        return path_of_any_system(named)
-    return path_of_any_system(train).parent if isinstance(train, str) else None
+    named = settings.get("data_dir") or settings.get("dataset_dir")
+    if not isinstance(name := named if isinstance(named, str) else train, str):
+        return None
+    if (path := path_of_any_system(name)) is None:
+        note_once(
+            f"{name}, where its data were, is a network share: it is read only where --data_dir names it."
+        )
+        return None
+    return path if name is named else path.parent
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import functools
-import os
 import re
 import shutil
 import threading
@@ -27,6 +26,7 @@ from litgpt_moe.checkpoints.layout import (
     SUPERSEDED,
     CheckpointArgs,
     is_checkpoint,
+    moved_aside,
     read_record,
     step_name,
     step_of,
@@ -36,19 +36,8 @@ from litgpt_moe.checkpoints.layout import (
 from litgpt_moe.checkpoints.state import non_finite, tensor_bytes
 from litgpt_moe.checkpoints.state_file import write_state
 from litgpt_moe.checkpoints.tokenizer_files import COPIED_FILES, read_tokenizer_files
-from litgpt_moe.files import (
-    free_name,
-    is_disk_full,
-    is_link,
-    make_staging,
-    move_into,
-    new_folder,
-    no_room,
-    patient_rename,
-    put_in_place,
-    remove,
-    staging_for,
-)
+from litgpt_moe.files import free_name, is_disk_full, is_link, no_room, patient_rename, remove
+from litgpt_moe.folders import delete_whole, make_staging, move_into, new_folder, put_in_place, staging_for
 from litgpt_moe.processes import note_once
 
 SMALL_FILES_BYTES = 1 << 20  # for the small files and the zip directory
@@ -215,20 +204,24 @@ def _fill(
     write_record(folder, step, {CHECKPOINT_FILE: entry}, **notes)
 
 
+def put_back(out_dir: Path) -> None:
+    """Rename to its place what a killed process had moved aside for a replacement that never came."""
+    for place, aside in moved_aside(out_dir).items():
+        # another process of this run may be first
+        with contextlib.suppress(FileNotFoundError):
+            patient_rename(aside, place)
+
+
 def tidy(out_dir: Path, start_step: int) -> None:
     """Remove staging folders of a killed process from `out_dir`, and rename steps after `start_step`."""
+    put_back(out_dir)
     for path in out_dir.glob(".*"):
         if match := LEFT_OVER.fullmatch(path.name):
             if not match["mark"] and match["ending"] == "tmp" and holds_others(path):
                 continue
             target = out_dir / match["target"]
-            # moved aside for a replacement, which may be missing
-            is_last = match["ending"] == "old" and not is_link(path) and not os.path.lexists(target)
-            if is_last:
-                patient_rename(path, target)
-            else:
-                move_into(target, foreign_files(path) if match["ending"] == "old" else [])
-                remove(path)
+            move_into(target, foreign_files(path) if match["ending"] == "old" else [])
+            delete_whole(path, target)
     found = [*steps_of(out_dir).items()]
     if is_checkpoint(final := out_dir / FINAL) and (step := step_of(final)) is not None:
         found.append((step, final))

@@ -29,7 +29,8 @@ from litgpt_moe.checkpoints.reader import check_finite, check_weights, read_weig
 from litgpt_moe.checkpoints.tokenizer_files import read_tokenizer_files, tokenizer_sha256
 from litgpt_moe.checkpoints.writer import foreign_files, write_checkpoint
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import free_name, put_in_place, remove
+from litgpt_moe.files import free_name, remove
+from litgpt_moe.folders import put_in_place
 
 # entry of an average's checkpoint.json: the checkpoints that it is made of
 MADE_OF = "averaged"

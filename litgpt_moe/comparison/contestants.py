@@ -6,10 +6,11 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from litgpt_moe.comparison.changes import check_changes, model_keys, training_flags
+from litgpt_moe.comparison.identity import named_seed, nameless
 from litgpt_moe.comparison.settings import PlaceSettings
 from litgpt_moe.comparison.twin import changed_keys, dense_twin, with_experts
 from litgpt_moe.config import ModelFacts, MoEConfig, has_open_vocabulary, model_facts
@@ -17,15 +18,7 @@ from litgpt_moe.files import write_whole
 from litgpt_moe.hardware import training_device
 from litgpt_moe.training.fit import proposed_rate
 from litgpt_moe.training.parse import load_settings
-from litgpt_moe.training.settings import Settings, dotted, plain_settings
-
-# settings that say where a run lies, what it shows and how it computes, but not which model comes out
-NO_MATTER = ("out_dir", "data_dir", "tokenizer_dir", "wandb", "logger_name", "log.", "progress", "eval.")
-NO_MATTER += ("checkpoints.", "train.save_interval", "train.log_interval", "train.max_time", "accelerator")
-NO_MATTER += ("devices", "num_nodes", "compile", "activation_checkpointing", "strategy", "data.init_args.")
-NO_MATTER += ("float32_matmul_precision", "guard.spike_sigma", "initial_checkpoint_dir")
-# a run gets its tokens, and its warm-up in tokens
-NO_MATTER += ("train.lr_warmup_steps", "train.epochs", "train.max_steps")
+from litgpt_moe.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -81,9 +74,18 @@ class Contestant:
         """Where the decay ends, as a share of the learning rate: that of the settings, or a tenth."""
         return self.settings.train.min_lr / self.named_rate if self.named_rate else 0.1
 
-    def whole_steps(self, tokens: float) -> int:
-        """Return the tokens of the whole steps that fit into `tokens`, one step at least."""
-        return max(1, int(tokens // self.tokens_per_step)) * self.tokens_per_step
+    def whole_steps(self, tokens: float, flag: str) -> int:
+        """Return the tokens of the whole steps that fit into `tokens`; ValueError, naming `flag`, if none."""
+        if (n_steps := int(tokens // self.tokens_per_step)) < 1:
+            step = f"less than a step of {self.tokens_per_step:,}"
+            raise ValueError(f"{flag} comes to {tokens:,.0f} tokens for {self.name}, {step}; raise it")
+        return n_steps * self.tokens_per_step
+
+    def sees_batches_of(self, other: "Contestant") -> bool:
+        """Return whether a run sees the same batches as the other's with the same seed."""
+        sizes = [(one.block_size, one.tokens_per_step) for one in (self, other)]
+        data = [(one.settings.data.get("class_path"), named_seed(one.settings)) for one in (self, other)]
+        return sizes[0] == sizes[1] and data[0] == data[1]
 
 
 def gather(
@@ -99,6 +101,9 @@ def gather(
 
     `n_pieces` of the data's tokenizer are the vocabulary of a configuration that leaves it open.
     """
+    check_changes("--override", overrides)
+    for name, changes in variants:
+        check_changes(f"--variant {name}", changes)
     found: list[Contestant] = []
     for path in configs:
         sizes = {"vocab_size": n_pieces} if has_open_vocabulary(path) else {}
@@ -156,53 +161,32 @@ def _add(
     config = dataclasses.replace(config, name=name)
     file = settings.out / "models" / f"{file_name(name)}.yaml"
     write_whole(file, yaml.safe_dump(changed_keys(config), sort_keys=False))
-    argv = [
-        "--config",
-        str(settings.config),
-        "--model_config",
-        str(file),
-        "--data_dir",
-        str(settings.data_dir),
-    ]
-    with contextlib.redirect_stderr(io.StringIO()):  # it says which files it takes: those that we name
-        parsed = load_settings([*argv, *flags])
-    wanted = parsed.settings
-    if wanted.schedule.progress == "time" or wanted.train.max_time is not None:
-        rule = "a comparison gives each run its tokens: take train.max_time and schedule.progress out"
-        raise ValueError(f"{settings.config}: {rule}, and give --match seconds")
-    device = (wanted.accelerator, wanted.devices, wanted.num_nodes, wanted.precision)
-    resolved = dataclasses.replace(wanted, precision=training_device(*device)[0])
-    facts = model_facts(config, wanted.train.max_seq_length)
+    parsed = _settings_of(settings, file, flags)
+    device = (parsed.accelerator, parsed.devices, parsed.num_nodes, parsed.precision)
+    resolved = dataclasses.replace(parsed, precision=training_device(*device)[0])
+    facts = model_facts(config, parsed.train.max_seq_length, is_tied=bool(parsed.train.tie_embeddings))
     found.append(Contestant(config, facts, file, flags, resolved, note=note))
     return found[-1]
 
 
-def model_keys(changes: dict[str, str]) -> dict[str, Any]:
-    """Return the changes that are keys of the model, their values as in YAML."""
-    return {k: yaml.safe_load(v) for k, v in changes.items() if k in MoEConfig.__dataclass_fields__}
-
-
-def training_flags(changes: dict[str, str]) -> tuple[str, ...]:
-    """Return the changes that are settings of run_train.py, as its flags."""
-    others = {key: value for key, value in changes.items() if key not in MoEConfig.__dataclass_fields__}
-    return tuple(word for key, value in others.items() for word in (f"--{key}", value))
-
-
-def nameless(config: MoEConfig) -> dict[str, Any]:
-    """Return the keys that describe a model, without its name."""
-    return {key: value for key, value in changed_keys(config).items() if key != "name"}
+def _settings_of(settings: PlaceSettings, model_file: Path, flags: tuple[str, ...]) -> Settings:
+    """Return the settings that a model is trained with; ValueError if its runs could not be compared."""
+    files = {"config": settings.config, "model_config": model_file, "data_dir": settings.data_dir}
+    argv = [word for key, path in files.items() for word in (f"--{key}", str(path))]
+    with contextlib.redirect_stderr(io.StringIO()):  # it says which files it takes: those that we name
+        wanted = load_settings([*argv, *flags]).settings
+    if wanted.schedule.progress == "time" or wanted.train.max_time is not None:
+        rule = "a comparison gives each run its tokens: take train.max_time and schedule.progress out"
+        raise ValueError(f"{settings.config}: {rule}, and give --match seconds")
+    if wanted.initial_checkpoint_dir is not None:
+        rule = "each run of a comparison starts from weights of its own seed"
+        raise ValueError(f"{settings.config}: {rule}; take initial_checkpoint_dir out")
+    return wanted
 
 
 def file_name(name: str) -> str:
     """Return a name as part of a file's name on any system."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
-
-
-def that_matter(settings: Settings, has_experts: bool) -> dict[str, Any]:
-    """Return the settings, by their dotted names, on which the trained weights depend."""
-    plain = dict(dotted(plain_settings(settings)))
-    left_out = NO_MATTER if has_experts else (*NO_MATTER, "moe.")
-    return {key: value for key, value in plain.items() if not key.startswith(left_out)}
 
 
 def check_vocabulary(contestants: list[Contestant], n_pieces: int) -> None:

@@ -20,6 +20,8 @@ from litgpt_moe.words import ROOT
 
 LOW_PRIORITY = 10 if sys.platform != "win32" else psutil.BELOW_NORMAL_PRIORITY_CLASS
 POLL_S = 1.0
+# in what our commands, torch and the system say of a full disk
+DISK_FULL = ("disk is full", "make room", "No space left", "PytorchStreamWriter failed writing", "quota")
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,17 @@ def _last_error(log: Path, start: int) -> str:
     return (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1]
 
 
+class RunFailed(WorkFailed):
+    """One run of several failed; that says nothing about the others."""
+
+
 def check_ended(outcome: Outcome, what: str, log: Path) -> None:
-    """Raise WorkFailed with the reason unless the process ended well."""
+    """Raise RunFailed with the reason unless the process ended well; WorkFailed if the disk is full."""
     if outcome.status == INTERRUPTED:
         raise KeyboardInterrupt
     if outcome.status:
-        killed = f"ended by signal {-outcome.status}" if outcome.status < 0 else outcome.last_error
-        raise WorkFailed(f"{what} failed: {killed} (all it said is in {log})")
+        # the system ends a process without a word when memory runs out
+        killed = f"ended by signal {-outcome.status}" + " (out of memory?)" * (outcome.status == -9)
+        reason = killed if outcome.status < 0 else outcome.last_error
+        kind = WorkFailed if any(words in reason for words in DISK_FULL) else RunFailed
+        raise kind(f"{what} failed: {reason} (all it said is in {log})")

@@ -3,16 +3,20 @@
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt_moe.comparison.contestants import Contestant, file_name, nameless, that_matter
+from litgpt_moe.comparison.contestants import Contestant, file_name
+from litgpt_moe.comparison.identity import USUAL, has_own_window, is_same, nameless, that_matter
 from litgpt_moe.files import check_no_links
+from litgpt_moe.locks import locked_folder
 from litgpt_moe.report.results import append, json_rows
-from litgpt_moe.training.settings import Settings, dotted, plain_settings
+from litgpt_moe.training.settings import Settings
 
 # the fewest and the most validations of a run, the points of its curve
 N_VALIDATIONS = (4, 16)
@@ -21,7 +25,6 @@ VALIDATION_SHARE = 0.2
 N_LOG_ROWS = 200
 # checkpoints of a run: an interruption costs a tenth of it
 N_SAVES = 10
-USUAL = dict(dotted(plain_settings(Settings())))
 # steps between the rows of a run that measures the speed
 SPEED_LOG = 10
 ROW_FORM: dict[str, Any] = {"kind": str, "model": {}, "settings": {}, "data": {"fingerprint": str}}
@@ -113,6 +116,9 @@ class RunSpec:
             "eval.interval": n + 1 if self.kind != "run" else max(1, n // n_validations),
             # the whole split at each validation
             "eval.max_iters": 1 if self.kind == "speed" else 10**9,
+            # a curve has its last point at the end, and none before the first step
+            "eval.initial_validation": "false",
+            "eval.final_validation": "true",
             "resume": "auto",
         }
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
@@ -120,15 +126,23 @@ class RunSpec:
         return [*self.contestant.flags, *words, "--no_progress"]
 
 
-def is_same(row: dict[str, Any], identity: dict[str, Any]) -> bool:
-    """Return whether a row of the file is the run with this identity.
+def stands_for(row: dict[str, Any], kind: str) -> bool:
+    """Return whether a row is the result of a run of this kind, if it is that run.
 
-    A setting that the row lacks had its usual value: the version that wrote it did not have the setting.
+    What failed in a sweep is tried again as a run. What was scored in a sweep is a run too if its curve has
+    the points of one.
     """
-    if row["model"] != identity["model"] or row["data"]["fingerprint"] != identity["data"]["fingerprint"]:
+    if row["kind"] == "speed":
         return False
-    was, now = row["settings"], identity["settings"]
-    return all(was.get(key, USUAL.get(key)) == now.get(key, USUAL.get(key)) for key in {*was, *now})
+    if "failed" in row:
+        return row["kind"] in (kind, "run")
+    scores = [row.get(name) for name in (("loss",) if kind == "sweep" else ("loss", "bits_per_byte"))]
+    if not all(isinstance(score, float) and math.isfinite(score) for score in scores):
+        return False
+    if kind == "sweep":
+        return True
+    n_points = len(row["curve"]) if isinstance(row.get("curve"), list) else 0
+    return n_points >= (1 if row["kind"] == "run" else min(row.get("steps", math.inf), N_VALIDATIONS[0]))
 
 
 class RunsFile:
@@ -144,11 +158,41 @@ class RunsFile:
         """Return the rows that have the form of a run's."""
         return json_rows(self.path, ROW_FORM)
 
-    def find(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the row of the run with this identity, None if there is none yet."""
-        return next((row for row in self.rows() if row["kind"] != "speed" and is_same(row, identity)), None)
+    def check(self) -> None:
+        """Raise ValueError or OSError if no row can be appended: now, and not after hours of training."""
+        another = "name another --results_file"
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder; {another}")
+        if self.path.is_file():
+            with self.path.open("ab") as file:  # raises OSError for one that is read-only
+                size = file.tell()
+            if size and next(self.rows(), None) is None and not self._begins_as_row():
+                raise ValueError(f"{self.path} holds something else than finished runs; {another}")
+            return
+        folder = next(parent for parent in self.path.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{self.path} cannot be written, because of {folder}; {another}")
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        with self._lock:
+    def _begins_as_row(self) -> bool:
+        with self.path.open("rb") as file:
+            return file.read(8) == b'{"kind":'
+
+    def find(self, identity: dict[str, Any], kind: str = "run") -> dict[str, Any] | None:
+        """Return the first row of the run with this identity, None if there is none yet."""
+        for row in self.rows():
+            is_it = stands_for(row, kind) and is_same(row, identity)
+            if is_it and ("failed" in row or has_own_window(row, identity)):
+                return row
+        return None
+
+    def append(self, row: dict[str, Any], identity: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Append a row and return it; with the identity of a run, the row that another process has appended.
+
+        Two commands that share the file may have made the same run: the first row counts.
+        """
+        doing, folder = "a run is being recorded", self.path.parent
+        with self._lock, locked_folder(folder, self.path.stem, doing, "wait for it", wait=True):
+            if identity is not None and (other := self.find(identity, row["kind"])) is not None:
+                return other
             append(row, self.path)
+        return row

@@ -1,33 +1,30 @@
 """Measure the tokens a second of several models side by side: short real runs in turn, on an idle machine."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from litgpt_moe.cli import note
-from litgpt_moe.comparison.contestants import Contestant, nameless, that_matter
+from litgpt_moe.cli import WARNING, note
+from litgpt_moe.comparison.contestants import Contestant
+from litgpt_moe.comparison.identity import for_speed, nameless, same_settings
 from litgpt_moe.comparison.processes import check_ended
 from litgpt_moe.comparison.runs import SPEED_LOG, RunSpec
 from litgpt_moe.comparison.train import Trainer
-from litgpt_moe.files import remove
+from litgpt_moe.files import fits, read_json, remove, write_json
 from litgpt_moe.report.read import METRICS, read_metrics
 
-ROUNDS = 3
+# odd, so that a median is a measured value
+ROUNDS = 5
 # rows of a run's log; the first, in which the machine warms up, is left out
 N_ROWS = 6
 # cores that other programs use, above which the figures are doubtful
 BUSY = 0.3
-# settings on which the time of a step does not depend
-NO_MATTER = (
-    "seed",
-    "train.max_tokens",
-    "train.min_lr",
-    "train.lr_warmup",
-    "schedule.",
-    "optimizer.init_args.lr",
-)
+# the row of the speeds by which a comparison at equal seconds began, in its folder
+PIN = "speeds.json"
+ROW_FORM: dict[str, Any] = {"models": [{"model": {}, "settings": {}}], "rates": [[0.0]], "machine": {}}
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,24 @@ class Speeds:
     """By the names of the contestants; empty if nothing was measured."""
     load: float | None = None
     """Cores that other programs used meanwhile."""
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    """Each round's tokens a second: in a round the models ran right after one another."""
+    row: dict[str, Any] = field(default_factory=dict)
+    """The row of the file."""
+    is_reused: bool = False
+    """Whether they were measured before this command."""
+
+    @property
+    def origin(self) -> str:
+        """When, by which code and beside what they were measured."""
+        date, commit = str(self.row.get("time"))[:10], str(self.row.get("commit"))[:7]
+        load = "an unknown number of" if self.load is None else f"{self.load:g}"
+        return f"of {date} at commit {commit}, while other programs used {load} cores,"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what comparison.json has of them."""
+        facts = {key: self.row.get(key) for key in ("time", "commit", "is_clean", "machine")}
+        return {"rounds": self.rounds, "load_of_others": self.load, "is_reused": self.is_reused, **facts}
 
 
 def measure(trainer: Trainer, contestants: list[Contestant]) -> Speeds:
@@ -53,8 +68,7 @@ def measure(trainer: Trainer, contestants: list[Contestant]) -> Speeds:
             note(f"{contestant.name}: {rate:,.0f} tokens/s")
     load = round(statistics.fmean(loads), 2) if loads else None
     if load is not None and load > BUSY:
-        note(f"Warning: other programs used {load:.1f} cores meanwhile; measure again when they have ended.")
-    medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+        note(f"{WARNING} other programs used {load:.1f} cores meanwhile; measure again when they have ended.")
     row = {
         "kind": "speed",
         "name": ", ".join(rates),
@@ -62,34 +76,74 @@ def measure(trainer: Trainer, contestants: list[Contestant]) -> Speeds:
         "settings": {},
         "models": [_identity(trainer, contestant) for contestant in contestants],
         "rates": [[round(rate, 1) for rate in values] for values in rates.values()],
-        "tokens_per_s": list(medians.values()),
+        "tokens_per_s": [round(statistics.median(values), 1) for values in rates.values()],
         "load_of_others": load,
         **trainer.record(),
     }
     trainer.file.append(row)
-    return Speeds(medians, load)
+    medians = dict(zip(rates, row["tokens_per_s"], strict=True))
+    return Speeds(medians, load, dict(zip(rates, row["rates"], strict=True)), row)
 
 
-def known_speeds(trainer: Trainer, contestants: list[Contestant]) -> Speeds:
-    """Return the newest speeds in the file that were measured side by side of all of them on this machine."""
-    wanted = {contestant.name: _identity(trainer, contestant) for contestant in contestants}
-    found = Speeds({})
+def known_speeds(trainer: Trainer, contestants: list[Contestant], is_for_budget: bool) -> Speeds:
+    """Return the newest speeds that were measured side by side of all models on a machine like this one.
+
+    For a budget in seconds those that this comparison began with come first: with others its finished runs
+    would be runs of another budget. Others that were measured on a busy machine are not taken for it.
+    """
+    pin = trainer.place.out / PIN
+    if is_for_budget and (pinned := _pinned(pin, trainer, contestants)) is not None:
+        note(f"The speeds in {pin} {pinned.origin} are kept; --measure_again measures anew.")
+        return pinned
+    newest = Speeds({})
     for row in trainer.file.rows():
-        if row["kind"] != "speed" or not trainer.facts.is_this_machine(row.get("machine", {})):
-            continue
-        rates = list(zip(row["models"], row["tokens_per_s"], strict=True))
-        by_name = {name: rate for name, own in wanted.items() for model, rate in rates if model == own}
-        if len(by_name) == len(wanted):
-            found = Speeds(by_name, row["load_of_others"])
+        is_speed = row["kind"] == "speed" and trainer.facts.is_this_machine(row.get("machine") or {})
+        newest = (_of_row(row, trainer, contestants) if is_speed else None) or newest
+    if not newest.tokens_per_s:
+        return newest
+    if is_for_budget and newest.load is not None and newest.load > BUSY:
+        note(f"The measured speeds {newest.origin} are not taken for a budget in seconds: it needs new ones.")
+        return Speeds({})
+    like = "on this machine or one like it"  # nothing that would tell them apart is recorded
+    note(f"Measured speeds {newest.origin} {like}, are reused; --measure_again measures anew.")
+    return newest
+
+
+def pin_speeds(speeds: Speeds, out: Path) -> None:
+    """Keep the speeds by which a comparison at equal seconds begins."""
+    write_json(out / PIN, speeds.row)
+
+
+def _pinned(pin: Path, trainer: Trainer, contestants: list[Contestant]) -> Speeds | None:
+    if not (row := read_json(pin)):
+        return None
+    if (found := _of_row(row, trainer, contestants)) is None:
+        note(f"{WARNING} {pin} does not have all these models as they are now; it will be written anew.")
     return found
+
+
+def _of_row(row: dict[str, Any], trainer: Trainer, contestants: list[Contestant]) -> Speeds | None:
+    """Return the speeds in a row, None if it does not have all the models."""
+    if not fits(row, ROW_FORM) or len(row["models"]) != len(row["rates"]) or not all(row["rates"]):
+        return None
+    rounds = {}
+    for contestant in contestants:
+        own = _identity(trainer, contestant)
+        for was, rates in zip(row["models"], row["rates"], strict=True):
+            if was["model"] == own["model"] and same_settings(was["settings"], own["settings"]):
+                rounds[contestant.name] = rates
+    if len(rounds) < len(contestants):
+        return None
+    medians = {name: round(statistics.median(rates), 1) for name, rates in rounds.items()}
+    load = row.get("load_of_others")
+    return Speeds(medians, load if isinstance(load, float) else None, rounds, row, is_reused=True)
 
 
 def _identity(trainer: Trainer, contestant: Contestant) -> dict[str, Any]:
     """Return what a contestant's speed depends on."""
     spec = _spec(trainer, contestant)
-    settings = that_matter(spec.settings, bool(contestant.config.n_expert))
-    kept = {key: value for key, value in settings.items() if not key.startswith(NO_MATTER)}
-    return {"model": nameless(contestant.config), "settings": kept}
+    settings = for_speed(spec.settings, bool(contestant.config.n_expert))
+    return {"model": nameless(contestant.config), "settings": settings}
 
 
 def _spec(trainer: Trainer, contestant: Contestant) -> RunSpec:

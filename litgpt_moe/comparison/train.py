@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from litgpt_moe.cli import note
+from litgpt_moe.cli import WARNING, note
 from litgpt_moe.comparison.at_once import each_at_once, make_lanes
 from litgpt_moe.comparison.contestants import Contestant
 from litgpt_moe.comparison.facts import Facts
-from litgpt_moe.comparison.processes import Lane, Outcome, check_ended, run_to_end, script
+from litgpt_moe.comparison.processes import Lane, Outcome, RunFailed, check_ended, run_to_end, script
 from litgpt_moe.comparison.runs import RunsFile, RunSpec
 from litgpt_moe.comparison.settings import PlaceSettings
 from litgpt_moe.files import remove
@@ -41,7 +41,7 @@ class Trainer:
 
     def make_all(self, specs: list[RunSpec], done: Callable[[RunSpec, dict[str, Any]], object]) -> None:
         """Make the runs, `at_once` of them at a time, and call `done` with each and its row as they end."""
-        if self.place.at_once == 1:
+        if self.place.at_once == 1 or not specs:
             for spec in specs:
                 done(spec, self.result(spec))
             return
@@ -62,19 +62,44 @@ class Trainer:
         return make_lanes(self.place.at_once, [contestant.settings for contestant in contestants])
 
     def result(self, spec: RunSpec) -> dict[str, Any]:
-        """Return the row of a run: the one that stands in the file, or that of the run made now."""
+        """Return the row of a run: the one that stands in the file, or that of the run made now.
+
+        Where training diverged it has `failed`, the reason, and no scores. A run that was killed or went
+        wrong in another way is not recorded, so that the same command tries it again: {"failed", "again"}.
+        """
         identity = spec.identity(self.facts.fingerprint)
-        if (row := self.file.find(identity)) is not None:
-            note(f"{self.describe(spec)}: stands in {self.file.path}")
+        if (row := self.standing(spec)) is not None:
+            note(f"{self.describe(spec)}: {self._where_it_stands(spec, row)}")
             return row
         note(f"{self.describe(spec)}: training ({time.strftime('%H:%M')})")
-        row = self._make(spec, identity)
-        self.file.append(row)
+        try:
+            made = self._make(spec, identity)
+        except RunFailed as failure:
+            note(f"{WARNING} {failure}; the others go on, and the same command tries it again.")
+            return {"failed": str(failure), "again": True}
+        if (row := self.file.append(made, identity)) is not made:
+            note(f"{self.describe(spec)}: another command has recorded it meanwhile, and its row counts")
+        self._clear(spec, "failed" in made)
+        return row
+
+    def standing(self, spec: RunSpec) -> dict[str, Any] | None:
+        """Return the row of a run in the file, None if there is none yet."""
+        return self.file.find(spec.identity(self.facts.fingerprint), spec.kind)
+
+    def _where_it_stands(self, spec: RunSpec, row: dict[str, Any]) -> str:
+        stands, another = f"stands in {self.file.path}", "--results_file another.jsonl makes it anew"
+        if "failed" in row:
+            return f"{stands} as failed ({row['failed']}); {another}"
+        if self.place.keep and spec.kind == "run" and not (self.folder(spec) / "final").is_dir():
+            return f"no checkpoint: the run {stands}; {another}"
+        return stands
+
+    def _clear(self, spec: RunSpec, is_failed: bool) -> None:
+        """Delete the checkpoints of a run that is recorded, but for a last one that is to be kept."""
         folder = self.folder(spec)
-        is_kept = self.place.keep and spec.kind == "run"
+        is_kept = self.place.keep and spec.kind == "run" and not is_failed
         for path in (*folder.glob("step-*"), *([] if is_kept else [folder / "final"])):
             remove(path)
-        return row
 
     @staticmethod
     def describe(spec: RunSpec) -> str:
@@ -95,14 +120,15 @@ class Trainer:
     def _make(self, spec: RunSpec, identity: dict[str, Any]) -> dict[str, Any]:
         folder, start = self.folder(spec), time.time()
         outcome, log = self.train(spec, self.place.low_priority)
-        if spec.kind == "sweep" and outcome.status == 1 and DIVERGED in outcome.last_error:
+        if outcome.status == 1 and DIVERGED in outcome.last_error:
+            note(f"{WARNING} {self.describe(spec)} diverged: {outcome.last_error}")
             figures: dict[str, Any] = {"failed": outcome.last_error}
         else:
             check_ended(outcome, self.describe(spec), log)
             if not (folder / "final").is_dir():
                 raise KeyboardInterrupt  # somebody has asked run_train.py itself to save and end
             self.facts.check_data(self.place.data_dir)
-            figures = self._score(spec, log)
+            figures = {"window": spec.contestant.block_size, **self._score(spec, log)}
         facts = spec.contestant.facts
         return {
             "kind": spec.kind,
@@ -141,7 +167,7 @@ class Trainer:
     def _score(self, spec: RunSpec, log: Path) -> dict[str, Any]:
         """Return the scores on the whole validation split, and the curve of the run."""
         folder = self.folder(spec)
-        scores = self._evaluate(folder, log)
+        scores = self._evaluate(folder, log, spec.contestant.block_size)
         train, val = read_metrics(folder / METRICS)
         points = curve(train, val)
         return {
@@ -151,13 +177,17 @@ class Trainer:
             "curve": points,
         }
 
-    def _evaluate(self, folder: Path, log: Path) -> dict[str, Any]:
-        """Return what evaluate.py says of the final checkpoint on the whole validation split."""
+    def _evaluate(self, folder: Path, log: Path, window: int) -> dict[str, Any]:
+        """Return what evaluate.py says of the final checkpoint on the whole validation split.
+
+        A window has as many tokens as a sequence in training: at later places a model has learnt nothing.
+        """
         results = folder / RESULTS_FILE
         flags = {
             "ckpt_dir": folder / "final",
             "data_dir": self.place.data_dir,
             "results_file": results,
+            "max_seq_length": window,
             "precision": "32-true",
         }
         words = [word for key, value in flags.items() for word in (f"--{key}", value)]
@@ -180,6 +210,8 @@ def curve(train: Columns, val: Columns) -> list[list[float | None]]:
     points: list[list[float | None]] = []
     before = 0.0
     for step, at, loss in zip(val["step"], val["tokens"], val["loss"], strict=True):
+        if at <= 0:
+            continue  # a validation before the first step
         if points and points[-1][0] == step:
             continue  # the final validation comes right after that of the last step
         since = (tokens > before) & (tokens <= at)

@@ -17,7 +17,8 @@ from litgpt_moe.data.manifest import MANIFEST, RUN_AGAIN, manifest_fingerprint, 
 from litgpt_moe.data.settings import REFERENCE_FORM, WandbSettings
 from litgpt_moe.data.text import NOT_UTF8
 from litgpt_moe.data.tokenizer_folder import TOKENIZER_FOLDER, find_tokenizer
-from litgpt_moe.files import check_inside, make_staging, patient_rename, read_json, remove, write_json
+from litgpt_moe.files import check_inside, patient_rename, read_json, remove, write_json
+from litgpt_moe.folders import make_staging
 
 LINEAGE = "artifact.json"  # in the data directory: name and fingerprint of the artifact that it equals
 Policy = Literal["mutable", "immutable"]  # "mutable": W&B copies each file before it uploads it

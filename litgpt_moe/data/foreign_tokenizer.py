@@ -16,7 +16,8 @@ from litgpt_moe.data.download import MissingOnHub, download
 from litgpt_moe.data.sentencepiece_model import convert
 from litgpt_moe.data.settings import HUB_ID
 from litgpt_moe.data.tokenizer import as_value_error, load_for_encoding
-from litgpt_moe.files import is_link, make_staging, read_json, remove, write_json, write_whole
+from litgpt_moe.files import is_link, read_json, remove, write_json, write_whole
+from litgpt_moe.folders import make_staging
 from litgpt_moe.locks import remove_left_over
 
 MARK = ".copied_from.json"  # beside a copy: the name of what was copied, and the digest of its tokenizer.json

@@ -4,13 +4,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from litgpt_moe.data.forms import FORMS, NAMED_FORMS, NO_TEXT, OLD_FORMS, Source, form_of, stem_of, text_in
 from litgpt_moe.data.settings import SPLITS
 from litgpt_moe.data.text import NOT_UTF8
-from litgpt_moe.files import is_outside, read_json
+from litgpt_moe.files import is_network_share, is_outside, read_json
 
 MAX_NAMES = 5  # of files that are not read
 SMALL_BYTES = 1 << 16  # a file up to this size is looked into before anything is written
@@ -221,10 +221,8 @@ def recorded_paths(data_dir: Path, manifest: dict[str, Any], key: str = "paths")
     names = content.get(key) if isinstance(content, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return []
-    # a network share in a foreign manifest would be sent this user's name
-    if any(
-        PureWindowsPath(name).drive[:1] in ("\\", "/") or PurePosixPath(name).is_absolute() for name in names
-    ):
+    # the manifest may be a stranger's
+    if any(is_network_share(name) or PurePosixPath(name).is_absolute() for name in names):
         return []
     return [Path(os.path.normpath(data_dir.resolve() / name)) for name in names]
 

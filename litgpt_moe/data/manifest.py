@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from litgpt_moe.files import (
     check_inside,
     check_no_links,
     fits,
+    is_network_share,
     is_outside,
     read_json,
     sha256_file,
@@ -59,8 +60,8 @@ def read_files(manifest: Manifest) -> list[dict[str, Any]]:
     """Return the entries of all files of text, those outside of the data directory too."""
     outside = [entry for split in SPLITS for entry in manifest["splits"][split].get("read", ())]
     found = [entry for entry in [*listed(manifest, "text"), *outside] if fits(entry, TEXT_FORM)]
-    # a network share in a foreign manifest would be sent this user's name
-    return [entry for entry in found if PureWindowsPath(entry["path"]).drive[:1] not in ("\\", "/")]
+    # the manifest may be a stranger's
+    return [entry for entry in found if not is_network_share(entry["path"])]
 
 
 def text_forms(manifest: Manifest) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from litgpt_moe.checkpoints.state import batch_sizes_of, tensor_bytes, tokens_se
 from litgpt_moe.cli import WorkFailed
 from litgpt_moe.config import MoEConfig, model_facts
 from litgpt_moe.data.manifest import MANIFEST
-from litgpt_moe.files import new_folder, read_json, sync_files, write_json
+from litgpt_moe.files import read_json, sync_files, write_json
+from litgpt_moe.folders import new_folder
 from litgpt_moe.interop import tokenizer_files, transformers
 from litgpt_moe.interop.families import family_of
 from litgpt_moe.interop.transformers import EXPERT_OUT

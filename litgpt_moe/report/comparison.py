@@ -34,11 +34,13 @@ def comparison_page(content: Content) -> str:
         f'<p class="soft">Budget {axis_number(content["budget"])} {MATCHES[content["match"]]}, {runs} from '
         f"{content['first_seed']} on{left}. Scores are of the whole validation split.</p>",
         _table(models),
+        *_notes(content),
         "<h2>Verdicts</h2>",
         *(f"<p>{escape(verdict['text'])}</p>" for verdict in content["verdicts"]),
         '<p class="soft">A difference is the mean over the seeds of the model minus its reference, with its '
-        "95% interval (paired t). The factors are read from the curves: the better model passed the other's "
-        "last loss so much earlier.</p>",
+        "95% interval (paired t): with the same seed both see the same batches, unless a warning says that "
+        "they do not. The factors are read from the curves: the better model passed the other's last loss so "
+        "much earlier. In brackets is the range of that of the seconds, over the measured rounds.</p>",
         "<h2>Curves</h2>",
         f'<div class="charts">{"".join(_charts(models))}</div>',
         *_sweeps(content["sweeps"]),
@@ -70,16 +72,33 @@ def _table(models: list[Content]) -> str:
             f"{model['tokens']:,}",
             f"{model['flops']:.4g}",
             seconds if model["is_measured_side_by_side"] else f"{seconds} as run",
-            f"{model['lr']:g}",
-            *(_spread(model[key]) for key in ("loss", "bits_per_byte")),
+            _rate(model["lr"], model["lr_is_at_edge"]),
+            *(_spread(model[key], bool(model["failed"])) for key in ("loss", "bits_per_byte")),
         ]
         rows.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
     return f'<div class="scroll"><table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
 
 
-def _spread(value: Content | None) -> str:
+def _notes(content: Content) -> list[str]:
+    """Return what failed, where the runs are from if that differs, and the warnings."""
+    failed = [
+        f"{model['name']}, {what} failed: {why}"
+        for model in content["models"]
+        for what, why in model["failed"].items()
+    ]
+    origin = [f"These are {content['provenance']}: see comparison.json."] if content["provenance"] else []
+    return [f"<p>{escape(text)}</p>" for text in (*failed, *origin, *content["warnings"])]
+
+
+def _rate(rate: float | None, is_at_edge: bool) -> str:
+    if rate is None:
+        return "-"
+    return f"{rate:g}{' (at the edge of those tried)' if is_at_edge else ''}"
+
+
+def _spread(value: Content | None, is_failed: bool) -> str:
     if value is None:
-        return "not run yet"
+        return "failed" if is_failed else "not run yet"
     sd = "" if value["sd"] is None else f" ± {value['sd']:.4f}"
     return f"{value['mean']:.4f}{sd} (n = {value['n']})"
 
@@ -102,7 +121,8 @@ def curve_chart(models: list[Content], unit: str) -> str:
         seconds = (model["seconds"] or math.nan) / model["tokens"]
         per_token = {"tokens": 1.0, "FLOPs": model["flops_per_token"], "seconds": seconds}[unit]
         series.append(Series(model["name"], [(at * per_token, loss) for at, loss in model["curve"]]))
-    return line_chart(series, unit, LOSS, log_x=True)
+    is_as_run = unit == "seconds" and not all(model["is_measured_side_by_side"] for model in models)
+    return line_chart(series, f"{unit}, as run" if is_as_run else unit, LOSS, log_x=True)
 
 
 def sweep_chart(sweeps: list[Content]) -> str:
@@ -117,7 +137,9 @@ def sweep_chart(sweeps: list[Content]) -> str:
 def _sweeps(sweeps: list[Content]) -> list[str]:
     if not sweeps:
         return []
-    found = ", ".join(f"{one['name']} {one['best']:g} ({one['tokens']:,} tokens each)" for one in sweeps)
+    rates = [_rate(one["best"], one["is_at_edge"]) for one in sweeps]
+    pairs = zip(sweeps, rates, strict=True)
+    found = ", ".join(f"{one['name']} {rate} ({one['tokens']:,} tokens each)" for one, rate in pairs)
     return [
         "<h2>Learning rates</h2>",
         f"<p>Found by short runs of each model over the same grid: {escape(found)}.</p>",

@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from litgpt_moe.checkpoints.layout import CHECKPOINT_FILE, checkpoints_of, read_record
 from litgpt_moe.cli import WorkFailed, note
-from litgpt_moe.files import check_no_links, fits, open_no_link
+from litgpt_moe.files import check_no_links, fits, is_network_share, open_no_link
 
 RESULTS_FILE = "results.jsonl"
 MAX_ROWS = 100  # of a run, the newest
@@ -72,7 +72,7 @@ def results_of(run: Path, files: list[Path]) -> list[dict[str, Any]]:
     for row in (row for path in files for row in json_rows(path, ROW_FORM)):
         place, name = Path(row["checkpoint"]["path"]), names.get(row["checkpoint"]["sha256"])
         with contextlib.suppress(ValueError, OSError):  # a zero byte, a loop of links
-            if name is None and place.parent.resolve() == run.resolve():
+            if name is None and _may_look_at(place, run) and place.parent.resolve() == run.resolve():
                 name = place.name + (" (replaced since)" if place.name in names.values() else "")
         if name is not None:
             shown = {"checkpoint": name, "time": row["time"][:40], "data": _describe(row["data"])}
@@ -80,6 +80,12 @@ def results_of(run: Path, files: list[Path]) -> list[dict[str, Any]]:
             shown["quality"] = _quality_of(row)
             rows.setdefault(json.dumps(shown), shown)  # the same row may stand in both files
     return sorted(rows.values(), key=lambda row: row["time"])[-MAX_ROWS:]
+
+
+def _may_look_at(place: Path, run: Path) -> bool:
+    """Return whether a path that a file names, perhaps a stranger's, is on no network share but the run's."""
+    share, own = (PureWindowsPath(str(path)).drive.lower() for path in (place, run.resolve()))
+    return not is_network_share(str(place)) or (share != "" and share == own)
 
 
 def json_rows(path: Path, form: dict[str, Any]) -> Iterator[dict[str, Any]]:

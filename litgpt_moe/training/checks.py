@@ -1,31 +1,14 @@
 """The checks of a run before its first file is written: one sentence for each problem."""
 
-import contextlib
 import functools
-import os
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt_moe.checkpoints.layout import (
-    FINAL,
-    CheckpointArgs,
-    checkpoints_of,
-    others_of,
-    step_name,
-    steps_of,
-)
-from litgpt_moe.checkpoints.reader import checkpoint_flaw
-from litgpt_moe.checkpoints.writer import BESIDE_BYTES, foreign_files, run_folders
-from litgpt_moe.cli import MAX_WINDOWS_PATH
-from litgpt_moe.files import check_no_links, existing_parent, remove, staging_for
+from litgpt_moe.checkpoints.layout import CheckpointArgs
 from litgpt_moe.hardware import has_cuda, memory_bytes, missing_compiler
-from litgpt_moe.locks import locked_folder
 from litgpt_moe.processes import note_once
 from litgpt_moe.training.fit import vocabulary_size
 from litgpt_moe.training.settings import LogArgs, Settings, TrainArgs
@@ -44,20 +27,6 @@ LOWEST = {
     "eval.max_new_tokens recipe.embedding_lr recipe.head_lr recipe.other_lr",
 }
 MAY_BE_INF = ("train.max_norm", "guard.spike_sigma")
-
-
-@contextlib.contextmanager
-def run_lock(out_dir: Path) -> Iterator[None]:
-    """Keep a second run out of `out_dir`, and say if the last one there was killed."""
-    # a run that ends in any other way removes it
-    was_killed = (out_dir / ".run.json").is_file()
-    with locked_folder(out_dir, "run", "a run is live", "wait for it or choose another --out_dir"):
-        if was_killed:
-            note_once(
-                f"The last run in {out_dir} was killed. If that was for lack of memory (a container's limit "
-                "gives no other sign), lower train.micro_batch_size."
-            )
-        yield
 
 
 def train_problems(settings: Settings, block_size: int | None, world_size: int) -> list[str]:
@@ -170,10 +139,11 @@ def check_tokenizer(run: "Run") -> None:
         raise ValueError(f"tokenizer_dir is {folder}, a file; name the folder that has tokenizer.json")
     size = vocabulary_size(folder)
     if size is not None and size > n_rows:
+        # a run that goes on keeps its model
+        open_it = "" if run.resume else "set vocab_size: auto there, without padded_vocab_size, or "
         raise ValueError(
             f"{folder}: the tokenizer has {size} pieces but padded_vocab_size in {run.settings.model_config} "
-            f"is {n_rows}; set vocab_size: auto there, without padded_vocab_size, or name another "
-            "--tokenizer_dir"
+            f"is {n_rows}; {open_it}name another --tokenizer_dir"
         )
 
 
@@ -181,7 +151,8 @@ def warn_of_unused_rows(run: "Run") -> None:
     """Warn of a model with more than twice as many vocabulary rows as the tokenizer has pieces."""
     folder, n_rows = run.settings.tokenizer_dir, run.config.padded_vocab_size or 0
     size = vocabulary_size(folder)
-    if size is not None and 2 * size < n_rows:
+    # in a run that goes on it was said, and cannot be changed
+    if size is not None and 2 * size < n_rows and run.resume is None:
         note_once(
             f"Warning: {folder}: the tokenizer has {size} pieces but padded_vocab_size in "
             f"{run.settings.model_config} is {n_rows}: the other rows take memory and time in each step and "
@@ -198,89 +169,4 @@ def check_memory(run: "Run") -> None:
         raise ValueError(
             f"{run.settings.model_config}: {run.facts.total_params:,} parameters and their gradients need "
             f"{needed / 1e9:.4g} GB of memory but there are {has / 1e9:.4g}; choose a smaller model"
-        )
-
-
-def check_writable(out_dir: Path) -> None:
-    """Raise ValueError if `out_dir` cannot be written, or cannot be created."""
-    # the first that exists may be a file: no folder can be made below it
-    parent = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"out_dir is {out_dir}, but {parent} cannot be written; choose another --out_dir")
-
-
-def check_path_lengths(out_dir: Path) -> None:
-    """Raise ValueError if Windows refuses the paths of a checkpoint's files: now, not at the first save."""
-    folder = staging_for(out_dir.absolute() / step_name(10**8))
-    longest = folder / "checkpoint.000000000000.tmp"
-    if sys.platform != "win32" or len(str(longest)) <= MAX_WINDOWS_PATH:
-        return
-    try:  # long paths may be switched on
-        folder.mkdir(parents=True)
-        longest.touch()
-    except OSError:
-        need = f"a checkpoint's files need paths of {len(str(longest))} characters"
-        way_out = "choose a shorter --out_dir, or switch on long paths"
-        raise ValueError(
-            f"out_dir is {out_dir}: {need} and Windows takes {MAX_WINDOWS_PATH}; {way_out}"
-        ) from None
-    finally:
-        remove(folder)
-
-
-def check_out_dir(run: "Run") -> None:
-    """Raise ValueError if out_dir holds another run, or has no room for a checkpoint."""
-    settings, out_dir = run.settings, run.settings.out_dir
-    if run.initial and settings.overwrite and out_dir.resolve() in run.initial.file.resolve().parents:
-        raise ValueError(
-            f"initial_checkpoint_dir lies in {out_dir}, which --overwrite deletes; choose another --out_dir"
-        )
-    if others := others_of(out_dir):
-        raise ValueError(
-            f"{others[0]} is no checkpoint, but has a name under which this run saves; move it elsewhere, "
-            "or choose another --out_dir"
-        )
-    in_runs = [path for folder in run_folders(out_dir) for path in foreign_files(folder)]
-    if settings.overwrite and in_runs:
-        raise ValueError(f"{in_runs[0]} is not the run's, and --overwrite would delete it; move it elsewhere")
-    earlier = [path for path in (out_dir / FINAL, *steps_of(out_dir).values()) if path.exists()]
-    if earlier and run.resume is None and not settings.overwrite:
-        is_whole = any(checkpoint_flaw(path) is None for path in checkpoints_of(out_dir))
-        way_on = "continue it with --resume auto" if is_whole else "none of it can be continued"
-        raise ValueError(
-            f"{out_dir} already holds a run ({earlier[0].name}); {way_on}, "
-            "choose another --out_dir, or delete it with --overwrite"
-        )
-    check_path_lengths(out_dir)
-    check_no_links(logs := out_dir / "logs")
-    check_no_links(*logs.rglob("*"))
-    free = free_bytes(out_dir)
-    needed = run.checkpoint_bytes + BESIDE_BYTES
-    if free < needed:
-        raise ValueError(
-            f"{out_dir}: a checkpoint needs {needed:,} bytes but {free:,} are free; make room there"
-        )
-    warn_of_disk(run, free)
-
-
-def free_bytes(out_dir: Path) -> int:
-    """Return the room on the disk of a folder, which need not be there yet."""
-    return shutil.disk_usage(existing_parent(out_dir)).free
-
-
-def disk_bytes(run: "Run") -> int:
-    """Return the room that the checkpoints of the run need at most at one time."""
-    n_steps, keep = run.n_steps - run.start_step, run.settings.checkpoints.keep_last
-    n_saves = 1 + n_steps // (run.settings.train.save_interval or n_steps or 1)
-    # 2: the checkpoint that is being written, and final/
-    return (run.checkpoint_bytes + BESIDE_BYTES) * min(n_saves, (keep or n_saves) + 2)
-
-
-def warn_of_disk(run: "Run", free: int) -> None:
-    """Warn if there is room for a checkpoint, and not for all that the run keeps."""
-    out_dir = run.settings.out_dir
-    if free < (whole := disk_bytes(run)):
-        note_once(
-            f"Warning: all checkpoints of this run need {whole:,} bytes but {free:,} are free in {out_dir}; "
-            "set checkpoints.keep_last, raise train.save_interval or make room."
         )

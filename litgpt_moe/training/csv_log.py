@@ -8,13 +8,13 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from litgpt import Config
 
 from litgpt_moe.balance import STATISTICS
 from litgpt_moe.cli import note
-from litgpt_moe.files import free_name, open_no_link, patient_rename, write_whole
+from litgpt_moe.files import free_name, open_no_link, open_whole, patient_rename, write_whole
 from litgpt_moe.locks import remove_left_over
 from litgpt_moe.processes import is_main_process
 
@@ -34,6 +34,16 @@ def metric_columns(config: Config, precision: str = "") -> list[str]:
     router = [f"moe/{name}/layer_{layer:02d}" for layer in blocks for name in STATISTICS]
     scaling = SCALING_COLUMNS if precision == "16-mixed" else ()
     return [*STEP_COLUMNS.split(), *scaling, *router, "val_loss", "val_ppl"]
+
+
+class _Utf8:
+    """Takes text for a binary file: all that a CSV writer needs of a file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        self.file.write(text.encode("utf-8"))
 
 
 class CsvLog:
@@ -60,28 +70,58 @@ class CsvLog:
         remove_left_over(self.path)
         if not self.path.is_file():
             return
-        names, rows = self._read(n_rows)
+        names, own_columns = self._names(), self.columns
         if n_rows and names and self.columns[0] not in names:
             # emptied while it was written, by `: > metrics.csv` or by logrotate
-            patient_rename(self.path, aside := free_name(self.path))
-            note(f"Warning: {self.path} has no header; it is now {aside.name}")
-            names, rows = [], []
-        if len(rows) < n_rows:
-            has = f"{self.path} has {len(rows):,} of the {n_rows:,} rows that the checkpoint counts"
-            note(f"Warning: {has}; the others were deleted or never written")
+            self._begin_anew("has no header")
+            names = []
         self.columns = list(dict.fromkeys([*self.columns, *names]))
-        self._rewrite(rows)
-        self.n_rows = len(rows)
+        try:
+            self.n_rows, last = self._keep_rows(n_rows)
+        except csv.Error as error:
+            self.columns, self.n_rows, last = own_columns, 0, {}
+            self._begin_anew(f"is damaged ({error})")
+        if self.n_rows < n_rows:
+            has = f"{self.path} has {self.n_rows:,} of the {n_rows:,} rows that the checkpoint counts"
+            note(f"Warning: {has}; the others were deleted or never written")
         with contextlib.suppress(ValueError, TypeError):
-            self.last_val_loss = float(rows[-1]["val_loss"]) if "val_loss" in names and rows else None
+            self.last_val_loss = float(last["val_loss"]) if "val_loss" in names and last else None
 
-    def _read(self, n_rows: int | None = None) -> tuple[list[str], list[dict[str, str]]]:
-        """Return the columns of the file and its rows, or the first `n_rows` of them."""
+    def _names(self) -> list[str]:
+        """Return the columns that the file has; those of a damaged one do not count."""
+        with contextlib.suppress(csv.Error), self._rows() as rows:
+            return [name for name in rows.fieldnames or [] if name]
+        return []
+
+    def _begin_anew(self, why: str) -> None:
+        """Put the file aside, and begin another one in its place."""
+        patient_rename(self.path, aside := free_name(self.path))
+        note(f"Warning: {self.path} {why}; it is now {aside.name}")
+        self._begin()
+
+    @contextlib.contextmanager
+    def _rows(self) -> Iterator[csv.DictReader]:
         # the last row may be torn or worse, if the machine stopped while it was written
         with self.path.open(encoding="utf-8", errors="replace", newline="") as file:
-            reader = csv.DictReader(line.replace("\0", "") for line in file)
-            names = [name for name in reader.fieldnames or [] if name]
-            return names, list(itertools.islice(reader, n_rows))
+            yield csv.DictReader(line.replace("\0", "") for line in file)
+
+    def _keep_rows(self, n_rows: int | None = None, is_last_torn: bool = False) -> tuple[int, dict[str, str]]:
+        """Rewrite the file with the first `n_rows` rows, or all but a torn last one.
+
+        Return their number and the last of them. One row at a time is in memory: the log of a large model
+        takes a gigabyte in a week.
+        """
+        n_kept, last = 0, {}
+        # the file that is read is closed before it is replaced, which Windows asks for
+        with open_whole(self.path) as file, self._rows() as rows:
+            # a torn row may have more values than there are columns
+            writer = csv.DictWriter(_Utf8(file), self.columns, extrasaction="ignore")
+            writer.writeheader()
+            kept = itertools.islice(rows, n_rows)
+            for last in (row for row, _ in itertools.pairwise(kept)) if is_last_torn else kept:
+                writer.writerow(last)
+                n_kept += 1
+        return n_kept, last
 
     def write(self, *rows: dict[str, Any]) -> None:
         """Append rows, opening the file once; columns that a row lacks stay empty."""
@@ -96,12 +136,12 @@ class CsvLog:
         if any(folder.is_symlink() for folder in (self.path.parent, self.path.parent.parent)):
             raise OSError(errno.ELOOP, "its folder has become a link")
         # emptied, the file lacks its header
-        if not self.path.is_file() or self.path.stat().st_size < len(self._text([]).encode()):
+        if not self.path.is_file() or self.path.stat().st_size < len(self._header().encode()):
             if (n_lost := self.n_rows - len(self._waiting)) > 0:
                 note(f"Warning: {self.path} is gone, with {n_lost:,} rows; it begins anew")
                 # a checkpoint records how many rows to keep
                 self.n_rows = len(self._waiting)
-            self._rewrite([])
+            self._begin()
         elif self.path.stat().st_size < self._size:
             self._mend()
         size = self.path.stat().st_size
@@ -118,14 +158,18 @@ class CsvLog:
 
     def _mend(self) -> None:
         """Keep the whole rows of a file that something else has cut, and count them anew."""
-        _, rows = self._read()
-        if rows and not self.path.read_bytes().endswith(b"\n"):
-            del rows[-1]
-        n_lost = self.n_rows - len(self._waiting) - len(rows)
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            is_last_torn = file.read() != b"\n"
+        try:
+            n_kept, _ = self._keep_rows(is_last_torn=is_last_torn)
+        except csv.Error as error:
+            n_kept = 0
+            self._begin_anew(f"is damaged ({error})")
+        n_lost = self.n_rows - len(self._waiting) - n_kept
         note(f"Warning: {self.path} was cut by something else, and {n_lost:,} of its rows are lost")
         # a checkpoint records how many rows to keep
-        self.n_rows = len(rows) + len(self._waiting)
-        self._rewrite(rows)
+        self.n_rows = n_kept + len(self._waiting)
 
     @contextlib.contextmanager
     def _failure_is_reported(self) -> Iterator[None]:
@@ -139,15 +183,12 @@ class CsvLog:
                 note(f"Warning: {self.path} cannot be written ({reason}); training goes on, its rows wait")
             self.failure = reason
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        write_whole(self.path, self._text(rows))
+    def _begin(self) -> None:
+        write_whole(self.path, self._header())
 
-    def _text(self, rows: list[dict[str, str]]) -> str:
+    def _header(self) -> str:
         text = io.StringIO(newline="")
-        # a torn row may have more values than there are columns
-        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.DictWriter(text, self.columns).writeheader()
         return text.getvalue()
 
     def sync(self) -> None:

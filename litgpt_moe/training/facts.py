@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 import litgpt_moe
+from litgpt_moe.checkpoints.layout import LOGS
 from litgpt_moe.data.manifest import manifest_fingerprint, read_manifest
 from litgpt_moe.files import write_json
 from litgpt_moe.hardware import cpu_name, memory_bytes
 from litgpt_moe.locks import remove_left_over
 from litgpt_moe.threads import usable_cores
+from litgpt_moe.training.folder_checks import FACTS_FILE, this_command
 from litgpt_moe.training.run import Run
 from litgpt_moe.training.settings import plain_settings
 
@@ -27,7 +29,8 @@ def write_run_facts(run: Run, device: torch.device) -> None:
     versions = {"python": sys.version.split()[0], "litgpt_moe": litgpt_moe.__version__}
     versions |= {name: version(name) for name in ("torch", "litgpt", "lightning", "numpy")}
     facts = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": this_command(),
+        "resumed": str(run.resume.folder.resolve()) if run.resume else None,
         "model": _model(run),
         "machine": _machine(run, device),
         "data": _data(run),
@@ -35,7 +38,7 @@ def write_run_facts(run: Run, device: torch.device) -> None:
         "settings": plain_settings(run.settings),
         "versions": versions,
     }
-    path = run.settings.out_dir / "logs/run.json"
+    path = run.settings.out_dir / LOGS / FACTS_FILE
     remove_left_over(path)
     write_json(path, facts)
 

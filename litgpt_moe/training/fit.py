@@ -9,6 +9,7 @@ from litgpt.model import GPT
 
 from litgpt_moe import budget
 from litgpt_moe.checkpoints.layout import CONFIG_FILE, find_checkpoint
+from litgpt_moe.cli import first_line
 from litgpt_moe.config import (
     AUTO,
     ModelFacts,
@@ -20,6 +21,8 @@ from litgpt_moe.config import (
 from litgpt_moe.data.manifest import read_manifest
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.data.tokenizer import read_tokenizer_facts
+from litgpt_moe.processes import note_once
+from litgpt_moe.training.changes import changed_keys
 from litgpt_moe.training.resume import OpenCheckpoint
 from litgpt_moe.training.settings import Settings, TrainArgs
 
@@ -39,6 +42,38 @@ def leaves_vocabulary_open(settings: Settings) -> bool:
     return settings.model_config is not None and has_open_vocabulary(settings.model_config)
 
 
+def with_own_model(settings: Settings, resume: OpenCheckpoint | None, is_model_named: bool) -> Settings:
+    """Return the settings with the model's file of the checkpoint that is resumed, unless one is named.
+
+    A default file may have changed since the run began: the run goes on with the model that it has. A file
+    that is named has to be that model.
+    """
+    assert settings.model_config is not None  # `load_settings` has chosen one
+    if resume is None or is_model_named:
+        return settings
+    own = resume.folder / CONFIG_FILE
+    _say_if_other(own, settings.model_config)
+    return replace(settings, model_config=own)
+
+
+def _say_if_other(own: Path, default: Path) -> None:
+    """Say in a line how the default file of a model differs from that of a checkpoint."""
+    before = MoEConfig.untried_from_file(own, is_foreign=True)
+    sizes = {}
+    try:
+        if has_open_vocabulary(default):
+            sizes = {"vocab_size": before.vocab_size, "padded_vocab_size": before.padded_vocab_size}
+        keys = [*changed_keys(before, MoEConfig.untried_from_file(default, **sizes))]
+    except (ValueError, OSError) as error:
+        note_once(
+            f"The model is that of {own}, not of the default, which cannot be read: {first_line(error)}."
+        )
+        return
+    if keys:
+        differs = "; ".join(f"{key} {was} (there {value})" for key, was, value in keys)
+        note_once(f"The model is that of {own}, not of {default}, which differs: {differs}.")
+
+
 def fitting_model(
     settings: Settings, resume: OpenCheckpoint | None, has_demo_data: bool
 ) -> tuple[MoEConfig, GPT]:
@@ -49,8 +84,9 @@ def fitting_model(
     """
     assert settings.model_config is not None  # `load_settings` has chosen one
     path = settings.model_config
-    if not leaves_vocabulary_open(settings):
-        return MoEConfig.model_from_file(path)
+    is_own = resume is not None and path == resume.folder / CONFIG_FILE
+    if is_own or not leaves_vocabulary_open(settings):
+        return MoEConfig.model_from_file(path, is_foreign=is_own)
     sizes = _vocabulary_of(resume.folder if resume else settings.initial_checkpoint_dir)
     if not sizes:
         n_pieces = vocabulary_size(settings.tokenizer_dir) or (DEMO_VOCABULARY if has_demo_data else None)

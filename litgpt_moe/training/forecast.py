@@ -12,8 +12,8 @@ from litgpt_moe import budget
 from litgpt_moe.hardware import fits, gpu_bytes, has_cuda, memory_bytes, peak_flops
 from litgpt_moe.planning import StepPlanner
 from litgpt_moe.training import fit
-from litgpt_moe.training.checks import disk_bytes, free_bytes
 from litgpt_moe.training.csv_log import METRICS_FILE
+from litgpt_moe.training.folder_checks import disk_bytes, free_bytes
 from litgpt_moe.training.memory import planner_of, smaller_micro_batches
 from litgpt_moe.training.run import Run
 

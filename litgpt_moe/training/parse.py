@@ -22,7 +22,7 @@ from litgpt_moe.training.class_path import (
     check_class_key,
     without_foreign_arguments,
 )
-from litgpt_moe.training.given import has_own_data, with_one_length
+from litgpt_moe.training.given import has_own_data, resumed_model, with_one_length
 from litgpt_moe.training.settings import Settings
 from litgpt_moe.training.sources import FLAG_TO_KEY, OLD_KEYS, Given, choose_configs, read_variables
 from litgpt_moe.words import config_file, near, seconds, whole_number
@@ -46,6 +46,8 @@ class Parsed:
     settings: Settings
     places: dict[str, str]
     """Dotted key -> the YAML file, `$VARIABLE` or `--flag` that set it; defaults are absent."""
+    is_model_named: bool
+    """Whether a flag or a settings file names the model's file; else it is a default."""
     problems: list[str] = field(default_factory=list)
 
     def add(self, problems: list[str]) -> None:
@@ -83,12 +85,14 @@ def load_settings(argv: list[str]) -> Parsed:
     given = from_home({**read_variables(), **read_flags(argv)})
     if "config" in given:  # its model_config may name the model's file
         given = {**read_settings_file(config_file(Path(given["config"][0]))), **given}
-    config, model_config = choose_configs(given, has_cuda, has_own_data)
+    is_model_named = "model_config" in given
+    config, model_config = choose_configs(given, has_cuda, has_own_data, resumed=resumed_model(given))
     if "config" not in given:
         given = {**read_settings_file(config), **given}
     given = without_foreign_arguments(with_one_length(given), str(config))
     given["config"], given["model_config"] = (str(config), "--config"), (str(model_config), "--model_config")
-    return Parsed(typed_settings(given), {key: place for key, (_, place) in given.items()})
+    places = {key: place for key, (_, place) in given.items()}
+    return Parsed(typed_settings(given), places, is_model_named)
 
 
 def read_flags(argv: list[str]) -> Given:

@@ -1,8 +1,6 @@
 """The checkpoint that a run resumes, or whose weights it starts from: found, checked and opened once."""
 
 import functools
-from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,34 +12,25 @@ from litgpt_moe.checkpoints import reader
 from litgpt_moe.checkpoints.batch_sizes import BatchSizes
 from litgpt_moe.checkpoints.layout import (
     CHECKPOINT_FILE,
-    CONFIG_FILE,
     SETTINGS_FILE,
-    ReadFailed,
     checkpoints_of,
     find_checkpoint,
+    moved_aside,
     read_record,
 )
+from litgpt_moe.checkpoints.read_errors import ReadFailed
 from litgpt_moe.checkpoints.state import check_state, damage_in
 from litgpt_moe.config import MoEConfig
 from litgpt_moe.data.batches import POSITION_FORM
-from litgpt_moe.data.tokenizer import read_tokenizer_facts
 from litgpt_moe.files import fits
 from litgpt_moe.processes import note_once
+from litgpt_moe.training.changes import changed_meaning, changed_run, say_what_changed
+from litgpt_moe.training.given import resumed_place
 from litgpt_moe.training.parse import read_yaml
-from litgpt_moe.training.settings import Settings, dotted, plain_settings
+from litgpt_moe.training.settings import Settings
 
 if TYPE_CHECKING:
     from litgpt_moe.training.run import Run
-
-# keys of a model's configuration that do not change what it computes (padded_vocab_size does)
-SAME_FUNCTION = ("name", "hf_config", "padding_multiple")
-# settings whose change on a resume is told
-TOLD = (
-    *("optimizer.", "schedule.", "moe.", "guard.", "data.", "data_dir", "wandb_dataset", "precision"),
-    *("devices", "num_nodes", "accelerator", "seed", "train.global_batch_size"),
-    *("train.micro_batch_size", "train.max_tokens", "train.lr_warmup", "train.min_lr", "train.max_norm"),
-    "recipe.",
-)
 
 
 class OpenCheckpoint:
@@ -72,17 +61,18 @@ class OpenCheckpoint:
 
 def find_resume(settings: Settings) -> OpenCheckpoint | None:
     """Return the checkpoint to continue from, or None for a fresh start."""
-    resume = str(settings.resume)
-    if resume.lower() in ("false", "none", ""):
+    resume, place = str(settings.resume), resumed_place(settings.resume, settings.out_dir)
+    if place is None:
         return None
     if settings.overwrite:
         raise ValueError("resume and overwrite exclude each other; drop one")
     if settings.initial_checkpoint_dir:
         raise ValueError("resume and initial_checkpoint_dir exclude each other; drop one")
-    out_dir = settings.out_dir if resume.lower() in ("auto", "true") else Path(resume)
-    newest_first = checkpoints_of(out_dir)
-    if out_dir is not settings.out_dir and not newest_first:
-        reader.verify_checkpoint(folder := find_checkpoint(out_dir))
+    newest_first = checkpoints_of(place)
+    for lost, aside in moved_aside(place).items() if settings.plan else ():
+        note_once(f"A kill left {aside}: a run would first rename it to {lost.name}, a plan does without it.")
+    if place is not settings.out_dir and not newest_first:
+        reader.verify_checkpoint(folder := find_checkpoint(place))
         # check_resume, which runs when the settings are right, says whether it holds more than weights
         return OpenCheckpoint(folder, reader.read_state(folder / CHECKPOINT_FILE))
     for folder in newest_first:
@@ -94,9 +84,9 @@ def find_resume(settings: Settings) -> OpenCheckpoint | None:
             note_once(f"Skipping {folder}: {reader.flaw_words(error, folder)}")
     if resume.lower() != "auto":
         raise FileNotFoundError(
-            f"resume is {resume} but {out_dir} holds no whole step-* or final; use resume: auto"
+            f"resume is {resume} but {place} holds no whole step-* or final; use resume: auto"
         )
-    note_once(f"No checkpoint to resume from in {out_dir}: starting from the beginning.")
+    note_once(f"No checkpoint to resume from in {place}: starting from the beginning.")
     return None
 
 
@@ -168,7 +158,7 @@ def check_resume(run: "Run", model: GPT) -> None:
         )
     if changes := [
         *changed_meaning(folder, settings, cast(MoEConfig, model.config)),
-        *_changed_run(opened.settings, settings, run.optimizer["class_path"], model.config.block_size),
+        *changed_run(opened.settings, settings, run.optimizer["class_path"], model.config.block_size),
     ]:
         raise ValueError("\n".join(f"{folder}: {text}; resume with what it was" for text in changes))
     position = opened.state["train_dataloader"]
@@ -176,7 +166,7 @@ def check_resume(run: "Run", model: GPT) -> None:
         what = f"its train_dataloader is {position!r:.60}, which is no position in token shards"
         way_out = "resume with the data module of before, or start from its weights"
         raise ValueError(f"{folder}: {what}; {way_out} with --initial_checkpoint_dir")
-    _say_what_changed(folder, opened.settings, settings)
+    say_what_changed(folder, opened.settings, settings)
     if run.start_step == run.n_steps:
         note_once(f"{folder} is at the last step of train.max_tokens; to train on, raise that.")
     elif run.is_timed and run.used_time.share >= 1:
@@ -214,76 +204,6 @@ def _warn_of_another_time(run: "Run", opened: OpenCheckpoint) -> None:
             f"{run.used_time.seconds:.0f}, now train.max_time makes it {now:g} s; the learning rates so far "
             "followed the old time, the rest follows the new."
         )
-
-
-def changed_meaning(folder: Path, settings: Settings, config: MoEConfig) -> Iterator[str]:
-    """Yield what makes the weights of a checkpoint compute something else now: model keys, the tokenizer."""
-    # an object has the defaults, with which the model was trained, of keys that an old file lacks
-    before = MoEConfig.untried_from_file(folder / CONFIG_FILE, is_foreign=True)
-    for key in (item.name for item in fields(MoEConfig) if item.name not in SAME_FUNCTION):
-        if (was := getattr(before, key)) != (value := getattr(config, key)):
-            yield f"{CONFIG_FILE}: {key} was {was}, now {value}"
-    # litgpt 0.5.13 computes the norm of models with these words in their name in another way
-    if any((word in before.name) != (word in config.name) for word in ("Gemma", "OLMo")):
-        yield f"{CONFIG_FILE}: name was {before.name}, now {config.name}"
-    if not (folder / "tokenizer.json").is_file():
-        return  # LitGPT's converters may write none
-    named = settings.tokenizer_dir
-    if not (named / "tokenizer.json").is_file():
-        yield f"tokenizer_dir is {named}, but {named} holds no tokenizer.json"
-    elif _tokenizer_key(folder) != _tokenizer_key(named):
-        yield f"its tokenizer is not the one in {named} (tokenizer_dir)"
-
-
-def _tokenizer_key(folder: Path) -> tuple[str, int, int]:
-    facts = read_tokenizer_facts(folder)
-    return facts.sha256, facts.bos_id, facts.eos_id
-
-
-def _changed_run(
-    before: dict[str, Any], settings: Settings, optimizer: str, block_size: int
-) -> Iterator[str]:
-    """Yield the settings with which the training state does not fit any more."""
-    for key, value in (
-        ("train.max_seq_length", settings.train.max_seq_length),
-        ("train.tie_embeddings", settings.train.tie_embeddings),
-        ("optimizer.class_path", optimizer),
-        ("weight_decay_on", settings.weight_decay_on),
-    ):
-        # a class has several paths: torch.optim.AdamW is also torch.optim.adamw.AdamW
-        otherwise = block_size if key == "train.max_seq_length" else None
-        names = [str(text or otherwise).rpartition(".")[2] for text in (before.get(key, value), value)]
-        if names[0] != names[1]:
-            yield f"{key} was {before[key]}, now {value}"
-    # weights with learning rates of their own are in groups of their own
-    had, has = (
-        any(some.get(f"recipe.{name}_lr", 1.0) != 1.0 for name in ("embedding", "head", "other"))
-        for some in (before, dict(dotted(plain_settings(settings))))
-    )
-    if had != has:
-        yield f"recipe.*_lr was {'set' if had else 'not set'}, now it is {'set' if has else 'not set'}"
-    # with these on, an optimizer of torch expects moments that it does not keep otherwise
-    init_args = settings.optimizer.get("init_args") or {}
-    for name in ("amsgrad", "centered", *(["momentum"] if "RMSprop" in optimizer else [])):
-        key, value = f"optimizer.init_args.{name}", init_args.get(name)
-        if bool(before.get(key)) != bool(value):
-            yield f"{key} was {before.get(key)}, now {value}"
-
-
-def _say_what_changed(folder: Path, before: dict[str, Any], settings: Settings) -> None:
-    now, default = (dict(dotted(plain_settings(some))) for some in (settings, Settings()))
-    changes = [
-        f"{key} {was} -> {value}"
-        for key, value in now.items()
-        if _slashes(was := before.get(key, default.get(key))) != _slashes(value) and key.startswith(TOLD)
-    ]
-    if changes:
-        note_once(f"Changed since {folder}: {'; '.join(changes)}.")
-
-
-def _slashes(value: Any) -> Any:
-    """Return a path with slashes; on Windows earlier versions saved paths with backslashes."""
-    return value.replace("\\", "/") if isinstance(value, str) else value
 
 
 def say_if_data_changed(folder: Path, fingerprint: str | None) -> None:

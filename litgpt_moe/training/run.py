@@ -10,15 +10,12 @@ from litgpt import args as litgpt_args
 
 from litgpt_moe import budget
 from litgpt_moe.checkpoints.batch_sizes import BatchSizes
+from litgpt_moe.checkpoints.writer import put_back
 from litgpt_moe.config import ModelFacts, MoEConfig, model_facts
-from litgpt_moe.data.forms import text_in
-from litgpt_moe.data.manifest import MANIFEST
 from litgpt_moe.data.module import TextShards
-from litgpt_moe.data.settings import DEFAULT_DATA_DIR, SPLITS
-from litgpt_moe.data.tokenizer_folder import choose_tokenizer
 from litgpt_moe.hardware import training_device
 from litgpt_moe.processes import is_main_process, launcher_problems, note_once
-from litgpt_moe.training import checks, class_path, fit
+from litgpt_moe.training import checks, class_path, fit, folder_checks
 from litgpt_moe.training.clock import NO_TIME, UsedTime, used_time
 from litgpt_moe.training.optimizer import UNFIT_OPTIMIZERS, try_step
 from litgpt_moe.training.parse import Parsed, load_settings
@@ -30,6 +27,7 @@ from litgpt_moe.training.resume import (
     place_of,
     say_if_batch_changed,
 )
+from litgpt_moe.training.run_data import build_data, wants_demo_data, with_dataset, with_tokenizer
 from litgpt_moe.training.settings import Settings
 
 
@@ -137,11 +135,14 @@ def set_up(argv: list[str], held: contextlib.ExitStack | None = None) -> Run:
     parsed = load_settings(argv)
     out_dir, is_plan = parsed.settings.out_dir, parsed.settings.plan
     if not is_plan:
-        parsed.attempt(checks.check_writable, out_dir)
+        parsed.attempt(folder_checks.check_writable, out_dir)
     precision, devices = _processes(parsed)
     with contextlib.ExitStack() as own:
-        if not parsed.problems and not is_plan and is_main_process():
-            (own if held is None else held).enter_context(checks.run_lock(out_dir))
+        if not parsed.problems and not is_plan:
+            if is_main_process():
+                (own if held is None else held).enter_context(folder_checks.run_lock(out_dir))
+            # in every process: under a launcher they look for a checkpoint at the same time
+            put_back(out_dir)
         return _checked_run(parsed, precision, devices)
 
 
@@ -161,9 +162,10 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     data = parsed.attempt(build_data, settings)
     settings = parsed.attempt(with_tokenizer, settings, data) or settings
     resume = parsed.attempt(find_resume, settings)
+    settings = parsed.attempt(fit.with_own_model, settings, resume, parsed.is_model_named) or settings
     train = parsed.attempt(fit.kept_length, settings.train, resume) or settings.train
     settings = replace(settings, train=train)
-    demo_data = _wants_demo_data(settings, data)
+    demo_data = wants_demo_data(settings, data)
     built: Any = parsed.attempt(fit.fitting_model, settings, resume, demo_data) or (None, None)
     config, model = built
     world_size = devices * settings.num_nodes
@@ -171,7 +173,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     settings = parsed.attempt(fit.with_learning_rate, settings, config, resume) or settings
     optimizer = parsed.attempt(optimizer_spec, settings)
     parsed.raise_all()
-    facts = model_facts(config, settings.train.max_seq_length, model)
+    facts = model_facts(config, settings.train.max_seq_length, model, bool(settings.train.tie_embeddings))
     initial = parsed.attempt(find_initial, settings, model)
     run = Run(settings, config, facts, data, optimizer, precision, devices, resume, initial)
     run = replace(run, demo_data=demo_data)
@@ -183,7 +185,7 @@ def _checked_run(parsed: Parsed, precision: str, devices: int) -> Run:
     if run.resumed_sizes:
         parsed.attempt(check_resume, run, model)
     if not settings.plan:
-        parsed.attempt(checks.check_out_dir, run)
+        parsed.attempt(folder_checks.check_out_dir, run)
     parsed.raise_all()
     return run
 
@@ -208,15 +210,16 @@ def settle(run: Run) -> Run:
 
     Before, a vocabulary and a length that the settings leave open are not known.
     """
-    is_open = fit.leaves_vocabulary_open(run.settings) and not (run.resume or run.initial)
+    is_open = not (run.resume or run.initial) and fit.leaves_vocabulary_open(run.settings)
     if is_open and fit.vocabulary_size(run.settings.tokenizer_dir) != run.config.vocab_size:
         config, model = fit.fitting_model(run.settings, run.resume, has_demo_data=False)
-        facts = model_facts(config, run.settings.train.max_seq_length, model)
+        is_tied = bool(run.settings.train.tie_embeddings)
+        facts = model_facts(config, run.settings.train.max_seq_length, model, is_tied)
         run = replace(run, config=config, facts=facts)
     if fit.is_open(run.settings.train):
         run = _as_it_runs(_with_length(run))
         if not run.settings.plan:
-            checks.warn_of_disk(run, checks.free_bytes(run.settings.out_dir))
+            folder_checks.warn_of_disk(run, folder_checks.free_bytes(run.settings.out_dir))
     # data that have been damaged since are reported where they are read
     with contextlib.suppress(ValueError, OSError):
         in_pass = fit.pass_tokens(run.data, run.block_size)
@@ -224,26 +227,6 @@ def settle(run: Run) -> Run:
         if warning:
             note_once(warning)
     return run
-
-
-def with_dataset(settings: Settings) -> Settings:
-    """Return the settings with the downloaded W&B data set, and the tokenizer in the data folder, if any."""
-    if settings.wandb_dataset:
-        from litgpt_moe.data.artifact import pull  # not at the top: importing wandb takes a second
-
-        folder = pull(settings.wandb_dataset, settings.wandb_artifacts_dir)
-        settings = replace(settings, data_dir=folder)
-        if (folder / "tokenizer/tokenizer.json").is_file():
-            settings = replace(settings, tokenizer_dir=folder / "tokenizer")
-    return settings
-
-
-def with_tokenizer(settings: Settings, data: Any) -> Settings:
-    """Return the settings with the tokenizer that was named, or else the one that made the data."""
-    if not isinstance(data, TextShards):
-        return replace(settings, tokenizer_dir=choose_tokenizer(None, settings.tokenizer_dir))
-    data.tokenizer_dir = choose_tokenizer(data.data_dir, settings.tokenizer_dir)
-    return replace(settings, tokenizer_dir=data.tokenizer_dir)
 
 
 def _as_it_runs(run: Run) -> Run:
@@ -260,30 +243,6 @@ def _as_it_runs(run: Run) -> Run:
     run = replace(run, settings=replace(settings, train=train))
     checks.warn_of_rates(run)
     return run
-
-
-def build_data(settings: Settings) -> Any:
-    """Return the data module (TextShards with the run's tokenizer and seed), or raise ValueError."""
-    init_args = dict(settings.data.get("init_args") or {})
-    if settings.data_dir:
-        init_args |= {f"{split}_data_path": str(settings.data_dir / split) for split in SPLITS}
-    data = class_path.build("data", {**settings.data, "init_args": init_args})
-    if isinstance(data, TextShards):
-        own = settings.tokenizer_dir
-        if (named := Path(init_args.get("tokenizer_dir", own))) != own:
-            raise ValueError(f"data.init_args.tokenizer_dir is {named} but tokenizer_dir is {own}; drop one")
-        data.tokenizer_dir = own
-        if "seed" not in init_args:
-            data.seed = settings.seed
-    return data
-
-
-def _wants_demo_data(settings: Settings, data: Any) -> bool:
-    # in the default folder alone: a mistyped folder must not be filled with stories
-    if settings.data_dir is not None or not isinstance(data, TextShards):
-        return False
-    is_empty = not (DEFAULT_DATA_DIR / MANIFEST).is_file() and not text_in(Path(data.train_data_path))
-    return data.data_dir == DEFAULT_DATA_DIR and is_empty
 
 
 def optimizer_spec(settings: Settings) -> dict[str, Any]:

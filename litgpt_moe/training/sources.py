@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `run_train.py --help` can show the value
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,14 @@ def choose_configs(
     has_cuda: Callable[[], bool],
     has_own_data: Callable[[Given], bool],
     tell: Callable[[str], None] = note_once,
+    resumed: str | None = None,
 ) -> tuple[Path, Path]:
     """Return the YAML files of the settings and of the model, and tell which, and why.
 
     If only one is named, the other is its partner in PAIRS, if that lies in the same folder, or the default:
     train_config.yaml, and model_config.yaml. Without CUDA, or where there is no text yet to train on but the
-    demo stories, the default is the demo's.
+    demo stories, the default is the demo's. Of a run that goes on, with the model named `resumed`, it is the
+    demo's if that is the demo's model.
     """
     named = {key: config_file(Path(given[key][0])) for key in ("config", "model_config") if key in given}
     config, model_config = named.get("config"), named.get("model_config")
@@ -58,15 +61,7 @@ def choose_configs(
     elif model_config and not config and (config := _partner(model_config)):
         why_config = " (beside the model's; another: --config PATH)"
     if model_config is None:
-        reason = "" if has_cuda() else "No CUDA and no model config named"
-        if not reason and not config and not has_own_data(given):
-            reason = f"No text of yours in {DEFAULT_DATA_DIR} and no model config named"
-        model_config = ROOT / (f"configs/{PAIRS[1][1]}" if reason else PAIRS[0][1])
-        if reason:
-            tell(
-                f"{reason}: training the small demo model{'' if has_cuda() else ' on the CPU'} "
-                "(MoE-200M all the same: --model_config model_config.yaml)."
-            )
+        model_config = _default_model(given, config is not None, has_cuda, has_own_data, tell, resumed)
         config = config or _partner(model_config)
         why_model = " (the default; another: --model_config PATH)" if named else ""
     if config is None:
@@ -79,6 +74,30 @@ def choose_configs(
     )
     tell(f"Settings from {config}{why_config} and {model_config}{why_model}.")
     return config, model_config
+
+
+def _default_model(
+    given: Given,
+    is_config_named: bool,
+    has_cuda: Callable[[], bool],
+    has_own_data: Callable[[Given], bool],
+    tell: Callable[[str], None],
+    resumed: str | None,
+) -> Path:
+    """Return the default file of the model, for `choose_configs`."""
+    usual, demo = ROOT / PAIRS[0][1], ROOT / "configs" / PAIRS[1][1]
+    if resumed is not None:
+        name = re.search(r"^name: *(\S+)", demo.read_text(encoding="utf-8"), re.MULTILINE)
+        return demo if name and name[1] == resumed else usual
+    reason = "" if has_cuda() else "No CUDA and no model config named"
+    if not reason and not is_config_named and not has_own_data(given):
+        reason = f"No text of yours in {DEFAULT_DATA_DIR} and no model config named"
+    if reason:
+        tell(
+            f"{reason}: training the small demo model{'' if has_cuda() else ' on the CPU'} "
+            "(MoE-200M all the same: --model_config model_config.yaml)."
+        )
+    return demo if reason else usual
 
 
 def _partner(path: Path) -> Path | None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from litgpt_moe.checkpoints.reader import load_model
 from litgpt_moe.checkpoints.state import non_finite, tensor_bytes, tensors_of
 from litgpt_moe.checkpoints.writer import foreign_files, tidy, write_checkpoint
 from litgpt_moe.config import MoEConfig
-from litgpt_moe.files import put_in_place, staging_for
+from litgpt_moe.folders import put_in_place, staging_for
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -43,6 +45,67 @@ def test_what_a_kill_amid_a_save_leaves_is_removed_or_put_back(tmp_path: Path) -
     (tmp_path / "final").rename(aside)
     tidy(tmp_path, start_step=4)
     assert names(tmp_path) == ["final", "step-00000004"]
+
+
+class Killed(BaseException):
+    """What no handler of ours catches, as a kill or a power cut."""
+
+
+@pytest.fixture
+def killed_amid_deletion(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the first deletion of a folder get as far as all but the tokenizer's files."""
+
+    def begin(folder: Path, **_: bool) -> None:
+        monkeypatch.undo()
+        for path in folder.iterdir():
+            if "tokenizer" not in path.name:
+                path.unlink()
+        raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", begin)
+    yield
+    assert shutil.rmtree is not begin
+
+
+def write_with_tokenizer(folder: Path) -> None:
+    model = GPT(MoEConfig(**TINY_CONFIG))
+    write_checkpoint(folder, model.state_dict(), model.config, {"tokenizer.json": b"{}"})
+
+
+@pytest.mark.usefixtures("killed_amid_deletion")
+def test_a_kill_while_the_old_checkpoint_is_deleted_leaves_nothing_of_it_in_the_new_one(
+    tmp_path: Path,
+) -> None:
+    for name in ("final", "new"):
+        write_with_tokenizer(tmp_path / name)
+    before = names(tmp_path / "new")
+    (tmp_path / "final/notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(Killed):
+        put_in_place(tmp_path / "new", tmp_path / "final", foreign_files)
+    assert len(names(tmp_path)) == 2
+    tidy(tmp_path, start_step=0)
+    assert names(tmp_path) == ["final"] and names(tmp_path / "final") == sorted([*before, "notes.txt"])
+
+
+@pytest.mark.usefixtures("killed_amid_deletion")
+def test_a_kill_while_an_earlier_run_is_deleted_leaves_no_half_of_a_checkpoint(tmp_path: Path) -> None:
+    write_with_tokenizer(tmp_path / "step-00000004")
+    with pytest.raises(Killed):
+        delete_run(tmp_path)
+    assert not (tmp_path / "step-00000004").exists()
+    tidy(tmp_path, start_step=0)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("killed_amid_deletion")
+def test_a_kill_while_the_next_run_tidies_up_leaves_nothing_of_the_old_one_either(tmp_path: Path) -> None:
+    write_with_tokenizer(tmp_path / "final")
+    write_with_tokenizer(staging_for(tmp_path / "final", "old"))
+    before = names(tmp_path / "final")
+    with pytest.raises(Killed):
+        tidy(tmp_path, start_step=0)
+    tidy(tmp_path, start_step=0)
+    assert names(tmp_path) == ["final"] and names(tmp_path / "final") == before
 
 
 def test_the_start_of_a_run_deletes_nothing_that_is_not_its_own(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,11 @@ import run_train
 from litgpt_moe.comparison.compare import Comparison, begin
 from litgpt_moe.comparison.contestants import gather
 from litgpt_moe.comparison.facts import gather_facts
+from litgpt_moe.comparison.identity import for_speed, nameless
 from litgpt_moe.comparison.processes import Lane, Outcome
-from litgpt_moe.comparison.runs import RunsFile
+from litgpt_moe.comparison.runs import RunsFile, RunSpec
 from litgpt_moe.comparison.settings import CompareSettings
-from litgpt_moe.comparison.train import Trainer
+from litgpt_moe.comparison.train import CURVE, Trainer
 
 MAINS = {"run_train.py": run_train.main, "evaluate.py": evaluate.main}
 
@@ -77,3 +79,48 @@ def compare(workspace: Path, tiny_data: Path, starts: Starts) -> Callable[..., C
         return begin(settings, trainer, found, budget, rate)
 
     return make
+
+
+@pytest.fixture
+def put() -> Callable[..., dict[str, Any]]:
+    """A function that records a run of a comparison which nobody has trained, and returns its row."""
+
+    def put(comparison: Comparison, spec: RunSpec, loss: float | None, **changes: Any) -> dict[str, Any]:
+        trainer, half = comparison.trainer, spec.n_steps // 2
+        scores = {"loss": loss, "bits_per_byte": (loss or 0.0) / 3, "curve_columns": CURVE}
+        # lines over the logarithm of the tokens: a loss of 1 more at half of them
+        points = [[half, spec.tokens // 2, None, (loss or 0.0) + 1], [spec.n_steps, spec.tokens, None, loss]]
+        row = {
+            "kind": spec.kind,
+            "name": spec.contestant.name,
+            **spec.identity(trainer.facts.fingerprint),
+            **{"seed": spec.seed, "lr": spec.lr, "tokens": spec.tokens, "steps": spec.n_steps},
+            **({} if loss is None else {**scores, "curve": [[*point, 10.0] for point in points]}),
+            **{"seconds": 10.0, "at_once": 1, **trainer.record(), **changes},
+        }
+        trainer.file.append(row)
+        return row
+
+    return put
+
+
+@pytest.fixture
+def put_speeds() -> Callable[..., dict[str, Any]]:
+    """A function that records speeds of a comparison's models, by rounds, which nobody has measured."""
+
+    def put(comparison: Comparison, *rates: list[float], load: float = 0.1, **changes: Any) -> dict[str, Any]:
+        contestants = comparison.contestants
+        row = {
+            **{"kind": "speed", "model": {}, "settings": {}, "rates": list(rates), "load_of_others": load},
+            "tokens_per_s": [sorted(each)[len(each) // 2] for each in rates],
+            "models": [
+                {"model": nameless(one.config), "settings": for_speed(one.settings, one.config.n_expert > 0)}
+                for one in contestants
+            ],
+            **comparison.trainer.record(),
+            **changes,
+        }
+        comparison.trainer.file.append(row)
+        return row
+
+    return put

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import TINY_CONFIG
 
+from litgpt_moe.comparison.identity import USUAL, is_same
 from litgpt_moe.comparison.processes import Outcome
-from litgpt_moe.comparison.runs import USUAL, RunsFile, is_same
+from litgpt_moe.comparison.runs import RunsFile
 from litgpt_moe.comparison.train import curve
 from litgpt_moe.config import MoEConfig, model_facts
 from tools import compare as tool
@@ -140,13 +141,13 @@ def test_equal_seconds_are_those_measured_side_by_side(compare: Callable, starts
     comparison = compare(budget=0.5, match="seconds", seeds=1)
     (row,) = rows()
     assert (row["kind"], row["load_of_others"]) == ("speed", 0.25)
-    assert [len(rates) for rates in row["rates"]] == [3, 3]
+    assert [len(rates) for rates in row["rates"]] == [5, 5]
     names = [Path(command[command.index("--model_config") + 1]).stem for command in starts.commands]
-    assert names == [names[0], names[1], names[1], names[0], names[0], names[1]]
+    assert names == [names[i] for i in (0, 1, 1, 0, 0, 1, 1, 0, 0, 1)]
     for contestant, rate in zip(comparison.contestants, row["tokens_per_s"], strict=True):
         assert comparison.tokens(contestant) == max(256, int(0.5 * rate // 256) * 256)
     compare(budget=0.5, match="seconds", seeds=1)
-    assert len(starts.commands) == 6
+    assert len(starts.commands) == 10
 
 
 def test_a_sweep_takes_the_best_rate_and_looks_beyond_the_edge(compare: Callable, starts: Callable) -> None:

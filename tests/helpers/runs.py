@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from litgpt import GPT
+from litgpt.utils import save_config
 
 import run_train
 from litgpt_moe.checkpoints.state import tensors_of
+from litgpt_moe.config import MoEConfig
 from litgpt_moe.flags import normalize_flags
 from litgpt_moe.training import loop
 from litgpt_moe.training import run as run_module
 from litgpt_moe.training.run import set_up
+from litgpt_moe.training.settings import Settings, saved_text
 
 # what a clock or the machine says; everything else must be equal
 TIMING = {"time_s", "tokens_per_s", "iter_time", "remaining_time", "peak_memory_gb", "mfu"}
@@ -34,6 +38,28 @@ def refusal(*flags: object) -> str:
         set_up(argv)
     assert sorted(path.name for path in Path().iterdir()) == ["model_config.yaml", "train_config.yaml"]
     return str(raised.value)
+
+
+def save(folder: str, step: int, **settings: object) -> Path:
+    """Write a checkpoint of LitGPT's own loop, which has no record of its files."""
+    config = MoEConfig.from_file("model_config.yaml")
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "train_dataloader": {"epoch": 0, "n_used": 0, "n_sequences": 93},
+        "iter_num": 2 * step,
+        "step_count": step,
+    }
+    path = Path(folder)
+    path.mkdir(parents=True)
+    torch.save(state, path / "lit_model.pth")
+    save_config(config, path)
+    plain = yaml.safe_load(saved_text(Settings()))
+    plain["train"] |= {"global_batch_size": 4, "max_tokens": 2048}
+    (path / "train_config.yaml").write_text(yaml.dump(plain | settings), encoding="utf-8")
+    return path
 
 
 def rows(out_dir: str = "out") -> list[dict[str, str]]:

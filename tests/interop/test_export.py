@@ -16,7 +16,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_moe.balance import use_selection_bias
 from litgpt_moe.checkpoints.reader import load_model
-from litgpt_moe.files import new_folder
+from litgpt_moe.folders import new_folder
 from litgpt_moe.generation.decode import generate, make_decoder
 from litgpt_moe.generation.settings import Sampling
 from litgpt_moe.interop import transformers as conversion

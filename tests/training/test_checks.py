@@ -14,7 +14,7 @@ from helpers.runs import edit_yaml, refusal, run
 
 from litgpt_moe.checkpoints.writer import BESIDE_BYTES
 from litgpt_moe.locks import FolderInUse
-from litgpt_moe.training import checks
+from litgpt_moe.training import checks, folder_checks
 from litgpt_moe.training.checks import train_problems
 from litgpt_moe.training.parse import load_settings
 from litgpt_moe.training.run import set_up
@@ -248,7 +248,7 @@ def test_a_negative_number_of_machines_is_named_by_its_key() -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_a_second_run_into_a_live_folder_is_refused_whatever_lies_there() -> None:
-    with checks.run_lock(Path("out")):
+    with folder_checks.run_lock(Path("out")):
         for flags in ([], ["--resume", "auto"], ["--overwrite"]):
             with pytest.raises(FolderInUse) as raised:
                 set_up(["--config", "train_config.yaml", *flags])

@@ -1,7 +1,9 @@
 """The CSV files of a run: their columns, what a resume keeps, and what a kill or a lock does to them."""
 
+import csv
 import os
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +66,28 @@ def test_a_log_of_before_with_other_columns_is_rewritten_once_and_loses_nothing(
     assert (log.n_rows, log.columns) == (2, ["step", "loss", "mfu", "val_loss", "lr"])
     log.write({"step": 2, "loss": 2.5, "mfu": 0.1})
     assert lines(log) == ["step,loss,mfu,val_loss,lr", "0,,,6.0,", "1,4.0,,,0.5", "2,2.5,0.1,,"]
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["resumed", "cut"])
+def test_a_long_log_is_not_read_into_memory(tmp_path: Path, is_cut: bool) -> None:
+    log = CsvLog(tmp_path / "stories.csv", ["step", "text"])
+    for step in range(100):
+        log.write(*({"step": step, "text": "once\n" * 50} for _ in range(100)))
+    size = log.path.stat().st_size
+    tracemalloc.start()
+    if is_cut:
+        os.truncate(log.path, size - 7)
+        log.write({"step": 100})
+    else:
+        log = CsvLog(log.path, log.columns)
+        log.keep(9_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 2_500_000 and peak < 250_000
+    assert log.n_rows == (10_000 if is_cut else 9_000)
+    with log.path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == log.n_rows and rows[8_999] == {"step": "89", "text": "once\n" * 50}
 
 
 def test_what_a_kill_left_beside_a_log_goes_with_the_next_run(tmp_path: Path) -> None:
@@ -272,6 +296,17 @@ def test_a_log_without_a_header_is_put_aside(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "metrics.csv.1").read_bytes() == b"4,2.0\r\n5,1.5\r\n"
     told = capsys.readouterr().err
     assert "metrics.csv has no header; it is now metrics.csv.1" in told
+
+
+@pytest.mark.parametrize("head", ["step,loss", '"' + "x" * 200_000])
+def test_a_damaged_log_is_put_aside(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = CsvLog(tmp_path / "metrics.csv", ["step", "loss"])
+    # an open quote: all that follows is one value, longer than the csv module reads
+    log.path.write_text(f'{head}\n1,3.0\n2,"{"0" * 200_000}\n3,2.0\n', encoding="utf-8")
+    log.keep(3)
+    assert lines(log) == ["step,loss"] and (log.columns, log.n_rows) == (["step", "loss"], 0)
+    told = capsys.readouterr().err
+    assert "metrics.csv is damaged (field larger than field limit (131072)); it is now metrics.csv.1" in told
 
 
 def test_rows_that_were_never_written_are_told_at_the_end(

@@ -4,22 +4,25 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers.runs import edit_yaml, run
+from helpers.runs import edit_yaml, run, save
 from litgpt import GPT
-from litgpt.utils import save_config
 
+from litgpt_moe.checkpoints.layout import find_checkpoint
 from litgpt_moe.config import MoEConfig
+from litgpt_moe.folders import staging_for
+from litgpt_moe.training.facts import write_run_facts
 from litgpt_moe.training.run import Run, set_up
-from litgpt_moe.training.settings import Settings, saved_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
 FLAGS = ("--config", "train_config.yaml")
+NAMED = ("--model_config", "model_config.yaml")
 
 
 def set_up_here(*flags: object) -> Run:
@@ -34,28 +37,6 @@ def refused(*flags: object) -> str:
 
 def told_paths(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.replace("\\", "/")
-
-
-def save(folder: str, step: int, **settings: object) -> Path:
-    """Write a checkpoint of LitGPT's own loop, which has no record of its files."""
-    config = MoEConfig.from_file("model_config.yaml")
-    model = GPT(config)
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "train_dataloader": {"epoch": 0, "n_used": 0, "n_sequences": 93},
-        "iter_num": 2 * step,
-        "step_count": step,
-    }
-    path = Path(folder)
-    path.mkdir(parents=True)
-    torch.save(state, path / "lit_model.pth")
-    save_config(config, path)
-    plain = yaml.safe_load(saved_text(Settings()))
-    plain["train"] |= {"global_batch_size": 4, "max_tokens": 2048}
-    (path / "train_config.yaml").write_text(yaml.dump(plain | settings), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -124,6 +105,25 @@ def test_the_newest_whole_checkpoint_is_taken_and_others_are_told(capsys: pytest
     ).replace("\\", "/")
     assert set_up_here("--resume", "out/step-00000002", "--out_dir", "more").start_step == 2
     assert not Path("more").exists()
+
+
+@pytest.mark.parametrize("name", ["final", "step-00000004"])
+def test_what_a_kill_between_the_two_renames_of_a_save_left_is_resumed(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(f"out/{name}", 4)
+    aside = staging_for(folder, "old").name.replace(f"-{os.getpid()}.", "-99999999.")
+    folder.rename(folder.with_name(aside))
+    # a plan changes nothing, and a folder with a run in it is no place for another
+    set_up_here("--resume", "auto", "--plan")
+    assert f"A kill left out/{aside}: a run would first rename it to {name}" in told_paths(capsys)
+    assert [path.name for path in Path("out").iterdir()] == [aside]
+    with pytest.raises(FileNotFoundError, match=r"a kill left it as .*: rename that"):
+        find_checkpoint(folder)
+    assert f"there is {Path('out', aside)}" in refused("--resume", "out", "--out_dir", "more")
+    assert set_up_here("--resume", "auto").start_step == 4 and folder.is_dir()
+    folder.rename(folder.with_name(aside))
+    assert f"out already holds a run ({name})" in refused()
 
 
 @pytest.fixture
@@ -264,6 +264,37 @@ def test_what_excludes_resuming_is_refused() -> None:
     assert set_up_here("--overwrite").resume is None
 
 
+def test_a_command_that_is_repeated_does_not_begin_again_from_the_checkpoint_that_it_names() -> None:
+    start = ("--resume", "out/step-00000004")
+    save("out/step-00000004", 4)
+    save("more/step-00000002", 2)
+    # earlier steps of the run itself, whose last checkpoint was kept elsewhere
+    assert set_up_here(*start, "--out_dir", "more").start_step == 4
+    later = save("more/step-00000006", 6)
+    told = refused(*start, "--out_dir", "more").replace("\\", "/")
+    assert "more holds later steps than out/step-00000004 (step-00000006)" in told
+    assert "continue them with --resume auto, or choose another --out_dir" in told
+    assert set_up_here("--resume", "auto", "--out_dir", "more").start_step == 6
+    # what cannot be continued is not gone on with
+    (later / "model_config.yaml").unlink()
+    assert set_up_here(*start, "--out_dir", "more").start_step == 4
+
+
+def test_to_go_back_to_an_earlier_step_is_meant_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (4, 6):
+        save(f"out/step-{step:08d}", step)
+    monkeypatch.setattr(sys, "argv", ["/here/run_train.py", "--resume", "out/step-00000004"])
+    run = set_up_here("--resume", "out/step-00000004")
+    assert run.start_step == 4
+    write_run_facts(run, torch.device("cpu"))
+    assert "out holds later steps than out/step-00000004 (step-00000006)" in refused(
+        "--resume", "out/step-00000004"
+    )
+    # another try from there is another command
+    sys.argv[1:] = ["--resume", "out/step-00000004", "--seed", "3"]
+    assert set_up_here("--resume", "out/step-00000004", "--seed", 3).start_step == 4
+
+
 def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str]) -> None:
     save("out/step-00000004", 4)
     resumed = ("--resume", "auto")
@@ -283,7 +314,7 @@ def test_a_run_is_not_continued_as_another_one(capsys: pytest.CaptureFixture[str
     assert "is of a run of 8 steps, now train.max_tokens makes it 4" in told
     model = yaml.safe_load(Path("model_config.yaml").read_text(encoding="utf-8"))
     Path("model_config.yaml").write_text(yaml.dump(model | {"n_expert": 8}), encoding="utf-8")
-    assert "do not fit the model config MoE-tiny" in refused(*resumed)
+    assert "do not fit the model config MoE-tiny" in refused(*resumed, *NAMED)
     first = ("--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004")
     assert "do not fit the model config MoE-tiny" in refused(*first)
 
@@ -300,7 +331,7 @@ def test_a_model_of_the_same_shapes_that_computes_something_else_is_not_resumed(
     edit_yaml("model_config.yaml", key, now)
     flags = ("--train.max_seq_length", 64) if key == "block_size" else ()
     text = f"model_config.yaml: {key} was {before}, now {now}; resume with what it was"
-    assert text in refused("--resume", "auto", *flags)
+    assert text in refused("--resume", "auto", *flags, *NAMED)
     capsys.readouterr()
     initial = set_up_here(
         "--out_dir", "more", "--initial_checkpoint_dir", "out/step-00000004", *flags
@@ -320,7 +351,8 @@ def test_a_model_with_another_name_is_the_same_model(capsys: pytest.CaptureFixtu
     save("out/step-00000004", 4)
     for key, value in (("name", "mine"), ("padding_multiple", 64), ("norm_eps", 1e-5)):
         edit_yaml("model_config.yaml", key, value)
-    assert set_up_here("--resume", "auto").start_step == 4
+    for named in ((), NAMED):
+        assert set_up_here("--resume", "auto", *named).start_step == 4
     assert "model_config.yaml:" not in capsys.readouterr().err
 
 

@@ -11,7 +11,8 @@ from helpers.runs import edit_yaml
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.training import run as run_module
 from litgpt_moe.training.parse import load_settings
-from litgpt_moe.training.run import Run, optimizer_spec, set_up, with_tokenizer
+from litgpt_moe.training.run import Run, optimizer_spec, set_up
+from litgpt_moe.training.run_data import with_tokenizer
 from litgpt_moe.training.settings import Settings, plain_settings, saved_text
 
 pytestmark = pytest.mark.usefixtures("workspace")

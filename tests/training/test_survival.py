@@ -21,9 +21,9 @@ from litgpt_moe.checkpoints.reader import checkpoint_flaw
 from litgpt_moe.checkpoints.writer import CheckpointWriter
 from litgpt_moe.data.module import TextShards
 from litgpt_moe.training import batches, hooks, loop, progress
-from litgpt_moe.training.checks import run_lock
 from litgpt_moe.training.ending import EarlyEnd
 from litgpt_moe.training.fabric import TrainingFabric
+from litgpt_moe.training.folder_checks import run_lock
 from litgpt_moe.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("eager", "workspace")
@@ -345,7 +345,7 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up_and_the_next_run_
 ) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from litgpt_moe.training.checks import run_lock\n"
+        "from litgpt_moe.training.folder_checks import run_lock\n"
         "lock = run_lock(Path('out')); lock.__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     if sys.platform == "win32":
