@@ -76,7 +76,7 @@ def test_a_stream_of_which_too_much_is_unread_ends(
     wait_until(lambda: talker.engine.n_running == 0)
     answer = read_all(slow)
     assert b"wait to be read" in answer and answer.count(b"data: [DONE]") == 1
-    assert 'finish_reason": "length' not in answer and len(answer) < 3 * HIGH_WATER_LIMIT
+    assert b'"finish_reason": "length"' not in answer and len(answer) < 3 * HIGH_WATER_LIMIT
 
 
 def test_of_too_many_slow_clients_the_slowest_is_disconnected(
