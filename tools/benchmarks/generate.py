@@ -128,6 +128,7 @@ def run(settings: GenerateBenchmark) -> None:
 
     from litgpt_moe.checkpoints.layout import find_checkpoint
     from litgpt_moe.files import write_json
+    from litgpt_moe.threads import sleep_when_busy
     from tools.benchmarks import generate_contestants as made
 
     ckpt_dir = settings.ckpt_dir and find_checkpoint(settings.ckpt_dir)
@@ -144,7 +145,8 @@ def run(settings: GenerateBenchmark) -> None:
         for n_threads in range(1, settings.max_threads + 1):
             torch.set_num_threads(n_threads)
             speed = bytes_per_s()
-            with all_contestants(ours, ggufs, python, n_threads, settings.batch) as contestants:
+            theirs = all_contestants(ours, ggufs, python, n_threads, settings.batch)
+            with sleep_when_busy(), theirs as contestants:  # as generate.py does
                 for batch in (1, settings.batch):
                     rounds = measure(contestants, settings, prompts[:batch])
                     found = figures(rounds, settings.max_tokens * batch)
