@@ -154,10 +154,12 @@ def find_checkpoint(path: Path) -> Path:
         wanted = f"a checkpoint directory, which holds {CHECKPOINT_FILE}"
         raise NotADirectoryError(f"{path} is a file; name {wanted}")
     if not path.is_dir():
-        beside = []
+        beside, newest = [], []
         with contextlib.suppress(OSError):
             beside = [other.name for other in path.parent.iterdir() if other.is_dir()]
-        way_out = near(path.name, beside) or "train one with run_train.py"
+            newest = [other.name for other in checkpoints_of(path.parent)[:3]]
+        there = f"{path.parent} has {', '.join(newest)}" if newest else "train one with run_train.py"
+        way_out = near(path.name, beside) or there
         if aside := moved_aside(path.parent).get(path):
             way_out = f"a kill left it as {aside}: rename that"
         raise FileNotFoundError(f"{path}: no such checkpoint directory; {way_out}")
