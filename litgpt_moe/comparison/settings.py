@@ -10,19 +10,19 @@ from typing import Annotated, Literal
 from litgpt_moe.words import ROOT, UNITS
 
 RESULTS = ROOT / "docs/results/runs.jsonl"
-# FLOPs come in G and P too. Only capitals: m would be taken for minutes
+# FLOPs come in G and P too. No small m, which would be taken for minutes
 AMOUNT_UNITS = {unit.upper(): size for unit, size in UNITS.items()} | {"": 1, "G": 10**9, "P": 10**15}
 
 
 def amount(text: str) -> float:
     """Return the number of a text such as 8M, 1.5e15 or 600; for argparse."""
-    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)([KMBGTP]?)", text.strip())
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)([kKMbBgGtTpP]?)", text.strip())
     try:
-        value = float(match[1]) * AMOUNT_UNITS[match[2]] if match else math.nan
+        value = float(match[1]) * AMOUNT_UNITS[match[2].upper()] if match else math.nan
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no amount; write it as 8000000, 8M or 1.5e15")
+        raise argparse.ArgumentTypeError(f"{text} is no amount; write it as 8000000, 8M, 300k or 1.5e15")
     return value
 
 

@@ -188,8 +188,9 @@ def test_runs_by_the_clock_are_refused(compare: Callable) -> None:
     [
         ([], "give --budget N, or --budget_of_first N"),
         (["--budget", "1M", "--budget_of_first", "5"], "and not both"),
-        (["--budget_of_first", "many"], "many is no amount; write it as 8000000, 8M or 1.5e15"),
-        (["--budget", "much"], "much is no amount; write it as 8000000, 8M or 1.5e15"),
+        (["--budget_of_first", "many"], "many is no amount; write it as 8000000, 8M, 300k or 1.5e15"),
+        (["--budget", "8m"], "8m is no amount; write it as 8000000, 8M, 300k or 1.5e15"),
+        (["--budget", "much"], "much is no amount; write it as 8000000, 8M, 300k or 1.5e15"),
         (["--budget", "1M", "--lr", "-1"], "write auto, or a number as 3e-3"),
         (["--budget", "1M", "--seeds", "0"], "--seeds is 0; choose 1 to 100"),
         (["--budget", "1M", "--lr_factor", "1"], "--lr_factor is 1.0; choose a number above 1"),
@@ -256,3 +257,10 @@ def test_the_page_shows_the_names_as_text(compare: Callable) -> None:
     page = Path("comparison/comparison.html").read_text(encoding="utf-8")
     assert "MoE-tiny &lt;b&gt;" in page and "<b>" not in page
     assert page.count("<svg") == 3 and "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("600", 600), ("300k", 3e5), ("8M", 8e6), ("2g", 2e9), ("1.5e15", 1.5e15)]
+)
+def test_an_amount_is_written_as_people_write_it(text: str, value: float) -> None:
+    assert tool.amount(text) == value
