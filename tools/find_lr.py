@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> str:
     from litgpt_moe.comparison.contestants import gather
     from litgpt_moe.comparison.facts import gather_facts
     from litgpt_moe.comparison.runs import RunsFile
-    from litgpt_moe.comparison.sweep import SWEEP_FLAG, sweep_all
+    from litgpt_moe.comparison.sweep import sweep_all
     from litgpt_moe.comparison.train import Trainer
     from litgpt_moe.files import write_whole
     from litgpt_moe.locks import locked_folder
@@ -35,15 +35,15 @@ def run(args: argparse.Namespace) -> str:
     with locked_folder(settings.out, "compare", "a comparison is live", "wait for it, or name another --out"):
         changes, n_pieces = dict(args.override), facts.data["vocab_size"]
         (model,) = gather([args.config_file], settings, False, [], changes, [], n_pieces)
-        tokens = model.whole_steps(settings.sweep_tokens or facts.data["train_tokens"] / 10, SWEEP_FLAG)
+        tokens = settings.sweep_tokens or facts.data["train_tokens"] / 10
         (found,) = sweep_all(Trainer(settings, facts, file), [model], settings, tokens)
         write_whole(chart := settings.out / "find_lr.svg", sweep_chart([found.as_json()]))
     if found.failed is not None:
         raise WorkFailed(f"{model.name}: {found.failed}")
-    lines = [f"{model.name}, {tokens:,} tokens with each rate", "     rate      loss"]
+    lines = [f"{model.name}, {found.tokens:,} tokens with each rate", "     rate      loss"]
     for rate in sorted(found.losses):
         lines.append(f"{rate:>9g}  {found.losses[rate]:8.4f}{'  best' * (rate == found.best)}")
-    if not found.is_inside:
+    if found.is_at_edge:
         lines.append("The best is at the edge of the grid: try rates beyond it.")
     proposed = proposed_rate(model.config, model.facts)
     lines.append(f"The rule by the model's size ({RATE_SOURCE}) proposes {proposed:g}.")

@@ -9,7 +9,7 @@ from litgpt_moe.training.sources import FLAG_TO_KEY
 
 DATA = "give --data_dir: all models of a comparison learn from the same data"
 PACE = "a run of a comparison has its own"
-# keys that a comparison sets for each run, or that would spoil it: the way out. A dot ends a group's name
+# keys that a comparison sets for each run, or that would spoil it, and what to do instead
 INSTEAD = {
     "optimizer.init_args.lr": "give --lr 3e-3, or --lr auto to find a rate for each model",
     "seed": "give --first_seed and --seeds",

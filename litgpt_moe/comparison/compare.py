@@ -83,7 +83,7 @@ class Comparison:
         sweep = next((one for one in self.sweeps if one.name == name), None)
         if sweep is not None and sweep.failed is not None:
             failed["sweep"] = sweep.failed
-        is_at_edge = sweep is not None and sweep.failed is None and not sweep.is_inside
+        is_at_edge = sweep is not None and sweep.is_at_edge
         rounds = tuple(self.speeds.rounds.get(name, ()))
         rate, tokens = self.rates.get(name), self.tokens(contestant)
         return Entry(contestant, rows, rate, tokens, rounds, failed, is_at_edge)
@@ -157,9 +157,12 @@ class Comparison:
 def unequal_batches(one: Contestant, other: Contestant) -> str:
     """Return the warning about a pair that does not see the same batches."""
     sizes = [f"{each.tokens_per_step:,} in sequences of {each.block_size:,}" for each in (one, other)]
+    differs = "data.init_args.seed or data.class_path"
+    if sizes[0] != sizes[1]:
+        differs = f"tokens of a step: {sizes[0]}, and {sizes[1]}"
     return (
-        f"{WARNING} {one.name} and {other.name} do not see the same batches (tokens of a step: {sizes[0]}, "
-        f"and {sizes[1]}), so the seeds pair less of the chance than they do otherwise."
+        f"{WARNING} {one.name} and {other.name} do not see the same batches ({differs}), so pairing by seed "
+        "removes less of the noise."
     )
 
 
@@ -175,7 +178,7 @@ def begin(
     trainer.lanes(contestants)
     is_for_budget = settings.match == "seconds"
     # first, while the machine is still idle
-    speeds = Speeds({}) if settings.measure_again else known_speeds(trainer, contestants, is_for_budget)
+    speeds = Speeds() if settings.measure_again else known_speeds(trainer, contestants, is_for_budget)
     is_needed = settings.measure or is_for_budget
     if settings.measure_again or (is_needed and not speeds.tokens_per_s):
         speeds = measure(trainer, contestants)

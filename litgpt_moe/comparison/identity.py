@@ -15,11 +15,11 @@ NO_MATTER += ("checkpoints.", "train.save_interval", "train.log_interval", "trai
 NO_MATTER += (*OF_SPEED, "data.init_args.", "initial_checkpoint_dir")
 # a run gets its tokens, and its warm-up in tokens
 NO_MATTER += ("train.lr_warmup_steps", "train.epochs", "train.max_steps")
+DATA_SEED = "data.init_args.seed"
 # settings on which the time of a step does not depend
-NO_MATTER_FOR_SPEED = ("seed", "data.init_args.seed", "train.max_tokens", "train.min_lr", "train.lr_warmup")
+NO_MATTER_FOR_SPEED = ("seed", DATA_SEED, "train.max_tokens", "train.min_lr", "train.lr_warmup")
 NO_MATTER_FOR_SPEED += ("schedule.", "optimizer.init_args.lr")
 USUAL = dict(dotted(plain_settings(Settings())))
-DATA_SEED = "data.init_args.seed"
 
 
 def nameless(config: MoEConfig) -> dict[str, Any]:

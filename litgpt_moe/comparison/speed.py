@@ -31,16 +31,26 @@ ROW_FORM: dict[str, Any] = {"models": [{"model": {}, "settings": {}}], "rates": 
 class Speeds:
     """The tokens a second of models that were measured side by side."""
 
-    tokens_per_s: dict[str, float]
-    """By the names of the contestants; empty if nothing was measured."""
-    load: float | None = None
-    """Cores that other programs used meanwhile."""
     rounds: dict[str, list[float]] = field(default_factory=dict)
-    """Each round's tokens a second: in a round the models ran right after one another."""
+    """Each round's tokens a second, by the names of the contestants; empty if nothing was measured.
+
+    In a round the models ran right after one another.
+    """
     row: dict[str, Any] = field(default_factory=dict)
     """The row of the file."""
     is_reused: bool = False
     """Whether they were measured before this command."""
+
+    @property
+    def tokens_per_s(self) -> dict[str, float]:
+        """The medians of the rounds."""
+        return {name: round(statistics.median(rates), 1) for name, rates in self.rounds.items()}
+
+    @property
+    def load(self) -> float | None:
+        """Cores that other programs used meanwhile."""
+        load = self.row.get("load_of_others")
+        return load if isinstance(load, float) else None
 
     @property
     def origin(self) -> str:
@@ -81,8 +91,7 @@ def measure(trainer: Trainer, contestants: list[Contestant]) -> Speeds:
         **trainer.record(),
     }
     trainer.file.append(row)
-    medians = dict(zip(rates, row["tokens_per_s"], strict=True))
-    return Speeds(medians, load, dict(zip(rates, row["rates"], strict=True)), row)
+    return Speeds(dict(zip(rates, row["rates"], strict=True)), row)
 
 
 def known_speeds(trainer: Trainer, contestants: list[Contestant], is_for_budget: bool) -> Speeds:
@@ -91,19 +100,20 @@ def known_speeds(trainer: Trainer, contestants: list[Contestant], is_for_budget:
     For a budget in seconds those that this comparison began with come first: with others its finished runs
     would be runs of another budget. Others that were measured on a busy machine are not taken for it.
     """
+    wanted = {contestant.name: _identity(trainer, contestant) for contestant in contestants}
     pin = trainer.place.out / PIN
-    if is_for_budget and (pinned := _pinned(pin, trainer, contestants)) is not None:
+    if is_for_budget and (pinned := _pinned(pin, wanted)) is not None:
         note(f"The speeds in {pin} {pinned.origin} are kept; --measure_again measures anew.")
         return pinned
-    newest = Speeds({})
+    newest = Speeds()
     for row in trainer.file.rows():
         is_speed = row["kind"] == "speed" and trainer.facts.is_this_machine(row.get("machine") or {})
-        newest = (_of_row(row, trainer, contestants) if is_speed else None) or newest
+        newest = (_of_row(row, wanted) if is_speed else None) or newest
     if not newest.tokens_per_s:
         return newest
     if is_for_budget and newest.load is not None and newest.load > BUSY:
         note(f"The measured speeds {newest.origin} are not taken for a budget in seconds: it needs new ones.")
-        return Speeds({})
+        return Speeds()
     like = "on this machine or one like it"  # nothing that would tell them apart is recorded
     note(f"Measured speeds {newest.origin} {like}, are reused; --measure_again measures anew.")
     return newest
@@ -114,29 +124,26 @@ def pin_speeds(speeds: Speeds, out: Path) -> None:
     write_json(out / PIN, speeds.row)
 
 
-def _pinned(pin: Path, trainer: Trainer, contestants: list[Contestant]) -> Speeds | None:
+def _pinned(pin: Path, wanted: dict[str, dict[str, Any]]) -> Speeds | None:
     if not (row := read_json(pin)):
         return None
-    if (found := _of_row(row, trainer, contestants)) is None:
+    if (found := _of_row(row, wanted)) is None:
         note(f"{WARNING} {pin} does not have all these models as they are now; it will be written anew.")
     return found
 
 
-def _of_row(row: dict[str, Any], trainer: Trainer, contestants: list[Contestant]) -> Speeds | None:
-    """Return the speeds in a row, None if it does not have all the models."""
+def _of_row(row: dict[str, Any], wanted: dict[str, dict[str, Any]]) -> Speeds | None:
+    """Return the speeds in a row, None if it does not have all the models, whose identities are `wanted`."""
     if not fits(row, ROW_FORM) or len(row["models"]) != len(row["rates"]) or not all(row["rates"]):
         return None
     rounds = {}
-    for contestant in contestants:
-        own = _identity(trainer, contestant)
+    for name, own in wanted.items():
         for was, rates in zip(row["models"], row["rates"], strict=True):
             if was["model"] == own["model"] and same_settings(was["settings"], own["settings"]):
-                rounds[contestant.name] = rates
-    if len(rounds) < len(contestants):
+                rounds[name] = rates
+    if len(rounds) < len(wanted):
         return None
-    medians = {name: round(statistics.median(rates), 1) for name, rates in rounds.items()}
-    load = row.get("load_of_others")
-    return Speeds(medians, load if isinstance(load, float) else None, rounds, row, is_reused=True)
+    return Speeds(rounds, row, is_reused=True)
 
 
 def _identity(trainer: Trainer, contestant: Contestant) -> dict[str, Any]:

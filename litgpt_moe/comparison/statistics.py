@@ -62,7 +62,8 @@ def t_95(degrees: int) -> float:
 def paired_difference(values: Sequence[float], others: Sequence[float]) -> Difference:
     """Return the mean of `values` - `others`, pair by pair, and its t interval.
 
-    The pairs are seeds: both models of a pair saw the same batches in the same order.
+    The pairs are seeds: both models of a pair saw the same batches, unless their batch sizes or data seeds
+    differ.
     """
     differences = [value - other for value, other in zip(values, others, strict=True)]
     mean, n = statistics.fmean(differences), len(differences)

@@ -14,7 +14,7 @@ from litgpt_moe.comparison.train import Trainer
 MORE = 4
 # steps below which a warm-up of a tenth and a decay leave little to tell rates apart by
 FEW_STEPS = 50
-SWEEP_FLAG = "--sweep_tokens (unless given, a tenth of the budget)"
+SWEEP_FLAG = "--sweep_tokens (unless given, a tenth of the budget, or for find_lr.py of the training data)"
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,15 @@ class Sweep:
         return min(self.losses, key=lambda rate: self.losses[rate])
 
     @property
-    def is_inside(self) -> bool:
-        """Whether lower and higher rates than the best were tried."""
-        return min(self.losses) < self.best < max(self.losses)
+    def is_at_edge(self) -> bool:
+        """Whether no lower, or no higher, rate than the best was tried."""
+        return self.failed is None and not min(self.losses) < self.best < max(self.losses)
 
     def as_json(self) -> dict[str, Any]:
         """Return what comparison.json has of it; the loss is null where training diverged."""
         losses = {str(rate): loss if math.isfinite(loss) else None for rate, loss in self.losses.items()}
-        found: dict[str, Any] = {"best": None, "is_at_edge": False, "failed": self.failed}
-        if self.failed is None:
-            found |= {"best": self.best, "is_at_edge": not self.is_inside}
+        best = None if self.failed is not None else self.best
+        found = {"best": best, "is_at_edge": self.is_at_edge, "failed": self.failed}
         return {"name": self.name, "tokens": self.tokens, "losses": losses, **found}
 
     def __str__(self) -> str:
@@ -52,7 +51,7 @@ class Sweep:
         text = f"{self.name}, {self.tokens:,} tokens at each rate: {pairs}"
         if self.failed is not None:
             return f"{text}; {self.failed}"
-        return f"{text}; best {self.best:g}{'' if self.is_inside else '; it is at the edge of the grid'}"
+        return f"{text}; best {self.best:g}{'; it is at the edge of the grid' if self.is_at_edge else ''}"
 
 
 def grid(settings: FindSettings) -> list[float]:
@@ -97,7 +96,7 @@ def sweep_all(
         n_steps = contestant.whole_steps(tokens, SWEEP_FLAG) // contestant.tokens_per_step
         if n_steps < FEW_STEPS:
             few = f"{n_steps} steps at each rate are few to find one by"
-            note(f"{WARNING} {contestant.name}: {few}; raise --sweep_tokens, or give --lr.")
+            note(f"{WARNING} {contestant.name}: {few}; raise --sweep_tokens.")
     # one after another, so that each says at once what was found, unless several runs are made at once
     groups = [contestants] if settings.at_once > 1 else [[each] for each in contestants]
     return [one for group in groups for one in _sweep_group(trainer, group, settings, tokens)]

@@ -2,8 +2,6 @@
 
 from litgpt_moe.comparison.result import METRICS, Entry, Verdict, provenance
 
-AS_RUN = "as run"
-
 
 def table(entries: list[Entry], all_verdicts: list[Verdict], warnings: list[str]) -> str:
     """Return the figures and the verdicts as lines of text."""
@@ -23,7 +21,7 @@ def _line(entry: Entry) -> str:
     name, facts = entry.contestant.name, entry.contestant.facts
     nothing = "failed" if entry.failed else "not run yet"
     scores = [str(entry.spread(key) or nothing) for key in METRICS]
-    seconds = "-" if entry.seconds is None else f"{entry.seconds:,.0f}{'' if entry.rounds else f' {AS_RUN}'}"
+    seconds = "-" if entry.seconds is None else f"{entry.seconds:,.0f}{'' if entry.rounds else ' as run'}"
     return (
         f"{name:<24} {facts.total_params / 1e6:>7.2f}M {facts.active_params / 1e6:>7.2f}M "
         f"{facts.flops_per_token / 1e6:>8.2f} {entry.tokens:>12,} {seconds:>14} "

@@ -68,7 +68,7 @@ class Trainer:
         wrong in another way is not recorded, so that the same command tries it again: {"failed", "again"}.
         """
         identity = spec.identity(self.facts.fingerprint)
-        if (row := self.standing(spec)) is not None:
+        if (row := self.file.find(identity, spec.kind)) is not None:
             note(f"{self.describe(spec)}: {self._where_it_stands(spec, row)}")
             return row
         note(f"{self.describe(spec)}: training ({time.strftime('%H:%M')})")

@@ -186,7 +186,8 @@ class Batch:
     def _counts(self) -> list[int]:
         """Return how many tokens each member reads now: a long prompt in parts, so that the others go on."""
         lengths = [len(member.unread) for member in self.members]
-        room, counts = PROMPT_TOKENS if len(lengths) > 1 else ALONE_TOKENS, [0] * len(lengths)
+        room = PROMPT_TOKENS if len(lengths) > 1 else ALONE_TOKENS
+        counts = [0] * len(lengths)
         # the shortest first: no new text waits for the whole of a long prompt
         for place in sorted(range(len(lengths)), key=lengths.__getitem__):
             counts[place] = min(lengths[place], max(room, 1))  # at least one, so that each prompt ends
