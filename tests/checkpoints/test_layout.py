@@ -118,7 +118,7 @@ def test_no_checkpoint_is_told_with_the_place(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "absent")
     for step in (100, 200):
         make(tmp_path / f"step-00000{step}")
-    with pytest.raises(FileNotFoundError, match="has step-00000200, step-00000100$"):
+    with pytest.raises(FileNotFoundError, match=r"has step-00000200, step-00000100$"):
         find_checkpoint(tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file; name a checkpoint directory"):
