@@ -62,7 +62,7 @@ class FindSettings(PlaceSettings):
     lr_count: int = 4
     """Learning rates of the sweep; it goes on by up to 4 more while the best is the first or the last."""
     sweep_tokens: int | None = None
-    """Tokens to train on with each (default: a tenth of the first model's budget, or of find_lr.py's data)."""
+    """Tokens to train on with each (default: a tenth of the budget, or of find_lr.py's data)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
