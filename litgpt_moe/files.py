@@ -130,8 +130,8 @@ def check_inside(name: str) -> str:
 def is_network_share(name: str) -> bool:
     r"""Return whether Windows reaches a path over the network: //host/share, \\host\share, or \??\UNC\host.
 
-    At a mere look at such a path it logs in there, and sends this user's name and a hash of the password: of
-    a path in a file of somebody else's this must be known before anything else is asked.
+    Even path.exists() makes Windows log in there, which sends this user's name and a hash of the password.
+    Check a path from somebody else's file with this before you use it.
     """
     path = PureWindowsPath(name).as_posix()
     is_drive = re.match(r"(//[?.]|/\?\?)/[A-Za-z]:", path) and ".." not in path.split("/")

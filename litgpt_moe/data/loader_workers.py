@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-# A terminal sends Ctrl-C, Ctrl-Break and its own end to every process in it. Slurm sends SIGUSR1 so.
+# A terminal sends SIGINT, SIGBREAK and SIGHUP to each of its processes, Slurm SIGUSR1 to each of a job.
 IGNORED = ("SIGINT", "SIGBREAK", "SIGHUP", "SIGUSR1")
 
 
@@ -25,7 +25,7 @@ def outlive_stop_signals(loader: Any) -> None:
 
 @functools.cache
 def _has_ended() -> Any:
-    """Return a number that the workers share with this process: 1 once this one ends, till then 0."""
+    """Return a number that the workers share with this process: 0 while this process runs, 1 once it ends."""
     has_ended = multiprocessing.RawValue("b", 0)
     # Registered after multiprocessing's own function, and so called before it: that one sends SIGTERM to
     # workers which are still there, and waits for them.
@@ -33,18 +33,18 @@ def _has_ended() -> Any:
     return has_ended
 
 
-def _start(has_ended: Any, then: Callable[[int], None] | None, worker_id: int) -> None:
-    """Set a worker's signals, and call `then`, which is the loader's own worker_init_fn."""
+def _start(has_ended: Any, own_init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Set a worker's signals, and call `own_init`, which is the loader's own worker_init_fn."""
     for name in IGNORED:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
-    # systemd, Slurm and `timeout` send SIGTERM to every process of a run. Torch sends it to a worker that
-    # was told to end and takes long: that one ends a little later, or here when its parent does.
+    # systemd, Slurm and `timeout` send SIGTERM to every process of a run. Torch also sends it to a worker
+    # that is slow to end: the worker ignores it while its parent runs, and ends by itself.
     def end_with_parent(*_: object) -> None:
         if has_ended.value:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end_with_parent)
-    if then is not None:
-        then(worker_id)
+    if own_init is not None:
+        own_init(worker_id)

@@ -1,5 +1,6 @@
 """The CSV files of a run: columns, rows that wait while a file cannot be written, and what a resume keeps."""
 
+import codecs
 import contextlib
 import csv
 import errno
@@ -8,7 +9,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from litgpt import Config
 
@@ -34,16 +35,6 @@ def metric_columns(config: Config, precision: str = "") -> list[str]:
     router = [f"moe/{name}/layer_{layer:02d}" for layer in blocks for name in STATISTICS]
     scaling = SCALING_COLUMNS if precision == "16-mixed" else ()
     return [*STEP_COLUMNS.split(), *scaling, *router, "val_loss", "val_ppl"]
-
-
-class _Utf8:
-    """Takes text for a binary file: all that a CSV writer needs of a file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-
-    def write(self, text: str) -> None:
-        self.file.write(text.encode("utf-8"))
 
 
 class CsvLog:
@@ -115,7 +106,7 @@ class CsvLog:
         # the file that is read is closed before it is replaced, which Windows asks for
         with open_whole(self.path) as file, self._rows() as rows:
             # a torn row may have more values than there are columns
-            writer = csv.DictWriter(_Utf8(file), self.columns, extrasaction="ignore")
+            writer = csv.DictWriter(codecs.getwriter("utf-8")(file), self.columns, extrasaction="ignore")
             writer.writeheader()
             kept = itertools.islice(rows, n_rows)
             for last in (row for row, _ in itertools.pairwise(kept)) if is_last_torn else kept:

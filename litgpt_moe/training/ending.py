@@ -59,7 +59,7 @@ class EarlyEnd:
         """Fail for too many skipped steps; all ranks call it after the same step."""
         run = self.hooks.run
         self.hooks.writer.wait()
-        # the others look for the checkpoint too that rank 0 may have been writing
+        # all ranks name the newest checkpoint, which rank 0 may still have been writing
         self._wait_for_all()
         saved, n_steps = checkpoints_of(run.settings.out_dir), self.hooks.judge.guard.n_in_a_row
         way_on = f"continue from {saved[0]} with --resume auto" if saved else "there is no checkpoint yet"
@@ -75,7 +75,7 @@ class EarlyEnd:
             self._wait_for_all()
 
     def _wait_for_all(self) -> None:
-        # a rank that has died is told of by itself; what this one has to say is not to be lost for it
+        # the barrier fails if another rank has died: this rank must still report its own reason
         with contextlib.suppress(RuntimeError):
             self.hooks.fabric.barrier()
 

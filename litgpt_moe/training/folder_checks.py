@@ -113,8 +113,8 @@ def _refuse_another_run(run: "Run") -> None:
 def _refuse_lost_steps(run: "Run", start: Path) -> None:
     """Raise ValueError if the run would put later steps aside that came from the checkpoint `start` itself.
 
-    A command that is repeated after each crash, with a checkpoint by name, would never get further. To go
-    back to an earlier step of the same folder, by a command that has not run there, is meant.
+    A command that is repeated after each crash, with a checkpoint by name, would never get further. A
+    command that has not run there yet may go back to an earlier step of the same folder: that is intended.
     """
     out_dir = run.settings.out_dir
     if resumed_place(run.settings.resume, out_dir) is out_dir:

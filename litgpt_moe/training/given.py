@@ -36,7 +36,8 @@ def resumed_place(resume: str | bool, out_dir: Path) -> Path | None:
 
 def resumed_model(given: Given) -> str | None:
     """Return the name of the model of the run that goes on; None if none does, or it cannot be read."""
-    resume, out_dir = (given.get(key, (usual, ""))[0] for key, usual in (("resume", False), ("out_dir", "")))
+    resume, _ = given.get("resume", (Settings.resume, ""))
+    out_dir, _ = given.get("out_dir", (None, ""))
     if (place := resumed_place(resume, Path(str(out_dir or Settings.out_dir)))) is None:
         return None
     # what is wrong with a checkpoint is said where it is opened

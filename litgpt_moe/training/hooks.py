@@ -138,10 +138,10 @@ class LoopHooks:
         # a batch takes less than one of training, and no more than in the trial, which may compile
         batch_s = min(self.val_batch_s, self.budget.longest_step_s / self.run.accumulation)
         val_s = batch_s * min(self.eval_args.max_iters, self.val_loader.n_batches)
-        return self.eval_args.final_validation * val_s + self.save_s, self.is_due * val_s
+        return self.eval_args.final_validation * val_s + self.save_s, self.is_validation_due * val_s
 
     @property
-    def is_due(self) -> bool:
+    def is_validation_due(self) -> bool:
         """Whether LitGPT's loop validates after the step in progress."""
         return (self.step + 1) % self.eval_args.interval == 0
 
@@ -168,7 +168,7 @@ class LoopHooks:
         verdict = self.judge.verdict(loss, grad_norm, votes, failed_save, can_lower)
         if verdict.fail:
             self.early_end.fail(verdict.fail)
-        if self.budget.is_up and self.is_due:
+        if self.budget.is_up and self.is_validation_due:
             # the loop validates after this step: once more would find the same, and there is no time for it
             self.eval_args.final_validation = False
         # the last step ends the run anyway

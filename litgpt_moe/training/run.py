@@ -212,7 +212,7 @@ def settle(run: Run) -> Run:
     """
     is_open = not (run.resume or run.initial) and fit.leaves_vocabulary_open(run.settings)
     if is_open and fit.vocabulary_size(run.settings.tokenizer_dir) != run.config.vocab_size:
-        config, model = fit.fitting_model(run.settings, run.resume, has_demo_data=False)
+        config, model = fit.fitting_model(run.settings, None, has_demo_data=False)
         is_tied = bool(run.settings.train.tie_embeddings)
         facts = model_facts(config, run.settings.train.max_seq_length, model, is_tied)
         run = replace(run, config=config, facts=facts)

@@ -50,8 +50,8 @@ def choose_configs(
 
     If only one is named, the other is its partner in PAIRS, if that lies in the same folder, or the default:
     train_config.yaml, and model_config.yaml. Without CUDA, or where there is no text yet to train on but the
-    demo stories, the default is the demo's. Of a run that goes on, with the model named `resumed`, it is the
-    demo's if that is the demo's model.
+    demo stories, the default is the demo's. For a resumed run, whose model is named `resumed`, it is the
+    demo's if that name is.
     """
     named = {key: config_file(Path(given[key][0])) for key in ("config", "model_config") if key in given}
     config, model_config = named.get("config"), named.get("model_config")

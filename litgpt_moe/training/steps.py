@@ -82,7 +82,7 @@ class Clock:
         self.longest_step_s = 0.0
         """Of the steps but the first, which prepares much, or of the first as long as there is no other."""
         self._n_steps = 0
-        self.first_step_at = self.last_step_at = 0.0
+        self.first_step_at, self.last_step_at = 0.0, self.began
         self._row_step, self._row_s = start_step, 0.0
         self._paused_s = 0.0
 
@@ -102,7 +102,7 @@ class Clock:
     def end_step(self) -> None:
         """Note that an optimizer step has ended."""
         now = time.perf_counter()
-        step_s = now - (self.last_step_at or self.began)
+        step_s = now - self.last_step_at
         self.longest_step_s = max(self.longest_step_s, step_s) if self._n_steps > 1 else step_s
         self._n_steps += 1
         self.last_step_at = now
